@@ -1,0 +1,51 @@
+"""Everything a user can get wrong, one class a kind; each message says what was wrong and what to do."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class GddFastError(Exception):
+    """Base of every error that is the input's fault and not the program's."""
+
+
+class ConfigError(GddFastError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class DataError(GddFastError, ValueError):
+    """A data set that is missing, empty, corrupt or inconsistent."""
+
+
+class WeightsError(GddFastError):
+    """Weights that cannot be found, or do not fit the network."""
+
+
+class UnsafePickleError(GddFastError):
+    """A network pickle that holds something other than the tensors and settings of an EDM network."""
+
+
+class CheckpointError(GddFastError):
+    """A checkpoint that is incomplete, corrupt or from another configuration."""
+
+
+class BackendError(GddFastError, RuntimeError):
+    """An implementation of an operator that was asked for by name and cannot run here."""
+
+
+class DivergedError(GddFastError):
+    """Training stopped because too many steps in a row had gradients that were not finite."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Make `main` end with one line on stderr and exit status 2 on a `GddFastError`, never a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            main(*args, **kwargs)
+        except GddFastError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
