@@ -1,3 +1,28 @@
-"""One-step image generators from pretrained diffusion models (GDD / GDD-I), with fused kernels."""
+"""One-step image generators from pretrained diffusion models (GDD / GDD-I), with fused kernels.
+
+Public names, imported on first use so that `import gdd_fast` costs nothing:
+
+    load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gdd_fast.models.load import load_generator
 
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "load_generator"]
+
+_LAZY = {"load_generator": "gdd_fast.models.load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

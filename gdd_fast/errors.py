@@ -13,6 +13,10 @@ class ConfigError(GddFastError, ValueError):
     """An option, or a combination of options, that cannot work."""
 
 
+class InputError(GddFastError, ValueError):
+    """A tensor of a shape, type or device that a function does not take."""
+
+
 class DataError(GddFastError, ValueError):
     """A data set that is missing, empty, corrupt or inconsistent."""
 

@@ -1,0 +1,63 @@
+# make demo | test | test-all | lint | format | bench | clean        PYTHON=python3.12 VENV=.venv
+# Everything runs in $(VENV), which is made on first use and renewed when requirements or C++ sources change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+EXTENSION_SOURCES := setup.py pyproject.toml $(shell find csrc -type f -name '*.*')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Tests: a process a core, each computing with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
+
+.PHONY: demo test test-all lint format bench setup setup-dev clean
+
+demo: setup
+	$(BIN)/python -m gdd_fast.train
+
+test: setup-dev
+	$(PYTEST)
+
+test-all: setup-dev
+	$(PYTEST) -m ""
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: setup-dev
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+setup: $(VENV)/.installed
+setup-dev: setup $(VENV)/.requirements-dev
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: gdd_fast needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	         "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.created
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed: $(EXTENSION_SOURCES) $(VENV)/.requirements
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks gdd_fast/_C*.so $(VENV)/.installed
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+// (N, C, H, W) tensors as the kernels see them: images of channels of evenly spaced pixels.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace gdd_fast {
+
+struct ImageStrides {
+  int64_t images, channels, pixels;  // sizes N, C, H * W
+  int64_t image, channel, pixel;     // steps in elements
+};
+
+// Whether the pixels of an image, row after row, are one run of equal steps: contiguous and channels_last are.
+inline bool evenly_spaced(const at::Tensor& x) {
+  return x.size(2) == 1 || x.size(3) == 1 || x.stride(2) == x.size(3) * x.stride(3);
+}
+
+inline ImageStrides image_strides(const at::Tensor& x) {
+  const int64_t pixel = x.size(3) > 1 ? x.stride(3) : x.stride(2);
+  return {x.size(0), x.size(1), x.size(2) * x.size(3), x.stride(0), x.stride(1), pixel};
+}
+
+}  // namespace gdd_fast

@@ -1,0 +1,125 @@
+"""Which implementation of an operator runs, and why.
+
+Every operator has its definition in plain PyTorch ("torch") and any of three fused implementations:
+
+    "triton"    kernels/<op>.py: CUDA tensors, and CPU tensors under Triton's interpreter (TRITON_INTERPRET=1)
+    "cuda"      csrc/cuda/<op>.cu in the extension gdd_fast._C: CUDA tensors
+    "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
+
+A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
+run here; `resolve` decides it and nothing else does. `python -m gdd_fast.info` shows the outcome with the reasons.
+"""
+
+import functools
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from gdd_fast.errors import BackendError
+
+Backend = Literal["auto", "torch", "triton", "cuda", "cpp"]
+
+REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in the checkout, or reinstall gdd_fast"
+
+# By device type, best first; any other device runs the definition. On a GPU the Triton kernels come first: they are the
+# ones tuned per architecture.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpp", "torch")}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of an operator before it sees a tensor: its name and its fused implementations."""
+
+    name: str
+    fused: frozenset[str]
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled extension gdd_fast._C with its operators registered, or None where it is not built.
+
+    Raises BackendError if it is built but does not load, or was built against another torch: never taken for absent.
+    """
+    if find_spec("gdd_fast._C") is None:
+        return None
+    import torch
+
+    try:
+        module = importlib.import_module("gdd_fast._C")
+    except ImportError as error:
+        raise BackendError(
+            f"gdd_fast._C is built but does not load with torch {torch.__version__}, "
+            f"so it was probably built against another one: {error}. To rebuild, {REBUILD}."
+        ) from error
+    check_build(module.build_info(), torch.__version__)
+    return module
+
+
+def check_build(info: dict[str, Any], torch_version: str) -> None:
+    """Raise BackendError if the extension described by `info` was built against another torch release or Python."""
+    # the local part (+cpu, +cu130) is not compared: a build without CUDA runs with any of them
+    built = info["torch"].split("+")[0]
+    if built != torch_version.split("+")[0]:
+        raise BackendError(f"gdd_fast._C was built against torch {built}, but this is {torch_version}: {REBUILD}.")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if info["python"] != python:
+        raise BackendError(f"gdd_fast._C was built for Python {info['python']}, but this is {python}: {REBUILD}.")
+
+
+def has_extension() -> bool:
+    """Whether gdd_fast._C is built; raises BackendError if it is and does not load."""
+    return extension() is not None
+
+
+def obstacle(operator: Operator, backend: str, device: str) -> str | None:
+    """Why `backend` cannot run `operator` on tensors of `device` ("cpu", "cuda", ...) here, or None if it can.
+
+    Raises BackendError if the answer needs the extension and that does not load.
+    """
+    if backend == "torch":
+        return None
+    if backend not in operator.fused:
+        return f"{operator.name} has no {backend} implementation"
+    if backend == "triton":
+        return _triton_obstacle(device)
+    wanted = "cuda" if backend == "cuda" else "cpu"
+    if device != wanted:
+        return f"the {backend} implementation takes {wanted.upper()} tensors, not {device}"
+    module = extension()
+    if module is None:
+        return f"the extension gdd_fast._C is not built for this Python: {REBUILD}"
+    if backend == "cuda" and not module.build_info()["cuda"]:
+        return "the extension gdd_fast._C was built without CUDA (see GDD_FAST_CUDA in setup.py)"
+    return None
+
+
+def _triton_obstacle(device: str) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda":
+        return None
+    if device != "cpu":
+        return f"the Triton kernels take CUDA tensors, not {device}"
+    # Triton reads the same variable; asking triton itself would import it on machines that never use it
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
+        return "Triton kernels run on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def resolve(backend: Backend, operator: Operator, device: str) -> str:
+    """The implementation that runs: `backend` itself, or for "auto" the first in PREFERENCE that can.
+
+    Raises BackendError for an unknown name, a backend that cannot run here, and an extension that does not load.
+    """
+    if backend == "auto":
+        return next(b for b in PREFERENCE.get(device, ("torch",)) if obstacle(operator, b, device) is None)
+    if backend not in get_args(Backend):
+        raise BackendError(f"{operator.name}: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    reason = obstacle(operator, backend, device)
+    if reason is not None:
+        raise BackendError(f"{operator.name}: backend {backend!r} cannot run here: {reason}")
+    return backend

@@ -1,0 +1,290 @@
+"""What a distillation run can be told, one frozen dataclass a concern, and the presets of the paper.
+
+Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`.
+Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750) and its public code.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gdd_fast.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Reduction = Literal["rows", "heads"]
+Backend = Literal["auto", "torch", "triton", "cuda"]
+
+DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The real images."""
+
+    data: str | None = None
+    """EDM-style zip, folder or npz of images; `demo` is the bundled set."""
+    cond: bool = False
+    """Train class-conditionally, with the labels of the data set."""
+    x_flip: bool = False
+    """Add the mirror image of every image to the data set. The paper does not."""
+    workers: int = 2
+    """Processes that decode images when the data set is too large to be held in memory."""
+    data_memory_gib: float = 4.0
+    """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The one-step generator and its optimizer."""
+
+    teacher: str | None = None
+    """Pretrained network: EDM .pkl or converted folder; `demo` is the bundled teacher."""
+    freeze: int = 1
+    """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
+    g_lr: float = 1e-4
+    """Adam learning rate; betas (0, 0.99), eps 1e-8."""
+    g_precision: Precision = "bf16"
+    """Compute precision of the U-Net. Parameters, group norm and softmax stay fp32."""
+    ema_halflife_mimg: float = 0.5
+    """Half-life of the generator's moving average, in millions of images."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this fraction of the images seen so far; 0 disables the ramp-up."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Frozen feature networks, their random projection, and the trainable heads."""
+
+    backbones: tuple[str, ...] = ("vgg16_bn", "tf_efficientnet_lite0")
+    """Frozen ImageNet networks whose features are judged."""
+    backbone_weights: tuple[str, ...] = ()
+    """Local weight files, each `name=path` (.safetensors, .pt or .pth)."""
+    disc_resolution: int = 224
+    """Images are resized to this many pixels before the backbones."""
+    class_embedding: Literal["imagenet", "learned"] = "imagenet"
+    """Conditional heads: the frozen ImageNet class embedding of EfficientNet-lite0, or one learned from scratch."""
+    d_lr: float = 1e-4
+    """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
+    d_precision: Precision = "fp32"
+    """Compute precision of backbones and heads. The public recipe is fp32 without TF32."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The GAN loss."""
+
+    logit_reduction: Reduction = "rows"
+    """`rows`: as the public code, per image the mean over positions, summed over images and backbones.
+    `heads`: summed over heads, the mean over images and positions."""
+    r1_gamma: float = 1e-4
+    """Weight of the R1 penalty on real images."""
+    r1_interval: int = 16
+    """Iterations between R1 steps; 0 disables R1."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, size and output of the run."""
+
+    run_dir: Path | None = None
+    """Output folder; running the same command again resumes what it holds. Default: runs/<preset>."""
+    duration_mimg: float = 5.0
+    """Length of the run, in millions of real images."""
+    batch: int = 256
+    """Images an iteration, over all GPUs."""
+    batch_gpu: int | None = None
+    """Largest number of images through the networks at once; gradients accumulate over the rest."""
+    seed: int = 0
+    """Of the data order, the latents, the heads and the random projection."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs."""
+    tick_kimg: float = 20.0
+    """Thousands of images between metric lines with a sample grid."""
+    checkpoint_ticks: int = 10
+    """Ticks between checkpoints. One is always written at the end and on SIGINT or SIGTERM."""
+    max_skipped_steps: int = 10
+    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+    evaluate_images: int = 0
+    """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
+    evaluate_data: str | None = None
+    """The images those are compared with, best ones not trained on; default: the training data."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole distillation run."""
+
+    preset: str = DEMO
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.run_dir or Path("runs") / self.preset
+
+    @property
+    def total_images(self) -> int:
+        return round(self.run.duration_mimg * 1e6)
+
+    def validate(self) -> None:
+        """Raise one `ConfigError` for the first setting that cannot work. Reads no file."""
+        run, loss = self.run, self.loss
+        _require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
+        _require(self.generator.teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
+        _require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
+        _require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
+        _require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+        for name in ("duration_mimg", "tick_kimg"):
+            _require(getattr(run, name) > 0, f"--{_flag(name)} must be positive, not {getattr(run, name)}")
+        _require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
+        _require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
+        _require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
+        _require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
+        _require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
+        _require(self.data.data_memory_gib >= 0, f"--data-memory-gib cannot be negative, not {self.data.data_memory_gib}")
+        _require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
+        _require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
+        _require(self.generator.ema_rampup >= 0, "--ema-rampup cannot be negative")
+        _require(loss.r1_gamma >= 0 and loss.r1_interval >= 0, "--r1-gamma and --r1-interval cannot be negative")
+        _require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
+        _require(
+            len(set(self.discriminator.backbones)) == len(self.discriminator.backbones), "--backbones names one twice"
+        )
+        _require(
+            {self.generator.g_precision, self.discriminator.d_precision} != {"fp32", "tf32"},
+            "fp32 and tf32 cannot be mixed: TF32 is one switch for the whole backward pass; "
+            "give --g-precision and --d-precision the same one, or use bf16",
+        )
+        self.backbone_weight_paths()
+
+    def backbone_weight_paths(self) -> dict[str, Path]:
+        """`--backbone-weights name=path ...` as a mapping; raises `ConfigError` for a malformed or unused entry."""
+        paths = {}
+        for entry in self.discriminator.backbone_weights:
+            name, equals, path = entry.partition("=")
+            _require(bool(equals and path), f"--backbone-weights takes name=path, not {entry!r}")
+            _require(
+                name in self.discriminator.backbones,
+                f"--backbone-weights names {name!r}, which is not among --backbones {' '.join(self.discriminator.backbones)}",
+            )
+            paths[name] = Path(path)
+        return paths
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types."""
+    return {
+        f.name: to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else _plain(value)
+        for f in fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; unknown keys raise `ConfigError`."""
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown settings in {cls.__name__}: {', '.join(unknown)}")
+    arguments = {}
+    for name, value in values.items():
+        kind = known[name].type
+        if is_dataclass(kind):
+            value = from_dict(kind, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and kind == Path | None:
+            value = Path(value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+# What a resumed run may change; everything else is part of the recipe and has to stay.
+RESUMABLE = frozenset(
+    {"run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks", "max_skipped_steps"}
+    | {"evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights", "data", "teacher"}
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The recipe settings in which two `to_dict` configurations differ, as `section.name: old -> new`."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b and name not in RESUMABLE:
+            found.append(f"{prefix}{name}: {a} -> {b}")
+    return found
+
+
+_VGG = ("vgg16_bn", "tf_efficientnet_lite0")
+_DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
+
+
+def _recipe(cond: bool, backbones: tuple[str, ...], g_lr: float, d_lr: float, mimg: float, ema: float = 0.5, batch: int = 256):
+    return TrainConfig(
+        data=DataConfig(cond=cond),
+        generator=GeneratorConfig(g_lr=g_lr, ema_halflife_mimg=ema),
+        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr),
+        run=RunConfig(duration_mimg=mimg, batch=batch),
+    )
+
+
+_RECIPES = {
+    "cifar10-uncond": _recipe(False, _VGG, 1e-4, 1e-4, mimg=5),
+    "cifar10-cond": _recipe(True, _VGG, 1e-4, 1e-4, mimg=5),
+    "afhqv2-64": _recipe(False, _DEIT, 2e-5, 4e-5, mimg=10),
+    "ffhq-64": _recipe(False, _DEIT, 2e-5, 4e-5, mimg=10),
+    "imagenet-64": _recipe(True, _DEIT, 8e-6, 4e-5, mimg=10, ema=50, batch=512),
+    # The bundled teacher on the bundled data, sized for two CPU cores.
+    DEMO: TrainConfig(
+        data=DataConfig(data=DEMO),
+        generator=GeneratorConfig(teacher=DEMO, g_lr=1e-3, g_precision="fp32", ema_halflife_mimg=0.001, ema_rampup=0),
+        discriminator=DiscriminatorConfig(backbones=("tf_efficientnet_lite0",), disc_resolution=64, d_lr=1e-3),
+        run=RunConfig(duration_mimg=0.012, batch=64, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
+    ),
+}
+
+
+def _freeze_variant(name: str, recipe: TrainConfig, level: int) -> TrainConfig:
+    return replace(recipe, preset=name, generator=replace(recipe.generator, freeze=level))
+
+
+def _presets() -> dict[str, TrainConfig]:
+    presets = {}
+    for name, recipe in _RECIPES.items():
+        for suffix, level in (("-gdd", 0), ("-gdd-i", 1)):
+            if (name, suffix) == (DEMO, "-gdd-i"):
+                suffix = ""  # the demo is GDD-I; `demo-gdd` beside it shows what freezing brings
+            presets[name + suffix] = _freeze_variant(name + suffix, recipe, level)
+    return presets
+
+
+PRESETS: dict[str, TrainConfig] = _presets()
+
+
+def preset(name: str) -> TrainConfig:
+    """The named preset, or `ConfigError` that lists them."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
+

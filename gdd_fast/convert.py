@@ -1,0 +1,109 @@
+"""Networks between EDM / GDD pickles, folders and state_dict files: `python -m gdd_fast.convert SOURCE DESTINATION`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import tyro
+
+from gdd_fast.errors import ConfigError, WeightsError, command
+from gdd_fast.files import atomic_write
+from gdd_fast.interop import edm_pickle
+from gdd_fast.models.load import RUN_GENERATOR, load_network, network_from_pickle, save_network
+from gdd_fast.models.precond import EDMPrecond
+
+STATE_DICT_SUFFIXES = (".safetensors", ".pt")
+OTHER_SUFFIXES = (
+    ".pkl",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".zip",
+)  # asked for as a destination, these mean a file, not a folder
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert an EDM or GDD .pkl to a network folder, or a .pkl or a folder to a state_dict file with EDM's names."""
+
+    source: tyro.conf.Positional[Path]
+    """EDM or GDD .pkl (nothing in it is executed), network folder, or training run folder (its EMA generator)."""
+    destination: tyro.conf.Positional[Path]
+    """New folder for config.json and model.safetensors; or a state_dict file, .safetensors or .pt (plain tensors)."""
+    key: str = "ema"
+    """Which network of a .pkl: training snapshots may hold `ema` and `net`."""
+    overwrite: bool = False
+    """Replace what is at the destination."""
+
+    @property
+    def to_state_dict(self) -> bool:
+        return self.destination.suffix.lower() in STATE_DICT_SUFFIXES
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first option that cannot work, before the network is read."""
+        destination, wanted = self.destination, " or ".join(STATE_DICT_SUFFIXES)
+        if destination.suffix.lower() in OTHER_SUFFIXES:
+            raise ConfigError(f"{destination}: give a folder's name, or a state_dict file that ends in {wanted}")
+        if self.source.is_dir() and not self.to_state_dict:
+            raise ConfigError(f"{self.source} is a folder already: give a destination that ends in {wanted}")
+        if destination.exists():
+            if destination.is_dir() == self.to_state_dict:
+                kind = "folder" if self.to_state_dict else "file"
+                raise ConfigError(f"{destination} exists and is a {kind}: give another destination")
+            if not self.overwrite and (self.to_state_dict or any(destination.iterdir())):
+                raise ConfigError(f"{destination} exists: give another destination, or --overwrite to replace it")
+
+
+def convert(config: ConvertConfig) -> EDMPrecond:
+    """Write the network at `config.source` to `config.destination`, whole or not at all, and return it.
+
+    Raises ConfigError for options that cannot work, WeightsError for a source without such a network, and
+    UnsafePickleError for a pickle that is damaged or holds anything else.
+    """
+    config.validate()
+    net = _read(config.source, config.key)
+    if not config.to_state_dict:
+        save_network(net, config.destination)
+        return net
+    state = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
+    with atomic_write(config.destination) as temporary:
+        if config.destination.suffix.lower() == ".pt":
+            torch.save(state, temporary)
+        else:
+            safetensors.torch.save_file(state, temporary)
+    return net
+
+
+def _read(source: Path, key: str) -> EDMPrecond:
+    if source.is_dir():
+        generator = source / RUN_GENERATOR
+        return load_network(generator if generator.is_dir() else source)
+    networks = edm_pickle.load(source)
+    if key not in networks:
+        raise WeightsError(f"{source} has no network {key!r}; --key can be {' or '.join(networks)}")
+    return network_from_pickle(networks[key])
+
+
+def describe(net: EDMPrecond) -> str:
+    """What the network is, and the arguments that EDM's or GDD's class of the same name takes for its state_dict."""
+    arguments = {name: value for name, value in net.init_config().items() if name not in ("sigma_eps", "dtype")}
+    return (
+        f"{type(net).__name__} with {net.model_type}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}, "
+        f"{f'{net.label_dim} classes' if net.label_dim else 'unconditional'}\n"
+        f"arguments: {json.dumps(arguments)}"
+    )
+
+
+@command
+def main(args: Sequence[str] | None = None) -> None:
+    config = tyro.cli(ConvertConfig, args=args, prog="python -m gdd_fast.convert")
+    net = convert(config)
+    print(f"{describe(net)}\n{config.source} -> {config.destination}")
+
+
+if __name__ == "__main__":
+    main()

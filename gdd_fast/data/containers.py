@@ -1,0 +1,163 @@
+"""Where encoded image files lie: a folder or a zip archive, with the same three names for both."""
+
+import json
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gdd_fast.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+LABEL_FILE = "dataset.json"
+
+
+class Container(Protocol):
+    """Image files by name.
+
+    path: the folder or archive; names: sorted names of the image files, relative, with forward slashes; read(name): the
+    bytes of any file in it, by any number of threads and forked processes at once.
+    """
+
+    path: Path
+    names: list[str]
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes: ...
+
+
+def open_container(path: Path) -> Container:
+    """The folder or zip archive at `path`; `DataError` when it is neither, or holds no image file."""
+    if path.is_dir():
+        container = FolderContainer(path)
+    elif zipfile.is_zipfile(path):
+        container = ZipContainer(path)
+    else:
+        raise DataError(f"{path}: neither a folder nor a zip archive")
+    if not container.names:
+        raise DataError(f"{path}: holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return container
+
+
+class FolderContainer:
+    """The image files below a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        found = []
+        for root, _, files in os.walk(path, followlinks=True):
+            relative = Path(os.path.relpath(root, path))
+            found += [name for name in ((relative / file).as_posix() for file in files) if _is_image(name)]
+        self.names = sorted(found)
+
+    def __contains__(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+class ZipContainer:
+    """The image files of a zip archive.
+
+    `zipfile.ZipFile` shares one file position, so it may be used neither from several threads nor after a fork. Here it
+    only lists the archive, once; `read` uses `os.pread`, which has no position, on one descriptor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = {info.filename: _Entry.of(info) for info in archive.infolist() if not info.is_dir()}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a readable zip archive: {error}") from error
+        self.names = sorted(name for name in self._entries if _is_image(name))
+        self._file = path.open("rb")
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_file"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._file = self.path.open("rb")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._entries[name].read(self._file.fileno())
+        except (OSError, ValueError, struct.error, zlib.error) as error:
+            raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+class _Entry:
+    """Where one file lies in the archive: a few integers, since an archive may hold millions."""
+
+    __slots__ = ("compressed", "crc", "method", "offset", "size")
+
+    _HEADER = struct.Struct("<4s22xHH")
+
+    @classmethod
+    def of(cls, info: zipfile.ZipInfo) -> "_Entry":
+        entry = cls()
+        entry.offset, entry.compressed, entry.size = info.header_offset, info.compress_size, info.file_size
+        entry.crc = info.CRC
+        entry.method = None if info.flag_bits & 1 else info.compress_type
+        return entry
+
+    def read(self, descriptor: int) -> bytes:
+        if self.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("it is encrypted, or compressed by another method than deflate")
+        header = os.pread(descriptor, self._HEADER.size, self.offset)
+        magic, name_length, extra_length = self._HEADER.unpack(header)
+        if magic != b"PK\3\4":
+            raise ValueError("its entry in the archive is damaged")
+        start = self.offset + self._HEADER.size + name_length + extra_length
+        content = os.pread(descriptor, self.compressed, start)
+        if self.method == zipfile.ZIP_DEFLATED:
+            # One byte more than announced is enough to notice an entry that expands beyond its stated size.
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
+        if len(content) != self.size or zlib.crc32(content) != self.crc:
+            raise ValueError("its bytes do not match the archive's checksum")
+        return content
+
+
+def read_labels(container: Container) -> np.ndarray | None:
+    """The classes in `dataset.json`, int64 in the order of `container.names`; None when there are none.
+
+    Raises `DataError` when the file is not of EDM's form, a label is not an integer of at least 0, or one is missing.
+    """
+    if LABEL_FILE not in container:
+        return None
+    where = f"{container.path}: {LABEL_FILE}"
+    content = container.read(LABEL_FILE)
+    try:
+        pairs = json.loads(content)["labels"]
+        labels = None if pairs is None else dict(pairs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{where} is not of the form {{"labels": [["name.png", 0], ...]}}') from error
+    if labels is None:
+        return None
+    missing = [name for name in container.names if name not in labels]
+    if missing:
+        raise DataError(f"{where} has no label for {missing[0]} ({len(missing)} missing in all)")
+    for name in container.names:
+        if type(labels[name]) is not int or labels[name] < 0:
+            raise DataError(f"{where}: the label of {name} is {labels[name]!r}; labels must be integers from 0")
+    return np.array([labels[name] for name in container.names], np.int64)
+
+
+def _is_image(name: str) -> bool:
+    """By its suffix; hidden files, and the shadow copies that macOS puts into archives, are none."""
+    parts = name.split("/")
+    hidden = any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in parts)
+    return not hidden and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES

@@ -1,0 +1,189 @@
+"""Image data sets at random access: EDM zip, folder of images, npz."""
+
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gdd_fast.data.containers import LABEL_FILE, Container, open_container, read_labels
+from gdd_fast.data.decode import decode, to_array
+from gdd_fast.data.parallel import ordered_map
+from gdd_fast.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+_CHUNK = 256
+_NPZ_KEYS = (("images", "labels"), ("arr_0", "arr_1"))  # the second: what gdd_fast.sample writes, after ADM's evaluator
+
+
+class ImageDataset(ABC):
+    """Square uint8 images of one size, each with a class if the set is opened with labels.
+
+    name: for messages and file names; resolution: height and width in pixels; channels: 1 or 3; labels: int64 (N,), or
+    None without labels; label_dim: number of classes, 0 without labels. Reading is safe from several threads and from
+    forked or spawned worker processes.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], labels: np.ndarray | None, chosen: np.ndarray):
+        """`shape`: (C, H, W) of every image; `labels`: int64 of every stored image; `chosen`: which of them are in."""
+        channels, height, width = shape
+        if height != width:
+            raise DataError(f"{name}: images are {width}x{height}, not square: gdd_fast.prepare --crop center")
+        self.name = name
+        self.shape = (channels, height, width)
+        self.resolution = height
+        self.channels = channels
+        # Counted over all stored images, so that a smaller `max_images` does not change the network.
+        self.label_dim = 0 if labels is None else int(labels.max()) + 1
+        self.labels = None if labels is None else labels[chosen]
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def image(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 (C, H, W); `DataError` naming the file when it is corrupt or of another size."""
+        return self._read(int(self._chosen[index]))
+
+    def label(self, index: int) -> int:
+        """Class of image `index`."""
+        if self.labels is None:
+            raise DataError(f"{self.name}: opened without labels")
+        return int(self.labels[index])
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Several images as uint8 (len(indices), C, H, W)."""
+        batch = np.empty((len(indices), *self.shape), np.uint8)
+        for row, index in enumerate(indices):
+            batch[row] = self.image(index)
+        return batch
+
+    def chunks(
+        self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None
+    ) -> Iterator[np.ndarray]:
+        """All images, or those of `indices`, in order, as arrays of a few hundred, decoded by a pool of threads."""
+        indices = range(len(self)) if indices is None else indices
+        done = 0
+        for chunk in ordered_map(self.images, (indices[k : k + _CHUNK] for k in range(0, len(indices), _CHUNK))):
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(indices))
+            yield chunk
+
+    def validate(self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None) -> None:
+        """Read and check every image, or those of `indices`; `DataError` for the first bad one."""
+        for _ in self.chunks(indices, progress):
+            pass
+
+    @abstractmethod
+    def _read(self, stored: int) -> np.ndarray:
+        """Stored image `stored` as uint8 (C, H, W), checked."""
+
+
+class FileDataset(ImageDataset):
+    """Image files in a folder or a zip archive, in the order of their names; classes from `dataset.json`."""
+
+    def __init__(self, container: Container, *, use_labels: bool = False, max_images: int | None = None):
+        self._container = container
+        first = container.names[0]
+        shape = to_array(decode(container.read(first), self._where(first)), self._where(first)).shape
+        labels = read_labels(container) if use_labels else None
+        if use_labels and labels is None:
+            raise DataError(
+                f"{container.path}: labels were asked for, but {LABEL_FILE} is missing or says null; "
+                "gdd_fast.prepare --labels folders makes them from the names of the folders"
+            )
+        super().__init__(container.path.absolute().stem, shape, labels, _choose(len(container.names), max_images))
+
+    def _where(self, name: str) -> str:
+        return f"{self._container.path}: {name}"
+
+    def _read(self, stored: int) -> np.ndarray:
+        name = self._container.names[stored]
+        pixels = to_array(decode(self._container.read(name), self._where(name)), self._where(name))
+        if pixels.shape != self.shape:
+            raise DataError(
+                f"{self._where(name)} has shape {pixels.shape} and {self._container.names[0]} {self.shape} "
+                "(channels, height, width); all must be alike: gdd_fast.prepare resizes and converts"
+            )
+        return pixels
+
+
+class ArrayDataset(ImageDataset):
+    """Images held in memory: uint8 (N, H, W) or (N, H, W, C), with integer labels (N,) or None."""
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray | None = None, *, max_images: int | None = None
+    ):
+        if images.ndim == 3:
+            images = images[..., np.newaxis]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+            raise DataError(
+                f"{name}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} {images.shape}"
+            )
+        if len(images) == 0:
+            raise DataError(f"{name}: holds no image")
+        if labels is not None:
+            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+                raise DataError(
+                    f"{name}: labels must be {len(images)} integers from 0, not {labels.dtype} {labels.shape}"
+                )
+            labels = labels.astype(np.int64)
+        self._images = images.transpose(0, 3, 1, 2)
+        super().__init__(name, self._images.shape[1:], labels, _choose(len(images), max_images))
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(self._images[self._chosen[indices]])
+
+    def _read(self, stored: int) -> np.ndarray:
+        return np.ascontiguousarray(self._images[stored])
+
+
+def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int | None = None) -> ImageDataset:
+    """Open an image set.
+
+    path: an EDM zip (image files and, for labels, `dataset.json`), a folder of the same form, or an .npz with `images`
+    uint8 (N, H, W) or (N, H, W, C) and, for labels, `labels` integer (N,).
+    use_labels: classes become available as one-hot labels; they must be there for every image.
+    max_images: at most that many, chosen at random with a fixed seed as EDM's `max_size` does, so that a set that is
+    sorted by class stays balanced.
+
+    Only the first image is decoded here; `ImageDataset.validate` and `BatchStream` check all of them.
+    Raises `DataError` for a path that is missing, not an image set or empty, for images that are not square, not gray
+    or RGB, and for labels that are asked for but missing, incomplete or not integers.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix == ".npz":
+        images, labels = read_npz(path)
+        if use_labels and labels is None:
+            raise DataError(f"{path}: labels were asked for, but it holds no array `labels`")
+        return ArrayDataset(path.stem, images, labels if use_labels else None, max_images=max_images)
+    return FileDataset(open_container(path), use_labels=use_labels, max_images=max_images)
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images and labels (or None) of an .npz, not checked; `DataError` when it cannot be read or has no images."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for images, labels in _NPZ_KEYS:
+                if images in arrays:
+                    return arrays[images], arrays.get(labels)
+            names = ", ".join(arrays)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz of plain arrays: {error}") from error
+    raise DataError(f"{path}: holds no array `images` (it has: {names or 'nothing'})")
+
+
+def _choose(total: int, max_images: int | None) -> np.ndarray:
+    """Indices of the stored images that are in the set."""
+    if max_images is None or max_images >= total:
+        return np.arange(total)
+    if max_images < 1:
+        raise DataError(f"max_images must be at least 1, not {max_images}")
+    return np.sort(np.random.RandomState(0).permutation(total)[:max_images])

@@ -1,0 +1,86 @@
+"""Making images of any size and kind alike: colour, padding, cropping, resizing."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gdd_fast.errors import ConfigError, DataError
+
+Color = Literal["auto", "gray", "rgb"]
+Crop = Literal["none", "center"]
+Filter = Literal["lanczos", "box"]
+
+_GRAY_MODES = {"1", "L", "LA"}
+_COLOR_MODES = {"RGB", "RGBA", "P", "CMYK", "YCbCr"}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """In this order: turned as its EXIF data says, colour (transparency over white), black border, crop, resize."""
+
+    resolution: int | None = None
+    """Height and width of the result; None keeps the size."""
+    crop: Crop = "none"
+    """`center` cuts the largest square out of the middle."""
+    pad_to: int | None = None
+    """First surround with black to this height and width, as MNIST's 28 are commonly made 32."""
+    filter: Filter = "lanczos"
+    """`box` averages whole blocks of pixels, for reducing by an integer factor."""
+    color: Color = "auto"
+    """`auto` leaves gray gray and makes every other kind RGB; a set must come out all alike."""
+
+    def __post_init__(self):
+        for name in ("resolution", "pad_to"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
+        """`image` as uint8 (C, R, R); `DataError` naming `name` when these settings do not make it a square image."""
+        image = self._colored(ImageOps.exif_transpose(image), name)
+        if self.pad_to is not None:
+            image = _padded(image, self.pad_to, name)
+        if self.crop == "center":
+            image = _center_square(image)
+        if image.width != image.height:
+            raise DataError(f"{name} is {image.width}x{image.height}, not square: --crop center cuts out the middle")
+        image = self._resized(image, name)
+        pixels = np.asarray(image)
+        return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _colored(self, image: Image.Image, name: str) -> Image.Image:
+        gray = image.mode in _GRAY_MODES
+        if not gray and image.mode not in _COLOR_MODES:
+            raise DataError(f"{name} has Pillow mode {image.mode}, which has no plain conversion to 8 bits a channel")
+        if image.has_transparency_data:
+            # Dropping alpha would bring out whatever colour lies below transparent pixels.
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if self.color != "auto":
+            gray = self.color == "gray"
+        return image.convert("L" if gray else "RGB")
+
+    def _resized(self, image: Image.Image, name: str) -> Image.Image:
+        size = self.resolution
+        if size is None or size == image.width:
+            return image
+        if self.filter == "lanczos":
+            return image.resize((size, size), Image.Resampling.LANCZOS)
+        if image.width % size:
+            raise DataError(f"{name}: --filter box cannot take {image.width} to {size} pixels, not a whole factor")
+        return image.reduce(image.width // size)
+
+
+def _padded(image: Image.Image, size: int, name: str) -> Image.Image:
+    if image.width > size or image.height > size:
+        raise DataError(f"{name} is {image.width}x{image.height}, larger than --pad-to {size}")
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return canvas
+
+
+def _center_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

@@ -1,0 +1,96 @@
+"""One file that holds everything needed to go on: tensors as safetensors, the rest as JSON in its header.
+
+A single file replaced by a rename is either the old state or the new one, never a mixture. Nothing is pickled.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gdd_fast.errors import CheckpointError
+from gdd_fast.files import atomic_write
+
+FORMAT = "gdd_fast.checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by `section/name`, and JSON values."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+    def section(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under `name/`, without the prefix."""
+        prefix = name + "/"
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+    def load_module(self, name: str, module: nn.Module) -> None:
+        """Copy a section into a module; raises `CheckpointError` if names or shapes differ."""
+        try:
+            module.load_state_dict(self.section(name))
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
+
+    def load_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in self.section(name).items():
+            index, _, entry = key.partition("/")
+            state.setdefault(int(index), {})[entry] = tensor
+        try:
+            optimizer.load_state_dict({"state": state, "param_groups": self.values[name]})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `index/entry` tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{entry}": tensor for index, entries in state.items() for entry, tensor in entries.items()}
+
+
+def optimizer_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's settings as JSON values."""
+    return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+
+
+def save(path: Path, sections: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+    """Write a checkpoint atomically. `values` must survive JSON."""
+    tensors = {f"{name}/{key}": t.detach().contiguous() for name, part in sections.items() for key, t in part.items()}
+    header = {"format": FORMAT, "version": str(VERSION), "values": json.dumps(values)}
+    with atomic_write(path) as temporary:
+        save_file(_unshared(tensors), temporary, metadata=header)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; those that do are copied."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint; raises `CheckpointError` if it is not one, is damaged, or is of a newer version."""
+    advice = "; move it away to start the run from the beginning"
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not a checkpoint of a training run{advice}")
+            if int(header["version"]) > VERSION:
+                raise CheckpointError(f"{path} has format version {header['version']}; this gdd_fast reads {VERSION}")
+            return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, json.loads(header["values"]))  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}){advice}") from error

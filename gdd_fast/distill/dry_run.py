@@ -1,0 +1,24 @@
+"""What `--dry-run` prints: the resolved configuration and what trains."""
+
+import json
+
+from gdd_fast.config import TrainConfig, to_dict
+from gdd_fast.distill.parts import Parts
+
+
+def describe(config: TrainConfig, parts: Parts) -> str:
+    """The configuration as JSON and the table of parameters."""
+    dataset, generator = parts.dataset, parts.generator
+    backbones = sum(p.numel() for p in parts.features.parameters())
+    heads = sum(p.numel() for p in parts.heads.parameters() if p.requires_grad)
+    return "\n".join(
+        [
+            json.dumps(to_dict(config), indent=2),
+            "",
+            f"Data: {dataset.name}, {len(dataset):,} images, {dataset.channels} x {dataset.resolution}^2, "
+            f"{dataset.label_dim} classes",
+            f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
+            str(parts.frozen),
+            f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, {heads / 1e6:.2f} M trained in heads",
+        ]
+    )

@@ -1,0 +1,37 @@
+"""Moving average of the generator's weights; the average is what is sampled from."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Exponential moving average with a half-life in images and a ramp-up.
+
+    After `images` real images, one update with `batch` images moves the average by `1 - 0.5 ** (batch / h)` towards
+    the network, `h = min(halflife, rampup * images)` (Karras et al. 2022, appendix F.2; `rampup = 0`: `h = halflife`).
+    Frozen parameters never move, so only trainable ones are averaged.
+
+    Args:
+        net: the network that trains; call `freeze` on it first.
+        halflife: images after which an old weight counts half.
+        rampup: upper bound of the half-life as a fraction of the images seen.
+    """
+
+    def __init__(self, net: nn.Module, halflife: float, rampup: float) -> None:
+        self.halflife, self.rampup = halflife, rampup
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        pairs = [(a, p) for a, p in zip(self.net.parameters(), net.parameters(), strict=True) if p.requires_grad]
+        self._averages = [a for a, _ in pairs]
+        self._params = [p for _, p in pairs]
+
+    def decay(self, images: int, batch: int) -> float:
+        """Weight of the old average in the update that follows `images` images."""
+        halflife = min(self.halflife, self.rampup * images) if self.rampup else self.halflife
+        return 0.5 ** (batch / max(halflife, 1e-8))
+
+    @torch.no_grad()
+    def update(self, images: int, batch: int) -> None:
+        """Average in the weights as they are now; `images` counts those seen before this iteration's `batch`."""
+        torch._foreach_lerp_(self._averages, self._params, 1 - self.decay(images, batch))

@@ -1,0 +1,94 @@
+"""Which weights GDD-I trains: the one place that decides it.
+
+GDD-I (Zheng & Yang, arXiv 2405.20750) finds that a diffusion network's convolutions already hold a one-step generator,
+and freezes those of the U-Net's blocks. What stays trainable is norms, embeddings' affine layers, skip and qkv
+convolutions, the mapping network and the outermost convolutions; two further levels freeze qkv and skip as well.
+"""
+
+import dataclasses
+
+from torch import nn
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.unet_block import UNetBlock
+
+# What each level adds to the ones before it, as layers of a UNetBlock. Level 0 is GDD, level 1 GDD-I.
+LEVELS: tuple[tuple[str, ...], ...] = ((), ("conv0", "conv1", "proj"), ("qkv",), ("skip",))
+
+
+@dataclasses.dataclass(frozen=True)
+class KindCount:
+    """Parameters (scalars) of one kind of layer, and how many of them are frozen."""
+
+    kind: str
+    total: int
+    frozen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeReport:
+    """What `freeze` did, in numbers of parameters (scalars)."""
+
+    level: int
+    kinds: tuple[KindCount, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(kind.total for kind in self.kinds)
+
+    @property
+    def frozen(self) -> int:
+        return sum(kind.frozen for kind in self.kinds)
+
+    @property
+    def fraction(self) -> float:
+        """Frozen share of all parameters, 0 to 1."""
+        return self.frozen / self.total
+
+    def __str__(self) -> str:
+        """A table with one line a kind of layer, largest first, and the sum."""
+        rows = [*sorted(self.kinds, key=lambda kind: -kind.total), KindCount("all", self.total, self.frozen)]
+        lines = [f"{'layers':<16}{'parameters':>14}{'frozen':>14}{'%':>8}"]
+        lines += [f"{r.kind:<16}{r.total:>14,}{r.frozen:>14,}{100 * r.frozen / r.total:>8.2f}" for r in rows]
+        return "\n".join(lines)
+
+
+def freeze(net: nn.Module, level: int) -> FreezeReport:
+    """Set `requires_grad` of every parameter of `net`, EDM's networks preconditioned or bare, and report on it.
+
+    Level 0 trains everything (GDD), 1 freezes the blocks' convolutions and attention projections (GDD-I), 2 also the
+    qkv and 3 also the skip convolutions. What an earlier call froze and this level does not is trainable again.
+
+    Raises ConfigError for another level, or a network without U-Net blocks.
+    """
+    if level not in range(len(LEVELS)):
+        raise ConfigError(f"the freeze level must be 0 to {len(LEVELS) - 1}, got {level!r}.")
+    kinds = _kinds(net)
+    if "conv0" not in kinds.values():
+        raise ConfigError(f"{type(net).__name__} has no U-Net blocks, so there is nothing that a freeze level names.")
+    names = {name for added in LEVELS[: level + 1] for name in added}
+    totals: dict[str, int] = {}
+    for parameter in net.parameters():
+        kind = kinds[parameter]
+        parameter.requires_grad_(kind not in names)
+        totals[kind] = totals.get(kind, 0) + parameter.numel()
+    counts = tuple(KindCount(kind, total, total if kind in names else 0) for kind, total in totals.items())
+    return FreezeReport(level, counts)
+
+
+def _kinds(net: nn.Module) -> dict[nn.Parameter, str]:
+    """The kind of layer each parameter belongs to: a UNetBlock's child by its name, or where else it stands."""
+    kinds = {parameter: _outer_kind(name) for name, parameter in net.named_parameters()}
+    for block in net.modules():
+        if isinstance(block, UNetBlock):
+            for child, layer in block.named_children():
+                kind = "norm" if child.startswith("norm") else child
+                kinds.update(dict.fromkeys(layer.parameters(), kind))
+    return kinds
+
+
+def _outer_kind(name: str) -> str:
+    """For the report alone: nothing outside the blocks is ever frozen."""
+    if "map_" in name:
+        return "mapping"
+    return "outer norm" if "norm" in name else "outer conv"

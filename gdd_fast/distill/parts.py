@@ -1,0 +1,115 @@
+"""Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdd_fast.config import DEMO, Precision, TrainConfig
+from gdd_fast.data import ImageDataset, load_data
+from gdd_fast.distill.freeze import FreezeReport, freeze
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.models.backbone_weights import load_backbone_weights
+from gdd_fast.models.backbones import build_backbone, fold_batch_norm
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.load import as_generator, load_generator
+from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+BUNDLED_TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
+
+
+@dataclass
+class Parts:
+    """The networks of a run and its data, on the CPU."""
+
+    dataset: ImageDataset
+    generator: GDDPrecond
+    frozen: FreezeReport
+    features: ProjectedFeatures
+    heads: DiscriminatorHeads
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The compute type behind a precision; tf32 is float32 with another switch."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build(config: TrainConfig) -> Parts:
+    """All parts of a run.
+
+    Raises:
+        ConfigError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
+    """
+    config.validate()
+    weights = {
+        name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
+        for name in config.discriminator.backbones
+    }
+    dataset = load_data(config.data.data, use_labels=config.data.cond)
+    generator = as_generator(load_teacher(config.generator.teacher))
+    generator.dtype = dtype_of(config.generator.g_precision)
+    _check_fit(generator, dataset, config)
+    features = build_features(config, weights)
+    heads = build_heads(config, features, dataset.label_dim, weights)
+    return Parts(dataset, generator, freeze(generator, config.generator.freeze), features, heads)
+
+
+def teacher_path(name: str) -> Path:
+    """Where a teacher lies; `demo` is the bundled one."""
+    return BUNDLED_TEACHER if name == DEMO else Path(name)
+
+
+def load_teacher(name: str) -> EDMPrecond:
+    """The pretrained network, float32, on the CPU."""
+    return load_generator(teacher_path(name))
+
+
+def build_features(config: TrainConfig, weights: dict[str, dict[str, Tensor]]) -> ProjectedFeatures:
+    """The frozen half of the discriminator: backbones with folded batch norm, and the random projection."""
+    options = config.discriminator
+    backbones = [
+        fold_batch_norm(build_backbone(name, weights[name], options.disc_resolution)) for name in options.backbones
+    ]
+    return ProjectedFeatures(
+        backbones, options.disc_resolution, seed=config.run.seed, dtype=dtype_of(options.d_precision)
+    )
+
+
+def build_heads(
+    config: TrainConfig, features: ProjectedFeatures, label_dim: int, weights: dict[str, dict[str, Tensor]]
+) -> DiscriminatorHeads:
+    """The trainable half of the discriminator, initialised from the run's seed."""
+    embedding = None
+    if label_dim and config.discriminator.class_embedding == "imagenet":
+        lite0 = weights.get("tf_efficientnet_lite0")
+        if lite0 is None:
+            raise ConfigError(
+                "--class-embedding imagenet is EfficientNet-lite0's: add tf_efficientnet_lite0 to --backbones "
+                "or use --class-embedding learned"
+            )
+        embedding = lite0["classifier.weight"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return DiscriminatorHeads(
+            features.channels,
+            features.resolutions,
+            label_dim=label_dim,
+            embedding=embedding,
+            dtype=dtype_of(config.discriminator.d_precision),
+        )
+
+
+def _check_fit(generator: GDDPrecond, dataset: ImageDataset, config: TrainConfig) -> None:
+    """The teacher has to speak of the same kind of images as the data set."""
+    ours = (dataset.channels, dataset.resolution)
+    teachers = (generator.img_channels, generator.img_resolution)
+    if ours != teachers:
+        raise WeightsError(
+            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {config.data.data} holds {ours[0]} x {ours[1]}^2; "
+            "use a matching pair, or python -m gdd_fast.prepare to resize the images"
+        )
+    if generator.label_dim != dataset.label_dim:
+        raise WeightsError(
+            f"the teacher knows {generator.label_dim} classes, the data set is read with {dataset.label_dim}; "
+            "--cond and --no-cond choose whether labels are used"
+        )

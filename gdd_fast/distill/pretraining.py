@@ -1,0 +1,196 @@
+"""Making a teacher: EDM's denoising loss on real images.
+
+Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), section 5:
+`E[lambda(sigma) ||D(y + sigma n; sigma) - y||^2]`, `ln sigma ~ N(-1.2, 1.2^2)`,
+`lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.data import BatchStream, load_data
+from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.distill.distributed import World
+from gdd_fast.distill.ema import Ema
+from gdd_fast.distill.optim import StepGuard
+from gdd_fast.distill.output import Averages
+from gdd_fast.distill.random_state import RandomState
+from gdd_fast.errors import ConfigError
+from gdd_fast.inference.grid import save_grid
+from gdd_fast.inference.sampler import heun
+from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
+from gdd_fast.models.load import save_network
+from gdd_fast.models.precond import EDMPrecond
+
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything a pretraining run can be told. Field names are flag names."""
+
+    data: str = "demo"
+    """EDM-style zip, folder or npz of images; `demo` is the bundled set."""
+    run_dir: Path = Path("runs/teacher")
+    """Output folder; running the same command again resumes what it holds."""
+    arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
+    """Network architecture."""
+    model_channels: int = 32
+    """Channels of the first level; EDM uses 128 (ncsnpp, ddpmpp) and 192 (adm)."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Channel multiplier of each level."""
+    num_blocks: int = 2
+    """Residual blocks a level."""
+    attn_resolutions: tuple[int, ...] = (8,)
+    """Resolutions with self-attention."""
+    dropout: float = 0.0
+    """Dropout probability; EDM uses 0.13 for CIFAR-10."""
+    cond: bool = False
+    """Train class-conditionally."""
+    x_flip: bool = True
+    """Add the mirror image of every image to the data set."""
+    batch: int = 128
+    """Images an iteration, over all GPUs."""
+    batch_gpu: int | None = None
+    """Largest number of images through the network at once."""
+    lr: float = 1e-3
+    """Adam learning rate; betas (0.9, 0.999), eps 1e-8."""
+    lr_rampup_kimg: float = 20.0
+    """Thousands of images over which the learning rate rises from 0."""
+    ema_halflife_mimg: float = 0.5
+    """Half-life of the moving average, in millions of images."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this fraction of the images seen so far."""
+    duration_mimg: float = 1.0
+    """Length of the run, in millions of images."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision of the network."""
+    seed: int = 0
+    """Of the initialisation, the data order and the noise."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    workers: int = 2
+    """Processes that decode images when the data set is too large to be held in memory."""
+    data_memory_gib: float = 4.0
+    """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
+    tick_kimg: float = 50.0
+    """Thousands of images between metric lines with a sample grid."""
+    checkpoint_ticks: int = 5
+    """Ticks between checkpoints."""
+    max_skipped_steps: int = 10
+    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+
+
+def denoising_loss(net: nn.Module, images: Tensor, labels: Tensor | None, random: torch.Generator) -> Tensor:
+    """EDM's weighted denoising loss per image: images (N, C, H, W) in [-1, 1] -> (N,), summed over C, H, W."""
+    normal = torch.randn([len(images), 1, 1, 1], device=images.device, generator=random)
+    sigma = (1.2 * normal - 1.2).exp()
+    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    noise = torch.randn(images.shape, device=images.device, generator=random) * sigma
+    return (weight * (net(images + noise, sigma, labels) - images) ** 2).sum(dim=(1, 2, 3))
+
+
+class Pretraining:
+    """The task of `loop.run` that trains a teacher."""
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        dataset = load_data(config.data, use_labels=config.cond)
+        self.batch = config.batch
+        self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
+        self.stream = BatchStream(
+            dataset,
+            self.local_batch,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            x_flip=config.x_flip,
+            device=world.device,
+            workers=config.workers,
+            memory_limit=int(config.data_memory_gib * 2**30),
+        )
+        net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)
+        self.net = net.to(world.device, memory_format=torch.channels_last).train()
+        self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, foreach=True)
+        self.guard = StepGuard("training", self.optimizer, world, config.max_skipped_steps)
+        self.random = RandomState(config.seed, world)
+        self.averages = Averages()
+
+    def iteration(self, images: int) -> None:
+        rampup = self.config.lr_rampup_kimg * 1e3
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, images / rampup if rampup else 1.0)
+        real, labels = next(self.stream)
+        label_parts = [None] * (self.local_batch // self.micro_batch) if labels is None else labels.split(self.micro_batch)
+        for part, label in zip(real.split(self.micro_batch), label_parts, strict=True):
+            loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
+            self.averages.add("loss", loss.mean())
+            (loss.sum() / self.local_batch).backward()
+        if self.guard.step():
+            self.ema.update(images, self.batch)
+
+    def tick(self, images: int) -> dict[str, float]:
+        net = self.ema.net
+        with torch.no_grad():
+            generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
+            shape = (36, net.img_channels, net.img_resolution, net.img_resolution)
+            latents = torch.randn(shape, device=self.world.device, generator=generator)
+            labels = None
+            if net.label_dim:
+                classes = torch.arange(36, device=self.world.device) % net.label_dim
+                labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
+            samples = heun(net, latents, labels)
+        save_grid(samples, self.config.run_dir / "samples" / f"{images // 1000:06d}k.png")
+        return {"skipped_steps": float(self.guard.skipped)}
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        sections = {
+            "net": self.net.state_dict(),
+            "ema": self.ema.net.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "random": self.random.tensors(),
+        }
+        values = {"optimizer": optimizer_values(self.optimizer), "stream": self.stream.state_dict()}
+        return sections, {**values, "skipped": self.guard.skipped}
+
+    def restore(self, saved: Checkpoint) -> None:
+        saved.load_module("net", self.net)
+        saved.load_module("ema", self.ema.net)
+        saved.load_optimizer("optimizer", self.optimizer)
+        self.random.restore(saved.section("random"), saved.values["images"])
+        self.stream.load_state_dict(saved.values["stream"])
+        self.guard.skipped = saved.values["skipped"]
+
+    def export(self, run_dir: Path) -> None:
+        save_network(self.ema.net, run_dir / "teacher")
+
+
+def split_batch(batch: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
+    """Images a rank, and images at once, for a batch over all ranks; raises `ConfigError` if they do not divide."""
+    if batch % world_size:
+        raise ConfigError(f"--batch {batch} cannot be shared equally by {world_size} processes")
+    local = batch // world_size
+    micro = min(batch_gpu or local, local)
+    if local % micro:
+        raise ConfigError(f"--batch-gpu {micro} does not divide the {local} images of each process")
+    return local, micro
+
+
+def _network(config: PretrainConfig, resolution: int, channels: int, label_dim: int) -> EDMPrecond:
+    build = {"ncsnpp": ncsnpp, "ddpmpp": ddpmpp, "adm": adm}[config.arch]
+    options = build(
+        model_channels=config.model_channels,
+        channel_mult=list(config.channel_mult),
+        num_blocks=config.num_blocks,
+        attn_resolutions=list(config.attn_resolutions),
+        dropout=config.dropout,
+    )
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return EDMPrecond(resolution, channels, label_dim, sigma_data=SIGMA_DATA, dtype=dtype, **options)

@@ -1,0 +1,114 @@
+"""What a run ends with: Frechet distances of teacher, untrained and distilled generator, and their samples side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gdd_fast.config import TrainConfig
+from gdd_fast.data import load_data
+from gdd_fast.distill.parts import load_teacher, teacher_path
+from gdd_fast.files import atomic_write
+from gdd_fast.inference.generate import SamplerConfig, generate
+from gdd_fast.inference.grid import save_panel
+from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
+from gdd_fast.metrics.features import FeatureExtractor, build_extractor
+from gdd_fast.metrics.frechet import Statistics, frechet_distance
+from gdd_fast.models.load import as_generator, load_generator
+
+PANEL_IMAGES = 36
+FEATURES = ("lite0", "pixels")
+TEACHER_FIGURES = "figures.json"  # beside a bundled teacher: its own many-step distances, which take long to compute
+HEUN = SamplerConfig(sampler="heun", steps=18)
+ONE_STEP = SamplerConfig(sampler="one-step")
+
+
+def write_report(config: TrainConfig, device: torch.device) -> dict[str, dict[str, float]]:
+    """Measure and print; write report.json and comparison.png to the run folder.
+
+    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`.
+    Returns distances by row and feature.
+    """
+    images = config.run.evaluate_images
+    extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
+    reference_set = load_data(config.run.evaluate_data or config.data.data)
+    teacher = load_teacher(config.generator.teacher).to(device)
+    untrained = as_generator(teacher).eval().requires_grad_(False)
+    distilled = load_generator(config.run_dir, device)
+    stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
+    work = len(reference_set) + images * (2 if stored else 3)
+    with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
+        reference = dataset_statistics(reference_set, extractors, progress=bar.update)
+        many = stored or _distances(teacher, HEUN, images, extractors, reference, bar)
+        rows = {
+            "teacher": many,
+            "untrained": _distances(untrained, ONE_STEP, images, extractors, reference, bar),
+            "distilled": _distances(distilled, ONE_STEP, images, extractors, reference, bar),
+        }
+    report = {"images": images, "reference": reference_set.name, "reference_images": len(reference_set), "distances": rows}
+    with atomic_write(config.run_dir / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    panel = [
+        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN)),
+        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP)),
+        ("Distilled, one step", _samples(distilled, ONE_STEP)),
+    ]
+    save_panel(panel, config.run_dir / "comparison.png", cols=12)
+    print(table(rows, [e.name for e in extractors], images, reference_set.name, len(reference_set), bool(stored)))
+    return rows
+
+
+def table(
+    rows: dict[str, dict[str, float]], features: Sequence[str], images: int, name: str, reference: int, stored: bool
+) -> str:
+    """The distances as text."""
+    titles = {
+        "teacher": f"teacher, {HEUN.steps} steps" + (" (stored with it)" if stored else ""),
+        "untrained": "teacher's weights, 1 step",
+        "distilled": "distilled, 1 step",
+    }
+    lines = [f"Frechet distance of {images:,} images to {reference:,} images of {name}, lower is better"]
+    lines.append(f"  {'':36}" + "".join(f"{feature:>12}" for feature in features))
+    for row, values in rows.items():
+        lines.append(f"  {titles[row]:36}" + "".join(f"{values[feature]:12.2f}" for feature in features))
+    return "\n".join(lines)
+
+
+def _options(config: TrainConfig, name: str) -> dict[str, Path]:
+    weights = config.backbone_weight_paths().get("tf_efficientnet_lite0")
+    return {"weights": weights} if name == "lite0" and weights else {}
+
+
+def _distances(
+    net: nn.Module,
+    sampler: SamplerConfig,
+    images: int,
+    extractors: Sequence[FeatureExtractor],
+    reference: Sequence[Statistics],
+    bar: tqdm,
+) -> dict[str, float]:
+    found = generator_statistics(net, extractors, range(images), sampler, progress=bar.update)
+    return {
+        e.name: round(frechet_distance(own, ref), 4) for e, own, ref in zip(extractors, found, reference, strict=True)
+    }
+
+
+def _samples(net: nn.Module, sampler: SamplerConfig) -> torch.Tensor:
+    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler)])
+
+
+def _stored_figures(
+    config: TrainConfig, images: int, features: Sequence[str], reference_images: int
+) -> dict[str, float] | None:
+    """The figures beside the teacher if they were measured exactly as this report would."""
+    path = teacher_path(config.generator.teacher) / TEACHER_FIGURES
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    asked = {"images": images, "reference": config.run.evaluate_data, "reference_images": reference_images}
+    if any(stored.get(key) != value for key, value in asked.items()):
+        return None
+    return {name: stored["distances"][name] for name in features}

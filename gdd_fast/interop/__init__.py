@@ -1,0 +1,1 @@
+"""Reading networks that other projects wrote."""

@@ -1,0 +1,1 @@
+"""Networks: EDM's U-Nets, their preconditioning and their files; the discriminator and its frozen backbones."""

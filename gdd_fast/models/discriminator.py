@@ -1,0 +1,110 @@
+"""The projected discriminator: frozen random features here, trainable heads in `discriminator_heads`."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.errors import CheckpointError, ConfigError
+from gdd_fast.models.backbones import Backbone, check_resolution
+from gdd_fast.models.discriminator_heads import DiscriminatorHeads
+from gdd_fast.models.random_projection import OUT_CHANNELS, RandomProjection
+
+__all__ = ["DiscriminatorHeads", "ProjectedFeatures"]
+
+_LEVEL_STRIDES = (4, 8, 16, 32)
+
+
+class ProjectedFeatures(nn.Module):
+    """What the discriminator sees of an image: backbone features under a fixed random projection. Nothing trains.
+
+    `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to channels_last,
+    which suits them on CPUs and GPUs alike. Images are normalised for each backbone and resized bilinearly to
+    `resolution`. The projections are drawn from `seed`; `projection_state()` is what a checkpoint has to keep of this
+    module, the backbones being published weights.
+
+    `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
+    coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`
+    (256 for 224) and a stride of 2 to 16; VGG's maps are really twice that.
+
+    Raises `ConfigError` for no backbone, one given twice, and a resolution that one of them cannot take.
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        resolution: int = 224,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        names = [backbone.name for backbone in backbones]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"a discriminator needs one or more different backbones, not {names}")
+        for backbone in backbones:
+            check_resolution(backbone, resolution)
+        self.resolution = resolution
+        self.backbones = nn.ModuleDict(zip(names, backbones, strict=True))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projections = nn.ModuleDict(
+                {
+                    backbone.name: RandomProjection(backbone.tap_channels, len(set(backbone.tap_strides)) == 1)
+                    for backbone in backbones
+                }
+            )
+        self.requires_grad_(False)
+        self.to(dtype=dtype, memory_format=torch.channels_last)
+        self.normalizations = nn.ModuleDict({name: Normalize(b.mean, b.std) for name, b in self.backbones.items()})
+        nominal = 1 << (resolution - 1).bit_length()
+        self.channels = (OUT_CHANNELS,) * len(names)
+        self.resolutions = (tuple(2 * nominal // stride for stride in _LEVEL_STRIDES),) * len(names)
+
+    def projection_state(self) -> dict[str, Tensor]:
+        """The random projections' tensors, by name."""
+        return self.projections.state_dict()
+
+    def load_projection_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the projections of another run; `CheckpointError` if they are of other backbones."""
+        try:
+            self.projections.load_state_dict(state)
+        except RuntimeError:
+            raise CheckpointError(
+                f"the saved random projections do not fit the backbones {', '.join(self.backbones)}"
+            ) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the backbones and projections compute in."""
+        return next(self.projections.parameters()).dtype
+
+    def train(self, mode: bool = True) -> "ProjectedFeatures":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> list[list[Tensor]]:
+        """Images in [-1, 1], float `(N, 1 or 3, H, W)` -> for each backbone four maps, fine to coarse."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
+        features = []
+        for name, backbone in self.backbones.items():
+            x = self.normalizations[name](images)
+            if x.shape[-2:] != (self.resolution, self.resolution):
+                x = F.interpolate(x, (self.resolution, self.resolution), mode="bilinear", align_corners=False)
+            x = x.expand(-1, 3, -1, -1).to(self.dtype)
+            features.append(self.projections[name](backbone(x)))
+        return features
+
+
+class Normalize(nn.Module):
+    """Pixels in [-1, 1] to the scale a backbone was trained on, `((x + 1) / 2 - mean) / std`, as one multiply-add."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.is_identity = all(m == 0.5 and s == 0.5 for m, s in zip(mean, std, strict=True))
+        mean, std = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.is_identity else torch.addcmul(self.shift, x, self.scale)

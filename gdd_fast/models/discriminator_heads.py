@@ -1,0 +1,130 @@
+"""The trainable part of the projected discriminator: one small convolutional head for each feature map."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from gdd_fast.errors import ConfigError
+
+CHANNELS = {1: 2048, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 64, 256: 32, 512: 16}
+CLASS_MAP_CHANNELS = 64
+LEARNED_EMBEDDING_DIM = 320
+
+
+class DiscriminatorHeads(nn.Module):
+    """One head for each map of each backbone (StyleGAN-XL's multi-scale discriminators, arXiv 2202.00273).
+
+    `channels` and `resolutions` are those of `ProjectedFeatures`. `dtype` is the type that convolutions compute in;
+    parameters, batch statistics and logits stay float32.
+
+    With `label_dim`, logits are inner products with a projection of the class's row of a table that all heads share.
+    `embedding` is that table, frozen: at least `label_dim` rows (the first are taken) of any width, scaled as a
+    whole to mean 0 and deviation 1. None learns a table from scratch.
+
+    Raises `ConfigError` for resolutions that are not powers of two up to 512 and for a table that does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Sequence[int]],
+        resolutions: Sequence[Sequence[int]],
+        label_dim: int = 0,
+        embedding: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.label_dim = label_dim
+        self.dtype = dtype
+        self.embedding = _class_table(label_dim, embedding)
+        embedding_dim = None if self.embedding is None else self.embedding.embedding_dim
+        self.heads = nn.ModuleList(
+            nn.ModuleList(
+                Head(width, size, end=min(sizes[-1], 8), embedding_dim=embedding_dim)
+                for width, size in zip(widths, sizes, strict=True)
+            )
+            for widths, sizes in zip(channels, resolutions, strict=True)
+        )
+
+    def forward(self, features: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> list[list[Tensor]]:
+        """Maps of `ProjectedFeatures` and one-hot `(N, label_dim)` -> for each map logits `(N, positions)`."""
+        embedded = None
+        if self.embedding is not None:
+            if labels is None or labels.ndim != 2 or labels.shape[1] != self.label_dim:
+                given = "none" if labels is None else tuple(labels.shape)
+                raise ConfigError(f"this discriminator takes one-hot labels (N, {self.label_dim}), not {given}")
+            embedded = self.embedding(labels.argmax(1))
+        return [
+            [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]
+            for heads, maps in zip(self.heads, features, strict=True)
+        ]
+
+
+class Head(nn.Module):
+    """Strided convolutions from `start` down to `end`, then one to logits; nominal sizes, both powers of two."""
+
+    def __init__(self, in_channels: int, start: int, end: int, embedding_dim: int | None = None):
+        super().__init__()
+        if start not in CHANNELS or end not in CHANNELS or start < end:
+            raise ConfigError(f"a discriminator head goes down in powers of two up to 512, not from {start} to {end}")
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for level in range(start.bit_length() - 1, end.bit_length() - 1, -1):
+            out_channels = CHANNELS[1 << level - 1]
+            layers += [
+                spectral_norm(Conv2d(channels, out_channels, 4, stride=2, padding=1)),
+                nn.BatchNorm2d(out_channels),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+            channels = out_channels
+        self.main = nn.Sequential(*layers)
+        kernel = 4 if end >= 8 else max(1, end // 2)
+        out_channels = 1 if embedding_dim is None else CLASS_MAP_CHANNELS
+        self.out = spectral_norm(Conv2d(channels, out_channels, kernel, bias=False))
+        self.class_map = None if embedding_dim is None else ClassMap(embedding_dim, CLASS_MAP_CHANNELS)
+
+    def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """Feature map `(N, C, h, w)`, embedded classes `(N, embedding_dim)` -> logits `(N, positions)`."""
+        x = self.out(self.main(x)).flatten(2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.class_map is None:
+            return x.squeeze(1)
+        return (x * self.class_map(embedded).unsqueeze(2)).sum(1) / math.sqrt(CLASS_MAP_CHANNELS)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that computes in the type of its input, so that spectral norms are taken in the weight's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+class ClassMap(nn.Module):
+    """A linear layer as in StyleGAN2: unit-normal weight scaled by 1/sqrt(fan-in), leaky ReLU with gain sqrt(2)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.weight / math.sqrt(self.weight.shape[1]), self.bias)
+        return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def _class_table(label_dim: int, embedding: Tensor | None) -> nn.Embedding | None:
+    if label_dim == 0:
+        if embedding is not None:
+            raise ConfigError("a class embedding is of no use without labels: leave it out or set label_dim")
+        return None
+    if embedding is None:
+        return nn.Embedding(label_dim, LEARNED_EMBEDDING_DIM)
+    if embedding.ndim != 2 or embedding.shape[0] < label_dim:
+        raise ConfigError(f"a class embedding for {label_dim} classes cannot have shape {tuple(embedding.shape)}")
+    table = embedding.detach().float()
+    table = (table - table.mean()) / table.std()
+    return nn.Embedding.from_pretrained(table[:label_dim].clone(), freeze=True)

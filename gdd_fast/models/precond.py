@@ -1,0 +1,210 @@
+"""Preconditioning: how a U-Net F becomes a denoiser D(x; sigma), for EDM's teachers and GDD's generators.
+
+D(x; sigma) = c_skip * x + c_out * F(c_in * x, c_noise, labels), with sd = sigma_data and eps = sigma_eps:
+
+    c_skip  = sd^2 / ((sigma - eps)^2 + sd^2)
+    c_out   = (sigma - eps) * sd / sqrt(sigma^2 + sd^2)
+    c_in    = 1 / sqrt(sigma^2 + sd^2)
+    c_noise = ln(sigma) / 4
+
+EDM (Karras et al., arXiv 2206.00364, table 1) has eps = 0; GDD (Zheng & Yang, arXiv 2405.20750) has eps = 0.002.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.edm import ARCHITECTURES
+
+COMPUTE_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class EDMPrecond(nn.Module):
+    """A U-Net under EDM's preconditioning.
+
+    Args:
+        img_resolution, img_channels, label_dim: the images (square) and the number of classes (0: none).
+        use_fp16: taken so that EDM's own arguments pass unchanged, and without effect: `dtype` alone decides.
+        sigma_min, sigma_max: noise levels the network supports (samplers clamp to them).
+        sigma_data: standard deviation of the training data in [-1, 1].
+        model_type: "SongUNet" | "DhariwalUNet".
+        sigma_eps: eps of the formula above.
+        dtype: compute type of the U-Net's activations, a torch.dtype or its name: float32, bfloat16 or float16.
+            Parameters, embeddings, normalisation statistics and softmax are float32 in any case.
+        **model_kwargs: arguments of the U-Net, EDM's names.
+
+    Raises ConfigError for arguments that cannot make a network.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+        sigma_data: float = 0.5,
+        model_type: str = "DhariwalUNet",
+        sigma_eps: float = 0.0,
+        dtype: torch.dtype | str = torch.float32,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            raise ConfigError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {model_type!r}.")
+        architecture = ARCHITECTURES[model_type]
+        own = {"in_channels", "out_channels"}
+        unknown = sorted(set(model_kwargs) - (set(inspect.signature(architecture).parameters) - own))
+        if unknown:
+            raise ConfigError(f"{model_type} has no argument {', '.join(unknown)}.")
+        if not isinstance(label_dim, int) or label_dim < 0:
+            raise ConfigError(f"label_dim must be the number of classes, or 0, got {label_dim!r}.")
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.sigma_min = _level("sigma_min", sigma_min)
+        self.sigma_max = _level("sigma_max", sigma_max)
+        self.sigma_data = _level("sigma_data", sigma_data)
+        self.sigma_eps = _level("sigma_eps", sigma_eps)
+        self.model_type = model_type
+        self.model_kwargs = {name: _plain(name, value) for name, value in model_kwargs.items()}
+        self.dtype = compute_dtype(dtype)
+        self.model = architecture(
+            img_resolution=self.img_resolution,
+            in_channels=self.img_channels,
+            out_channels=self.img_channels,
+            label_dim=self.label_dim,
+            **self.model_kwargs,
+        )
+
+    def init_config(self) -> dict[str, Any]:
+        """The constructor's arguments that rebuild this network, in JSON's types.
+
+        An infinite `sigma_max`, which is the default, is left out: JSON has no infinity.
+        """
+        config = {
+            "img_resolution": self.img_resolution,
+            "img_channels": self.img_channels,
+            "label_dim": self.label_dim,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "sigma_data": self.sigma_data,
+            "sigma_eps": self.sigma_eps,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model_type": self.model_type,
+            **self.model_kwargs,
+        }
+        if math.isinf(self.sigma_max):
+            del config["sigma_max"]
+        return config
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Denoised images D(x; sigma), float32 (N, C, H, W).
+
+        Args:
+            x: noisy images (N, C, H, W), any floating type.
+            sigma: noise level > 0, one for all or N of them.
+            class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
+            augment_labels: (N, augment_dim) or (1, augment_dim); None for images that were not augmented.
+
+        Raises ConfigError if the shapes do not fit the network.
+        """
+        self._check_images(x)
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if sigma.shape[0] not in (1, x.shape[0]):
+            raise ConfigError(f"sigma must hold 1 or {x.shape[0]} noise levels, got {sigma.shape[0]}.")
+        labels = self._class_labels(class_labels, x)
+        if augment_labels is not None:
+            self._check_augment_labels(augment_labels, x)
+
+        variance = self.sigma_data**2
+        offset = sigma - self.sigma_eps if self.sigma_eps else sigma
+        c_skip = variance / (offset.square() + variance)
+        c_out = offset * self.sigma_data / (sigma.square() + variance).sqrt()
+        c_in = 1 / (sigma.square() + variance).sqrt()
+        c_noise = sigma.log() / 4
+
+        f = self.model((c_in * x).to(self.dtype), c_noise.flatten(), labels, augment_labels)
+        return c_skip * x + c_out * f.to(torch.float32)
+
+    def round_sigma(self, sigma: Tensor | float) -> Tensor:
+        """The nearest noise level the network supports: `sigma` itself, as the noise level is continuous."""
+        return torch.as_tensor(sigma)
+
+    def _check_images(self, x: Tensor) -> None:
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ConfigError(f"the network takes images (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}.")
+
+    def _class_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        if self.label_dim == 0:
+            if labels is not None and labels.shape[-1] != 0:
+                raise ConfigError(f"the network is without classes, got class_labels {tuple(labels.shape)}: give None.")
+            return None
+        if labels is None:
+            return torch.zeros(1, self.label_dim, device=x.device)
+        if not _is_row_each(labels, x, self.label_dim):
+            raise ConfigError(
+                f"class_labels must be one-hot, ({x.shape[0]}, {self.label_dim}), got {tuple(labels.shape)}: "
+                f"torch.nn.functional.one_hot(classes, {self.label_dim}) makes them."
+            )
+        return labels.to(torch.float32)
+
+    def _check_augment_labels(self, labels: Tensor, x: Tensor) -> None:
+        layer = self.model.map_augment
+        if layer is None:
+            raise ConfigError("the network has no augmentation layer (augment_dim is 0): give no augment_labels.")
+        if not _is_row_each(labels, x, layer.in_features):
+            expected = (x.shape[0], layer.in_features)
+            raise ConfigError(f"augment_labels must be {expected}, got {tuple(labels.shape)}.")
+
+
+class GDDPrecond(EDMPrecond):
+    """A U-Net under GDD's preconditioning: EDM's, with eps = 0.002, so that D(x; 0.002) = x."""
+
+    def __init__(self, *args: Any, sigma_eps: float = 0.002, **kwargs: Any) -> None:
+        super().__init__(*args, sigma_eps=sigma_eps, **kwargs)
+
+
+def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`dtype` as a torch.dtype; ConfigError if it is not one a network computes in."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in COMPUTE_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {name!r}.")
+    return COMPUTE_DTYPES[name]
+
+
+def _is_row_each(labels: Tensor, x: Tensor, width: int) -> bool:
+    """Whether `labels` is (N, width) or (1, width) for the N images of `x`."""
+    return labels.ndim == 2 and labels.shape[0] in (1, x.shape[0]) and labels.shape[1] == width
+
+
+def _level(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not value >= 0:
+        raise ConfigError(f"{name} must be a number that is not negative, got {value!r}.")
+    return float(value)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An argument in JSON's types: numbers, strings, and lists of numbers."""
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):
+        return list(value)
+    raise ConfigError(f"{name} must be a number, a string or a list of numbers, got {value!r}.")

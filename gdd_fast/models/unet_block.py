@@ -1,0 +1,75 @@
+"""The residual block that all of EDM's U-Nets are made of: the unit that freezing, fusing and folding work on."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, attention, merge
+
+
+class UNetBlock(nn.Module):
+    """Residual block, conditioned on an embedding, optionally resampling and ending in self-attention.
+
+    The embedding enters before the second norm as an offset, or after it as scale and shift (`adaptive_scale`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        num_heads: int = 0,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[float] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+        init: Init,
+        init_zero: Init,
+        init_attn: Init | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+        sampling = {"up": up, "down": down, "resample_filter": resample_filter}
+
+        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **sampling, init=init)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
+        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            project = resample_proj or in_channels != out_channels
+            self.skip = Conv2d(in_channels, out_channels, 1 if project else 0, **sampling, init=init)
+        if num_heads:
+            if out_channels % num_heads:
+                raise ConfigError(f"{out_channels} channels do not divide into {num_heads} attention heads.")
+            self.norm2 = GroupNorm(out_channels, eps=eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
+            self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype."""
+        h = self.conv0(self.norm0(x))
+        if self.adaptive_scale:
+            scale, shift = self.affine(emb).chunk(2, dim=1)
+            h = self.norm1(h, scale=scale, shift=shift)
+        else:
+            h = self.norm1(h, add=self.affine(emb))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = merge(h, x if self.skip is None else self.skip(x), self.skip_scale)
+        if self.num_heads:
+            h = attention(self.qkv(self.norm2(x, activation=None)), self.num_heads)
+            x = merge(self.proj(h), x, self.skip_scale)
+        return x

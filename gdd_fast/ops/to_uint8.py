@@ -1,0 +1,75 @@
+"""Network images to bytes: `(x * 127.5 + 128)` clipped to [0, 255], truncated, channels moved last, in one pass.
+
+This is EDM's conversion for image files and for every published FID, so a fused implementation must be equal to the
+definition `to_uint8_ref` in every bit: products and sums are rounded apart (no fused multiply-add), in float32, or in
+float64 if x is float64.
+"""
+
+import torch
+from torch import Tensor
+
+from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.errors import InputError
+
+OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def to_uint8_ref(x: Tensor) -> Tensor:
+    """The definition. (N, C, H, W) floating -> uint8 (N, H, W, C), contiguous. NaN becomes 0."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32)) * 127.5 + 128
+    y = torch.fmax(y, y.new_zeros(())).clamp(max=255)  # fmax passes over NaN: 0
+    return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(x: Tensor, backend: Backend = "auto") -> Tensor:
+    """Convert images in [-1, 1] to bytes, ready for an image file.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory (and any other in
+            which the rows of an image are evenly spaced) is read where it lies; anything else is copied once first.
+        backend: "auto", "torch", "triton", "cuda" or "cpp"; see gdd_fast.backend.
+
+    Returns:
+        uint8 (N, H, W, C), contiguous, on x's device. Values outside [-1, 1] are clipped; NaN, for which EDM's cast is
+        undefined, becomes 0. The result carries no gradient, whether or not x requires one.
+
+    Raises:
+        InputError: x is not four-dimensional or of another dtype.
+        BackendError: the backend asked for cannot run here.
+    """
+    if x.dim() != 4:
+        raise InputError(f"to_uint8: x must be (N, C, H, W), not of shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise InputError(f"to_uint8: x must be float32, bfloat16, float16 or float64 in [-1, 1], not {x.dtype}")
+    return torch.ops.gdd_fast.to_uint8(x.detach(), backend)
+
+
+torch.library.define("gdd_fast::to_uint8", "(Tensor x, str backend) -> Tensor")
+
+
+@torch.library.impl("gdd_fast::to_uint8", "CompositeExplicitAutograd")
+def _to_uint8(x: Tensor, backend: Backend) -> Tensor:
+    match resolve(backend, OPERATOR, x.device.type):
+        case "triton":
+            from gdd_fast.kernels import to_uint8 as kernels
+
+            return kernels.to_uint8(_evenly_spaced(x))
+        case "cuda" | "cpp":
+            return torch.ops.gdd_fast_C.to_uint8(_evenly_spaced(x))
+        case _:
+            return to_uint8_ref(x)
+
+
+@torch.library.register_fake("gdd_fast::to_uint8")
+def _(x: Tensor, backend: Backend) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty((n, h, w, c), dtype=torch.uint8)
+
+
+def _evenly_spaced(x: Tensor) -> Tensor:
+    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy."""
+    _, _, h, w = x.shape
+    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
+    return x if even else x.contiguous()

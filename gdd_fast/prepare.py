@@ -1,0 +1,60 @@
+"""Make a data set: `python -m gdd_fast.prepare --source cifar-10-python.tar.gz --dest cifar10-32x32.zip`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from gdd_fast.data.convert import convert
+from gdd_fast.data.sources import Labels, Split, open_source
+from gdd_fast.data.transform import Transform
+from gdd_fast.errors import ConfigError, command
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Convert images to a data set for training: one size, gray or RGB, lossless."""
+
+    source: Path
+    """Folder or zip of images, CIFAR-10 python archive, folder with idx files of the MNIST family, or .npz."""
+    dest: Path
+    """The data set to write: a .zip in EDM's format, or an .npz."""
+    split: Split = "train"
+    """Which part of a CIFAR-10 archive or of idx files; other sources have no parts."""
+    labels: Labels = "auto"
+    """`auto`: as the source states them, if it does; `folders`: one class a first-level folder; `none`."""
+    transform: Annotated[Transform, tyro.conf.arg(name="")] = field(default_factory=Transform)
+    max_images: int | None = None
+    """Only that many, the first ones in the order of the source (image files: of their names)."""
+    overwrite: bool = False
+    """Replace `--dest` if it exists."""
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Write the data set and print a line about it; raises `GddFastError` before anything is written if it cannot."""
+    if config.dest.exists() and not config.overwrite:
+        raise ConfigError(f"{config.dest} exists; --overwrite replaces it")
+    source = open_source(config.source, config.split, config.labels)
+    with tqdm(desc=source.kind, unit="img", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        count, channels, height, width = convert(
+            source, config.dest, config.transform, max_images=config.max_images, progress=progress
+        )
+    classes = "no labels" if source.labels is None else f"{len(set(source.labels[:count].tolist()))} classes"
+    print(f"{count} images {width}x{height}, {'gray' if channels == 1 else 'RGB'}, {classes} -> {config.dest}")
+
+
+@command
+def main(args: Sequence[str] | None = None) -> None:
+    prepare(tyro.cli(PrepareConfig, args=args, prog="python -m gdd_fast.prepare"))
+
+
+if __name__ == "__main__":
+    main()

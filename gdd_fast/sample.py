@@ -1,0 +1,113 @@
+"""Images from a one-step generator, or from a diffusion teacher in many steps.
+
+`python -m gdd_fast.sample --net PATH --seeds 0-63 --grid grid.png --out images.zip`
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from gdd_fast.cli import parse
+from gdd_fast.distill.distributed import pick_device
+from gdd_fast.distill.parts import teacher_path
+from gdd_fast.errors import ConfigError, command
+from gdd_fast.inference.generate import SamplerConfig, generate
+from gdd_fast.inference.grid import save_grid
+from gdd_fast.inference.seeds import parse_seeds
+from gdd_fast.inference.writers import check_output, open_writer
+from gdd_fast.models.load import load_generator
+
+_GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `sample` makes."""
+
+    net: str
+    """EDM .pkl, network folder, or training run folder (its EMA generator); `demo` is the bundled teacher."""
+    out: Path | None = None
+    """Where the images go: a .zip, an .npz (arr_0 uint8 NHWC, arr_1 classes), or a new folder of PNGs."""
+    grid: Path | None = None
+    """A PNG with the images side by side (the first 400)."""
+    seeds: str = "0-63"
+    """Numbers and ranges, such as 0-63,100. The image of a seed does not depend on the other seeds."""
+    class_index: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Make only this class; otherwise each seed draws its own."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    batch: int = 64
+    """Images through the network at once."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    generator_device: Literal["cpu", "cuda"] = "cpu"
+    """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compute type of the network; by default the one it was saved with."""
+    subdirs: bool = False
+    """In a folder, give every thousand seeds a folder of their own. A zip always has them."""
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first option that cannot work, before the network is read."""
+        if self.out is None and self.grid is None:
+            raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
+        if self.out is not None:
+            check_output(self.out)
+        if self.grid is not None and self.grid.suffix.lower() != ".png":
+            raise ConfigError(f"--grid is a .png, not {self.grid}")
+        if self.batch < 1:
+            raise ConfigError(f"--batch must be at least 1, not {self.batch}")
+        if self.generator_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--generator-device cuda: there is no usable CUDA device; use cpu")
+        self.sampler.validate()
+        parse_seeds(self.seeds)
+
+
+def sample(config: SampleConfig) -> None:
+    """Write the images of `config`. Raises a `GddFastError` before the first image if anything in it cannot work."""
+    config.validate()
+    seeds = parse_seeds(config.seeds)
+    device = pick_device(config.device)
+    net = load_generator(teacher_path(config.net), device, config.dtype)
+
+    shown: list[torch.Tensor] = []
+    started = time.monotonic()
+    batches = generate(
+        net,
+        seeds,
+        config.sampler,
+        batch=config.batch,
+        class_index=config.class_index,
+        generator_device=config.generator_device,
+    )
+    with (
+        nullcontext() if config.out is None else open_writer(config.out, subdirs=config.subdirs) as writer,
+        tqdm(total=len(seeds), unit="img", dynamic_ncols=True) as bar,
+    ):
+        for part in batches:
+            if writer is not None:
+                writer.put(part.seeds, part.images, part.classes)
+            if config.grid is not None and bar.n < _GRID_IMAGES:
+                shown.append(part.images[: _GRID_IMAGES - bar.n].cpu())
+            bar.update(len(part.seeds))
+    seconds = time.monotonic() - started
+    if config.grid is not None:
+        save_grid(torch.cat(shown), config.grid)
+
+    written = " and ".join(str(path) for path in (config.out, config.grid) if path is not None)
+    print(f"{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.1f} images/s, {device}) -> {written}")
+
+
+@command
+def main(args: Sequence[str] | None = None) -> None:
+    sample(parse(SampleConfig, args=args, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

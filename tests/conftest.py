@@ -1,0 +1,13 @@
+"""Settings and fixtures of all tests."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# triton reads this when a kernel is defined, so it is set before any test can import triton
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("gdd_fast", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("gdd_fast")

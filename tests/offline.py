@@ -1,0 +1,120 @@
+"""Compiling kernels for GPUs that are not here, and reading what the assembler says of them.
+
+`compile_triton` compiles @triton.jit functions for sm_80 and sm_90 in a process of its own, because the tests' process
+has Triton's interpreter switched on; `compile_cuda` gives CUDA source to nvcc. Both return a `Resources` a kernel and
+architecture; `Resources.assert_no_spills` is the check that every kernel has to pass.
+"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARCHITECTURES = (80, 90)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes of one architecture: registers a thread, bytes of spills and of shared memory."""
+
+    kernel: str
+    architecture: int
+    registers: int
+    spilled: int
+    shared: int
+
+    def assert_no_spills(self) -> None:
+        assert self.spilled == 0, f"{self.kernel} spills {self.spilled} bytes on sm_{self.architecture}"
+
+
+@dataclass(frozen=True)
+class TritonCase:
+    """A kernel and one specialisation of it: types of its arguments ("*fp32", "i32"), constants, launch options."""
+
+    kernel: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def compile_triton(module: str, cases: Sequence[TritonCase], architectures: Sequence[int] = ARCHITECTURES):
+    """Resources of every case on every architecture; `module` is an import name such as gdd_fast.kernels.to_uint8."""
+    pytest.importorskip("triton")
+    request = {"module": module, "cases": [asdict(case) for case in cases], "architectures": list(architectures)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(request), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [Resources(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures: list[int]) -> list[dict[str, Any]]:
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = importlib.import_module(module)
+    results = []
+    for case in cases:
+        signature = {**case["signature"], **dict.fromkeys(case["constants"], "constexpr")}
+        for architecture in architectures:
+            source = ASTSource(getattr(kernels, case["kernel"]), signature, constexprs=case["constants"])
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source, target=target, options=case["options"])
+            registers, spilled, _ = _assembler_report(compiled.asm["ptx"], knobs.nvidia.ptxas.path, architecture)[0]
+            entry = Resources(case["kernel"], architecture, registers, spilled, compiled.metadata.shared)
+            results.append(asdict(entry))
+    return results
+
+
+def _assembler_report(ptx: str, ptxas: str, architecture: int) -> list[tuple[int, int, int]]:
+    # sm_90a where Triton asked for it: the target is written in the PTX
+    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={target[1] if target else f'sm_{architecture}'}", path, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return _parse(done.stderr)
+
+
+def compile_cuda(source: str, architecture: int, include: Sequence[Path] = ()) -> list[Resources]:
+    """Resources of every kernel that `source` (CUDA text that includes from csrc/) instantiates, by nvcc alone."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "source.cu")
+        path.write_text(source)
+        includes = [f"-I{p}" for p in (ROOT / "csrc", *include)]
+        command = [nvcc, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", *includes]
+        done = subprocess.run([*command, "-o", Path(folder, "out.cubin"), path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    return [Resources(n, architecture, *report) for n, report in zip(names, _parse(done.stderr), strict=True)]
+
+
+def _parse(report: str) -> list[tuple[int, int, int]]:
+    """(registers, spilled bytes, shared bytes) of every kernel in the output of `ptxas -v`."""
+    spills = [int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)]
+    used = re.findall(r"Used (\d+) registers(.*)", report)
+    shared = [int(found[1]) if (found := re.search(r"(\d+) bytes smem", rest)) else 0 for _, rest in used]
+    assert used, f"ptxas reported no kernel:\n{report}"
+    return [(int(r), s, m) for (r, _), s, m in zip(used, spills, shared, strict=True)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_triton_here(**json.load(sys.stdin))))

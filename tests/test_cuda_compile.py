@@ -1,0 +1,56 @@
+"""Every CUDA kernel compiles for sm_80 and sm_90 with nvcc alone and without spilling registers."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline import ARCHITECTURES, ROOT, compile_cuda
+
+CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
+SIZES = ", ".join(["int64_t"] * 6)
+
+# What to instantiate of each header; a header missing here fails test_every_header_is_listed.
+INSTANTIATIONS = {
+    "to_uint8.cuh": [
+        f"template cudaError_t launch_to_uint8<{t}>(const {t}*, uint8_t*, {SIZES}, cudaStream_t);" for t in CUDA_TYPES
+    ],
+}
+
+
+def test_every_header_is_listed():
+    assert {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cuh")} == INSTANTIATIONS.keys()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("header", INSTANTIATIONS)
+def test_kernels_compile_without_spills(header, architecture):
+    body = "\n".join(INSTANTIATIONS[header])
+    kernels = compile_cuda(f'#include "cuda/{header}"\nnamespace gdd_fast::cuda {{\n{body}\n}}\n', architecture)
+    assert kernels
+    for resources in kernels:
+        resources.assert_no_spills()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")))
+def test_launchers_compile_against_torch(source, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    torch_include = Path(torch.__file__).parent / "include"
+    includes = [ROOT / "csrc", torch_include, torch_include / "torch" / "csrc" / "api" / "include"]
+    if not (torch_include / "c10" / "cuda" / "CUDAStream.h").is_file():
+        pytest.skip("this torch comes without the headers of c10/cuda")
+    if not (torch_include / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h").is_file():
+        # the one header of c10/cuda that a torch without CUDA leaves out says only whether libraries are shared
+        generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+        generated.parent.mkdir(parents=True)
+        generated.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+        includes.append(tmp_path)
+    command = ["nvcc", "-std=c++20", "-c", ROOT / "csrc" / "cuda" / source, "-o", tmp_path / "out.o"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command += ["--expt-relaxed-constexpr", "-DGDD_FAST_WITH_CUDA", *(f"-I{path}" for path in includes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

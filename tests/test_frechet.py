@@ -1,0 +1,166 @@
+"""Statistics in a stream, and the Frechet distance against scipy's matrix square root and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdd_fast.errors import DataError
+from gdd_fast.metrics.frechet import Statistics, frechet_distance
+
+
+def normal(n: int, dim: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(features: torch.Tensor, batch: int = 1000, name: str = "") -> Statistics:
+    result = Statistics(features.shape[1], name)
+    for part in features.split(batch):
+        result.update(part)
+    return result
+
+
+def by_definition(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The formula as published, with scipy's matrix square root."""
+    from scipy.linalg import sqrtm
+
+    (mu1, s1), (mu2, s2) = ((x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False)) for x in (a, b))
+    return float(np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * np.real(sqrtm(s1 @ s2))))
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) >= 2))
+def test_any_split_into_batches_gives_numpys_mean_and_covariance(sizes):
+    x = normal(sum(sizes), 3) * 5 + 100
+    streamed = Statistics(3)
+    for part in x.split(sizes):
+        streamed.update(part)
+    assert streamed.count == len(x)
+    np.testing.assert_allclose(streamed.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(streamed.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    x = normal(500, 4)
+    shifted = statistics(x + 1e8, batch=32)
+    np.testing.assert_allclose(shifted.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-6, atol=1e-7)
+
+
+def test_merging_equals_seeing_everything():
+    x = normal(101, 5) + 3
+    merged = statistics(x[:40])
+    merged.merge(statistics(x[40:]))
+    merged.merge(Statistics(5))
+    whole = statistics(x)
+    assert merged.count == 101
+    torch.testing.assert_close(merged.mean, whole.mean)
+    torch.testing.assert_close(merged.covariance, whole.covariance)
+
+
+def _rank(rank: int, splits: list[list[int]], store: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for sizes in splits:
+        own = statistics(normal(sum(sizes), 4).split(sizes)[rank])
+        own.all_reduce()
+        results.put((own.count, own.mean.tolist(), own.covariance.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_together_equal_one(tmp_path):
+    splits = [[30, 11], [41, 0]]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    torch.multiprocessing.spawn(_rank, (splits, str(tmp_path / "store"), results), nprocs=2)
+    whole = statistics(normal(41, 4))
+    for _ in range(4):
+        count, mean, covariance = results.get()
+        assert count == 41
+        np.testing.assert_allclose(mean, whole.mean, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(covariance, whole.covariance, rtol=1e-12, atol=1e-14)
+
+
+def test_equal_to_scipy_where_covariances_have_full_rank():
+    mixing = normal(24, 24, seed=7)
+    a, b = normal(400, 24) @ mixing, normal(300, 24, seed=1) * 1.5 + 0.7
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(by_definition(a, b), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 8, 31])
+def test_fewer_samples_than_dimensions(n):
+    """On a subspace the distance is that of the subspace: rotate full-rank samples into more dimensions."""
+    a, b = normal(200, n), normal(150, n, seed=1) * 2 + 1
+    basis = torch.linalg.qr(normal(64, n, seed=2))[0].T
+    flat = frechet_distance(statistics(a), statistics(b))
+    assert frechet_distance(statistics(a @ basis), statistics(b @ basis)) == pytest.approx(flat, rel=1e-6)
+
+
+def test_closed_forms():
+    x = normal(300, 6)
+    same = statistics(x)
+    assert frechet_distance(same, same) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(same, statistics(x + 2)) == pytest.approx(6 * 4)
+    assert frechet_distance(same, statistics(x * 3)) == pytest.approx(
+        float((x.mean(0) * 2).square().sum() + 4 * same.covariance.trace())
+    )
+    constant = statistics(torch.full((5, 6), 0.25))
+    expected = float((same.mean - 0.25).square().sum() + same.covariance.trace())
+    assert frechet_distance(same, constant) == pytest.approx(expected)
+    assert frechet_distance(constant, constant) == 0
+
+
+def test_symmetric():
+    a, b = statistics(normal(50, 8)), statistics(normal(20, 8, seed=1) + 1)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+
+
+def test_save_and_load(tmp_path):
+    original = statistics(normal(30, 5), name="lite0-64")
+    original.save(tmp_path / "ref.npz")
+    loaded = Statistics.load(tmp_path / "ref.npz")
+    assert (loaded.count, loaded.features) == (30, "lite0-64")
+    assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
+    loaded.update(normal(10, 5, seed=1))
+    both = statistics(torch.cat([normal(30, 5), normal(10, 5, seed=1)]))
+    torch.testing.assert_close(loaded.covariance, both.covariance)
+
+
+def test_reads_edms_reference_files(tmp_path):
+    original = statistics(normal(30, 5))
+    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy(), sigma=original.covariance.numpy())
+    loaded = Statistics.load(tmp_path / "edm.npz")
+    assert loaded.count is None
+    assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(DataError, match="count"):
+        loaded.update(normal(3, 5))
+
+
+def test_files_that_are_no_statistics(tmp_path):
+    eye = np.eye(3)
+    np.savez(tmp_path / "other.npz", images=eye)
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(2), sigma=eye)
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=eye * np.nan)
+    np.savez(tmp_path / "pickle.npz", mu=np.array([None]), sigma=eye)
+    (tmp_path / "text.npz").write_text("not a zip")
+    for name in ("missing", "other", "shape", "nan", "pickle", "text"):
+        with pytest.raises(DataError, match=name):
+            Statistics.load(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite(bad):
+    x = normal(4, 3)
+    x[2, 1] = bad
+    with pytest.raises(DataError, match="NaN"):
+        statistics(x)
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(DataError, match="at least 2"):
+        frechet_distance(statistics(normal(1, 3)), statistics(normal(5, 3)))
+    with pytest.raises(DataError, match="dimensions"):
+        frechet_distance(statistics(normal(5, 4)), statistics(normal(5, 3)))
+    with pytest.raises(DataError, match="lite0-64"):
+        frechet_distance(statistics(normal(5, 3), name="lite0-64"), statistics(normal(5, 3), name="lite0-128"))
+    with pytest.raises(DataError, match="expected features"):
+        statistics(normal(5, 3)).update(normal(5, 4))

@@ -1,0 +1,165 @@
+"""The rules of docs/design.md that a reader cannot see at a glance: who imports whom, and what is never written."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = sorted((ROOT / "gdd_fast").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+SOURCES = [*PACKAGE, *KERNELS]
+
+COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
+# From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
+LAYERS = (
+    ("config", "errors", "files", "cli", "backend", "kernels", "data", "interop"),
+    ("ops",),
+    ("modules",),
+    ("models",),
+    ("distill", "inference", "metrics"),
+    COMMANDS,
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# The only files that may take a pickle apart, each by an unpickler that executes nothing.
+UNPICKLERS = {"gdd_fast/interop/edm_pickle.py", "gdd_fast/data/cifar.py"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def by_file(paths):
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of everything imported anywhere in the file, inside functions too."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(parts[: len(parts) - node.level]) if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of an attribute or name; empty for other expressions."""
+    return ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    return ((dotted(node.func), node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
+
+
+def test_every_module_has_a_layer():
+    top = {path.relative_to(ROOT / "gdd_fast").parts[0].removesuffix(".py") for path in PACKAGE}
+    assert top - {"__init__"} <= RANK.keys()
+
+
+def test_every_folder_with_modules_is_a_package():
+    """find_packages leaves a folder without __init__.py out of the wheel; kernels/ must have none (see kernels.py)."""
+    assert {path.parent for path in PACKAGE} == {path.parent for path in PACKAGE if path.name == "__init__.py"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not [path for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+@by_file([path for path in PACKAGE if path != ROOT / "gdd_fast" / "__init__.py"])
+def test_imports_go_one_way(path):
+    layer = path.relative_to(ROOT / "gdd_fast").parts[0].removesuffix(".py")
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if package == "gdd_fast" and target in RANK:
+            assert RANK[target] <= RANK[layer], f"{name_of(path)} ({layer}) imports {name} from a layer above"
+            assert target not in COMMANDS or target == layer, f"{name_of(path)} imports the command {name}"
+
+
+@by_file(KERNELS)
+def test_kernels_know_nothing_of_the_package(path):
+    for name in imported(path):
+        assert not name.startswith("gdd_fast"), f"{name_of(path)} imports {name}"
+    for name, node in calls(path):
+        assert not name.startswith("torch.library."), f"{name_of(path)}:{node.lineno}"
+
+
+@by_file(SOURCES)
+def test_triton_and_the_kernels_folder_are_imported_where_they_may_be(path):
+    in_kernels = path.parent == ROOT / "kernels"
+    for name in imported(path):
+        root = name.split(".")[0]
+        if not in_kernels:
+            assert root not in ("kernels", "triton"), f"{name_of(path)} imports {name}: use gdd_fast.kernels"
+
+
+@by_file(SOURCES)
+def test_nothing_in_a_file_is_executed(path):
+    for name, node in calls(path):
+        where = f"{name_of(path)}:{node.lineno}: {name}"
+        options = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name == "torch.load":
+            safe = options.get("weights_only")
+            assert isinstance(safe, ast.Constant) and safe.value is True, f"{where} without weights_only=True"
+        assert name not in ("eval", "exec", "globals", "__import__"), where
+        assert "allow_pickle" not in options or ast.unparse(options["allow_pickle"]) == "False", where
+        assert "cpp_extension.load" not in name, f"{where} builds at run time"
+    if name_of(path) not in UNPICKLERS:
+        readers = ("load", "loads", "Unpickler", "*")
+        banned = {f"{module}.{reader}" for module in ("pickle", "_pickle", "dill", "cloudpickle") for reader in readers}
+        used = {dotted(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
+        assert not banned & (used | set(imported(path))), f"{name_of(path)} unpickles"
+
+
+@by_file(SOURCES)
+def test_no_error_is_hidden(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("nan_to_num", "nan_to_num_"), f"{name_of(path)}:{node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or dotted(node.type) in ("Exception", "BaseException")
+            silent = all(isinstance(statement, ast.Pass | ast.Continue) for statement in node.body)
+            assert not (broad and silent), f"{name_of(path)}:{node.lineno} swallows every error"
+
+
+@by_file(SOURCES)
+def test_no_setting_is_read_at_import(path):
+    """Environment variables count when a function runs, so a program can set them after its imports."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+    def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+        yield node
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, functions):
+                yield from outside_functions(child)
+
+    for node in outside_functions(tree_of(path)):
+        if isinstance(node, ast.Attribute):
+            assert dotted(node) not in ("os.environ", "os.getenv"), f"{name_of(path)}:{node.lineno}"
+
+
+def test_importing_is_light():
+    """`import gdd_fast` does not import torch; importing every module imports neither triton nor a GPU context."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE]
+    modules = [module.removesuffix(".__init__") for module in modules]
+    code = (
+        "import importlib, sys, gdd_fast\n"
+        "assert 'torch' not in sys.modules and gdd_fast.__version__\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "import torch\n"
+        "assert 'triton' not in sys.modules, 'triton'\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
