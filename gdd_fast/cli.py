@@ -11,10 +11,21 @@ from gdd_fast.errors import ConfigError
 T = TypeVar("T")
 
 
-def parse(cls: type[T], default: T | None = None, *, args: Sequence[str] | None = None, description: str = "") -> T:
-    """An instance of the dataclass `cls` from `args` (default: the process's). Unknown flags exit with status 2."""
+def parse(
+    cls: type[T],
+    default: T | None = None,
+    *,
+    name: str,
+    args: Sequence[str] | None = None,
+    description: str = "",
+) -> T:
+    """An instance of the dataclass `cls` from `args` (default: the process's), for `python -m gdd_fast.<name>`.
+
+    Unknown flags and values of the wrong type end the process with status 2.
+    """
     return tyro.cli(
         cls,
+        prog=f"python -m gdd_fast.{name}",
         default=default if default is not None else tyro.MISSING_NONPROP,
         args=sys.argv[1:] if args is None else list(args),
         description=description,
@@ -38,8 +49,3 @@ def pop_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, 
             rest.append(argument)
         position += 1
     return value, rest
-
-
-def pop_flag(arguments: Sequence[str], name: str) -> tuple[bool, list[str]]:
-    """Whether `--name` was given, and the other arguments."""
-    return f"--{name}" in arguments, [a for a in arguments if a != f"--{name}"]

@@ -4,15 +4,16 @@ Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--
 Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750) and its public code.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
-Backend = Literal["auto", "torch", "triton", "cuda"]
 
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
 
@@ -61,6 +62,8 @@ class DiscriminatorConfig:
     """Local weight files, each `name=path` (.safetensors, .pt or .pth)."""
     disc_resolution: int = 224
     """Images are resized to this many pixels before the backbones."""
+    head_width: float = 1.0
+    """Scales the channels of the heads' convolutions; 1 is the paper's."""
     class_embedding: Literal["imagenet", "learned"] = "imagenet"
     """Conditional heads: the frozen ImageNet class embedding of EfficientNet-lite0, or one learned from scratch."""
     d_lr: float = 1e-4
@@ -74,8 +77,8 @@ class LossConfig:
     """The GAN loss."""
 
     logit_reduction: Reduction = "rows"
-    """`rows`: as the public code, per image the mean over positions, summed over images and backbones.
-    `heads`: summed over heads, the mean over images and positions."""
+    """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
+    R1 weighs less the more images a process has. `heads`: the mean over images and positions, summed over heads."""
     r1_gamma: float = 1e-4
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
@@ -99,11 +102,11 @@ class RunConfig:
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
-    """Which implementation of the fused operators runs."""
+    """Which implementation of the fused operators runs: `auto` takes the best there is; a named one runs or fails."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
-    """Ticks between checkpoints. One is always written at the end and on SIGINT or SIGTERM."""
+    """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
     evaluate_images: int = 0
@@ -134,19 +137,23 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise one `ConfigError` for the first setting that cannot work. Reads no file."""
         run, loss = self.run, self.loss
+        for section in (self.data, self.generator, self.discriminator, loss, run):
+            check_values(section)
         _require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
-        _require(self.generator.teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
+        teacher = self.generator.teacher
+        _require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
         _require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         _require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         _require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
-        for name in ("duration_mimg", "tick_kimg"):
-            _require(getattr(run, name) > 0, f"--{_flag(name)} must be positive, not {getattr(run, name)}")
+        _require(self.total_images >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
+        _require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
+        _require(run.seed >= 0, f"--seed cannot be negative, not {run.seed}")
         _require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
         _require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
         _require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
         _require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
         _require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
-        _require(self.data.data_memory_gib >= 0, f"--data-memory-gib cannot be negative, not {self.data.data_memory_gib}")
+        _require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         _require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
         _require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
         _require(self.generator.ema_rampup >= 0, "--ema-rampup cannot be negative")
@@ -164,14 +171,11 @@ class TrainConfig:
 
     def backbone_weight_paths(self) -> dict[str, Path]:
         """`--backbone-weights name=path ...` as a mapping; raises `ConfigError` for a malformed or unused entry."""
-        paths = {}
+        paths, names = {}, self.discriminator.backbones
         for entry in self.discriminator.backbone_weights:
             name, equals, path = entry.partition("=")
             _require(bool(equals and path), f"--backbone-weights takes name=path, not {entry!r}")
-            _require(
-                name in self.discriminator.backbones,
-                f"--backbone-weights names {name!r}, which is not among --backbones {' '.join(self.discriminator.backbones)}",
-            )
+            _require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
             paths[name] = Path(path)
         return paths
 
@@ -183,6 +187,16 @@ def _require(condition: bool, message: str) -> None:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+def check_values(section: Any) -> None:
+    """Raise `ConfigError` for a dataclass field that is none of its literals, or a number that is not finite."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise ConfigError(f"--{_flag(f.name)} is one of {', '.join(get_args(f.type))}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{_flag(f.name)} must be finite, not {value}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -200,6 +214,8 @@ def _plain(value: Any) -> Any:
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """The inverse of `to_dict`; unknown keys raise `ConfigError`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} is made from a mapping of settings, not {values!r}")
     known = {f.name: f for f in fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -219,8 +235,9 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 # What a resumed run may change; everything else is part of the recipe and has to stay.
 RESUMABLE = frozenset(
-    {"run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks", "max_skipped_steps"}
-    | {"evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights", "data", "teacher"}
+    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
+    | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
+    | {"data", "teacher"}
 )
 
 
@@ -230,7 +247,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
+            found += differences(a, b, f"{prefix}{name}.")
         elif a != b and name not in RESUMABLE:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found
@@ -240,7 +257,15 @@ _VGG = ("vgg16_bn", "tf_efficientnet_lite0")
 _DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
 
 
-def _recipe(cond: bool, backbones: tuple[str, ...], g_lr: float, d_lr: float, mimg: float, ema: float = 0.5, batch: int = 256):
+def _recipe(
+    cond: bool,
+    backbones: tuple[str, ...],
+    g_lr: float,
+    d_lr: float,
+    mimg: float,
+    ema: float = 0.5,
+    batch: int = 256,
+) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(cond=cond),
         generator=GeneratorConfig(g_lr=g_lr, ema_halflife_mimg=ema),
@@ -258,9 +283,12 @@ _RECIPES = {
     # The bundled teacher on the bundled data, sized for two CPU cores.
     DEMO: TrainConfig(
         data=DataConfig(data=DEMO),
-        generator=GeneratorConfig(teacher=DEMO, g_lr=1e-3, g_precision="fp32", ema_halflife_mimg=0.001, ema_rampup=0),
-        discriminator=DiscriminatorConfig(backbones=("tf_efficientnet_lite0",), disc_resolution=64, d_lr=1e-3),
-        run=RunConfig(duration_mimg=0.012, batch=64, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
+        generator=GeneratorConfig(teacher=DEMO, g_lr=1e-3, g_precision="fp32", ema_halflife_mimg=0.003, ema_rampup=0.1),
+        discriminator=DiscriminatorConfig(
+            backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3
+        ),
+        loss=LossConfig(r1_gamma=3e-3),
+        run=RunConfig(duration_mimg=0.0128, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
     ),
 }
 
@@ -287,4 +315,3 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]
-

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -16,18 +17,12 @@ from gdd_fast.models.load import RUN_GENERATOR, load_network, network_from_pickl
 from gdd_fast.models.precond import EDMPrecond
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt")
-OTHER_SUFFIXES = (
-    ".pkl",
-    ".pth",
-    ".ckpt",
-    ".bin",
-    ".zip",
-)  # asked for as a destination, these mean a file, not a folder
+OTHER_SUFFIXES = (".pkl", ".pth", ".ckpt", ".bin", ".zip")  # as a destination, these mean a file, not a folder
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert an EDM or GDD .pkl to a network folder, or a .pkl or a folder to a state_dict file with EDM's names."""
+    """Convert an EDM or GDD .pkl, a network folder or a run to a folder, or to a state_dict file with EDM's names."""
 
     source: tyro.conf.Positional[Path]
     """EDM or GDD .pkl (nothing in it is executed), network folder, or training run folder (its EMA generator)."""
@@ -35,6 +30,8 @@ class ConvertConfig:
     """New folder for config.json and model.safetensors; or a state_dict file, .safetensors or .pt (plain tensors)."""
     key: str = "ema"
     """Which network of a .pkl: training snapshots may hold `ema` and `net`."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How a folder stores the weights. They are float32 again when loaded, less what float16 rounds off."""
     overwrite: bool = False
     """Replace what is at the destination."""
 
@@ -47,8 +44,10 @@ class ConvertConfig:
         destination, wanted = self.destination, " or ".join(STATE_DICT_SUFFIXES)
         if destination.suffix.lower() in OTHER_SUFFIXES:
             raise ConfigError(f"{destination}: give a folder's name, or a state_dict file that ends in {wanted}")
-        if self.source.is_dir() and not self.to_state_dict:
-            raise ConfigError(f"{self.source} is a folder already: give a destination that ends in {wanted}")
+        if destination.resolve() == self.source.resolve():
+            raise ConfigError(f"{destination} is the source itself: give another destination")
+        if self.to_state_dict and self.dtype != "float32":
+            raise ConfigError(f"a state_dict file is float32, as EDM's networks are: leave out --dtype {self.dtype}")
         if destination.exists():
             if destination.is_dir() == self.to_state_dict:
                 kind = "folder" if self.to_state_dict else "file"
@@ -66,7 +65,7 @@ def convert(config: ConvertConfig) -> EDMPrecond:
     config.validate()
     net = _read(config.source, config.key)
     if not config.to_state_dict:
-        save_network(net, config.destination)
+        save_network(net, config.destination, dtype=getattr(torch, config.dtype))
         return net
     state = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
     with atomic_write(config.destination) as temporary:

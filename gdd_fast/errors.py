@@ -42,7 +42,7 @@ class DivergedError(GddFastError):
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` end with one line on stderr and exit status 2 on a `GddFastError`, never a traceback."""
+    """Make `main` end with one line on stderr, never a traceback: status 2 on a `GddFastError`, 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -51,5 +51,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except GddFastError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapped

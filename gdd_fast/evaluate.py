@@ -200,7 +200,7 @@ def _require(condition: bool, message: str) -> None:
 
 @command
 def main(args: Sequence[str] | None = None) -> None:
-    config = parse(EvaluateConfig, args=args, description=__doc__)
+    config = parse(EvaluateConfig, name="evaluate", args=args, description=__doc__)
     result = evaluate(config)
     print(json.dumps(result) if config.json else report(result))
 

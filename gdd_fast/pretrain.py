@@ -3,31 +3,35 @@
     python -m gdd_fast.pretrain --data cifar10-32x32.zip --run-dir runs/teacher
 
 The averaged network is written to RUN_DIR/teacher, which `gdd_fast.train --teacher` takes. Running the same command
-again resumes.
+again resumes. SIGINT or SIGTERM saves the state after the iteration in progress; the exit status is then 128 + the
+signal's number.
 """
+
+from collections.abc import Sequence
 
 from gdd_fast.cli import parse
 from gdd_fast.config import to_dict
-from gdd_fast.distill import distributed, loop
-from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
+from gdd_fast.distill import loop
+from gdd_fast.distill.distributed import join
+from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.errors import command
+from gdd_fast.files import check_writable
 
 
 @command
-def main() -> None:
-    config = parse(PretrainConfig, description=__doc__)
-    world = distributed.join(config.device)
-    try:
-        task = Pretraining(config, world)
-        schedule = loop.Schedule(
-            round(config.duration_mimg * 1e6), round(config.tick_kimg * 1e3), config.checkpoint_ticks
-        )
-        finished = loop.run(task, config.run_dir, to_dict(config), schedule, world)
-    finally:
-        world.leave()
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = parse(PretrainConfig, name="pretrain", args=arguments, description=__doc__)
+    config.validate()
+    check_writable(config.run_dir)
+    schedule = loop.Schedule.of(config.duration_mimg, config.tick_kimg, config.checkpoint_ticks)
+    with join(config.device) as world:
+        outcome = loop.run(Pretraining(config, world), config.run_dir, to_dict(config), schedule, world)
+    if outcome.signal:
+        if world.is_main:
+            print(f"Stopped at {outcome.images:,} images; the same command resumes.")
+        raise SystemExit(128 + outcome.signal)
     if world.is_main:
-        where = config.run_dir / "teacher"
-        print(f"Teacher in {where}" if finished else "Stopped; the same command resumes.")
+        print(f"Teacher after {outcome.images:,} images in {config.run_dir / TEACHER}")
 
 
 if __name__ == "__main__":

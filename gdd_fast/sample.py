@@ -106,7 +106,7 @@ def sample(config: SampleConfig) -> None:
 
 @command
 def main(args: Sequence[str] | None = None) -> None:
-    sample(parse(SampleConfig, args=args, description=__doc__))
+    sample(parse(SampleConfig, name="sample", args=args, description=__doc__))
 
 
 if __name__ == "__main__":

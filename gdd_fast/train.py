@@ -5,17 +5,19 @@
         --data cifar10-32x32.zip --teacher edm-cifar10-32x32-uncond-ve.pkl --run-dir runs/c10
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
-Running the same command again resumes. Flags override the preset's settings.
+--preset names the recipe whose settings are the defaults below; flags override them. Running the same command again
+resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
+progress; the exit status is then 128 + the signal's number (130, 143), 2 for bad input, 0 for a finished run.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gdd_fast import config as configs
-from gdd_fast.cli import parse, pop_flag, pop_option
-from gdd_fast.config import TrainConfig, preset, to_dict
+from gdd_fast.cli import parse, pop_option
+from gdd_fast.config import DEMO, PRESETS, TrainConfig, preset, to_dict
 from gdd_fast.errors import command
+from gdd_fast.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -23,47 +25,49 @@ class Command:
     """What the command line asks for."""
 
     config: TrainConfig
-    dry_run: bool
+    dry_run: bool = False
+    """Print the resolved settings and what would train, and stop."""
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """The configuration: the preset named by `--preset` (default: demo), overridden by the other flags."""
-    name, arguments = pop_option(arguments, "preset", default=configs.DEMO)
-    dry_run, arguments = pop_flag(arguments, "dry-run")
-    about = f"{__doc__}\nAlso: --preset {{{','.join(configs.PRESETS)}}}, whose settings are the defaults below; --dry-run."
-    config = parse(TrainConfig, preset(name), args=arguments, description=about)
-    config.validate()
-    return Command(config, dry_run)
+    """The preset named by `--preset` (default: demo), overridden by the other flags. Raises `ConfigError`."""
+    name, arguments = pop_option(arguments, "preset", default=DEMO)
+    about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
+    asked = parse(Command, Command(preset(name)), name="train", args=arguments, description=about)
+    asked.config.validate()
+    return asked
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = read(sys.argv[1:] if arguments is None else arguments)
-    config = asked.config
+    config, run = asked.config, asked.config.run
     # imported late: --help needs no torch
-    from gdd_fast.distill import distributed, dry_run, loop, parts, precision
+    from gdd_fast.distill import dry_run, loop, parts, precision, report
     from gdd_fast.distill.distillation import Distillation
-    from gdd_fast.distill.report import write_report
+    from gdd_fast.distill.distributed import join
 
+    check_writable(config.run_dir)
     built = parts.build(config)
     if asked.dry_run:
         print(dry_run.describe(config, built))
         return
-    world = distributed.join(config.run.device)
-    schedule = loop.Schedule(config.total_images, round(config.run.tick_kimg * 1e3), config.run.checkpoint_ticks)
-    try:
-        with precision.allow_tf32(config):
-            task = Distillation(config, built, world)
-            finished = loop.run(task, config.run_dir, to_dict(config), schedule, world)
-    finally:
-        world.leave()
+    if run.evaluate_images:
+        report.check(config, built.generator)
+    schedule = loop.Schedule.of(run.duration_mimg, run.tick_kimg, run.checkpoint_ticks)
+    with join(run.device) as world, precision.allow_tf32(config):
+        task = Distillation(config, built, world)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
+    if outcome.signal:
+        if world.is_main:
+            print(f"Stopped at {outcome.images:,} images; the same command resumes.")
+        raise SystemExit(128 + outcome.signal)
     if not world.is_main:
         return
-    if not finished:
-        print("Stopped; the same command resumes.")
-        return
-    if config.run.evaluate_images:
-        write_report(config, world.device)
+    if not outcome.new_images:
+        print(f"{config.run_dir} is finished: {outcome.images:,} images. A longer --duration-mimg goes on from there.")
+    if run.evaluate_images and (outcome.new_images or not report.show(config, outcome.images)):
+        report.write(config, world.device, outcome.images)
     print(f"One-step generator in {config.run_dir / 'generator_ema'}")
 
 

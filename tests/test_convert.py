@@ -133,7 +133,7 @@ def test_destinations_that_cannot_be(tmp_path, pickled, nets):
         (pickled, "net.pth", ".safetensors or .pt"),
         (pickled, "folder.pt", "is a folder"),
         (pickled, "file", "is a file"),
-        (tmp_path / "folder", "other", "is a folder already"),
+        (tmp_path / "folder", "folder", "is the source itself"),
     ):
         with pytest.raises(ConfigError, match=match):
             convert(ConvertConfig(source, tmp_path / destination, overwrite=True))
@@ -162,3 +162,16 @@ def test_unknown_option(pickled, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main([str(pickled), str(tmp_path / "out"), "--keys", "ema"])
     assert caught.value.code == 2 and "--keys" in capsys.readouterr().err
+
+
+def test_a_run_s_generator_as_a_half_precision_folder(tmp_path, nets):
+    save_network(nets["ema"], tmp_path / "run" / "generator_ema")
+    convert(ConvertConfig(tmp_path / "run", tmp_path / "small", dtype="float16"))
+    stored = safetensors.torch.load_file(tmp_path / "small" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert_same_state({name: tensor.float() for name, tensor in stored.items()}, load_network(tmp_path / "small"))
+
+
+def test_a_state_dict_file_is_float32(tmp_path, pickled):
+    with pytest.raises(ConfigError, match="--dtype float16"):
+        convert(ConvertConfig(pickled, tmp_path / "net.pt", dtype="float16"))

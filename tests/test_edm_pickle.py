@@ -23,6 +23,8 @@ from gdd_fast.interop import _pickle_machine, edm_pickle
 from gdd_fast.interop._pickle_machine import Machine, Reader
 from gdd_fast.interop.edm_pickle import load
 
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # numpy.core.multiarray.scalar, wherever this NumPy has it
+
 
 @pytest.fixture
 def canary(tmp_path):
@@ -119,9 +121,9 @@ def test_views_become_tensors_of_their_own(tmp_path):
     state = load(write(tmp_path / "net.pkl", {"ema": tiny(module)}))["ema"].state_dict
     for name, view in views.items():
         assert torch.equal(state[name], view) and state[name].is_contiguous(), name
+        assert state[name].data_ptr() % state[name].element_size() == 0, "still where it was in the file"
     memory = [tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel()]
     assert len(set(memory)) == len(memory)
-    state["tied"].add_(1)  # nor are they views of a read-only file
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,12 @@ def test_numpy_settings_become_plain(tmp_path, value):
     plain = getattr(value, "item", lambda: value)()
     assert kwargs == {"value": plain, "list": [plain, [plain]]}
     assert type(kwargs["value"]) is type(plain)
+
+
+def test_numpy_settings_of_either_byte_order(tmp_path):
+    values = [Reduced(NUMPY_SCALAR, np.dtype(">i4"), b"\0\0\1\2")]
+    network = edm_files.network(Tiny(), "EDMPrecond", {"values": values})
+    assert load(write(tmp_path / "net.pkl", {"ema": network}))["ema"].init_kwargs == {"values": [258]}
 
 
 def test_settings_given_by_position(tmp_path):
@@ -245,7 +253,6 @@ def test_missing_meta(tmp_path, key):
         ("_buffers", {"a": 3}, "'a' is a int, not a tensor"),
         ("_buffers", {"a.b": torch.ones(1)}, "bad name in _buffers"),
         ("_buffers", {5: torch.ones(1)}, "bad name in _buffers"),
-        ("_buffers", {"skip": torch.ones(1), "freqs\ud7ff": torch.ones(1)}, None),
         ("_modules", {"child": 3}, "module 'child' is a int"),
         ("_modules", {"out": torch.ones(1)}, "module 'out' is a tensor"),
         ("_non_persistent_buffers_set", [], "_non_persistent_buffers_set"),
@@ -260,11 +267,7 @@ def test_missing_meta(tmp_path, key):
 def test_wrong_state(tmp_path, name, value, match):
     network = tiny()
     network.meta["state"][name] = value
-    network.meta["state"]["_parameters"] = network.meta["state"]["_parameters"] or value
-    if match:
-        refused(tmp_path, {"ema": network}, match)
-    else:
-        load(write(tmp_path / "net.pkl", {"ema": network}))
+    refused(tmp_path, {"ema": network}, match)
 
 
 def test_parameter_that_is_not_floating_point(tmp_path):
@@ -272,10 +275,16 @@ def test_parameter_that_is_not_floating_point(tmp_path):
     refused(tmp_path, content, r"parameter 'out.weight' has dtype torch.int64")
 
 
+def test_parameter_and_buffer_of_one_name(tmp_path):
+    network = tiny()
+    network.meta["state"]["_modules"]["out"].meta["state"]["_buffers"] = {"weight": torch.ones(1)}
+    refused(tmp_path, {"ema": network}, "'out.weight' occurs twice")
+
+
 def test_truncated_at_any_byte(tmp_path):
     content = dumps({"ema": tiny()})
     path = tmp_path / "cut.pkl"
-    for length in range(0, len(content), 11):
+    for length in (*range(40), *range(40, len(content), 37)):
         path.write_bytes(content[:length])
         with pytest.raises(UnsafePickleError):
             load(path)
@@ -424,10 +433,9 @@ def test_nested_payload_would_run(tmp_path):
 def test_objects_in_numpy_values(tmp_path, canary):
     array = np.array([Reduced(os.mkdir, str(canary))], dtype=object)
     refused(tmp_path, with_parameter(array), "multiarray._reconstruct")
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
     for kind in (Reduced(np.dtype, "O", False, True), np.dtype("M8[s]"), np.dtype([("a", "f8")]), np.dtype("U4")):
-        refused(tmp_path, with_parameter(Reduced(scalar, kind, b"12345678")), "numpy.dtype|not a plain number")
-    refused(tmp_path, with_parameter(Reduced(scalar, np.dtype("f8"), b"1234")), "not a plain number")
+        refused(tmp_path, with_parameter(Reduced(NUMPY_SCALAR, kind, b"12345678")), "numpy.dtype|not a plain number")
+    refused(tmp_path, with_parameter(Reduced(NUMPY_SCALAR, np.dtype("f8"), b"1234")), "not a plain number")
 
 
 @pytest.mark.parametrize("state", [b"}", b"}" + literal("x") + b"K\x01s", b"N}" + literal("make") + b"Ns\x86"])
@@ -455,48 +463,50 @@ def test_build_of_a_module_takes_only_a_dict_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "opcodes",
+    ("opcodes", "match"),
     [
-        b"P1\n.",  # persistent ids
-        b"K\x01Q.",
-        b"\x82\x01.",  # extension registry
-        b"\x83\x01\x00.",
-        b"\x84\x01\x00\x00\x00.",
-        b"(ios\nsystem\n.",  # INST
-        b"(cos\nsystem\n" + literal("true") + b"o.",  # OBJ
-        b"cos\nsystem\n)}\x92.",  # NEWOBJ_EX
-        b"\x97.",  # out-of-band buffers
-        b"]2.",  # DUP
-        b"]0.",  # POP
-        b"I1\n.",  # text integers
-        b"\x8a\xff" + bytes(255) + b".",  # a huge integer
-        b"]]]s.",  # a list where a dict belongs
-        b"}]K\x01s.",  # keys that cannot be hashed, or could be chosen to collide
-        b"}\x8a\x08" + b"\xff" * 7 + b"\x7fK\x01s.",
-        b"}(K\x01u.",  # an odd number of items
-        b"\x8f(]\x90.",
-        b"h\x05.",  # memo entries that do not exist
-        b"t.",  # without a MARK
-        b"(.",
-        b".",
-        b"\x93.",
-        b"]]\x93.",
-        b"]R.",
-        b"]]R.",
-        b")R.",
-        b")))R.",
-        b"\x94.",
-        b"\xff.",
-        b"X\x02\x00\x00\x00\xff\xff.",  # not UTF-8
-        b"c" + b"a" * 300,
-        b"\x8d" + b"\xff" * 8 + b".",  # sizes beyond the file
-        b"\x8e" + b"\xff" * 8 + b".",
-        b"B\xff\xff\xff\xff.",
-        b"\x8b\xff\xff\xff\xff.",
+        (b"P1\n.", "opcode PERSID"),
+        (b"K\x01Q.", "opcode BINPERSID"),
+        (b"\x82\x01.", "opcode EXT1"),
+        (b"\x83\x01\x00.", "opcode EXT2"),
+        (b"\x84\x01\x00\x00\x00.", "opcode EXT4"),
+        (b"(ios\nsystem\n.", "opcode INST"),
+        (b"(N" + literal("true") + b"o.", "opcode OBJ"),
+        (b"N)}\x92.", "opcode NEWOBJ_EX"),
+        (b"\x97.", "opcode NEXT_BUFFER"),
+        (b"]2.", "opcode DUP"),
+        (b"]0.", "opcode POP"),
+        (b"I1\n.", "opcode INT"),
+        (b"\xff.", "byte 0xff"),
+        (b"\x8a\xff" + bytes(255) + b".", "an integer of 255 bytes"),
+        (b"]]s.", "operation without its operand"),
+        (b"]NNs.", "a list where a dict belongs"),
+        (b"}Na.", "a dict where a list belongs"),
+        (b"}]K\x01s.", "a list as a key"),
+        (b"})K\x01s.", "a tuple as a key"),
+        (b"}\x8a\x08" + b"\xff" * 7 + b"\x7fK\x01s.", "a int as a key"),
+        (b"}(K\x01u.", "dict item without its value"),
+        (b"\x8f(]\x90.", "a list as a key"),
+        (b"h\x05.", "a reference to value 5"),
+        (b"\x94.", "operation without its operand"),
+        (b"t.", "operation without its MARK"),
+        (b"N(\x85.", "operation without its operand"),
+        (b"}(.", "STOP with an unfinished value"),
+        (b"}}.", "STOP with an unfinished value"),
+        (b".", "STOP with an unfinished value"),
+        (b"]]\x93.", "a list where a str belongs"),
+        (b"]]R.", "a list where a tuple belongs"),
+        (b"))R.", "a tuple where a Constructor belongs"),
+        (b"X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
+        (b"c" + b"a" * 300, "a name without an end"),
+        (b"\x8d" + b"\xff" * 8 + b".", "ends too early"),
+        (b"\x8e" + b"\xff" * 8 + b".", "ends too early"),
+        (b"B\xff\xff\xff\xff.", "ends too early"),
+        (b"\x8b\xff\xff\xff\xff.", "ends too early"),
     ],
 )
-def test_refused_opcodes(tmp_path, opcodes):
-    refused(tmp_path, b"\x80\x04" + opcodes, ".")
+def test_refused_opcodes(tmp_path, opcodes, match):
+    refused(tmp_path, b"\x80\x04" + opcodes, match)
 
 
 # Files that would exhaust the machine
@@ -530,7 +540,9 @@ def rebuilt(size, stride, offset=0):
     ],
 )
 def test_tensors_outside_their_storage(tmp_path, size, stride, offset):
-    refused(tmp_path, with_parameter(rebuilt(size, stride, offset)), "tensor")
+    refused(
+        tmp_path, with_parameter(rebuilt(size, stride, offset)), "does not fit|integers >= 0|sizes and|wrong arguments"
+    )
 
 
 def test_tensors_inside_their_storage(tmp_path):

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -82,7 +81,7 @@ def checkout(tmp_path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path) -> Path:
-    """The Python of an empty virtual environment that sees the requirements of the running one, but not its gdd_fast."""
+    """The Python of a new virtual environment: it sees the requirements of the running one, but not its gdd_fast."""
     folder = tmp_path / "environment"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -97,8 +96,8 @@ def install(python: Path, *what: str | Path, cwd: Path, **variables: str) -> Non
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=cwd, **variables)
 
 
-def test_uninstalled_checkout(checkout, tmp_path):
-    assert probe(sys.executable, tmp_path, PYTHONPATH=str(checkout)) == checkout / "gdd_fast"
+def test_uninstalled_checkout(checkout, environment, tmp_path):
+    assert probe(environment, tmp_path, PYTHONPATH=str(checkout)) == checkout / "gdd_fast"
 
 
 def test_sdist_and_the_wheel_made_of_it(checkout, environment, tmp_path):
@@ -106,10 +105,9 @@ def test_sdist_and_the_wheel_made_of_it(checkout, environment, tmp_path):
     (sdist,), (wheel,) = ((checkout / "dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
 
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert probe(sys.executable, tmp_path, PYTHONPATH=str(unpacked)) == unpacked / "gdd_fast"
+    assert probe(environment, tmp_path, PYTHONPATH=str(unpacked)) == unpacked / "gdd_fast"
     shipped = {path.relative_to(checkout) for path in (checkout / "csrc").rglob("*") if path.is_file()}
     assert shipped == {p.relative_to(unpacked) for p in (unpacked / "csrc").rglob("*") if p.is_file()}
 

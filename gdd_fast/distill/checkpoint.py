@@ -45,10 +45,20 @@ class Checkpoint:
         for key, tensor in self.section(name).items():
             index, _, entry = key.partition("/")
             state.setdefault(int(index), {})[entry] = tensor
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         try:
+            for index, entries in state.items():
+                entries.update({entry: _laid_out_as(params[index], t) for entry, t in entries.items() if t.ndim})
             optimizer.load_state_dict({"state": state, "param_groups": self.values[name]})
-        except (KeyError, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
+
+
+def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter, which files do not keep and the fused optimizer needs."""
+    if saved.shape != parameter.shape:
+        raise ValueError(f"a moment of shape {tuple(saved.shape)} for a parameter of shape {tuple(parameter.shape)}")
+    return torch.empty_like(parameter, requires_grad=False).copy_(saved)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -63,11 +73,17 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def save(path: Path, sections: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. `values` must survive JSON."""
+    """Write a checkpoint atomically. `values` must survive JSON.
+
+    Raises `CheckpointError` if it cannot be written; a checkpoint already there stays as it was.
+    """
     tensors = {f"{name}/{key}": t.detach().contiguous() for name, part in sections.items() for key, t in part.items()}
     header = {"format": FORMAT, "version": str(VERSION), "values": json.dumps(values)}
-    with atomic_write(path) as temporary:
-        save_file(_unshared(tensors), temporary, metadata=header)
+    try:
+        with atomic_write(path) as temporary:
+            save_file(_unshared(tensors), temporary, metadata=header)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error}); an earlier checkpoint there is unharmed") from error
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,6 +107,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
                 raise CheckpointError(f"{path} is not a checkpoint of a training run{advice}")
             if int(header["version"]) > VERSION:
                 raise CheckpointError(f"{path} has format version {header['version']}; this gdd_fast reads {VERSION}")
-            return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, json.loads(header["values"]))  # noqa: SIM118
+            values = json.loads(header["values"])
+            return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, values)  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}){advice}") from error

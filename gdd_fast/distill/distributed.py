@@ -6,8 +6,9 @@ R1 step differentiates twice, both outside what those hooks support. GDD-I on CI
 exchange behind the backward pass would bring nothing.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,13 @@ class World:
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one of them."""
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item() > 0)
+            return number
+        votes = torch.tensor([number], device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return int(votes.item())
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """This tensor of every rank, in rank order, on the CPU; shapes must agree."""
@@ -61,10 +64,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
-
 
 def pick_device(option: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists, or `ConfigError`."""
@@ -73,7 +72,9 @@ def pick_device(option: str) -> torch.device:
     try:
         device = torch.device(option)
     except RuntimeError:
-        raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, not {option!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, not {option!r}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -81,14 +82,26 @@ def pick_device(option: str) -> torch.device:
     return device
 
 
-def join(option: str) -> World:
-    """The world torchrun started this process in, or a world of one. Call `leave` at the end."""
+@contextlib.contextmanager
+def join(option: str) -> Iterator[World]:
+    """Enter the world torchrun started this process in, or a world of one; leave it at the end.
+
+    Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's.
+    """
     device = pick_device(option)
-    if "RANK" not in os.environ:
-        return World(0, 1, device)
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if len(missing) == len(_TORCHRUN):
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        yield World(0, 1, device)
+        return
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
+    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    yield World(rank, size, device)
+    # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
+    dist.destroy_process_group()

@@ -18,7 +18,9 @@ def describe(config: TrainConfig, parts: Parts) -> str:
             f"Data: {dataset.name}, {len(dataset):,} images, {dataset.channels} x {dataset.resolution}^2, "
             f"{dataset.label_dim} classes",
             f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
+            f"Operators: {parts.backend}",
             str(parts.frozen),
-            f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, {heads / 1e6:.2f} M trained in heads",
+            f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, "
+            f"{heads / 1e6:.2f} M trained in heads",
         ]
     )

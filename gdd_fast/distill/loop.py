@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gdd_fast.config import differences
@@ -14,7 +15,7 @@ from gdd_fast.distill.distributed import World
 from gdd_fast.distill.output import Averages, RunOutput
 from gdd_fast.distill.signals import StopRequest
 from gdd_fast.errors import CheckpointError, DivergedError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import atomic_write, remove_leftovers
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -36,27 +37,55 @@ class Task(Protocol):
     def export(self, run_dir: Path) -> None:
         """Write the network that the run is for; main rank only."""
 
+    def close(self) -> None:
+        """End the processes that belong to the task."""
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run and its ticks, in images and ticks."""
+    """Length of a run, of a tick, and between checkpoints, in images."""
 
     total: int
     tick: int
-    checkpoint_ticks: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, duration_mimg: float, tick_kimg: float, checkpoint_ticks: int) -> "Schedule":
+        tick = max(1, round(tick_kimg * 1e3))
+        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks)
 
 
-def run(task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World) -> bool:
-    """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one; False if stopped before.
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: images seen in its whole life, those of them seen by this call, the signal that stopped it."""
+
+    images: int
+    new_images: int
+    signal: int = 0
+    """0: it is finished."""
+
+
+def run(task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World) -> Outcome:
+    """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, on
-    SIGINT or SIGTERM after the iteration in progress, and before a `DivergedError` is passed on.
+    SIGINT or SIGTERM after the iteration in progress, and before a `DivergedError` is passed on. A run that is
+    finished already is left untouched.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings.
+        DivergedError: see `StepGuard`.
     """
-    images = _resume(task, run_dir, config)
-    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main)
+    started_at = images = _resume(task, run_dir, config, world)
+    if images >= schedule.total:
+        task.close()
+        return Outcome(images, 0)
     if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir / CHECKPOINT)
         with atomic_write(run_dir / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
+    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main)
     if images:
         output.say(f"Resuming {run_dir} at {images:,} of {schedule.total:,} images.")
 
@@ -72,11 +101,10 @@ def run(task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, w
         if world.is_main:
             output.metrics(images, {**means, **task.tick(images)})
 
-    stopped = False
-    saved_at = images
+    stopped_by, saved_at = 0, images
     try:
-        with StopRequest() as stop:
-            while images < schedule.total and not stopped:
+        with StopRequest(announce=world.is_main) as stop:
+            while images < schedule.total and not stopped_by:
                 try:
                     task.iteration(images)
                 except DivergedError:
@@ -84,29 +112,35 @@ def run(task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, w
                     raise
                 before, images = images, images + task.batch
                 output.advance(task.batch)
-                stopped = world.any(stop.received)
+                stopped_by = world.largest(stop.signal)
                 if images // schedule.tick > before // schedule.tick or images >= schedule.total:
                     tick()
-                    if images // schedule.tick % schedule.checkpoint_ticks == 0:
-                        save()
-                        saved_at = images
+                if images // schedule.checkpoint > before // schedule.checkpoint:
+                    save()
+                    saved_at = images
             if images != saved_at:
                 save()
     finally:
         output.close()
-    return not stopped
+        task.close()
+    return Outcome(images, images - started_at, stopped_by)
 
 
-def _resume(task: Task, run_dir: Path, config: dict[str, Any]) -> int:
+def _resume(task: Task, run_dir: Path, config: dict[str, Any], world: World) -> int:
     """Restore the task from the run folder's checkpoint, if any; the images it had seen."""
     path = run_dir / CHECKPOINT
-    if not path.exists():
-        return 0
-    saved = checkpoint.load(path)
-    changed = differences(saved.values["config"], config)
-    if changed:
-        raise CheckpointError(
-            f"{run_dir} holds a run with other settings ({'; '.join(changed)}); choose another --run-dir or delete it"
-        )
-    task.restore(saved)
-    return saved.values["images"]
+    images = 0
+    if path.exists():
+        saved = checkpoint.load(path)
+        changed = differences(saved.values["config"], config)
+        if changed:
+            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise CheckpointError(
+                f"{run_dir} holds a run with other settings ({'; '.join(changed[:5])}{more}); "
+                "choose another --run-dir or move it away"
+            )
+        task.restore(saved)
+        images = saved.values["images"]
+    if any(images != other.item() for other in world.gather(torch.tensor([images]))):
+        raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
+    return images

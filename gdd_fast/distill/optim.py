@@ -17,13 +17,17 @@ def make_adam(params: Iterable[nn.Parameter], lr: float, lazy_interval: int = 0)
     """
     c = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
     params = [p for p in params if p.requires_grad]
-    return torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, foreach=True)
+    return torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
 class StepGuard:
     """Averages the gradients over the ranks, then steps the optimizer only if every one of them is finite.
 
     A step that is not applied is counted in `skipped` and in `skipped_in_row`; nothing is zeroed or clipped.
+
+    Args:
+        name: of the step, for the error's message; steps of several kinds may share an optimizer.
+        limit: skipped steps in a row that end the run.
     """
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, world: World, limit: int) -> None:
@@ -40,7 +44,8 @@ class StepGuard:
         """
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._world.average_(grads)
-        # the largest magnitude: NaN and infinity survive it, and it cannot overflow as a sum of squares can
+        # Averaged first, so that the ranks agree: one that is not finite makes the mean so. The largest magnitude, as
+        # NaN and infinity survive it and it cannot overflow as a sum of squares can.
         finite = bool(torch.stack(torch._foreach_norm(grads, ord=float("inf"))).isfinite().all())
         if finite:
             self.optimizer.step()

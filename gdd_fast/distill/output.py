@@ -1,9 +1,14 @@
 """What a run shows while it goes on: a progress bar, metrics.jsonl, TensorBoard where it is installed."""
 
+import contextlib
 import json
+import math
+import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +18,10 @@ from gdd_fast.files import atomic_write
 
 
 class Averages:
-    """Means of named scalars between two ticks, kept on the device so that adding one never waits for it."""
+    """Means of named scalars between two ticks, kept on the device so that adding one never waits for it.
+
+    They are of this rank's share of the batch.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -39,41 +47,59 @@ class RunOutput:
         total: images at which the run ends.
         start: images already seen; metric lines beyond it, from work that a crash lost, are dropped.
         unit: what the progress bar counts.
-        enabled: False on every rank but the main one: all methods do nothing.
+        enabled: False on every rank but the main one: nothing is shown or written.
     """
 
     def __init__(self, run_dir: Path, total: int, start: int, *, unit: str = "img", enabled: bool = True) -> None:
         self._enabled = enabled
+        self._path = run_dir / "metrics.jsonl"
         self._bar = tqdm(
-            total=total, initial=start, unit=unit, unit_scale=True, smoothing=0.05, disable=not enabled, dynamic_ncols=True
+            total=total,
+            initial=start,
+            unit=unit,
+            unit_scale=True,
+            smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file keeps every state of the bar
+            disable=not enabled,
+            dynamic_ncols=True,
         )
         self._started, self._since = time.monotonic(), start
         self._board = None
-        if not enabled:
-            return
-        self._path = run_dir / "metrics.jsonl"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _drop_lines_after(self._path, start)
-        if find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        if enabled:
+            _drop_lines_after(self._path, start)
+            self._board = self._open_board(run_dir, start)
 
-            self._board = SummaryWriter(run_dir, purge_step=start)
+    def _open_board(self, run_dir: Path, start: int) -> Any:
+        """TensorBoard's writer where it is installed and works; metrics.jsonl holds the same numbers."""
+        if find_spec("tensorboard") is None:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:  # whatever its dependencies raise; a viewer is no reason not to train
+            self.say(f"TensorBoard is installed but does not import ({error}): no event files are written.")
+            return None
+        return SummaryWriter(run_dir, purge_step=start)
 
     def advance(self, images: int) -> None:
         """Move the bar by `images`."""
         self._bar.update(images)
 
-    def metrics(self, images: int, values: dict[str, float]) -> dict[str, float]:
-        """Write one line for the state after `images` images; adds the rate since the last call and the memory peak."""
+    def metrics(self, images: int, values: dict[str, float]) -> dict[str, float | None]:
+        """Write one line for the state after `images` images; adds the rate and the memory peak since the last call.
+
+        A value that is not finite is written as null, as JSON has no other word for it.
+        """
         now = time.monotonic()
         rate = (images - self._since) / max(now - self._started, 1e-9)
         self._started, self._since = now, images
-        line = {"images": images, "images_per_second": round(rate, 3), **values}
+        values = {"images_per_second": round(rate, 3), **values}
         if torch.cuda.is_initialized():
-            line["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        line = {"images": images, **{name: v if math.isfinite(v) else None for name, v in values.items()}}
         if self._enabled:
             with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
             if self._board is not None:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, images)
@@ -91,11 +117,31 @@ class RunOutput:
             self._board.close()
 
 
+@contextlib.contextmanager
+def reading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for reading the data set, to be called with (images done, images in all); shown if it takes a while."""
+    with tqdm(desc="Reading images", unit="img", delay=2, disable=not enabled, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
 def _drop_lines_after(path: Path, images: int) -> None:
+    """Drop the lines of work that was lost, among them one that a crash cut short."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    kept = [line for line in lines if json.loads(line)["images"] <= images]
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _images_of(line) <= images]
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(kept))
+
+
+def _images_of(line: str) -> float:
+    try:
+        return json.loads(line)["images"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gdd_fast.backend import Operator, resolve
 from gdd_fast.config import DEMO, Precision, TrainConfig
 from gdd_fast.data import ImageDataset, load_data
+from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbone_weights import load_backbone_weights
@@ -15,18 +17,22 @@ from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.load import as_generator, load_generator
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+
 BUNDLED_TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
+# The fused operators of the networks that train: none yet, so every --backend but auto and torch is refused.
+OPERATORS = Operator("training", fused=frozenset())
 
 
 @dataclass
 class Parts:
-    """The networks of a run and its data, on the CPU."""
+    """The networks of a run and its data, on the CPU, and the backend of the operators that the networks run."""
 
     dataset: ImageDataset
     generator: GDDPrecond
     frozen: FreezeReport
     features: ProjectedFeatures
     heads: DiscriminatorHeads
+    backend: str
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -38,20 +44,22 @@ def build(config: TrainConfig) -> Parts:
     """All parts of a run.
 
     Raises:
-        ConfigError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
+        ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
     """
     config.validate()
-    weights = {
-        name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
-        for name in config.discriminator.backbones
-    }
+    backend = resolve(config.run.backend, OPERATORS, pick_device(config.run.device).type)
     dataset = load_data(config.data.data, use_labels=config.data.cond)
     generator = as_generator(load_teacher(config.generator.teacher))
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
+    # last, as these may have to be downloaded
+    weights = {
+        name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
+        for name in config.discriminator.backbones
+    }
     features = build_features(config, weights)
     heads = build_heads(config, features, dataset.label_dim, weights)
-    return Parts(dataset, generator, freeze(generator, config.generator.freeze), features, heads)
+    return Parts(dataset, generator, freeze(generator, config.generator.freeze), features, heads, backend)
 
 
 def teacher_path(name: str) -> Path:
@@ -96,6 +104,7 @@ def build_heads(
             label_dim=label_dim,
             embedding=embedding,
             dtype=dtype_of(config.discriminator.d_precision),
+            width=config.discriminator.head_width,
         )
 
 
@@ -105,8 +114,8 @@ def _check_fit(generator: GDDPrecond, dataset: ImageDataset, config: TrainConfig
     teachers = (generator.img_channels, generator.img_resolution)
     if ours != teachers:
         raise WeightsError(
-            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {config.data.data} holds {ours[0]} x {ours[1]}^2; "
-            "use a matching pair, or python -m gdd_fast.prepare to resize the images"
+            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {config.data.data} holds {ours[0]} x "
+            f"{ours[1]}^2; use a matching pair, or python -m gdd_fast.prepare to resize the images"
         )
     if generator.label_dim != dataset.label_dim:
         raise WeightsError(

@@ -12,21 +12,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gdd_fast.config import check_values
 from gdd_fast.data import BatchStream, load_data
+from gdd_fast.distill.batches import chunks, split_batch
 from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.ema import Ema
 from gdd_fast.distill.optim import StepGuard
-from gdd_fast.distill.output import Averages
+from gdd_fast.distill.output import Averages, reading_bar
 from gdd_fast.distill.random_state import RandomState
 from gdd_fast.errors import ConfigError
 from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.sampler import heun
+from gdd_fast.inference.seeds import latents
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.load import save_network
 from gdd_fast.models.precond import EDMPrecond
 
 SIGMA_DATA = 0.5
+GRID_SEEDS = range(36)
+TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,21 @@ class PretrainConfig:
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first setting that cannot work. Reads no file; the network checks its own."""
+        check_values(self)
+        positive = ("batch", "lr", "ema_halflife_mimg", "duration_mimg", "tick_kimg", "checkpoint_ticks")
+        for name in (*positive, "max_skipped_steps", "model_channels", "num_blocks"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "seed", "dropout"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+        if self.batch_gpu is not None and self.batch_gpu < 1:
+            raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")
+        if self.dropout >= 1:
+            raise ConfigError(f"--dropout must be below 1, not {self.dropout}")
+
 
 def denoising_loss(net: nn.Module, images: Tensor, labels: Tensor | None, random: torch.Generator) -> Tensor:
     """EDM's weighted denoising loss per image: images (N, C, H, W) in [-1, 1] -> (N,), summed over C, H, W."""
@@ -98,25 +118,28 @@ class Pretraining:
     """The task of `loop.run` that trains a teacher."""
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
+        config.validate()
         self.config, self.world = config, world
         dataset = load_data(config.data, use_labels=config.cond)
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
-        self.stream = BatchStream(
-            dataset,
-            self.local_batch,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            x_flip=config.x_flip,
-            device=world.device,
-            workers=config.workers,
-            memory_limit=int(config.data_memory_gib * 2**30),
-        )
         net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)
+        with reading_bar(world.is_main) as progress:
+            self.stream = BatchStream(
+                dataset,
+                self.local_batch,
+                seed=config.seed,
+                rank=world.rank,
+                world_size=world.size,
+                x_flip=config.x_flip,
+                device=world.device,
+                workers=config.workers,
+                memory_limit=int(config.data_memory_gib * 2**30),
+                progress=progress,
+            )
         self.net = net.to(world.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, foreach=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
         self.guard = StepGuard("training", self.optimizer, world, config.max_skipped_steps)
         self.random = RandomState(config.seed, world)
         self.averages = Averages()
@@ -126,26 +149,23 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, images / rampup if rampup else 1.0)
         real, labels = next(self.stream)
-        label_parts = [None] * (self.local_batch // self.micro_batch) if labels is None else labels.split(self.micro_batch)
-        for part, label in zip(real.split(self.micro_batch), label_parts, strict=True):
-            loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
-            self.averages.add("loss", loss.mean())
-            (loss.sum() / self.local_batch).backward()
+        label_parts = chunks(labels, self.micro_batch, self.local_batch)
+        with self.random.for_layers(images):
+            for part, label in zip(real.split(self.micro_batch), label_parts, strict=True):
+                loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
+                (loss.sum() / self.local_batch).backward()
+                self.averages.add("loss", loss.mean())
         if self.guard.step():
             self.ema.update(images, self.batch)
 
     def tick(self, images: int) -> dict[str, float]:
+        """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
         net = self.ema.net
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)
         with torch.no_grad():
-            generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
-            shape = (36, net.img_channels, net.img_resolution, net.img_resolution)
-            latents = torch.randn(shape, device=self.world.device, generator=generator)
-            labels = None
-            if net.label_dim:
-                classes = torch.arange(36, device=self.world.device) % net.label_dim
-                labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
-            samples = heun(net, latents, labels)
-        save_grid(samples, self.config.run_dir / "samples" / f"{images // 1000:06d}k.png")
+            samples = heun(net, z, labels)
+        save_grid(samples, self.config.run_dir / "samples" / f"{images:09d}.png")
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -167,18 +187,10 @@ class Pretraining:
         self.guard.skipped = saved.values["skipped"]
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / "teacher")
+        save_network(self.ema.net, run_dir / TEACHER)
 
-
-def split_batch(batch: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
-    """Images a rank, and images at once, for a batch over all ranks; raises `ConfigError` if they do not divide."""
-    if batch % world_size:
-        raise ConfigError(f"--batch {batch} cannot be shared equally by {world_size} processes")
-    local = batch // world_size
-    micro = min(batch_gpu or local, local)
-    if local % micro:
-        raise ConfigError(f"--batch-gpu {micro} does not divide the {local} images of each process")
-    return local, micro
+    def close(self) -> None:
+        self.stream.close()
 
 
 def _network(config: PretrainConfig, resolution: int, channels: int, label_dim: int) -> EDMPrecond:

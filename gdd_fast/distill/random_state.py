@@ -1,6 +1,8 @@
 """The random numbers of a run: one generator a rank, saved with the checkpoint."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,16 +24,32 @@ class RandomState:
         self._reseed(0)
 
     def _reseed(self, images: int) -> None:
-        key = f"{self._seed} {images} {self._world.rank}".encode()
-        self.generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+        self.generator.manual_seed(self._derive("generator", images))
+
+    def _derive(self, purpose: str, images: int) -> int:
+        key = f"{purpose} {self._seed} {images} {self._world.rank}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+
+    @contextlib.contextmanager
+    def for_layers(self, images: int) -> Iterator[None]:
+        """torch's own generators, from which layers such as dropout draw, as they are for this iteration in any run."""
+        device = self._world.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._derive("layers", images))
+            yield
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of every rank by rank number; called on every rank."""
         return {str(rank): state for rank, state in enumerate(self._world.gather(self.generator.get_state()))}
 
     def restore(self, states: dict[str, Tensor], images: int) -> None:
-        """Go on where `tensors` was taken. With another number of ranks there is no such place: reseed from `images`."""
-        if len(states) == self._world.size:
-            self.generator.set_state(states[str(self._world.rank)].cpu())
+        """Go on where `tensors` was taken.
+
+        With another number of ranks or another kind of device there is no such place: reseed from `images`.
+        """
+        own = states.get(str(self._world.rank))
+        same_world = own is not None and len(states) == self._world.size
+        if same_world and own.shape == self.generator.get_state().shape:
+            self.generator.set_state(own)
         else:
             self._reseed(images)

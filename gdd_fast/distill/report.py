@@ -1,8 +1,9 @@
-"""What a run ends with: Frechet distances of teacher, untrained and distilled generator, and their samples side by side."""
+"""What a run ends with: Frechet distances of teacher, untrained and distilled generator, and samples side by side."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import load_data
 from gdd_fast.distill.parts import load_teacher, teacher_path
+from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
 from gdd_fast.inference.generate import SamplerConfig, generate
 from gdd_fast.inference.grid import save_panel
@@ -19,6 +21,7 @@ from gdd_fast.metrics.features import FeatureExtractor, build_extractor
 from gdd_fast.metrics.frechet import Statistics, frechet_distance
 from gdd_fast.models.load import as_generator, load_generator
 
+REPORT = "report.json"
 PANEL_IMAGES = 36
 FEATURES = ("lite0", "pixels")
 TEACHER_FIGURES = "figures.json"  # beside a bundled teacher: its own many-step distances, which take long to compute
@@ -26,7 +29,32 @@ HEUN = SamplerConfig(sampler="heun", steps=18)
 ONE_STEP = SamplerConfig(sampler="one-step")
 
 
-def write_report(config: TrainConfig, device: torch.device) -> dict[str, dict[str, float]]:
+def check(config: TrainConfig, generator: nn.Module) -> None:
+    """Raise a `GddFastError` now for what would keep `write` from measuring at the end of the run."""
+    reference = load_data(_evaluate_data(config))
+    ours, theirs = (generator.img_channels, generator.img_resolution), (reference.channels, reference.resolution)
+    if ours != theirs:
+        raise ConfigError(
+            f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images and the generator makes {ours[0]} x "
+            f"{ours[1]}^2; give images of one form (python -m gdd_fast.prepare resizes)"
+        )
+    for name in FEATURES:
+        build_extractor(name, **_options(config, name))
+
+
+def show(config: TrainConfig, trained_images: int) -> bool:
+    """Print the report that `write` has left in the run folder; False if there is none of this very measurement."""
+    path = config.run_dir / REPORT
+    if not path.is_file():
+        return False
+    report = json.loads(path.read_text())
+    if report["measured"] != _measured(config, trained_images):
+        return False
+    print(table(report))
+    return True
+
+
+def write(config: TrainConfig, device: torch.device, trained_images: int) -> dict[str, dict[str, float]]:
     """Measure and print; write report.json and comparison.png to the run folder.
 
     Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`.
@@ -34,7 +62,7 @@ def write_report(config: TrainConfig, device: torch.device) -> dict[str, dict[st
     """
     images = config.run.evaluate_images
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
-    reference_set = load_data(config.run.evaluate_data or config.data.data)
+    reference_set = load_data(_evaluate_data(config))
     teacher = load_teacher(config.generator.teacher).to(device)
     untrained = as_generator(teacher).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
@@ -48,8 +76,15 @@ def write_report(config: TrainConfig, device: torch.device) -> dict[str, dict[st
             "untrained": _distances(untrained, ONE_STEP, images, extractors, reference, bar),
             "distilled": _distances(distilled, ONE_STEP, images, extractors, reference, bar),
         }
-    report = {"images": images, "reference": reference_set.name, "reference_images": len(reference_set), "distances": rows}
-    with atomic_write(config.run_dir / "report.json") as temporary:
+    report = {
+        "images": images,
+        "reference": reference_set.name,
+        "reference_images": len(reference_set),
+        "distances": rows,
+        "teacher_is_stored": bool(stored),
+        "measured": _measured(config, trained_images),
+    }
+    with atomic_write(config.run_dir / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     panel = [
         (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN)),
@@ -57,24 +92,40 @@ def write_report(config: TrainConfig, device: torch.device) -> dict[str, dict[st
         ("Distilled, one step", _samples(distilled, ONE_STEP)),
     ]
     save_panel(panel, config.run_dir / "comparison.png", cols=12)
-    print(table(rows, [e.name for e in extractors], images, reference_set.name, len(reference_set), bool(stored)))
+    print(table(report))
     return rows
 
 
-def table(
-    rows: dict[str, dict[str, float]], features: Sequence[str], images: int, name: str, reference: int, stored: bool
-) -> str:
-    """The distances as text."""
+def table(report: dict[str, Any]) -> str:
+    """The distances of report.json as text."""
+    rows = report["distances"]
+    features = list(rows["distilled"])
     titles = {
-        "teacher": f"teacher, {HEUN.steps} steps" + (" (stored with it)" if stored else ""),
+        "teacher": f"teacher, {HEUN.steps} steps" + (" (stored with it)" if report["teacher_is_stored"] else ""),
         "untrained": "teacher's weights, 1 step",
         "distilled": "distilled, 1 step",
     }
-    lines = [f"Frechet distance of {images:,} images to {reference:,} images of {name}, lower is better"]
+    lines = [
+        f"Frechet distance of {report['images']:,} images to {report['reference_images']:,} images of "
+        f"{report['reference']}, lower is better"
+    ]
     lines.append(f"  {'':36}" + "".join(f"{feature:>12}" for feature in features))
     for row, values in rows.items():
         lines.append(f"  {titles[row]:36}" + "".join(f"{values[feature]:12.2f}" for feature in features))
     return "\n".join(lines)
+
+
+def _evaluate_data(config: TrainConfig) -> str:
+    return config.run.evaluate_data or config.data.data
+
+
+def _measured(config: TrainConfig, trained_images: int) -> dict[str, Any]:
+    """What a report is valid for."""
+    return {
+        "trained_images": trained_images,
+        "evaluate_images": config.run.evaluate_images,
+        "evaluate_data": _evaluate_data(config),
+    }
 
 
 def _options(config: TrainConfig, name: str) -> dict[str, Path]:

@@ -24,8 +24,8 @@ MAX_FILE_BYTES = 8 * 2**30
 MIN_PROTOCOL = 4
 PERSISTENCE_VERSION = 6
 # Bounds on what one network can be, so that shared or circular references cannot unfold into more than the file holds.
-MAX_MODULES = 100_000
-MAX_TENSORS = 100_000
+MAX_MODULES = 10_000
+MAX_TENSORS = 10_000
 MAX_SETTINGS = 10_000
 MAX_DEPTH = 32
 # The order in which EDMPrecond and GDDPrecond take their arguments, for files that recorded them by position.

@@ -1,0 +1,125 @@
+"""Presets, and what is wrong with a configuration before anything is read."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from gdd_fast.config import PRESETS, TrainConfig, differences, from_dict, preset, to_dict
+from gdd_fast.errors import ConfigError
+
+VGG = ("vgg16_bn", "tf_efficientnet_lite0")
+DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
+# backbones, batch, lr of G and D, half-life and length in millions of images, classes
+TABLE = {
+    "cifar10-uncond": (VGG, 256, 1e-4, 1e-4, 0.5, 5, False),
+    "cifar10-cond": (VGG, 256, 1e-4, 1e-4, 0.5, 5, True),
+    "afhqv2-64": (DEIT, 256, 2e-5, 4e-5, 0.5, 10, False),
+    "ffhq-64": (DEIT, 256, 2e-5, 4e-5, 0.5, 10, False),
+    "imagenet-64": (DEIT, 512, 8e-6, 4e-5, 50, 10, True),
+}
+PAPER = [(name + suffix, row, level) for name, row in TABLE.items() for suffix, level in (("-gdd", 0), ("-gdd-i", 1))]
+
+
+@pytest.mark.parametrize(("name", "row", "level"), PAPER, ids=[name for name, _, _ in PAPER])
+def test_the_papers_recipes(name, row, level):
+    config = preset(name)
+    backbones, batch, g_lr, d_lr, halflife, duration, cond = row
+    assert config.preset == name and config.run_dir == Path("runs") / name
+    assert config.discriminator.backbones == backbones and config.discriminator.disc_resolution == 224
+    assert config.discriminator.head_width == 1 and config.discriminator.class_embedding == "imagenet"
+    assert (config.run.batch, config.generator.g_lr, config.discriminator.d_lr) == (batch, g_lr, d_lr)
+    assert (config.generator.ema_halflife_mimg, config.generator.ema_rampup) == (halflife, 0.05)
+    assert config.run.duration_mimg == duration and config.total_images == duration * 10**6
+    assert config.generator.freeze == level
+    assert config.data.cond is cond and config.data.x_flip is False
+    assert (config.loss.r1_gamma, config.loss.r1_interval, config.loss.logit_reduction) == (1e-4, 16, "rows")
+    assert (config.generator.g_precision, config.discriminator.d_precision) == ("bf16", "fp32")
+    assert config.data.data is None and config.generator.teacher is None
+
+
+def test_there_are_ten_of_them_and_two_demos():
+    assert set(PRESETS) == {name for name, _, _ in PAPER} | {"demo", "demo-gdd"}
+    for name, level in (("demo", 1), ("demo-gdd", 0)):
+        PRESETS[name].validate()
+        assert PRESETS[name].generator.freeze == level
+    assert differences(to_dict(PRESETS["demo"]), to_dict(PRESETS["demo-gdd"])) == ["generator.freeze: 1 -> 0"]
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"cifar10-uncond-gdd-i"):
+        preset("cifar")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    config = changed(preset(name), run_dir=Path("a/b"), backbone_weights=("vgg16=x.pt",), batch_gpu=8)
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_unknown_settings_are_errors():
+    values = to_dict(preset("demo"))
+    values["run"]["batches"] = 3
+    with pytest.raises(ConfigError, match="unknown settings in RunConfig: batches"):
+        from_dict(TrainConfig, values)
+    with pytest.raises(ConfigError, match="TrainConfig"):
+        from_dict(TrainConfig, {"data_set": {}})
+    with pytest.raises(ConfigError, match="mapping"):
+        from_dict(TrainConfig, {"run": 3})
+
+
+def changed(config, **settings):
+    """`settings` by flag name."""
+    for section in ("data", "generator", "discriminator", "loss", "run"):
+        part = getattr(config, section)
+        ours = {k: v for k, v in settings.items() if k in {f.name for f in dataclasses.fields(part)}}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **ours)})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": None}, "--data"),
+        ({"teacher": None}, "--teacher"),
+        ({"freeze": 4}, "--freeze"),
+        ({"batch": 1}, "--batch must be at least 2"),
+        ({"batch_gpu": 0}, "--batch-gpu"),
+        ({"duration_mimg": 0.0}, "--duration-mimg"),
+        ({"duration_mimg": 1e-9}, "--duration-mimg"),
+        ({"duration_mimg": math.inf}, "--duration-mimg must be finite"),
+        ({"tick_kimg": -1.0}, "--tick-kimg"),
+        ({"seed": -1}, "--seed"),
+        ({"checkpoint_ticks": 0}, "--checkpoint-ticks"),
+        ({"max_skipped_steps": 0}, "--max-skipped-steps"),
+        ({"evaluate_images": 1}, "covariance"),
+        ({"workers": -1}, "--workers"),
+        ({"data_memory_gib": -1.0}, "--data-memory-gib"),
+        ({"g_lr": -1e-4}, "learning rates"),
+        ({"g_lr": math.nan}, "--g-lr must be finite"),
+        ({"ema_halflife_mimg": 0.0}, "--ema-halflife-mimg"),
+        ({"ema_rampup": -1.0}, "--ema-rampup"),
+        ({"r1_interval": -1}, "--r1-interval"),
+        ({"backbones": ()}, "--backbones"),
+        ({"backbones": ("vgg16", "vgg16")}, "twice"),
+        ({"backbone_weights": ("vgg16.pt",)}, "name=path"),
+        ({"backbone_weights": ("vgg16=x.pt",)}, "not among --backbones"),
+        ({"g_precision": "fp8"}, "--g-precision is one of fp32, tf32, bf16"),
+        ({"logit_reduction": "sum"}, "--logit-reduction"),
+        ({"backend": "numpy"}, "--backend"),
+        ({"g_precision": "tf32", "d_precision": "fp32"}, "cannot be mixed"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(preset("demo"), **settings).validate()
+
+
+def test_what_a_resumed_run_may_change():
+    old = to_dict(preset("demo"))
+    length = changed(preset("demo"), duration_mimg=9.0, run_dir=Path("elsewhere"), device="cpu", teacher="moved")
+    assert differences(old, to_dict(length)) == []
+    recipe = changed(preset("demo"), batch=8, g_lr=0.5)
+    assert [line.split(":")[0] for line in differences(old, to_dict(recipe))] == ["generator.g_lr", "run.batch"]

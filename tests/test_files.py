@@ -1,0 +1,58 @@
+"""Files that are there whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.files import atomic_write, check_writable, remove_leftovers
+
+
+def test_a_file_appears_whole_with_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "new" / "file.json") as temporary:
+            temporary.write_text("text")
+            assert not (tmp_path / "new" / "file.json").exists()
+            assert temporary.suffix == ".json"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "file.json").read_text() == "text"
+    assert stat.S_IMODE((tmp_path / "new" / "file.json").stat().st_mode) == 0o640
+    assert os.listdir(tmp_path / "new") == ["file.json"]
+
+
+def test_after_an_error_the_old_file_is_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_can_be_removed(tmp_path):
+    path = tmp_path / "state[1].bin"
+    path.write_text("old")
+    (tmp_path / "other.bin").write_text("other")
+    writing = atomic_write(path)
+    left = writing.__enter__()  # and never left, as after SIGKILL
+    assert left.exists()
+    remove_leftovers(path)
+    assert not left.exists() and sorted(os.listdir(tmp_path)) == ["other.bin", "state[1].bin"]
+
+
+def test_check_writable_creates_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="permission"):
+        check_writable(tmp_path / "run")
