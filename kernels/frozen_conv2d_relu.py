@@ -22,6 +22,7 @@ def relu_bits_kernel(y_ptr, bits_ptr, size, CEILING: tl.constexpr, BLOCK: tl.con
     i = byte[:, None] * 8 + bit[None, :]
     inside = i < size
     y = tl.load(y_ptr + i, inside, other=0)
+    y = y if y.dtype == tl.float64 else y.to(tl.float32)
     low = y <= 0  # false for NaN, which is kept and passes its gradient
     clamped = tl.where(low, 0, y)
     blocked = low
@@ -29,7 +30,7 @@ def relu_bits_kernel(y_ptr, bits_ptr, size, CEILING: tl.constexpr, BLOCK: tl.con
         high = y >= CEILING
         clamped = tl.where(high, CEILING, clamped)
         blocked = low | high
-    tl.store(y_ptr + i, clamped.to(y.dtype), inside)
+    tl.store(y_ptr + i, clamped, inside)
     packed = tl.sum(tl.where(blocked & inside, 1 << bit[None, :], 0), 1)
     tl.store(bits_ptr + byte, packed.to(tl.uint8), byte * 8 < size)
 
@@ -43,7 +44,7 @@ def mask_bits_kernel(dy_ptr, bits_ptr, dx_ptr, size, BLOCK: tl.constexpr):
     packed = tl.load(bits_ptr + byte, byte * 8 < size, other=0).to(tl.int32)
     blocked = (packed[:, None] >> bit[None, :]) & 1
     dy = tl.load(dy_ptr + i, inside, other=0)
-    tl.store(dx_ptr + i, tl.where(blocked != 0, 0, dy), inside)
+    tl.store(dx_ptr + i, tl.where(blocked != 0, tl.zeros_like(dy), dy), inside)
 
 
 def relu_bits_(y: Tensor, ceiling: float) -> Tensor:

@@ -83,7 +83,7 @@ def frozen_conv2d_relu(
     """
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
-    chosen = resolve(backend, OPERATOR, x.device.type)
+    chosen = _choose(backend, x.device.type)
     if chosen == "torch":
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
@@ -91,6 +91,11 @@ def frozen_conv2d_relu(
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, chosen)
     return convolve(x, weight, bias, g).clamp_(0, None if ceiling == math.inf else ceiling)
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot look for extensions
+def _choose(backend: Backend, device: str) -> str:
+    return resolve(backend, OPERATOR, device)
 
 
 class _ConvolutionRelu(torch.autograd.Function):
