@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.errors import ConfigError
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Conv2d(nn.Module):
             self.bias = nn.Parameter(init.draw((out_channels,), init.bias, *fans))
         else:
             self.weight = self.bias = None
+        self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +131,10 @@ class Conv2d(nn.Module):
         return x if self.weight is None else self._convolve(x, self.padding)
 
     def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        if self.weight.requires_grad:
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        return frozen_conv2d(x, weight, self.bias, padding=padding)
 
 
 class GroupNorm(nn.Module):

@@ -82,7 +82,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of x computes in: autocast's type where autocast is on, else x's own."""
     device = x.device.type
     # float64 stays: autocast leaves it alone
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -118,9 +118,7 @@ class _Convolution(torch.autograd.Function):
         return dx, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
 
-def input_gradient(
-    dy: Tensor, weight: Tensor, shape: torch.Size, layout: torch.memory_format, g: Geometry
-) -> Tensor:
+def input_gradient(dy: Tensor, weight: Tensor, shape: torch.Size, layout: torch.memory_format, g: Geometry) -> Tensor:
     """The gradient of an input of `shape` and `layout`, differentiable in dy."""
     return _InputGradient.apply(dy, weight, shape, layout, g)
 

@@ -93,9 +93,9 @@ def frozen_conv2d_relu(
     return convolve(x, weight, bias, g).clamp_(0, None if ceiling == math.inf else ceiling)
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot look for extensions
 def _choose(backend: Backend, device: str) -> str:
-    return resolve(backend, OPERATOR, device)
+    # the compiler cannot look for extensions: compiled code leaves the choice to the operators below
+    return backend if torch.compiler.is_compiling() else resolve(backend, OPERATOR, device)
 
 
 class _ConvolutionRelu(torch.autograd.Function):

@@ -49,9 +49,9 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
     return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), chosen)
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot look for extensions
 def _choose(backend: Backend, device: str) -> str:
-    return resolve(backend, OPERATOR, device)
+    # the compiler cannot look for extensions: compiled code leaves the choice to the operators below
+    return backend if torch.compiler.is_compiling() else resolve(backend, OPERATOR, device)
 
 
 class _MaxPool(torch.autograd.Function):
