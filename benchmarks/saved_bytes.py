@@ -121,7 +121,7 @@ def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.saved_bytes", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.saved_bytes", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--backend", default="auto", help="of the fused operators: auto, torch, cpp, triton")
     backend = parser.parse_args().backend
     print(f"{'MB saved for backward, an image':<34}{'stock':>10}{'gdd_fast':>10}{'%':>8}{'target':>8}")

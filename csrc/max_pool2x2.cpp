@@ -32,12 +32,13 @@ std::tuple<at::Tensor, at::Tensor> max_pool2x2(const at::Tensor& x) {
   return {y, places};
 }
 
-at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, int64_t height, int64_t width) {
+at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, int64_t height, int64_t width,
+                                bool channels_last) {
   TORCH_CHECK_VALUE(dy.dim() == 4 && dy.sizes() == places.sizes() && places.scalar_type() == at::kByte,
                     "max_pool2x2_backward: dy and places must be (N, C, H / 2, W / 2), places of bytes");
   TORCH_CHECK_VALUE(height / 2 == dy.size(2) && width / 2 == dy.size(3), "max_pool2x2_backward: ", height, "x", width,
                     " does not pool to ", dy.sizes());
-  const at::MemoryFormat format = format_of(places);
+  const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   TORCH_CHECK_VALUE(places.is_contiguous(format) && dy.is_contiguous(format),
                     "max_pool2x2_backward: dy and places must be dense and alike");
   at::Tensor dx = at::empty({dy.size(0), dy.size(1), height, width}, dy.options().memory_format(format));
@@ -50,7 +51,7 @@ at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, 
 
 TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
   m.def("max_pool2x2(Tensor x) -> (Tensor, Tensor)");
-  m.def("max_pool2x2_backward(Tensor dy, Tensor places, int height, int width) -> Tensor");
+  m.def("max_pool2x2_backward(Tensor dy, Tensor places, int height, int width, bool channels_last) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {

@@ -12,7 +12,8 @@ struct PoolSize {
 };
 
 std::tuple<at::Tensor, at::Tensor> max_pool2x2(const at::Tensor& x);
-at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, int64_t height, int64_t width);
+at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, int64_t height, int64_t width,
+                                bool channels_last);
 
 namespace cpu {
 void max_pool2x2(const at::Tensor& x, const PoolSize& size, at::Tensor& y, at::Tensor& places);

@@ -23,14 +23,19 @@ def _window(o, H, W, C):
 
 
 @triton.jit
+def _comparable(x):
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
 def max_pool2x2_kernel(x_ptr, y_ptr, places_ptr, size, H, W, C, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < size
     first = _window(o, H, W, C)
-    y = tl.load(x_ptr + first, inside, other=0)
+    y = _comparable(tl.load(x_ptr + first, inside, other=0))
     place = tl.zeros((BLOCK,), tl.int32)
     for i in tl.static_range(1, 4):
-        x = tl.load(x_ptr + first + ((i // 2) * W + i % 2) * C, inside, other=0)
+        x = _comparable(tl.load(x_ptr + first + ((i // 2) * W + i % 2) * C, inside, other=0))
         larger = (x > y) | (x != x)  # the first of equal values; NaN wins
         y = tl.where(larger, x, y)
         place = tl.where(larger, i, place)
@@ -53,7 +58,7 @@ def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK
 def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dense x (N, C, H, W), contiguous or channels_last -> maxima and uint8 places (N, C, H // 2, W // 2)."""
     n, c, h, w = x.shape
-    layout = _layout(x)
+    layout = torch.channels_last if x.stride(1) == 1 and c > 1 else torch.contiguous_format
     y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
     places = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():
@@ -64,20 +69,16 @@ def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, places
 
 
-def max_pool2x2_backward(dy: Tensor, places: Tensor, height: int, width: int) -> Tensor:
-    """dy in the layout of `places` -> the gradient of an input of `height` x `width`."""
+def max_pool2x2_backward(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
+    """Dense dy and places, both channels_last or not -> the gradient of an input of `height` x `width`, likewise."""
     n, c = dy.shape[:2]
-    layout = _layout(places)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     dx = torch.empty((n, c, height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)
     if height % 2 or width % 2:
         dx.zero_()  # the row and column that no window holds
     if dy.numel():
         options = configuration("max_pool2x2", dy.device)
-        channels = c if layout is torch.channels_last else 1
+        channels = c if channels_last else 1
         grid = (triton.cdiv(dy.numel(), options["BLOCK"]),)
         max_pool2x2_backward_kernel[grid](dy, places, dx, dy.numel(), height, width, channels, **options)
     return dx
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format

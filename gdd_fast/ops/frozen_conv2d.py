@@ -2,7 +2,7 @@
 
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
 weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
-as PyTorch calls them, so results are equal in every bit; nothing is fused, hence no choice of backend.
+as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.

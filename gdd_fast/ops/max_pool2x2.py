@@ -59,41 +59,45 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
         y, places = torch.ops.gdd_fast.max_pool2x2(x, backend)
         ctx.save_for_backward(places)
-        ctx.size, ctx.backend = x.shape[2:], backend
+        ctx.size, ctx.layout, ctx.backend = x.shape[2:], memory_format(x), backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.backend), None
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None
 
 
 class _Spread(torch.autograd.Function):
     """The gradient of pooling: every value to the place its maximum came from, zero elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.backend = size, backend
-        dy = dy.contiguous(memory_format=memory_format(places))
-        return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, backend)
+        ctx.size, ctx.layout, ctx.backend = size, layout, backend
+        dy = dy.contiguous(memory_format=layout)
+        return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, backend)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.backend), None, None, None
+        return _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
     """The gradient of spreading: of every window the value at its place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, size: torch.Size, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.backend = size, backend
+        ctx.size, ctx.layout, ctx.backend = size, layout, backend
         return collect_ref(x, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.backend), None, None, None
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
 
 
 def collect_ref(x: Tensor, places: Tensor) -> Tensor:
@@ -105,10 +109,11 @@ def collect_ref(x: Tensor, places: Tensor) -> Tensor:
     return y
 
 
-# x, dy and places are dense, contiguous or channels_last, the latter two alike.
+# x, dy and places are dense. The backward is told the format: that of 1x1 places cannot be seen.
 torch.library.define("gdd_fast::max_pool2x2", "(Tensor x, str backend) -> (Tensor, Tensor)")
 torch.library.define(
-    "gdd_fast::max_pool2x2_backward", "(Tensor dy, Tensor places, SymInt height, SymInt width, str backend) -> Tensor"
+    "gdd_fast::max_pool2x2_backward",
+    "(Tensor dy, Tensor places, SymInt height, SymInt width, bool channels_last, str backend) -> Tensor",
 )
 
 
@@ -133,22 +138,23 @@ def _(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("gdd_fast::max_pool2x2_backward", "CompositeExplicitAutograd")
-def _max_pool2x2_backward(dy: Tensor, places: Tensor, height: int, width: int, backend: Backend) -> Tensor:
+def _max_pool2x2_backward(
+    dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend
+) -> Tensor:
     match resolve(backend, OPERATOR, dy.device.type):
         case "triton":
             from gdd_fast.kernels import max_pool2x2 as kernels
 
-            return kernels.max_pool2x2_backward(dy, places, height, width)
+            return kernels.max_pool2x2_backward(dy, places, height, width, channels_last)
         case "cpp":
-            return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width)
+            return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
         case _:
-            return spread_ref(dy, places, height, width)
+            return spread_ref(dy, places, height, width, channels_last)
 
 
 @torch.library.register_fake("gdd_fast::max_pool2x2_backward")
-def _(dy: Tensor, places: Tensor, height: int, width: int, backend: Backend) -> Tensor:
-    shape = (*dy.shape[:2], height, width)
-    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(places))
+def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend) -> Tensor:
+    return _empty(dy, height, width, channels_last)
 
 
 def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +164,15 @@ def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
 
 
-def spread_ref(dy: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+def spread_ref(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """The gradient of an input of `height` x `width`."""
-    shape, layout = (*dy.shape[:2], height, width), memory_format(places)
-    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout).zero_()
+    dx = _empty(dy, height, width, channels_last).zero_()
     windows = dx[:, :, : height // 2 * 2, : width // 2 * 2]
     for place in range(4):
         windows[:, :, place // 2 :: 2, place % 2 :: 2] = torch.where(places == place, dy, dy.new_zeros(()))
     return dx
+
+
+def _empty(dy: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((*dy.shape[:2], height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)
