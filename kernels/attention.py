@@ -72,24 +72,32 @@ def forward_kernel(
 def backward_q_kernel(
     qkv_ptr, y_ptr, dy_ptr, lse_ptr, delta_ptr, dqkv_ptr, tokens, heads, scale,
     C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_J: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     qkv, y_base, row_base = _bases(qkv_ptr, y_ptr, tokens, heads, C, D, STRIDE_H)
     dqkv, dy_base, _ = _bases(dqkv_ptr, dy_ptr, tokens, heads, C, D, STRIDE_H)
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = _tile(qkv, rows, tokens, 3 * C, D, STRIDE_C)
-    dy = _tile(dy_base, rows, tokens, C, D, 1)
-    delta = tl.sum(dy.to(tl.float32) * _tile(y_base, rows, tokens, C, D, 1).to(tl.float32), 1)
-    tl.store(delta_ptr + row_base + rows, delta, rows < tokens)
     lse = tl.load(lse_ptr + row_base + rows, rows < tokens, other=0)
+    delta = tl.zeros((BLOCK_Q,), tl.float32)
+    for c in range(0, D, CHUNK):
+        dy = _tile(dy_base + c, rows, tokens, C, CHUNK, 1).to(tl.float32)
+        delta += tl.sum(dy * _tile(y_base + c, rows, tokens, C, CHUNK, 1).to(tl.float32), 1)
+    tl.store(delta_ptr + row_base + rows, delta, rows < tokens)
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     for start in range(0, tokens, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
+        logits = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+        dp = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+        for c in range(0, D, CHUNK):
+            q = _tile(qkv + c * STRIDE_C, rows, tokens, 3 * C, CHUNK, STRIDE_C)
+            k = _tile(qkv + STRIDE_J + c * STRIDE_C, columns, tokens, 3 * C, CHUNK, STRIDE_C)
+            logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
+            dy = _tile(dy_base + c, rows, tokens, C, CHUNK, 1)
+            v = _tile(qkv + 2 * STRIDE_J + c * STRIDE_C, columns, tokens, 3 * C, CHUNK, STRIDE_C)
+            dp = tl.dot(dy, tl.trans(v), dp, input_precision="ieee")
+        p = tl.where(columns[None, :] < tokens, tl.exp2(logits * (scale * _LOG2E) - lse[:, None]), 0.0)
+        ds = p * (dp - delta[:, None])
         k = _tile(qkv + STRIDE_J, columns, tokens, 3 * C, D, STRIDE_C)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        p = tl.where(columns[None, :] < tokens, tl.exp2(logits - lse[:, None]), 0.0)
-        v = _tile(qkv + 2 * STRIDE_J, columns, tokens, 3 * C, D, STRIDE_C)
-        ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     _store(dqkv, dq * scale, rows, tokens, 3 * C, D, STRIDE_C)
 
@@ -141,11 +149,18 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: i
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     if y.numel():
         options, layout, scale = _arguments(qkv, heads, interleaved, "backward")
+        chunk = channels_at_once(layout["D"], qkv.element_size())
         grid = (triton.cdiv(h * w, options["BLOCK_Q"]), n * heads)
-        backward_q_kernel[grid](qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
+        backward_q_kernel[grid](qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options)
         grid = (triton.cdiv(h * w, options["BLOCK_K"]), n * heads)
         backward_kv_kernel[grid](qkv, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
     return dqkv
+
+
+def channels_at_once(head_dim: int, bytes_each: int) -> int:
+    """What the products of the query gradient take at a time: in float32, which has no tensor cores here, each channel
+    of both factors waits in a register."""
+    return head_dim if bytes_each == 2 else min(head_dim, 32)
 
 
 def launch_options(entry: dict, head_dim: int, bytes_each: int, direction: str) -> dict[str, int]:

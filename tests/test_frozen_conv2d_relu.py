@@ -143,4 +143,4 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
         cases.append(TritonCase("mask_bits_kernel", mask, constants, options))
     for resources in compile_triton("gdd_fast.kernels.frozen_conv2d_relu", cases):
         resources.assert_no_spills()
-        assert resources.registers <= 80, resources
+        assert resources.registers <= 96, resources  # those of float64
