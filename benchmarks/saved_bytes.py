@@ -1,7 +1,7 @@
 """`python -m benchmarks.saved_bytes`: bytes that a forward pass keeps for backward, PyTorch's layers against ours.
 
 Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The
-generators are frozen as in GDD-I (level 1) and run as in a generator step; the backbones are the frozen halves of the
+generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones are the frozen halves of the
 discriminator, with the gradient of their input wanted. "stock" runs the same networks with every operator replaced by
 its definition in plain PyTorch (for the backbones, with their batch norms as they come), "gdd_fast" the fused
 operators of `--backend`, which need the compiled extension on a CPU.
@@ -59,8 +59,8 @@ def backbone(name: str, resolution: int) -> Callable[[bool], Network]:
 
 
 CASES = (
-    Case("NCSN++ 32, generator step", generator(ncsnpp(), 32), target=35),
-    Case("ADM 64, generator step", generator(adm() | {"label_dim": 0}, 64)),
+    Case("NCSN++ 32, generator step", generator(ncsnpp(dropout=0.0), 32), target=35),
+    Case("ADM 64, generator step", generator(adm(dropout=0.0), 64)),
     Case("VGG-16 (batch norm) at 224", backbone("vgg16_bn", 224), target=15),
     Case("VGG-16 at 224", backbone("vgg16", 224), target=15),
     Case("EfficientNet-lite0 at 224", backbone("tf_efficientnet_lite0", 224)),
