@@ -1,10 +1,10 @@
 """`python -m benchmarks.saved_bytes`: bytes that a forward pass keeps for backward, PyTorch's layers against ours.
 
 Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The
-generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones are the frozen halves of the
-discriminator, with the gradient of their input wanted. "stock" runs the same networks with every operator replaced by
-its definition in plain PyTorch (for the backbones, with their batch norms as they come), "gdd_fast" the fused
-operators of `--backend`, which need the compiled extension on a CPU.
+generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
+are the frozen halves of the discriminator, with the gradient of their input wanted. "stock" runs the same networks with
+every operator replaced by its definition in plain PyTorch (the backbones with their batch norms as they come),
+"gdd_fast" the operators of `--backend`; on a CPU the fused ones need the compiled extension.
 """
 
 import argparse
