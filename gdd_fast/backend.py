@@ -32,10 +32,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "
 
 @dataclass(frozen=True)
 class Operator:
-    """What is known of an operator before it sees a tensor: its name and its fused implementations."""
+    """What is known of an operator before it sees a tensor: its name and its fused implementations.
+
+    "auto" passes over the `opt_in` ones: they are not known to be faster than the definition.
+    """
 
     name: str
     fused: frozenset[str]
+    opt_in: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -116,7 +120,8 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     Raises BackendError for an unknown name, a backend that cannot run here, and an extension that does not load.
     """
     if backend == "auto":
-        return next(b for b in PREFERENCE.get(device, ("torch",)) if obstacle(operator, b, device) is None)
+        candidates = (b for b in PREFERENCE.get(device, ("torch",)) if b not in operator.opt_in)
+        return next(b for b in candidates if obstacle(operator, b, device) is None)
     if backend not in get_args(Backend):
         raise BackendError(f"{operator.name}: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
     reason = obstacle(operator, backend, device)

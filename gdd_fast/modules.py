@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.errors import ConfigError
+from gdd_fast.ops.attention import attention as attention
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Conv2d(nn.Module):
             self.bias = nn.Parameter(init.draw((out_channels,), init.bias, *fans))
         else:
             self.weight = self.bias = None
+        self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +132,10 @@ class Conv2d(nn.Module):
         return x if self.weight is None else self._convolve(x, self.padding)
 
     def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        if self.weight.requires_grad:
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        return frozen_conv2d(x, weight, self.bias, padding=padding)
 
 
 class GroupNorm(nn.Module):
@@ -180,22 +186,6 @@ def merge(x: Tensor, residual: Tensor, scale: float = 1.0) -> Tensor:
 def concat(x: Tensor, skip: Tensor) -> Tensor:
     """A decoder block's input: the activations and the encoder's skip, side by side in the channels."""
     return torch.cat([x, skip], dim=1)
-
-
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Self-attention over the pixels: packed (N, 3C, H, W) -> (N, C, H, W), in the memory format of `qkv`.
-
-    Channel `(head * C / num_heads + c) * 3 + j` of `qkv` holds channel c of the head's query (j = 0), key (1) or
-    value (2), as in EDM. Logits are scaled by 1 / sqrt(C / num_heads); softmax is in float32 in every dtype.
-    """
-    n, packed, h, w = qkv.shape
-    channels_last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
-    # One copy brings the tokens of q, k and v to (3, N, heads, H * W, C / heads), the form the attention kernels read.
-    tokens = qkv.reshape(n, num_heads, packed // (3 * num_heads), 3, h * w).permute(3, 0, 1, 4, 2).contiguous()
-    y = F.scaled_dot_product_attention(*tokens.unbind(0))
-    if channels_last:
-        return y.transpose(1, 2).reshape(n, h, w, packed // 3).permute(0, 3, 1, 2)
-    return y.transpose(2, 3).reshape(n, packed // 3, h, w).contiguous()
 
 
 class PositionalEmbedding(nn.Module):

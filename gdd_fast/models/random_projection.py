@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.models.frozen_conv import FrozenConv2d
+
 MIXED_CHANNELS = (64, 128, 256, 512)
 OUT_CHANNELS = (64, 64, 128, 256)
 REASSEMBLED_CHANNELS = (96, 192, 384, 768)
@@ -18,10 +20,10 @@ class Reassemble(nn.Module):
         c0, c1, c2, c3 = REASSEMBLED_CHANNELS
         self.levels = nn.ModuleList(
             [
-                nn.Sequential(nn.Conv2d(width, c0, 1), nn.ConvTranspose2d(c0, c0, 4, stride=4)),
-                nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 2, stride=2)),
-                nn.Sequential(nn.Conv2d(width, c2, 1)),
-                nn.Sequential(nn.Conv2d(width, c3, 1), nn.Conv2d(c3, c3, 3, stride=2, padding=1)),
+                nn.Sequential(FrozenConv2d(width, c0, 1), nn.ConvTranspose2d(c0, c0, 4, stride=4)),
+                nn.Sequential(FrozenConv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 2, stride=2)),
+                nn.Sequential(FrozenConv2d(width, c2, 1)),
+                nn.Sequential(FrozenConv2d(width, c3, 1), FrozenConv2d(c3, c3, 3, stride=2, padding=1)),
             ]
         )
 
@@ -41,8 +43,8 @@ class RandomProjection(nn.Module):
         super().__init__()
         self.reassemble = Reassemble(tap_channels[0]) if reassemble else nn.Identity()
         in_channels = REASSEMBLED_CHANNELS if reassemble else tap_channels
-        self.ccm = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(in_channels, MIXED_CHANNELS, strict=True))
-        self.csm = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(MIXED_CHANNELS, OUT_CHANNELS, strict=True))
+        self.ccm = nn.ModuleList(FrozenConv2d(i, o, 1) for i, o in zip(in_channels, MIXED_CHANNELS, strict=True))
+        self.csm = nn.ModuleList(FrozenConv2d(i, o, 1) for i, o in zip(MIXED_CHANNELS, OUT_CHANNELS, strict=True))
         self.requires_grad_(False)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.models.backbones.base import Backbone
+from gdd_fast.models.frozen_conv import FrozenConv2d
 
 _WIDTH, _DEPTH, _HEADS, _PATCH = 768, 12, 12, 16
 _GRID = 224 // _PATCH
@@ -74,7 +75,7 @@ class DeitBase(Backbone):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, _WIDTH))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, _WIDTH))
         self.pos_embed = nn.Parameter(torch.zeros(1, _GRID**2 + _EXTRA_TOKENS, _WIDTH))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, _WIDTH, _PATCH, _PATCH)})
+        self.patch_embed = nn.ModuleDict({"proj": FrozenConv2d(3, _WIDTH, _PATCH, _PATCH)})
         self.blocks = nn.ModuleList(Block(_WIDTH, _HEADS) for _ in range(_DEPTH))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

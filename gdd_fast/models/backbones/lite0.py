@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.models.backbones.base import Backbone, ConvNorm
+from gdd_fast.models.frozen_conv import FrozenConv2d, conv_norm_relu
+from gdd_fast.ops.frozen_conv2d_relu import Activation
 
 _BN_EPS = 1e-3
 
@@ -31,21 +33,19 @@ _STAGES = (
 _TAPPED_STAGES = (1, 2, 4, 6)
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(FrozenConv2d):
     """A strided convolution padded as TensorFlow's "SAME": an odd total leaves one row more after than before."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         (top, bottom), (left, right) = (self._same(size) for size in x.shape[-2:])
-        weight = self.weight
         if top < bottom and left < right and x.device.type == "cpu":
             # A zero row and column before the kernel do what unequal padding does, and padding a few weights is cheaper
             # than padding the image. GPUs have kernels for odd sizes only.
-            weight = F.pad(weight, (1, 0, 1, 0))
-            top, left = bottom, right
-        elif top < bottom or left < right:
+            return self._convolve(x, (bottom, right), activation, pad=(1, 0, 1, 0))
+        if top < bottom or left < right:
             x = F.pad(x, (left, right, top, bottom))
             top = left = 0
-        return F.conv2d(x, weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+        return self._convolve(x, (top, left), activation)
 
     def _same(self, size: int) -> tuple[int, int]:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -53,18 +53,14 @@ class SameConv2d(nn.Conv2d):
         return total // 2, total - total // 2
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> FrozenConv2d:
     if stride == 1:  # "SAME" is symmetric for odd kernels
-        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+        return FrozenConv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
     return SameConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=_BN_EPS)
-
-
-def _relu6(x: Tensor) -> Tensor:
-    return F.relu6(x, inplace=True)
 
 
 class DepthwiseSeparable(nn.Module):
@@ -78,7 +74,7 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = _norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _relu6(self.bn1(self.conv_dw(x)))
+        x = conv_norm_relu(self.conv_dw, self.bn1, x, "relu6")
         return self.bn2(self.conv_pw(x))
 
     def conv_norms(self) -> Iterator[ConvNorm]:
@@ -101,8 +97,8 @@ class InvertedResidual(nn.Module):
         self.bn3 = _norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = _relu6(self.bn1(self.conv_pw(x)))
-        h = _relu6(self.bn2(self.conv_dw(h)))
+        h = conv_norm_relu(self.conv_pw, self.bn1, x, "relu6")
+        h = conv_norm_relu(self.conv_dw, self.bn2, h, "relu6")
         h = self.bn3(self.conv_pwl(h))
         return h + x if self.residual else h
 
@@ -146,7 +142,7 @@ class Lite0(Backbone):
         self.classifier = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = _relu6(self.bn1(self.conv_stem(x)))
+        x = conv_norm_relu(self.conv_stem, self.bn1, x, "relu6")
         maps = []
         for i, stage in enumerate(self.blocks):
             x = stage(x)
@@ -157,7 +153,7 @@ class Lite0(Backbone):
     def pooled(self, x: Tensor) -> Tensor:
         """Features before the classifier, averaged over the image: normalised `(N, 3, H, W)` -> `(N, 1280)`."""
         coarsest = self(x)[-1]
-        return _relu6(self.bn2(self.conv_head(coarsest))).mean(dim=(2, 3))
+        return conv_norm_relu(self.conv_head, self.bn2, coarsest, "relu6").mean(dim=(2, 3))
 
     def logits(self, x: Tensor) -> Tensor:
         """ImageNet class scores: normalised `(N, 3, H, W)` -> `(N, 1000)`."""

@@ -4,9 +4,22 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from gdd_fast.backend import Backend
 from gdd_fast.models.backbones.base import Backbone, ConvNorm
+from gdd_fast.models.frozen_conv import FrozenConv2d
+from gdd_fast.ops.max_pool2x2 import OPERATOR, max_pool2x2
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class MaxPool2x2(nn.Module):
+    """Maxima of 2x2 windows."""
+
+    operator = OPERATOR
+    backend: Backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_pool2x2(x, self.backend)
 
 
 class Vgg16(Backbone):
@@ -27,20 +40,23 @@ class Vgg16(Backbone):
         channels = 3
         for stage in _STAGES:
             for out_channels in stage:
-                layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
+                layers.append(FrozenConv2d(channels, out_channels, 3, padding=1))
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(out_channels))
                 layers.append(nn.ReLU(inplace=True))
                 channels = out_channels
-            layers.append(nn.MaxPool2d(2))
+            layers.append(MaxPool2x2())
         self.features = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         stage_ends = []
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
+        layers = [layer for layer in self.features if not isinstance(layer, nn.Identity)]
+        for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
+            if isinstance(layer, nn.ReLU) and isinstance(before, FrozenConv2d):
+                continue  # the convolution has applied it
+            if isinstance(layer, MaxPool2x2):
                 stage_ends.append(x)
-            x = layer(x)
+            x = layer(x, "relu") if isinstance(layer, FrozenConv2d) and isinstance(after, nn.ReLU) else layer(x)
         return (*stage_ends[1:], x)
 
     def conv_norms(self) -> Iterator[ConvNorm]:

@@ -1,0 +1,190 @@
+"""Self-attention over the pixels of a feature map, on the packed result of the convolution that makes q, k and v.
+
+Softmax is in float32 in every dtype. "torch" repacks the tokens once and calls PyTorch's scaled_dot_product_attention;
+"triton" reads q, k and v where the convolution left them, saves them with one number a query and head, and recomputes
+the probabilities in backward.
+
+"auto" takes the Triton kernels at the shapes that kernels/tuned.json lists as measured to be faster than PyTorch's on
+the architecture at hand. None has been measured yet, so it is "torch" everywhere.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.errors import InputError
+
+OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
+
+Order = Literal["interleaved", "blocks"]
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention_ref(qkv: Tensor, num_heads: int, order: Order = "interleaved") -> Tensor:
+    """The definition by PyTorch's own attention, whose second derivative not every device has."""
+    q, k, v = _tokens(qkv, num_heads, order)
+    return _image(F.scaled_dot_product_attention(q, k, v), qkv)
+
+
+def attention_formula(qkv: Tensor, num_heads: int, order: Order = "interleaved") -> Tensor:
+    """The definition written out, differentiable any number of times."""
+    q, k, v = _tokens(qkv, num_heads, order)
+    logits = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    return _image(logits.to(_softmax_dtype(qkv)).softmax(3).to(v.dtype) @ v, qkv)
+
+
+def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend: Backend = "auto") -> Tensor:
+    """softmax(q k' / sqrt(D)) v for every head of D channels, over all pixels of an image.
+
+    Args:
+        qkv: (N, 3 C, H, W), C = num_heads * D, floating. "triton" reads channels_last memory and copies any other.
+        num_heads: how many heads share the channels.
+        order: where channel c of head h of the query (j = 0), key (1) and value (2) stands among the 3 C:
+            "interleaved" (EDM's) at (h * D + c) * 3 + j, "blocks" at j * C + h * D + c.
+        backend: "auto", "torch" or "triton". "triton" takes float32, bfloat16 and float16 and D of 16 to 256, a power
+            of two; it is twice differentiable, "torch" where PyTorch's attention is.
+
+    Returns:
+        (N, C, H, W) in qkv's dtype and memory format.
+
+    Raises:
+        InputError: channels that do not divide, an unknown order, or a type or width that the backend asked for by
+            name does not take.
+        BackendError: the backend asked for cannot run here.
+    """
+    if qkv.dim() != 4 or num_heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads):
+        raise InputError(
+            f"attention: qkv must be (N, 3 * channels, H, W) with channels for {num_heads} heads, not "
+            f"{tuple(qkv.shape)}"
+        )
+    if order not in get_args(Order):
+        raise InputError(f"attention: order must be one of {', '.join(get_args(Order))}, not {order!r}")
+    if _choose(qkv, num_heads, backend) == "torch":
+        return attention_ref(qkv, num_heads, order)
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    if head_dim not in HEAD_DIMS or qkv.dtype not in DTYPES:
+        raise InputError(
+            f"attention: the triton backend takes heads of {', '.join(map(str, HEAD_DIMS))} channels in float32, "
+            f"bfloat16 or float16, not {head_dim} in {qkv.dtype}"
+        )
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        raise InputError("attention: Triton's interpreter does not multiply bfloat16 matrices: use float32 or float16")
+    if qkv.shape[1:].numel() >= 2**31:
+        raise InputError("attention: the triton backend takes fewer than 2^31 values an image")
+    layout = _layout(qkv)
+    y = _Attention.apply(qkv.contiguous(memory_format=torch.channels_last), num_heads, order)
+    return y.contiguous(memory_format=layout)
+
+
+def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
+    if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
+        backend = "triton"
+    return resolve(backend, OPERATOR, qkv.device.type)
+
+
+def _measured_faster(qkv: Tensor, num_heads: int) -> bool:
+    """Whether tuned.json lists this (tokens, channels a head, type) for this GPU's architecture."""
+    from gdd_fast.kernels._launch import _table
+
+    major, minor = torch.cuda.get_device_capability(qkv.device)
+    shape = [qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * num_heads), str(qkv.dtype).removeprefix("torch.")]
+    return shape in _table()["attention"]["faster_than_sdpa"].get(f"sm_{major}{minor}", [])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, order: Order) -> Tensor:
+        y, lse = torch.ops.gdd_fast.attention(qkv, num_heads, order == "interleaved")
+        ctx.save_for_backward(qkv, y, lse)
+        ctx.num_heads, ctx.order = num_heads, order
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _AttentionGradient.apply(dy, *ctx.saved_tensors, ctx.num_heads, ctx.order), None, None
+
+
+class _AttentionGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, num_heads: int, order: Order) -> Tensor:
+        ctx.save_for_backward(dy, qkv)
+        ctx.num_heads, ctx.order = num_heads, order
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        return torch.ops.gdd_fast.attention_backward(dy, qkv, y, lse, num_heads, order == "interleaved")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, ddqkv: Tensor) -> tuple[Tensor | None, ...]:
+        # through the formula; y and lse are functions of qkv, whose share this contains
+        with torch.enable_grad():
+            dy, qkv = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+            y = attention_formula(qkv, ctx.num_heads, ctx.order)
+            (dqkv,) = torch.autograd.grad(y, qkv, dy, create_graph=True)
+            gradients = torch.autograd.grad(dqkv, (dy, qkv), ddqkv)
+        return (*gradients, None, None, None, None)
+
+
+# qkv, y, dy and the gradient are channels_last; lse holds base-2 logarithms, float32 (N, heads, H * W).
+torch.library.define("gdd_fast::attention", "(Tensor qkv, int num_heads, bool interleaved) -> (Tensor, Tensor)")
+torch.library.define(
+    "gdd_fast::attention_backward",
+    "(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int num_heads, bool interleaved) -> Tensor",
+)
+
+
+@torch.library.impl("gdd_fast::attention", "CompositeExplicitAutograd")
+def _attention(qkv: Tensor, num_heads: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    from gdd_fast.kernels import attention as kernels
+
+    return kernels.attention(qkv, num_heads, interleaved)
+
+
+@torch.library.register_fake("gdd_fast::attention")
+def _(qkv: Tensor, num_heads: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    n, packed, h, w = qkv.shape
+    y = torch.empty((n, packed // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=torch.channels_last)
+    return y, torch.empty((n, num_heads, h * w), dtype=torch.float32, device=qkv.device)
+
+
+@torch.library.impl("gdd_fast::attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, num_heads: int, interleaved: bool) -> Tensor:
+    from gdd_fast.kernels import attention as kernels
+
+    return kernels.attention_backward(dy, qkv, y, lse, num_heads, interleaved)
+
+
+@torch.library.register_fake("gdd_fast::attention_backward")
+def _(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, num_heads: int, interleaved: bool) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _layout(qkv: Tensor) -> torch.memory_format:
+    channels_last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _softmax_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _tokens(qkv: Tensor, num_heads: int, order: Order) -> tuple[Tensor, ...]:
+    """q, k and v, each (N, heads, H * W, D): one copy brings them to the form that PyTorch's kernels read."""
+    n, packed, h, w = qkv.shape
+    head_dim = packed // (3 * num_heads)
+    if order == "interleaved":
+        split = qkv.reshape(n, num_heads, head_dim, 3, h * w).permute(3, 0, 1, 4, 2)
+    else:
+        split = qkv.reshape(n, 3, num_heads, head_dim, h * w).permute(1, 0, 2, 4, 3)
+    return split.contiguous().unbind(0)
+
+
+def _image(y: Tensor, qkv: Tensor) -> Tensor:
+    """(N, heads, H * W, D) -> (N, C, H, W) in the memory format of qkv."""
+    n, packed, h, w = qkv.shape
+    if _layout(qkv) is torch.channels_last:
+        return y.transpose(1, 2).reshape(n, h, w, packed // 3).permute(0, 3, 1, 2)
+    return y.transpose(2, 3).reshape(n, packed // 3, h, w).contiguous()

@@ -1,0 +1,192 @@
+"""Convolution with a weight that is not trained: the input is not kept for backward.
+
+PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
+weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
+as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend.
+
+The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
+differentiated any number of times.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdd_fast.backend import Operator
+from gdd_fast.errors import InputError
+
+OPERATOR = Operator("frozen_conv2d", fused=frozenset())
+
+Size2 = int | tuple[int, int]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+
+def frozen_conv2d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The definition: PyTorch's convolution, in x's dtype; arguments as of `frozen_conv2d`."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+
+
+def frozen_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv2d` for a weight without gradient; differentiable in x and bias.
+
+    Args:
+        x: (N, C, H, W), floating, in any memory format. Its gradient is channels_last if x's channels are innermost.
+        weight: (K, C / groups, R, S), not requiring gradient. Cast to the compute type, which is x's or autocast's, at
+            every call if it has another; `FrozenWeight` does that once.
+        bias: (K,) or None, trainable or not, cast likewise.
+        stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
+
+    Returns:
+        (N, K, H', W') in the compute type.
+
+    Raises:
+        InputError: x or weight is not four-dimensional, or the weight requires a gradient, which it would not get.
+    """
+    x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
+    return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
+
+
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias in the compute type; raises as `frozen_conv2d`."""
+    if x.dim() != 4 or weight.dim() != 4:
+        raise InputError(
+            f"{name}: x must be (N, C, H, W) and weight (K, C / groups, R, S), not {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
+    dtype = compute_dtype(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in: autocast's type where autocast is on, else x's own."""
+    device = x.device.type
+    # float64 stays: autocast leaves it alone
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
+    """The numbers that describe a convolution, every pair spelled out."""
+    pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+    return (*pairs, groups)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if x's channels are innermost, as in slices of channels_last tensors too; else contiguous."""
+    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The library's convolution."""
+    stride, padding, dilation, groups = g
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.format, ctx.geometry = x.shape, memory_format(x), g
+        return convolve(x, weight, bias, g)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        dx = input_gradient(dy, weight, ctx.shape, ctx.format, ctx.geometry) if ctx.needs_input_grad[0] else None
+        return dx, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
+
+
+def input_gradient(dy: Tensor, weight: Tensor, shape: torch.Size, layout: torch.memory_format, g: Geometry) -> Tensor:
+    """The gradient of an input of `shape` and `layout`, differentiable in dy."""
+    return _InputGradient.apply(dy, weight, shape, layout, g)
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, weight: Tensor, shape: torch.Size, layout: torch.memory_format, g: Geometry
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.geometry = g
+        stride, padding, dilation, groups = g
+        # The input's values are not read, but its strides choose the algorithm: memory of the real layout, never
+        # written, keeps channels_last, where a broadcast scalar would lose it.
+        x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
+        needed = (True, False, False)
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, needed
+        )[0]
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _Convolution.apply(ddx, weight, None, ctx.geometry), None, None, None, None
+
+
+class FrozenWeight:
+    """A frozen weight in the type and layout that a convolution computes in, converted once and not at every step.
+
+    Calling it returns the weight itself where nothing has to be converted, else a copy that is kept until the weight
+    changes: by an in-place operation (training, `load_state_dict`), by replacement, or by moving to another device.
+    Writing through `weight.data` is not seen, by autograd's rules. Copies are no parameters and no part of any
+    state_dict, and a deep copy or a pickle leaves them out.
+    """
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._key: tuple[Any, ...] = ()
+        self._copy: Tensor | None = None
+
+    def __call__(
+        self, weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...] = ()
+    ) -> Tensor:
+        """The weight in `dtype`, in channels_last if that is `layout`, with `pad` zeros around it (as of `F.pad`)."""
+        if weight.dtype == dtype and not pad and _has_layout(weight, layout):
+            return weight
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return _convert(weight, dtype, layout, pad)
+        key = (weight._version, weight.data_ptr(), weight.stride(), weight.dtype, dtype, layout, pad)
+        if self._source is not weight or self._key != key:
+            converted = _convert(weight, dtype, layout, pad)
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return converted  # holds its values only when the graph is replayed
+            self._source, self._key, self._copy = weight, key, converted
+        return self._copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenWeight, ()  # copy, deepcopy and pickle start empty
+
+
+def _has_layout(weight: Tensor, layout: torch.memory_format) -> bool:
+    return layout is not torch.channels_last or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _convert(weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...]) -> Tensor:
+    # an ordinary tensor even if made while sampling in inference mode, so that autograd can save it later
+    with torch.inference_mode(False), torch.no_grad():
+        weight = F.pad(weight, pad) if pad else weight.detach()
+        if layout is torch.channels_last:
+            return weight.to(dtype).contiguous(memory_format=layout)
+        return weight.to(dtype)

@@ -1,0 +1,178 @@
+"""Max pooling over 2x2 windows that keeps one byte an output for backward.
+
+PyTorch's own keeps the input and an int64 index an output: in float32, six times what the output takes. A window has
+four places, so a byte says all: 2 * row + column of the largest value, the first of equal ones, as in PyTorch.
+
+The operator is linear where the maxima are, and can be differentiated any number of times.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.errors import InputError
+from gdd_fast.ops.frozen_conv2d import memory_format
+
+OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
+
+
+def max_pool2x2_ref(x: Tensor) -> Tensor:
+    """The definition: PyTorch's pooling with stride 2."""
+    return F.max_pool2d(x, 2)
+
+
+def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
+    """The largest value of each 2x2 window, stride 2; an odd last row or column is left out.
+
+    Args:
+        x: (N, C, H, W), floating, H and W of at least 2. Dense contiguous and channels_last memory is read where it
+            lies, any other is copied once.
+        backend: "auto", "torch", "triton" or "cpp".
+
+    Returns:
+        (N, C, H // 2, W // 2) in x's dtype and memory format.
+
+    Raises:
+        InputError: x is not four-dimensional or floating, or is smaller than a window.
+        BackendError: the backend asked for cannot run here.
+    """
+    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 2:
+        raise InputError(
+            f"max_pool2x2: x must be floating (N, C, H, W) of at least 2x2 pixels, not {x.dtype} {tuple(x.shape)}"
+        )
+    chosen = _choose(backend, x.device.type)
+    if chosen == "torch":
+        return max_pool2x2_ref(x)
+    return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), chosen)
+
+
+def _choose(backend: Backend, device: str) -> str:
+    # the compiler cannot look for extensions: compiled code leaves the choice to the operators below
+    return backend if torch.compiler.is_compiling() else resolve(backend, OPERATOR, device)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+        y, places = torch.ops.gdd_fast.max_pool2x2(x, backend)
+        ctx.save_for_backward(places)
+        ctx.size, ctx.layout, ctx.backend = x.shape[2:], memory_format(x), backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None
+
+
+class _Spread(torch.autograd.Function):
+    """The gradient of pooling: every value to the place its maximum came from, zero elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.layout, ctx.backend = size, layout, backend
+        dy = dy.contiguous(memory_format=layout)
+        return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, backend)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        return _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The gradient of spreading: of every window the value at its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.layout, ctx.backend = size, layout, backend
+        return collect_ref(x, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
+
+
+def collect_ref(x: Tensor, places: Tensor) -> Tensor:
+    """Of every window of x (N, C, H, W) the value at its place (N, C, H // 2, W // 2)."""
+    windows = x[:, :, : places.shape[2] * 2, : places.shape[3] * 2]
+    y = windows[:, :, ::2, ::2]
+    for place in range(1, 4):
+        y = torch.where(places == place, windows[:, :, place // 2 :: 2, place % 2 :: 2], y)
+    return y
+
+
+# x, dy and places are dense. The backward is told the format: that of 1x1 places cannot be seen.
+torch.library.define("gdd_fast::max_pool2x2", "(Tensor x, str backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "gdd_fast::max_pool2x2_backward",
+    "(Tensor dy, Tensor places, SymInt height, SymInt width, bool channels_last, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("gdd_fast::max_pool2x2", "CompositeExplicitAutograd")
+def _max_pool2x2(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    match resolve(backend, OPERATOR, x.device.type):
+        case "triton":
+            from gdd_fast.kernels import max_pool2x2 as kernels
+
+            return kernels.max_pool2x2(x)
+        case "cpp":
+            return torch.ops.gdd_fast_C.max_pool2x2(x)
+        case _:
+            return places_ref(x)
+
+
+@torch.library.register_fake("gdd_fast::max_pool2x2")
+def _(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@torch.library.impl("gdd_fast::max_pool2x2_backward", "CompositeExplicitAutograd")
+def _max_pool2x2_backward(
+    dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend
+) -> Tensor:
+    match resolve(backend, OPERATOR, dy.device.type):
+        case "triton":
+            from gdd_fast.kernels import max_pool2x2 as kernels
+
+            return kernels.max_pool2x2_backward(dy, places, height, width, channels_last)
+        case "cpp":
+            return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
+        case _:
+            return spread_ref(dy, places, height, width, channels_last)
+
+
+@torch.library.register_fake("gdd_fast::max_pool2x2_backward")
+def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend) -> Tensor:
+    return _empty(dy, height, width, channels_last)
+
+
+def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima and their places."""
+    y, index = F.max_pool2d(x, 2, return_indices=True)
+    width = x.shape[3]
+    return y, (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
+
+
+def spread_ref(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
+    """The gradient of an input of `height` x `width`."""
+    dx = _empty(dy, height, width, channels_last).zero_()
+    windows = dx[:, :, : height // 2 * 2, : width // 2 * 2]
+    for place in range(4):
+        windows[:, :, place // 2 :: 2, place % 2 :: 2] = torch.where(places == place, dy, dy.new_zeros(()))
+    return dx
+
+
+def _empty(dy: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((*dy.shape[:2], height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)

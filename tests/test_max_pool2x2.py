@@ -1,0 +1,99 @@
+"""max_pool2x2: PyTorch's pooling to the bit, a byte an output for backward."""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from gdd_fast.errors import InputError
+from gdd_fast.ops.max_pool2x2 import OPERATOR, max_pool2x2, max_pool2x2_ref, places_ref, spread_ref
+from offline import TritonCase, compile_triton
+from parity import backends, device_for
+
+BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
+FUSED = pytest.mark.parametrize("backend", backends(OPERATOR)[1:])
+CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+
+
+def images(shape, dtype, backend, layout=CHANNELS_LAST):
+    """Few different values, so that many windows have several largest ones."""
+    x = torch.randint(-3, 3, shape, generator=torch.Generator().manual_seed(0))
+    return x.to(device_for(backend), dtype).contiguous(memory_format=layout).requires_grad_()
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 5, 7, 5), (3, 1, 2, 2), (1, 4, 2, 3)], ids=str)
+def test_equals_pytorch_in_every_bit(shape, dtype, layout, backend):
+    x = images(shape, dtype, backend, layout)
+    got, want = max_pool2x2(x, backend), max_pool2x2_ref(x)
+    assert torch.equal(got, want) and got.is_contiguous(memory_format=layout)
+    dy = torch.cat([torch.randn_like(want)] * 2, 1)[:, shape[1] :]
+    dx, want_dx = (torch.autograd.grad(y, x, dy)[0] for y in (got, want))
+    assert torch.equal(dx, want_dx) and dx.is_contiguous(memory_format=layout)
+
+
+@FUSED
+def test_places_equal_the_definition(backend):
+    x = images((2, 3, 7, 6), torch.float32, backend).detach()
+    y, places = torch.ops.gdd_fast.max_pool2x2(x, backend)
+    want, want_places = places_ref(x)
+    assert torch.equal(y, want) and torch.equal(places, want_places)
+    dx = torch.ops.gdd_fast.max_pool2x2_backward(y, places, 7, 6, True, backend)
+    assert torch.equal(dx, spread_ref(y, places, 7, 6, True))
+
+
+@BACKENDS
+def test_nan_wins(backend):
+    x = torch.tensor([[1.0, math.nan], [3.0, 4.0]], device=device_for(backend)).view(1, 1, 2, 2)
+    assert max_pool2x2(x, backend).isnan().all()
+
+
+@BACKENDS
+def test_first_and_second_derivatives(backend):
+    x = torch.randperm(2 * 3 * 5 * 4).double().view(2, 3, 5, 4).to(device_for(backend)).requires_grad_()
+    torch.autograd.gradcheck(lambda x: max_pool2x2(x, backend), (x,))
+    torch.autograd.gradgradcheck(lambda x: max_pool2x2(x, backend).square(), (x,))
+
+
+@FUSED
+def test_keeps_a_byte_an_output(backend):
+    kept = []
+    x = images((2, 3, 8, 8), torch.float32, backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = max_pool2x2(x, backend)
+    assert [t.untyped_storage().nbytes() for t in kept] == [y.numel()]
+
+
+@FUSED
+def test_registration_and_compile(backend):
+    for layout in (CHANNELS_LAST, CONTIGUOUS):
+        x = images((2, 3, 5, 4), torch.float32, backend, layout).detach()
+        opcheck(torch.ops.gdd_fast.max_pool2x2.default, (x, backend))
+        y, places = torch.ops.gdd_fast.max_pool2x2(x, backend)
+        opcheck(torch.ops.gdd_fast.max_pool2x2_backward.default, (y, places, 5, 4, layout is CHANNELS_LAST, backend))
+    x.requires_grad_()
+    function = lambda x: max_pool2x2(x * 2, backend).square().sum()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x), x)[0] for f in (compiled, function)))
+
+
+def test_empty_batch_and_bad_calls():
+    assert max_pool2x2(torch.zeros(0, 3, 4, 4)).shape == (0, 3, 2, 2)
+    for x in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 4, 4, dtype=torch.int32)):
+        with pytest.raises(InputError, match="at least 2x2"):
+            max_pool2x2(x)
+
+
+def test_triton_kernels_compile_for_ampere_and_hopper():
+    options, constants, sizes = {"num_warps": 4}, {"BLOCK": 1024}, dict.fromkeys(("size", "H", "W", "C"), "i32")
+    cases = []
+    for kind in ("*fp32", "*bf16", "*fp64"):
+        forward = {"x_ptr": kind, "y_ptr": kind, "places_ptr": "*u8", **sizes}
+        backward = {"dy_ptr": kind, "places_ptr": "*u8", "dx_ptr": kind, **sizes}
+        cases.append(TritonCase("max_pool2x2_kernel", forward, constants, options))
+        cases.append(TritonCase("max_pool2x2_backward_kernel", backward, constants, options))
+    for resources in compile_triton("gdd_fast.kernels.max_pool2x2", cases):
+        resources.assert_no_spills()
