@@ -1,7 +1,6 @@
 """What an iteration does to which weights; runs that repeat and resume to the bit."""
 
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -70,20 +69,19 @@ def test_frozen_weights_stay_to_the_bit_and_the_others_move(make):
     task = make()
     before = {name: p.detach().clone() for name, p in task.generator.named_parameters()}
     backbones = {k: t.clone() for k, t in task.features.state_dict().items()}
-    seen = {}
+    seen = set()
     for name, parameter in task.generator.named_parameters():
-        parameter.register_hook(lambda gradient, name=name: seen.setdefault(name, gradient)) if (
-            parameter.requires_grad
-        ) else None
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: seen.add(name))
     iterate(task, 3)
     for name, parameter in task.generator.named_parameters():
-        conv = "block" in name and any(word in name for word in ("conv0", "conv1", "proj"))
+        conv = name.split(".")[-2] in ("conv0", "conv1", "proj")
         assert parameter.requires_grad is not conv
         assert torch.equal(parameter, before[name]) is conv, name
         if conv:
             assert parameter.grad is None
             assert torch.equal(parameter, dict(task.ema.net.named_parameters())[name])
-    assert seen.keys() == {name for name, p in task.generator.named_parameters() if p.requires_grad}
+    assert seen == {name for name, p in task.generator.named_parameters() if p.requires_grad}
     assert all(torch.equal(t, backbones[k]) for k, t in task.features.state_dict().items())
 
 
@@ -220,17 +218,17 @@ def test_accumulated_gradients_are_those_of_the_batch(make, reduction):
 
 
 def test_twenty_steps_repeat_to_the_bit(make):
-    one, two = make(), make()
+    one, two = make(r1_interval=8), make(r1_interval=8)
     iterate(one, 20)
     iterate(two, 20)
     assert differing(tensors(one), tensors(two)) == []
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(make, tmp_path):
-    length = dict(duration_mimg=20 * BATCH / 1e6)
+    length = dict(duration_mimg=20 * BATCH / 1e6, r1_interval=8, tick_kimg=0.04)
     whole = make(**length, run_dir=tmp_path / "whole")
     loop.run(whole, whole.config.run_dir, to_dict(whole.config), schedule_of(whole.config), ALONE)
-    half = make(duration_mimg=10 * BATCH / 1e6)
+    half = make(**{**length, "duration_mimg": 10 * BATCH / 1e6})
     loop.run(half, half.config.run_dir, to_dict(half.config), schedule_of(half.config), ALONE)
     rest = make(**length)
     outcome = loop.run(rest, rest.config.run_dir, to_dict(rest.config), schedule_of(rest.config), ALONE)
@@ -283,7 +281,7 @@ def test_too_many_of_them_stop_the_run_with_the_state_saved(make):
     with pytest.raises(DivergedError, match="2 generator steps"):
         loop.run(task, task.config.run_dir, to_dict(task.config), schedule_of(task.config), ALONE)
     saved = checkpoint.load(task.config.run_dir / loop.CHECKPOINT)
-    assert saved.values["images"] == BATCH and saved.values["skipped"] == {"g": 2, "d": 1, "r1": 0}
+    assert saved.values["images"] == BATCH and saved.values["skipped"] == {"g": 2, "d": 0, "r1": 0}
     assert all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())
 
 
@@ -301,11 +299,9 @@ def test_classes_reach_both_networks(tmp_path):
     iterate(task, 3)
     assert task.tick(12)["skipped_g"] == 0
     table = task.heads.embedding.weight
-    assert table.shape[0] == 3 and table in [p for g in task.d_guard.optimizer.param_groups for p in g["params"]]
-    pretrained = dataclasses.replace(config.discriminator, class_embedding="imagenet")
-    frozen = Distillation(
-        *(lambda c: (c, parts.build(c)))(dataclasses.replace(config, discriminator=pretrained)), ALONE
-    )
+    assert table.shape[0] == 3 and any(table is p for p in task.d_guard.optimizer.param_groups[0]["params"])
+    config = tiny_config(tmp_path, cond=True, class_embedding="imagenet")
+    frozen = Distillation(config, parts.build(config), ALONE)
     before = frozen.heads.embedding.weight.clone()
     iterate(frozen, 3)
     assert torch.equal(frozen.heads.embedding.weight, before) and not frozen.heads.embedding.weight.requires_grad
