@@ -119,7 +119,9 @@ def launches(
                         channels = one.channels if isinstance(one.channels, int) else "+".join(map(str, one.channels))
                         where = f"{batch}x{channels}x{one.resolution}² {str(dtype)[6:]} {layout}"
                         for case in cases:
-                            key = json.dumps([case.kernel, case.signature, case.constants, case.options, case.divisible])
+                            key = json.dumps(
+                                [case.kernel, case.signature, case.constants, case.options, case.divisible]
+                            )
                             found.setdefault(key, Launch(module.__name__, case, where))
     return list(found.values())
 
@@ -170,7 +172,10 @@ def compile_launches(found: list[Launch], architecture: int) -> list[tuple[Launc
 
 def rows(results: list[tuple[Launch, Resources]]) -> list[str]:
     """Lines of a Markdown table."""
-    lines = ["| kernel | tile | warps | sm | registers | spilled | shared | first layer |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | tile | warps | sm | registers | spilled | shared | first layer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for launch, r in results:
         c = launch.case.constants
         tile = f"{c.get('BLOCK_S')} x {c.get('BLOCK_C')}"

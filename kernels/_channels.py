@@ -18,8 +18,8 @@ def tile_pointers(x, stride_c, stride_s, channel, start, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def column_sum(v):
-    """Sum over the tile's pixels. In float64: once per program this is free, and a long sum in float32 is not exact."""
-    return tl.sum(v.to(tl.float64), 0).to(tl.float32)
+    """Sum over the tile's pixels, float64: what happens once per program can be exact for nothing."""
+    return tl.sum(v.to(tl.float64), 0)
 
 
 @triton.jit
@@ -32,18 +32,20 @@ def welford_update(mean, m2, x, inside, count):
 
 @triton.jit
 def welford_reduce(mean, m2, start, end, BLOCK_S: tl.constexpr):
-    """Channels' mean and M2 from those of a tile's elements, which walked from `start` to `end` by BLOCK_S."""
+    """Channels' mean and M2, float64, from those of a tile's elements, which went from `start` to `end`."""
     pixels = end - start
     values = tl.maximum(pixels - tl.arange(0, BLOCK_S) + BLOCK_S - 1, 0) // BLOCK_S
     count = values.to(tl.float32)[:, None]
     total = column_sum(mean * count) / (pixels * 1.0)
-    delta = mean - total[None, :]
+    delta = mean - total.to(tl.float32)[None, :]
     return total, column_sum(m2 + count * delta * delta)
 
 
 @triton.jit
-def channel_statistics(x, stride_c, stride_s, channel, inside, start, end, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Mean and M2 [BLOCK_C] of the pixels start <= s < end; zero for channels not `inside`."""
+def channel_statistics(
+    x, stride_c, stride_s, channel, inside, start, end, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Mean and M2, float64 [BLOCK_C], of the pixels start <= s < end; zero for channels not `inside`."""
     pointers = tile_pointers(x, stride_c, stride_s, channel, start, BLOCK_S)
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -58,7 +60,7 @@ def channel_statistics(x, stride_c, stride_s, channel, inside, start, end, BLOCK
 
 @triton.jit
 def merged_statistics(statistics, n, channel, inside, C, S, parts, PARTS: tl.constexpr):
-    """Mean and M2 [BLOCK_C] over all pixels from the statistics (N, parts, 2, C); zero for channels not `inside`."""
+    """Mean and M2, float64 [BLOCK_C], over all pixels, from statistics (N, parts, 2, C); zero if not `inside`."""
     part = tl.arange(0, PARTS)[:, None]
     valid = (part < parts) & inside[None, :]
     pointers = statistics + (n * parts + part) * 2 * C + channel[None, :]
@@ -67,7 +69,7 @@ def merged_statistics(statistics, n, channel, inside, C, S, parts, PARTS: tl.con
     chunk = (S + parts - 1) // parts
     count = tl.where(part < parts, tl.minimum(S - part * chunk, chunk), 0).to(tl.float32)
     mean = column_sum(means * count) / (S * 1.0)
-    delta = means - mean[None, :]
+    delta = means - mean.to(tl.float32)[None, :]
     return mean, column_sum(m2s + count * delta * delta)
 
 
@@ -80,6 +82,6 @@ def store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2):
 
 @triton.jit
 def group_sum(v, member):
-    """[BLOCK_C] -> [BLOCK_C]: for each channel the sum over its group; `member` is [groups, BLOCK_C]."""
-    totals = tl.sum(tl.where(member, v[None, :], 0.0), 1)
+    """Float64 [BLOCK_C]: for each channel the sum of v over its group; `member` is [groups, BLOCK_C]."""
+    totals = tl.sum(tl.where(member, v.to(tl.float64)[None, :], 0.0), 1)
     return tl.sum(tl.where(member, totals[:, None], 0.0), 0)

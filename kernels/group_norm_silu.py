@@ -63,8 +63,8 @@ def forward_kernel(
         skip += n * skip_n
         in_x = inside & (channel < C1)
         in_skip = inside & (channel >= C1)
-        mean = tl.zeros([BLOCK_C], tl.float32)
-        m2 = tl.zeros([BLOCK_C], tl.float32)
+        mean = tl.zeros([BLOCK_C], tl.float64)
+        m2 = tl.zeros([BLOCK_C], tl.float64)
         if first < C1:
             mean, m2 = _statistics(
                 x, x_statistics, n, x_c, x_s, channel, in_x, C1, S, x_parts, X_PARTS, BLOCK_C, BLOCK_S
@@ -83,7 +83,7 @@ def forward_kernel(
     group_mean = group_sum(mean, member) / GROUP
     delta = mean - group_mean
     variance = group_sum(m2 + delta * delta * S, member) / (GROUP * (S * 1.0))
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    rstd = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
     if part == 0:
         leader = inside & (local % GROUP == 0)
         group = n * (C // GROUP) + channel // GROUP
@@ -92,7 +92,7 @@ def forward_kernel(
 
     a, b = _affine(weight, bias, scale, shift, n, scale_n, shift_n, channel, inside)
     a *= rstd
-    centre = group_mean - offset
+    centre = (group_mean - offset).to(tl.float32)
     start = part * chunk
     end = tl.minimum(start + chunk, S)
     if skip is None:
@@ -203,6 +203,8 @@ def backward_kernel(
         if dbias is not None:
             tl.store(dbias + here, factor * p, inside)
 
+    c1 = c1.to(tl.float32)
+    c2 = c2.to(tl.float32)
     start = part * chunk
     end = tl.minimum(start + chunk, S)
     if skip is None:
@@ -212,18 +214,16 @@ def backward_kernel(
                 centre, r, a, b, c1, c2, BLOCK_S, SILU,
             )  # fmt: skip
     else:
-        if dx is not None:
-            if first < C1:
-                _input_gradient(
-                    x, dy, dx + n * dx_n, x_c, x_s, dy_c, dy_s, dx_c, dx_s, channel, channel, inside & (channel < C1),
-                    start, end, centre, r, a, b, c1, c2, BLOCK_S, SILU,
-                )  # fmt: skip
-        if dskip is not None:
-            if first + CHANNELS > C1:
-                _input_gradient(
-                    skip, dy, dskip + n * dskip_n, skip_c, skip_s, dy_c, dy_s, dskip_c, dskip_s, channel - C1, channel,
-                    inside & (channel >= C1), start, end, centre, r, a, b, c1, c2, BLOCK_S, SILU,
-                )  # fmt: skip
+        if dx is not None and first < C1:
+            _input_gradient(
+                x, dy, dx + n * dx_n, x_c, x_s, dy_c, dy_s, dx_c, dx_s, channel, channel, inside & (channel < C1),
+                start, end, centre, r, a, b, c1, c2, BLOCK_S, SILU,
+            )  # fmt: skip
+        if dskip is not None and first + CHANNELS > C1:
+            _input_gradient(
+                skip, dy, dskip + n * dskip_n, skip_c, skip_s, dy_c, dy_s, dskip_c, dskip_s, channel - C1, channel,
+                inside & (channel >= C1), start, end, centre, r, a, b, c1, c2, BLOCK_S, SILU,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -303,9 +303,9 @@ def _pair_sums(
             BLOCK_C, BLOCK_S, SUMS, SILU,
         )  # fmt: skip
     else:
-        p = tl.zeros([BLOCK_C], tl.float32)
-        q = tl.zeros([BLOCK_C], tl.float32)
-        h = tl.zeros([BLOCK_C], tl.float32)
+        p = tl.zeros([BLOCK_C], tl.float64)
+        q = tl.zeros([BLOCK_C], tl.float64)
+        h = tl.zeros([BLOCK_C], tl.float64)
         if first < C1:
             p, q, h = _sums(
                 x, dy, x_c, x_s, dy_c, dy_s, channel, channel, inside & (channel < C1), start, end, centre, rstd, a, b,
@@ -367,10 +367,10 @@ def _input_gradient(
 class Plan:
     """How one call is cut: the tile, the parts that pixels are split into, and whether one kernel does it all."""
 
-    def __init__(self, x: Tensor, channels: int, groups: int) -> None:
+    def __init__(self, kind: str, x: Tensor, channels: int, groups: int) -> None:
         n, _, h, w = x.shape
         self.pixels = h * w
-        options = dict(configuration("group_norm_silu", x.device, (n, channels, self.pixels)))
+        options = dict(configuration(f"group_norm_silu.{kind}", x.device, (n, channels, self.pixels)))
         self.tile: Tile = tile(channels, channels // groups, self.pixels, x.stride(1) == 1, options.pop("elements"))
         self.options = options
         self.blocks = n * self.tile.blocks
@@ -386,9 +386,9 @@ class Plan:
 
 
 def statistics(x: Tensor, parts: int) -> Tensor:
-    """The channel statistics of x (N, C, H, W), evenly spaced pixels, over `parts` runs of pixels (see _channels.py)."""
+    """The statistics (see _channels.py) of x (N, C, H, W), whose pixels are evenly spaced, over `parts` runs."""
     n, c, h, w = x.shape
-    options = dict(configuration("group_norm_silu", x.device, (n, c, h * w)))
+    options = dict(configuration("group_norm_silu.forward", x.device, (n, c, h * w)))
     t = tile(c, 1, h * w, x.stride(1) == 1, options.pop("elements"))
     out = torch.empty((n, parts, 2, c), dtype=torch.float32, device=x.device)
     statistics_kernel[(n * t.blocks * parts,)](
@@ -420,8 +420,8 @@ def forward(
     and cannot be computed on the way go over `statistics_parts` runs of pixels.
     """
     n, c = y.shape[:2]
-    mean, rstd = torch.empty((2, n, num_groups), dtype=torch.float32, device=x.device).unbind()
-    plan = Plan(x, c, num_groups)
+    mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    plan = Plan("forward", x, c, num_groups)
     if plan.parts > 1:
         if x_statistics is None:
             x_statistics = statistics(x, statistics_parts)
@@ -459,10 +459,10 @@ def backward(
     dscale: Tensor | None,
     dshift: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given. All but dx and dskip are (N, C), dweight and dbias still to be summed over N."""
+    """Fill the gradients given. All but dx and dskip are (N, C), dweight and dbias still to be summed over N."""
     n, c = dy.shape[:2]
     group = c // mean.shape[1]
-    plan = Plan(x, c, mean.shape[1])
+    plan = Plan("backward", x, c, mean.shape[1])
     sources = (x, skip, dy, mean, rstd, add, weight, bias, scale, shift)
     strides = (*_strides(x), *_strides(skip), *_strides(dy))
     row_strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))

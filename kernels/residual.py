@@ -4,7 +4,6 @@ One program a block of channels and a run of pixels of one sample; every tensor 
 channel and pixel.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,8 +15,8 @@ from ._tiles import ceil_div, tile
 
 @triton.jit
 def residual_kernel(
-    h, skip, bias, y, statistics, h_n, h_c, h_s, skip_n, skip_c, skip_s, y_n, y_c, y_s, C, S, scale, parts, chunk, blocks,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    h, skip, bias, y, statistics, h_n, h_c, h_s, skip_n, skip_c, skip_s, y_n, y_c, y_s,
+    C, S, scale, parts, chunk, blocks, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     n = (pid // blocks // parts).to(tl.int64)

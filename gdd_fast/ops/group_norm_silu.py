@@ -8,7 +8,8 @@ nothing. Statistics and arithmetic are in float32 (float64 for float64) whatever
 Backward keeps x and each group's mean and reciprocal deviation, nothing else of x's size: the SiLU is computed again.
 With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its gradient,
 
-    dt = dy * silu'(t)    dxhat = dt * (1 + scale) * weight    dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+    dt = dy * silu'(t)    dxhat = dt * (1 + scale) * weight
+    dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
 where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
 definition.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
 
@@ -83,7 +84,7 @@ def group_norm_silu(
         add, scale, shift: (N, C) or (1, C), of any of these dtypes, or None.
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
-            them, each of which may be None: fused implementations then read x once. That they are x's is taken on trust.
+            them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
         backend: "auto", "torch" or "triton"; float64 has "torch" alone. See gdd_fast.backend.
 
     Returns:
@@ -111,7 +112,7 @@ def group_norm_silu(
     return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _implementation(backend: Backend, device: str) -> str:
     return resolve(backend, OPERATOR, device)
 
@@ -362,7 +363,7 @@ def _backward_torch(
     dshift = dt.sum((2, 3)) if need_shift else None
     dscale = (dt * z).sum((2, 3)) if need_scale else None
     dz = dt if factor is None else dt * factor
-    mask = [need_x or need_skip or need_add, need_weight, need_bias]
+    mask = [True, need_weight, need_bias]  # on CPU torch crashes on channels_last memory if told to leave du out
     du, dweight, dbias = torch.ops.aten.native_group_norm_backward(
         dz, u, mean, rstd, weight_, n, c, h * w, mean.shape[1], mask
     )
@@ -407,9 +408,7 @@ def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
-def _differentiable_gradients(
-    ctx, dy: Tensor, inputs: list[Tensor | None], needed: list[bool]
-) -> tuple[Tensor, ...]:
+def _differentiable_gradients(ctx, dy: Tensor, inputs: list[Tensor | None], needed: list[bool]) -> tuple[Tensor, ...]:
     """The gradients as functions that can be differentiated again (create_graph): rare, so by the definition."""
     # fresh views, so that a gradient stops here even where one input was computed from another
     inputs = [None if t is None else t.view_as(t) for t in inputs]

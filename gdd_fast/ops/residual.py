@@ -7,7 +7,7 @@ saved for backward, which is plain torch: `dy * scale`, and its sum for the bias
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import (
     DTYPES,
@@ -70,7 +70,7 @@ def residual(
     return (y, s) if statistics else y
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _implementation(backend: Backend, device: str) -> str:
     return resolve(backend, OPERATOR, device)
 
