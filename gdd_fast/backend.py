@@ -14,6 +14,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -112,6 +113,15 @@ def _triton_obstacle(device: str) -> str | None:
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
         return "Triton kernels run on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
     return None
+
+
+def constant_when_compiled(function: Callable[..., str]) -> Callable[..., str]:
+    """Let torch.compile run `function`, of strings, while it traces and take the result for a constant.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler and with it triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def resolve(backend: Backend, operator: Operator, device: str) -> str:

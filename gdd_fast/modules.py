@@ -1,8 +1,9 @@
-"""The layers EDM's networks are built from, in plain torch.
+"""The layers EDM's networks are built from, over the operators of gdd_fast.ops.
 
 Each thing a U-Net block does to its activations is one call here: normalise and activate (`GroupNorm`), convolve and
-resample (`Conv2d`, `resample`), merge a residual (`merge`), attend (`attention`), concatenate a skip (`concat`). A
-fused operator replaces the body of one of them and nothing else.
+resample (`Conv2d`, `resample`), merge a residual (`merge`), attend (`attention`). Where a decoder concatenates a skip,
+the pair (x, skip) goes to the layers that read it, and `concat` builds it only for those that cannot take a pair.
+`set_backend` chooses the operators' implementation for a whole network.
 
 Parameters are float32 and stay so; a layer computes in the dtype of the activations it is given. Parameter and buffer
 names equal EDM's (Karras et al., arXiv 2206.00364), so that its weights load unchanged.
@@ -11,15 +12,20 @@ names equal EDM's (Karras et al., arXiv 2206.00364), so that its weights load un
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.errors import ConfigError
+from gdd_fast.backend import Backend, Operator
+from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.ops import group_norm_silu, residual
 from gdd_fast.ops.attention import attention as attention
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+
+Pair = tuple[Tensor, Tensor]
+"""(x, skip): the concatenation of their channels, not built."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +128,10 @@ class Conv2d(nn.Module):
         self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Pair) -> Tensor:
+        """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W')."""
+        if isinstance(x, tuple):
+            return self._convolve_pair(*x)
         if self.conv_first:
             # The border that the filter needs is added once, before the convolution.
             x = self._convolve(x, self.padding + self.border)
@@ -137,12 +146,21 @@ class Conv2d(nn.Module):
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, self.bias, padding=padding)
 
+    def _convolve_pair(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.weight is None or self.padding or self.up or self.down:
+            raise ConfigError("only a 1x1 convolution without resampling takes a pair; concat(x, skip) for the others.")
+        first, second = self.weight.to(x.dtype).split([x.shape[1], skip.shape[1]], 1)
+        return F.conv2d(x, first, self.bias.to(x.dtype)) + F.conv2d(skip, second)
+
 
 class GroupNorm(nn.Module):
-    """Group normalisation and what surrounds it in a U-Net block, as one call computed in float32.
+    """Group normalisation and what surrounds it in a U-Net block: `group_norm_silu` with its parameters.
 
     y = act(norm(x + add) * weight + bias), or act((norm(x + add) * weight + bias) * (1 + scale) + shift).
     """
+
+    operator = group_norm_silu.OPERATOR
+    backend: Backend = "auto"
 
     def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -158,29 +176,45 @@ class GroupNorm(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Pair,
         *,
         add: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: Literal["silu"] | None = "silu",
     ) -> Tensor:
-        """`x` (N, C, H, W) in any floating dtype -> the same. `add`, or `scale` with `shift`: (N, C) or (1, C)."""
-        y = x.float()
-        if add is not None:
-            y = y + add.float()[:, :, None, None]
-        y = F.group_norm(y, self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        if scale is not None:
-            y = torch.addcmul(shift.float()[:, :, None, None], y, scale.float()[:, :, None, None] + 1)
-        if activation == "silu":
-            y = F.silu(y)
-        return y.to(x.dtype)
+        """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C)."""
+        return group_norm_silu.group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            add=add,
+            scale=scale,
+            shift=shift,
+            activation=activation,
+            backend=self.backend,
+        )
 
 
-def merge(x: Tensor, residual: Tensor, scale: float = 1.0) -> Tensor:
-    """`(x + residual) * scale`: the end of every residual branch."""
-    y = x + residual
-    return y if scale == 1 else y * scale
+def merge(x: Tensor, skip: Tensor, scale: float = 1.0, *, backend: Backend = "auto") -> Tensor:
+    """`(x + skip) * scale`: the end of every residual branch."""
+    return residual.residual(x, skip, scale=scale, backend=backend)
+
+
+def set_backend(net: nn.Module, backend: Backend) -> None:
+    """Choose the implementation of every operator in `net`, of those that have it; the others run their definition.
+
+    "auto" is the default of every layer. Raises BackendError for an unknown name; that a backend cannot run on the
+    network's device shows, as the same error, when it is first called.
+    """
+    if backend not in get_args(Backend):
+        raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    for module in net.modules():
+        operator = getattr(module, "operator", None)
+        if isinstance(operator, Operator):
+            module.backend = backend if backend == "auto" or backend in operator.fused else "torch"
 
 
 def concat(x: Tensor, skip: Tensor) -> Tensor:

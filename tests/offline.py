@@ -46,6 +46,7 @@ class TritonCase:
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
+    divisible: Sequence[str] = ()  # arguments known to be multiples of 16, as Triton's launcher would find out
 
 
 def compile_triton(module: str, cases: Sequence[TritonCase], architectures: Sequence[int] = ARCHITECTURES):
@@ -71,7 +72,10 @@ def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures
     for case in cases:
         signature = {**case["signature"], **dict.fromkeys(case["constants"], "constexpr")}
         for architecture in architectures:
-            source = ASTSource(getattr(kernels, case["kernel"]), signature, constexprs=case["constants"])
+            kernel = getattr(kernels, case["kernel"])
+            signature = {name: signature[name] for name in kernel.arg_names}
+            hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]}
+            source = ASTSource(kernel, signature, constexprs=case["constants"], attrs=hints)
             target = GPUTarget("cuda", architecture, 32)
             compiled = triton.compile(source, target=target, options=case["options"])
             registers, spilled, _ = _assembler_report(compiled.asm["ptx"], knobs.nvidia.ptxas.path, architecture)[0]

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.backend import Backend
 from gdd_fast.models.arguments import check_choice, check_probabilities, check_resolutions, check_sizes
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.modules import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, concat, merge
+from gdd_fast.modules import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, merge
+from gdd_fast.ops.residual import OPERATOR
 
 
 def ncsnpp(**overrides: Any) -> dict[str, Any]:
@@ -70,6 +72,9 @@ class SongUNet(nn.Module):
 
     Raises ConfigError for arguments that cannot make a network.
     """
+
+    operator = OPERATOR
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -206,9 +211,9 @@ class SongUNet(nn.Module):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x = skips[-1] = merge(x, layer(aux))
+                    x = skips[-1] = merge(x, layer(aux), backend=self.backend)
                 case "aux_residual":
-                    x = skips[-1] = aux = merge(x, layer(aux), math.sqrt(0.5))
+                    x = skips[-1] = aux = merge(x, layer(aux), math.sqrt(0.5), backend=self.backend)
                 case "conv":
                     x = layer(x)
                     skips.append(x)
@@ -225,9 +230,10 @@ class SongUNet(nn.Module):
                 case "aux_norm":
                     normed = layer(x)
                 case "aux_conv":
-                    image = layer(normed) if image is None else merge(image, layer(normed))
+                    y = layer(normed)
+                    image = y if image is None else merge(image, y, backend=self.backend)
                 case _:
-                    x = layer(concat(x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
+                    x = layer((x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
         return image
 
     def embed(
@@ -336,7 +342,7 @@ class DhariwalUNet(nn.Module):
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
         for layer in self.dec.values():
-            x = layer(concat(x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
+            x = layer((x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
         return self.out_conv(self.out_norm(x))
 
     def embed(

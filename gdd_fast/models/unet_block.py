@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, attention, merge
+from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, Pair, attention, concat, merge
+from gdd_fast.ops.residual import OPERATOR
 
 
 class UNetBlock(nn.Module):
@@ -14,6 +16,9 @@ class UNetBlock(nn.Module):
 
     The embedding enters before the second norm as an offset, or after it as scale and shift (`adaptive_scale`).
     """
+
+    operator = OPERATOR
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -59,8 +64,11 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype."""
+    def forward(self, x: Tensor | Pair, emb: Tensor) -> Tensor:
+        """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype.
+
+        A pair (x, skip) stands for its concatenation.
+        """
         h = self.conv0(self.norm0(x))
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
@@ -68,8 +76,12 @@ class UNetBlock(nn.Module):
         else:
             h = self.norm1(h, add=self.affine(emb))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = merge(h, x if self.skip is None else self.skip(x), self.skip_scale)
+        if self.skip is not None:
+            x = self.skip(x)
+        elif isinstance(x, tuple):
+            x = concat(*x)
+        x = merge(h, x, self.skip_scale, backend=self.backend)
         if self.num_heads:
             h = attention(self.qkv(self.norm2(x, activation=None)), self.num_heads)
-            x = merge(self.proj(h), x, self.skip_scale)
+            x = merge(self.proj(h), x, self.skip_scale, backend=self.backend)
         return x

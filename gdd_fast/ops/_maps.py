@@ -1,0 +1,52 @@
+"""What operators on feature maps (N, C, H, W) share: their memory layouts, and the statistics passed between them."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def evenly_spaced(x: Tensor) -> Tensor:
+    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy."""
+    _, _, h, w = x.shape
+    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
+    return x if even else x.contiguous()
+
+
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The memory format of results made from x: channels_last if its channels are innermost, else contiguous.
+
+    Unlike torch's own rule this looks through slices of a channels_last tensor, which are most of a U-Net's gradients.
+    """
+    _, c, h, w = x.shape
+    innermost = x.stride(1) == 1 and c > 1 and not (h == 1 and w == 1)
+    return torch.channels_last if innermost else torch.contiguous_format
+
+
+def empty_map(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised map (N, channels, H, W) in x's dtype and `dense_format`."""
+    n, _, h, w = x.shape
+    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=dense_format(x))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def statistics_parts(pixels: int) -> int:
+    """Into how many runs of pixels statistics are split: of 64 pixels or more, at most 16, a function of size alone."""
+    parts = min(max(pixels // 64, 1), 16)
+    chunk = -(-pixels // parts)
+    return -(-pixels // chunk)
+
+
+def channel_statistics_ref(x: Tensor) -> Tensor:
+    """Statistics of x (N, C, H, W): (N, P, 2, C), the mean and the sum of squared deviations of each channel over each
+    of P = `statistics_parts(H * W)` runs of ceil(H * W / P) pixels, in float32 (float64 for float64)."""
+    pixels = x.shape[2] * x.shape[3]
+    chunk = -(-pixels // statistics_parts(pixels))
+    runs = x.detach().to(compute_dtype(x)).flatten(2).split(chunk, 2)
+    means = [run.mean(2) for run in runs]
+    m2s = [(run - mean[:, :, None]).square().sum(2) for run, mean in zip(runs, means, strict=True)]
+    return torch.stack([torch.stack(pair, 1) for pair in zip(means, m2s, strict=True)], 1)

@@ -1,0 +1,432 @@
+"""Group normalisation and what surrounds it in a U-Net block, over one tensor or a concatenation that is never built.
+
+    y = act((1 + scale) * GN(x + add; weight, bias) + shift)
+
+`add` is NCSN++'s embedding (with the convolution's bias folded in), `scale` and `shift` are ADM's, act is SiLU or
+nothing. Statistics and arithmetic are in float32 (float64 for float64) whatever the dtype of x, and so under autocast.
+
+Backward keeps x and each group's mean and reciprocal deviation, nothing else of x's size: the SiLU is computed again.
+With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its gradient,
+
+    dt = dy * silu'(t)    dxhat = dt * (1 + scale) * weight
+    dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+
+where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
+definition.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
+from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
+
+OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton"}))
+
+Activation = Literal["silu"] | None
+
+
+def group_norm_silu_ref(
+    x: Tensor | tuple[Tensor, Tensor],
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = "silu",
+) -> Tensor:
+    """The definition; arguments as of `group_norm_silu`."""
+    x = torch.cat(x, 1) if isinstance(x, tuple) else x
+    dtype = compute_dtype(x)
+    y = x.to(dtype)
+    if add is not None:
+        y = y + add.to(dtype)[:, :, None, None]
+    y = F.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
+    if scale is not None:
+        y = y * (scale.to(dtype)[:, :, None, None] + 1)
+    if shift is not None:
+        y = y + shift.to(dtype)[:, :, None, None]
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype)
+
+
+def group_norm_silu(
+    x: Tensor | tuple[Tensor, Tensor],
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = "silu",
+    statistics: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """act((1 + scale) * GN(x + add; weight, bias) + shift), twice differentiable in every tensor but `statistics`.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
+            either, are read where they lie; memory whose rows are not evenly spaced is copied once. A pair (x, skip)
+            stands for `torch.cat([x, skip], 1)`, which is not built; groups may straddle the seam.
+        num_groups: divides C.
+        weight, bias: (C,), of any of these dtypes.
+        eps: added to the variance.
+        add, scale, shift: (N, C) or (1, C), of any of these dtypes, or None.
+        activation: "silu" or None.
+        statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
+            them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
+        backend: "auto", "torch" or "triton"; float64 has "torch" alone. See gdd_fast.backend.
+
+    Returns:
+        (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together.
+        BackendError: the backend asked for cannot run here.
+    """
+    pair = x if isinstance(x, tuple) else (x, None)
+    given = statistics if isinstance(statistics, tuple) else (statistics, None)
+    _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
+    implementation = _implementation(backend, pair[0].device.type)
+    if pair[0].dtype == torch.float64 and implementation != "torch":
+        if backend != "auto":
+            raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
+        implementation = "torch"
+    if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+        # a compiler fuses the definition itself, and without gradients there is nothing to save
+        return group_norm_silu_ref(
+            x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
+        )
+    silu = activation == "silu"
+    op = torch.ops.gdd_fast.group_norm_silu.default
+    return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
+
+
+@constant_when_compiled
+def _implementation(backend: Backend, device: str) -> str:
+    return resolve(backend, OPERATOR, device)
+
+
+def _check(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    statistics: tuple[Tensor | None, Tensor | None],
+) -> None:
+    if x.dim() != 4:
+        raise InputError(f"group_norm_silu: x must be (N, C, H, W), not of shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise InputError(f"group_norm_silu: x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    n, c, h, w = x.shape
+    if h == 0 or w == 0:
+        raise InputError(f"group_norm_silu: x of shape {tuple(x.shape)} has no pixels to take statistics of")
+    channels = [c]
+    if skip is not None:
+        if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (n, h, w) or skip.dtype != x.dtype:
+            raise InputError(
+                f"group_norm_silu: the second tensor of a pair must match the first but in channels, "
+                f"{x.dtype} ({n}, *, {h}, {w}), not {skip.dtype} {tuple(skip.shape)}"
+            )
+        channels.append(skip.shape[1])
+        c += skip.shape[1]
+    if num_groups < 1 or c % num_groups or c == 0:
+        raise InputError(f"group_norm_silu: {c} channels do not divide into {num_groups} groups")
+    for name, tensor, rows in (
+        ("weight", weight, None),
+        ("bias", bias, None),
+        ("add", add, (1, n)),
+        ("scale", scale, (1, n)),
+        ("shift", shift, (1, n)),
+    ):
+        if tensor is None:
+            continue
+        fits = tensor.shape == (c,) if rows is None else tensor.dim() == 2 and tensor.shape[1] == c
+        if not fits or (rows is not None and tensor.shape[0] not in rows):
+            want = f"({c},)" if rows is None else f"({n}, {c}) or (1, {c})"
+            raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
+    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias), ("add", add), ("scale", scale)):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
+    if activation not in ("silu", None):
+        raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
+    for tensor, width in zip(statistics, channels, strict=False):
+        if tensor is not None and (tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width)):
+            raise InputError(f"group_norm_silu: statistics must be ({n}, *, 2, {width}), not {tuple(tensor.shape)}")
+
+
+# --- the operators as torch.library knows them
+
+torch.library.define(
+    "gdd_fast::group_norm_silu",
+    "(Tensor x, Tensor? skip, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
+    "Tensor? shift, Tensor? x_statistics, Tensor? skip_statistics, bool silu, str implementation) "
+    "-> (Tensor y, Tensor mean, Tensor rstd)",
+)
+# `needed`: whether each of the gradients of x, skip, weight, bias, add, scale and shift is; those are returned in order
+torch.library.define(
+    "gdd_fast::group_norm_silu_backward",
+    "(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? add, Tensor? scale, Tensor? shift, "
+    "Tensor mean, Tensor rstd, bool silu, bool[] needed, str implementation) -> Tensor[]",
+)
+
+
+@torch.library.impl("gdd_fast::group_norm_silu", "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x_statistics: Tensor | None,
+    skip_statistics: Tensor | None,
+    silu: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if implementation != "triton" or x.shape[0] == 0:
+        return _forward_torch(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+    from gdd_fast.kernels import group_norm_silu as kernels
+
+    x, skip = evenly_spaced(x), None if skip is None else evenly_spaced(skip)
+    y = empty_map(x, weight.shape[0])
+    mean, rstd = kernels.forward(
+        x,
+        skip,
+        num_groups,
+        weight.contiguous(),
+        bias.contiguous(),
+        eps,
+        *(_rows(t) for t in (add, scale, shift)),
+        x_statistics,
+        skip_statistics,
+        silu,
+        y,
+        statistics_parts(x.shape[2] * x.shape[3]),
+    )
+    return y, mean, rstd
+
+
+@torch.library.register_fake("gdd_fast::group_norm_silu")
+def _(x, skip, num_groups, weight, bias, eps, add, scale, shift, x_statistics, skip_statistics, silu, implementation):
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x)) for _ in range(2))
+    return empty_map(x, weight.shape[0]), mean, rstd
+
+
+@torch.library.impl("gdd_fast::group_norm_silu_backward", "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+    needed: list[bool],
+    implementation: str,
+) -> list[Tensor]:
+    if implementation != "triton" or x.shape[0] == 0:
+        return _backward_torch(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
+    from gdd_fast.kernels import group_norm_silu as kernels
+
+    n, c = x.shape[0], weight.shape[0]
+    per_sample = [x.new_empty((n, c), dtype=torch.float32) if need else None for need in needed[2:]]
+    dweight, dbias, dadd, dscale, dshift = per_sample
+    dx = empty_map(x, x.shape[1]) if needed[0] else None
+    dskip = empty_map(skip, skip.shape[1]) if needed[1] else None
+    kernels.backward(
+        evenly_spaced(dy),
+        evenly_spaced(x),
+        None if skip is None else evenly_spaced(skip),
+        weight.contiguous(),
+        bias.contiguous(),
+        *(_rows(t) for t in (add, scale, shift)),
+        mean,
+        rstd,
+        silu,
+        *(dx, dskip, dadd, dweight, dbias, dscale, dshift),
+    )
+    return _gradients(dx, dskip, per_sample, (weight, bias, add, scale, shift))
+
+
+@torch.library.register_fake("gdd_fast::group_norm_silu_backward")
+def _(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed, implementation):
+    maps = [empty_map(t, t.shape[1]) for t, need in zip((x, skip), needed, strict=False) if need]
+    rows = [t.new_empty(t.shape) for t, need in zip((weight, bias, add, scale, shift), needed[2:], strict=True) if need]
+    return maps + rows
+
+
+def _rows(row: Tensor | None) -> Tensor | None:
+    """(N, C) or (1, C) with contiguous rows, which is all the kernels need."""
+    return row if row is None or row.stride(1) == 1 else row.contiguous()
+
+
+def _gradients(
+    dx: Tensor | None, dskip: Tensor | None, rows: list[Tensor | None], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor]:
+    """What the backward operator returns; `rows` are the gradients of `inputs`, some still (N, C) of what is (C,)."""
+    summed = []
+    for gradient, like in zip(rows, inputs, strict=True):
+        if gradient is not None:
+            if gradient.shape != like.shape:
+                gradient = gradient.sum(0, keepdim=like.dim() == 2)
+            summed.append(gradient.to(like.dtype))
+    return [g for g in (dx, dskip) if g is not None] + summed
+
+
+# --- in plain torch, saving no more than the fused implementations do
+
+
+def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
+    """u, dense, in the dtype that is computed in."""
+    dtype, memory_format = compute_dtype(x), dense_format(x)
+    u = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
+    u = u if add is None else u + add.to(dtype)[:, :, None, None]
+    return u.contiguous(memory_format=memory_format)
+
+
+def _forward_torch(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = _joined(x, skip, add)
+    n, c, h, w = u.shape
+    y, mean, rstd = torch.native_group_norm(u, weight.to(u.dtype), bias.to(u.dtype), n, c, h * w, num_groups, eps)
+    if scale is not None:
+        y = y * (scale.to(u.dtype)[:, :, None, None] + 1)
+    if shift is not None:
+        y = y + shift.to(u.dtype)[:, :, None, None]
+    if silu:
+        y = F.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=dense_format(x)), mean, rstd
+
+
+def _backward_torch(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    need_x, need_skip, need_weight, need_bias, need_add, need_scale, need_shift = needed
+    u = _joined(x, skip, add)
+    n, c, h, w = u.shape
+    weight_, factor = weight.to(u.dtype), None if scale is None else scale.to(u.dtype)[:, :, None, None] + 1
+    dt = dy.to(u.dtype).contiguous(memory_format=dense_format(x))
+    if silu or need_scale:
+        a = rstd.repeat_interleave(c // rstd.shape[1], 1) * weight_
+        centre = mean.repeat_interleave(c // mean.shape[1], 1)
+        z = torch.addcmul(bias.to(u.dtype)[:, None, None], u - centre[:, :, None, None], a[:, :, None, None])
+    if silu:
+        t = z if factor is None else z * factor
+        t = t if shift is None else t + shift.to(u.dtype)[:, :, None, None]
+        dt = torch.ops.aten.silu_backward(dt, t)
+    dshift = dt.sum((2, 3)) if need_shift else None
+    dscale = (dt * z).sum((2, 3)) if need_scale else None
+    dz = dt if factor is None else dt * factor
+    mask = [True, need_weight, need_bias]  # on CPU torch crashes on channels_last memory if told to leave du out
+    du, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        dz, u, mean, rstd, weight_, n, c, h * w, mean.shape[1], mask
+    )
+    dadd = du.sum((2, 3)) if need_add else None
+    # of a pair each gets memory of its own: an operator's results may not be views of one another
+    dx, dskip = (
+        du[:, part].to(t.dtype, copy=skip is not None, memory_format=dense_format(t)) if need else None
+        for part, t, need in ((slice(x.shape[1]), x, need_x), (slice(x.shape[1], None), skip, need_skip))
+    )
+    rows = [dweight if need_weight else None, dbias if need_bias else None, dadd, dscale, dshift]
+    return _gradients(dx, dskip, rows, (weight, bias, add, scale, shift))
+
+
+# --- autograd
+
+_DIFFERENTIABLE = (0, 1, 3, 4, 6, 7, 8)  # positions of x, skip, weight, bias, add, scale, shift
+
+
+def _save(ctx, inputs, output) -> None:
+    x, skip, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, _, _, ctx.silu, ctx.implementation = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, skip, weight, bias, add, scale, shift, mean, rstd)
+
+
+def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    *inputs, mean, rstd = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if dy is None or not any(needed):
+        return (None,) * 13
+    if torch.is_grad_enabled():
+        gradients = _differentiable_gradients(ctx, dy, inputs, needed)
+    else:
+        gradients = torch.ops.gdd_fast.group_norm_silu_backward(
+            dy, *inputs, mean, rstd, ctx.silu, needed, ctx.implementation
+        )
+    gradients = iter(gradients)
+    result = [None] * 13
+    for i, need in zip(_DIFFERENTIABLE, needed, strict=True):
+        result[i] = next(gradients) if need else None
+    return tuple(result)
+
+
+def _differentiable_gradients(ctx, dy: Tensor, inputs: list[Tensor | None], needed: list[bool]) -> tuple[Tensor, ...]:
+    """The gradients as functions that can be differentiated again (create_graph): rare, so by the definition."""
+    # fresh views, so that a gradient stops here even where one input was computed from another
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    x, skip, weight, bias, add, scale, shift = inputs
+    activation = "silu" if ctx.silu else None
+    y = group_norm_silu_ref(
+        x if skip is None else (x, skip),
+        ctx.num_groups,
+        weight,
+        bias,
+        ctx.eps,
+        add=add,
+        scale=scale,
+        shift=shift,
+        activation=activation,
+    )
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    return torch.autograd.grad(y, wanted, dy, create_graph=True)
+
+
+torch.library.register_autograd("gdd_fast::group_norm_silu", _differentiate, setup_context=_save)

@@ -1,0 +1,67 @@
+"""How the channel-wise kernels cut (N, C, H, W) into tiles of pixels x channels, by rule; tuned.json scales the rule.
+
+A program owns a block of whole groups of one sample, so that nothing of a group is anyone else's business, and walks
+over its pixels in tiles. Group sizes are no powers of two (6, 12, 18, 36 channels), blocks are: the rule takes the
+smallest block that wastes at most a quarter of its lanes, which masks switch off without touching memory.
+"""
+
+import functools
+from dataclasses import dataclass
+
+_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_WASTE = 0.25
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of `channels` channels (whole groups, `blocks` of them make C) in tiles of block_s x block_c."""
+
+    channels: int
+    blocks: int
+    block_c: int
+    block_g: int
+    block_s: int
+
+
+def power_of_2(x: int) -> int:
+    """The smallest power of two that is not below x >= 1."""
+    return 1 << (x - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: int) -> Tile:
+    """The tile for `channels` in groups of `group`, of about `elements` elements."""
+    # In channels_last memory a row of the tile is contiguous, and 32 channels fill two sectors of the cache or more. In
+    # contiguous memory a column is: then the fewer channels the longer the run, but a tile should not be a sliver.
+    narrowest = 32 if channels_last else max(1, elements // (4 * power_of_2(pixels)))
+    best, best_use = None, 0.0
+    for block_c in _BLOCKS:
+        if block_c < min(narrowest, power_of_2(channels)) or block_c > power_of_2(channels):
+            continue
+        groups = block_c // group
+        # rows of a channels_last tile start at a multiple of four elements, for vector loads
+        if channels_last and groups > 1 and (groups * group) % 4:
+            groups -= next((k for k in range(1, 4) if (groups - k) * group % 4 == 0 and groups > k), 0)
+        if groups:
+            width = min(groups * group, channels)
+            blocks = ceil_div(channels, width)
+            use = channels / (blocks * block_c)
+            if best is None or use > best_use:
+                best, best_use = (width, blocks, block_c), use
+            if use >= 1 - _WASTE:
+                break
+    if best is None:
+        best = (group, channels // group, power_of_2(group))
+    width, blocks, block_c = best
+    block_s = max(1, min(elements // block_c, power_of_2(pixels)))
+    return Tile(width, blocks, block_c, power_of_2(width // group), block_s)
+
+
+def split(blocks: int, pixels: int, block_s: int, programs: int, most: int = 32) -> int:
+    """Into how many parts the pixels of a sample go, so that `blocks` x parts is about `programs`; none is empty."""
+    parts = min(ceil_div(programs, blocks), ceil_div(pixels, block_s), most)
+    return ceil_div(pixels, ceil_div(pixels, parts))

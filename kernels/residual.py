@@ -1,0 +1,66 @@
+"""(h + skip + bias) * scale in Triton, on request with the statistics of the result that the next norm needs.
+
+One program a block of channels and a run of pixels of one sample; every tensor is addressed by the strides of sample,
+channel and pixel.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._channels import store_statistics, tile_pointers, welford_reduce, welford_update
+from ._launch import configuration, pixel_stride
+from ._tiles import ceil_div, tile
+
+
+@triton.jit
+def residual_kernel(
+    h, skip, bias, y, statistics, h_n, h_c, h_s, skip_n, skip_c, skip_s, y_n, y_c, y_s,
+    C, S, scale, parts, chunk, blocks, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    n = (pid // blocks // parts).to(tl.int64)
+    part = pid // blocks % parts
+    local = tl.arange(0, BLOCK_C)
+    channel = pid % blocks * CHANNELS + local
+    inside = (local < CHANNELS) & (channel < C)
+    start = part * chunk
+    end = tl.minimum(start + chunk, S)
+    b = tl.zeros([BLOCK_C], tl.float32)
+    if bias is not None:
+        b += tl.load(bias + channel, inside, 0).to(tl.float32)
+    h = tile_pointers(h + n * h_n, h_c, h_s, channel, start, BLOCK_S)
+    skip = tile_pointers(skip + n * skip_n, skip_c, skip_s, channel, start, BLOCK_S)
+    y = tile_pointers(y + n * y_n, y_c, y_s, channel, start, BLOCK_S)
+    mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    count = 0.0
+    for s in range(start, end, BLOCK_S):
+        valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
+        total = tl.load(h, valid, 0).to(tl.float32) + tl.load(skip, valid, 0).to(tl.float32)
+        result = ((total + b[None, :]) * scale).to(y.dtype.element_ty)
+        tl.store(y, result, valid)
+        if statistics is not None:
+            # of what is stored, rounding and all: that is what the norm reads
+            count += 1.0
+            mean, m2 = welford_update(mean, m2, result.to(tl.float32), valid, count)
+        h += BLOCK_S * h_s
+        skip += BLOCK_S * skip_s
+        y += BLOCK_S * y_s
+    if statistics is not None:
+        mean, m2 = welford_reduce(mean, m2, start, end, BLOCK_S)
+        store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2)
+
+
+def residual(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, y: Tensor, statistics: Tensor | None) -> None:
+    """Fill y (N, C, H, W), and statistics (N, parts, 2, C) if given. Pixels of all three tensors are evenly spaced."""
+    n, c, height, width = y.shape
+    pixels = height * width
+    options = dict(configuration("residual", y.device, (n, c, pixels)))
+    t = tile(c, 1, pixels, y.stride(1) == 1, options.pop("elements"))
+    parts = ceil_div(pixels, t.block_s) if statistics is None else statistics.shape[1]
+    strides = (stride for x in (h, skip, y) for stride in (x.stride(0), x.stride(1), pixel_stride(x)))
+    residual_kernel[(n * t.blocks * parts,)](
+        h, skip, bias, y, statistics, *strides, c, pixels, scale, parts, ceil_div(pixels, parts), t.blocks,
+        CHANNELS=t.channels, BLOCK_C=t.block_c, BLOCK_S=t.block_s, **options,
+    )  # fmt: skip
