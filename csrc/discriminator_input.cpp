@@ -14,9 +14,12 @@ DiscriminatorInput describe(const at::Tensor& x, at::ArrayRef<double> scale, at:
                         (shift.empty() || shift.size() == scale.size()),
                     "discriminator_input: scale and shift must hold three numbers for each of 1 to ", kBackbones,
                     " backbones");
-  DiscriminatorInput d{x.size(0),   x.size(1),   x.size(2),   x.size(3),   size,
-                       x.stride(0), x.stride(1), x.stride(2), x.stride(3), static_cast<int>(scale.size() / 3),
-                       {},          {}};
+  DiscriminatorInput d{};
+  d.images = x.size(0), d.channels = x.size(1), d.height = x.size(2), d.width = x.size(3), d.size = size;
+  d.stride_n = x.stride(0), d.stride_c = x.stride(1), d.stride_h = x.stride(2), d.stride_w = x.stride(3);
+  d.step_h = static_cast<double>(d.height) / static_cast<double>(size);
+  d.step_w = static_cast<double>(d.width) / static_cast<double>(size);
+  d.backbones = static_cast<int>(scale.size() / 3);
   for (size_t k = 0; k < scale.size(); k++) {
     d.scale[k / 3][k % 3] = static_cast<float>(scale[k]);
     d.shift[k / 3][k % 3] = shift.empty() ? 0.f : static_cast<float>(shift[k]);

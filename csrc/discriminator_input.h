@@ -17,6 +17,7 @@ constexpr int kBackbones = 4;  // at most, in one call
 struct DiscriminatorInput {
   int64_t images, channels, height, width, size;   // of x; of a side of y
   int64_t stride_n, stride_c, stride_h, stride_w;  // of x or its gradient, in elements
+  double step_h, step_w;  // height / size, width / size: from one number of y to the next, in numbers of x
   int backbones;
   float scale[kBackbones][3], shift[kBackbones][3];
 };
@@ -27,8 +28,8 @@ struct Blend {
   double weight;
 };
 
-GDD_FAST_HOST_DEVICE inline Blend blend(int64_t i, int64_t in, int64_t out) {
-  const double at = (static_cast<double>(i) + 0.5) * static_cast<double>(in) / static_cast<double>(out) - 0.5;
+GDD_FAST_HOST_DEVICE inline Blend blend(int64_t i, int64_t in, double step) {
+  const double at = (static_cast<double>(i) + 0.5) * step - 0.5;
   const double inside = at > 0 ? at : 0;
   int64_t low = static_cast<int64_t>(inside);
   if (low > in - 1) low = in - 1;

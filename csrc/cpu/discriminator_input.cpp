@@ -22,7 +22,7 @@ struct Stretch {
 
   explicit Stretch(const DiscriminatorInput& d) {
     for (int64_t j = 0; j < d.size; j++) {
-      const Blend at = blend(j, d.width, d.size);
+      const Blend at = blend(j, d.width, d.step_w);
       for (int64_t c = 0; c < 3; c++) {
         const int64_t channel = d.channels == 1 ? 0 : c;
         low.push_back(at.low * d.channels + channel);
@@ -100,7 +100,7 @@ void forward(const DiscriminatorInput& d, const X* x, const std::array<Y*, kBack
     };
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / d.size;
-      const Blend at = blend(task % d.size, d.height, d.size);
+      const Blend at = blend(task % d.size, d.height, d.step_h);
       const float* low = fetch(image, at.low);
       const float* high = fetch(image, at.high);
       for (int b = 0; b < d.backbones; b++) {
@@ -121,7 +121,7 @@ void backward(const DiscriminatorInput& d, const std::array<const Y*, kBackbones
     for (int64_t image = begin; image < end; image++) {
       std::fill(rows.begin(), rows.end(), 0.f);
       for (int64_t i = 0; i < d.size; i++) {
-        const Blend at = blend(i, d.height, d.size);
+        const Blend at = blend(i, d.height, d.step_h);
         const float weight = static_cast<float>(at.weight);
         for (int b = 0; b < d.backbones; b++) {
           const Y* dy = dys[b] + (image * d.size + i) * n;

@@ -1,10 +1,12 @@
-// resample2d on the CPU: channels_last is vectorised over channels, contiguous memory over the pixels of a row.
+// resample2d on the CPU, separably: the rows that an output row takes are summed into one row of floats, and that row
+// is filtered. Channels_last images are rows of pixels of many numbers; the planes of contiguous ones, of one number.
 #include "resample2d.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/floats.h"
@@ -16,206 +18,215 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // multiply-adds below which a second thread does not pay
 
-// The inputs of each output along one dimension: `count` a position, source < 0 for one outside the image.
-struct Inputs {
-  int count;
-  std::vector<int64_t> source;
-  std::vector<int> tap;
-
-  Inputs(const Resample& r, int64_t in, int64_t out) : count(r.up ? r.taps / 2 : r.taps) {
-    for (int64_t u = 0; u < out; u++) {
-      const int first = r.up ? static_cast<int>((u + r.padding) % 2) : 0;
-      for (int t = 0; t < count; t++) {
-        const int64_t i = r.up ? (u + r.padding - first) / 2 - t : 2 * u + t - r.padding;
-        source.push_back(i < in ? i : -1);
-        tap.push_back(r.up ? first + 2 * t : t);
-      }
-    }
-  }
+// Images of `width` pixels a row, `numbers` a pixel, side by side; y and add are dense.
+template <typename T>
+struct Images {
+  const T *x, *add;  // of one image; add may be null
+  T* y;
+  int64_t height, width, numbers, stride_h, stride_w, out_height, out_width;
+  int taps, padding;
+  const Real<T>*vertical, *horizontal;  // the filter's factors
+  Real<T> scale;
 };
 
-// out = (sum of weight * from + add) * scale over n neighbouring channels; add may be null.
+// sum[i] = what the `count` rows, those that are not null, add up to.
 template <int Count, typename T>
-GDD_FAST_INLINE void weigh_loop(const T* const* from, const Real<T>* weight, int count, const T* add, Real<T> scale,
-                                T* out, int64_t n) {
-  if constexpr (Count > 0) {  // in locals, out of reach of the stores to `out`
-    const T* p[Count];
-    Real<T> w[Count];
-    for (int k = 0; k < Count; k++) p[k] = from[k], w[k] = weight[k];
+GDD_FAST_INLINE void sum_rows(const T* const* rows, const Real<T>* weight, int count, Real<T>* sum, int64_t n) {
+  if constexpr (Count == 1) {
 #pragma GCC ivdep
-    for (int64_t c = 0; c < n; c++) {
-      Real<T> sum = w[0] * widen(p[0][c]);
-#pragma GCC unroll 16
-      for (int k = 1; k < Count; k++) sum += w[k] * widen(p[k][c]);
-      if (add) sum += widen(add[c]);
-      out[c] = narrow<T>(sum * scale);
+    for (int64_t i = 0; i < n; i++) sum[i] = weight[0] * widen(rows[0][i]);
+  } else if constexpr (Count == 2) {
+    const T *a = rows[0], *b = rows[1];
+    const Real<T> p = weight[0], q = weight[1];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) sum[i] = p * widen(a[i]) + q * widen(b[i]);
+  } else if constexpr (Count == 4) {
+    const T *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    const Real<T> p = weight[0], q = weight[1], r = weight[2], s = weight[3];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) sum[i] = (p * widen(a[i]) + q * widen(b[i])) + (r * widen(c[i]) + s * widen(d[i]));
+  } else {
+    std::fill(sum, sum + n, Real<T>(0));
+    for (int k = 0; k < count; k++) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; i++) sum[i] += weight[k] * widen(rows[k][i]);
+    }
+  }
+}
+
+template <typename T>
+GDD_FAST_INLINE void sum_rows_of_any_count(const T* const* rows, const Real<T>* weight, int count, Real<T>* sum,
+                                           int64_t n) {
+  if (count == 1) return sum_rows<1>(rows, weight, count, sum, n);
+  if (count == 2) return sum_rows<2>(rows, weight, count, sum, n);
+  if (count == 4) return sum_rows<4>(rows, weight, count, sum, n);
+  sum_rows<0>(rows, weight, count, sum, n);
+}
+
+// y = (sum over k of tap[k step] row[k direction] + add) * scale, for each of n outputs `stride` apart in y and add,
+// whose first inputs are `from` apart. Count = 0: `count` terms.
+template <int Count, typename T>
+GDD_FAST_INLINE void filter_row(const Real<T>* row, int64_t from, int64_t direction, const Real<T>* tap, int step,
+                                int count, const T* add, Real<T> scale, T* y, int64_t stride, int64_t n) {
+  const int terms = Count > 0 ? Count : count;
+  if (from == 1 && stride == 1) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {
+      Real<T> sum = tap[0] * row[i];
+      for (int k = 1; k < terms; k++) sum += tap[k * step] * row[i + k * direction];
+      y[i] = narrow<T>((add ? sum + widen(add[i]) : sum) * scale);
     }
     return;
   }
-  for (int64_t c = 0; c < n; c++) {
-    Real<T> sum = 0;
-    for (int k = 0; k < count; k++) sum += weight[k] * widen(from[k][c]);
-    if (add) sum += widen(add[c]);
-    out[c] = narrow<T>(sum * scale);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> sum = tap[0] * row[i * from];
+    for (int k = 1; k < terms; k++) sum += tap[k * step] * row[i * from + k * direction];
+    y[i * stride] = narrow<T>((add ? sum + widen(add[i * stride]) : sum) * scale);
   }
 }
 
-template <typename T>
-GDD_FAST_INLINE void weigh_switch(const T* const* from, const Real<T>* weight, int count, const T* add, Real<T> scale,
-                                  T* out, int64_t n) {
-  if (count == 1) return weigh_loop<1>(from, weight, count, add, scale, out, n);
-  if (count == 4) return weigh_loop<4>(from, weight, count, add, scale, out, n);
-  if (count == 16) return weigh_loop<16>(from, weight, count, add, scale, out, n);
-  weigh_loop<0>(from, weight, count, add, scale, out, n);
+// Pairs of outputs of single numbers, going up: they are stored side by side.
+template <int Count, typename T>
+GDD_FAST_INLINE void filter_pairs(const Real<T>* even, const Real<T>* odd, const Real<T>* even_tap,
+                                  const Real<T>* odd_tap, int count, const T* add, Real<T> scale, T* y, int64_t n) {
+  const int terms = Count > 0 ? Count : count;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> a = even_tap[0] * even[i], b = odd_tap[0] * odd[i];
+    for (int k = 1; k < terms; k++) a += even_tap[2 * k] * even[i - k], b += odd_tap[2 * k] * odd[i - k];
+    y[2 * i] = narrow<T>((add ? a + widen(add[2 * i]) : a) * scale);
+    y[2 * i + 1] = narrow<T>((add ? b + widen(add[2 * i + 1]) : b) * scale);
+  }
 }
 
-// One plane in floats with a border of zeros -> one output row. `rows`: the plane's first row that the output reads
-// (up: the last one, read upwards), at the column of the first output's first input; `stride` apart.
-template <int Taps, typename R>
-GDD_FAST_INLINE void down_row(const R* rows, int64_t stride, int taps, const R* kernel, R* out, int64_t n) {
-  const int k = Taps > 0 ? Taps : taps;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; j++) {
-    R sum = 0;
-    for (int a = 0; a < k; a++) {
-      for (int b = 0; b < k; b++) sum += kernel[a * k + b] * rows[a * stride + 2 * j + b];
+// One row of y from the summed row `sum`, whose zeros to the left begin at sum[0]: `before` pixels.
+template <int Taps, bool Up, typename T>
+GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t before, const T* add, T* y) {
+  constexpr int kCount = Up ? Taps / 2 : Taps;
+  const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
+  Real<T> tap[Taps > 0 ? Taps : 64];  // a copy, out of reach of the stores to y
+  for (int k = 0; k < taps; k++) tap[k] = m.horizontal[k];
+  const int64_t c = m.numbers, p = m.padding;
+  if constexpr (!Up) {
+    if (c == 1) return filter_row<kCount>(sum, 2, 1, tap, 1, count, add, m.scale, y, 1, m.out_width);
+    for (int64_t v = 0; v < m.out_width; v++) {
+      filter_row<kCount>(sum + 2 * v * c, 1, c, tap, 1, count, add ? add + v * c : nullptr, m.scale, y + v * c, 1, c);
     }
-    out[j] = sum;
-  }
-}
-
-// Every second output of a row: they share their taps, `kernel` being that of (first row tap, first column tap).
-template <int Taps, typename R>
-GDD_FAST_INLINE void up_row(const R* rows, int64_t stride, int taps, const R* kernel, R* out, int64_t n) {
-  const int k = Taps > 0 ? Taps : taps;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; j++) {
-    R sum = 0;
-    for (int s = 0; s < k / 2; s++) {
-      for (int t = 0; t < k / 2; t++) sum += kernel[2 * s * k + 2 * t] * rows[j - s * stride - t];
+  } else {
+    // output v takes the inputs (v + p) / 2 and those left of it, with every second tap from (v + p) % 2 on
+    const auto first = [&](int64_t v) { return sum + (before + (v + p) / 2) * c; };
+    if (c == 1) {
+      filter_pairs<kCount>(first(0), first(1), tap + p % 2, tap + (p + 1) % 2, count, add, m.scale, y, m.out_width / 2);
+      if (m.out_width % 2 == 0) return;
     }
-    out[j] = sum;
+    for (int64_t v = c == 1 ? m.out_width - 1 : 0; v < m.out_width; v++) {
+      filter_row<kCount>(first(v), 1, -c, tap + (v + p) % 2, 2, count, add ? add + v * c : nullptr, m.scale, y + v * c,
+                         1, c);
+    }
   }
 }
 
-template <typename R>
-GDD_FAST_INLINE void filter_switch(bool up, const R* rows, int64_t stride, int taps, const R* kernel, R* out,
-                                   int64_t n) {
-  if (up) {
-    if (taps == 2) return up_row<2>(rows, stride, taps, kernel, out, n);
-    if (taps == 4) return up_row<4>(rows, stride, taps, kernel, out, n);
-    return up_row<0>(rows, stride, taps, kernel, out, n);
+// Rows `begin` to `end` - 1 of an image's output. `sum` has room for a row with its borders and is zero there.
+template <int Taps, bool Up, typename T>
+GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum) {
+  const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
+  const bool dense = m.stride_w == m.numbers || m.width == 1;
+  const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
+  Real<T>* const inside = sum + before * m.numbers;
+  for (int64_t u = begin; u < end; u++) {
+    const T* rows[64];
+    Real<T> weight[64];
+    int found = 0;  // rows inside the image
+    for (int k = 0; k < count; k++) {
+      const int64_t i = Up ? (u + m.padding) / 2 - k : 2 * u + k - m.padding;
+      if (i < 0 || i >= m.height) continue;
+      rows[found] = m.x + i * m.stride_h;
+      weight[found++] = m.vertical[Up ? (u + m.padding) % 2 + 2 * k : k];
+    }
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      sum_rows_of_any_count(rows, weight, found, inside + piece * n, n);
+      for (int k = 0; k < found; k++) rows[k] += m.stride_w;  // unused if dense
+    }
+    const int64_t out = u * m.out_width * m.numbers;
+    make_row<Taps, Up>(m, sum, before, m.add ? m.add + out : nullptr, m.y + out);
   }
-  if (taps == 2) return down_row<2>(rows, stride, taps, kernel, out, n);
-  if (taps == 4) return down_row<4>(rows, stride, taps, kernel, out, n);
-  down_row<0>(rows, stride, taps, kernel, out, n);
 }
 
 template <typename T>
-GDD_FAST_INLINE void finish_loop(const Real<T>* even, const Real<T>* odd, const T* add, Real<T> scale, T* out,
-                                 int64_t n) {
-  if (!odd) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; j++) out[j] = narrow<T>((even[j] + (add ? widen(add[j]) : 0)) * scale);
-    return;
+GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before,
+                                           Real<T>* sum) {
+  if (m.taps == 2) {
+    up ? make_rows<2, true>(m, begin, end, before, sum) : make_rows<2, false>(m, begin, end, before, sum);
+  } else if (m.taps == 4) {
+    up ? make_rows<4, true>(m, begin, end, before, sum) : make_rows<4, false>(m, begin, end, before, sum);
+  } else {
+    up ? make_rows<0, true>(m, begin, end, before, sum) : make_rows<0, false>(m, begin, end, before, sum);
   }
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n / 2; j++) {
-    out[2 * j] = narrow<T>((even[j] + (add ? widen(add[2 * j]) : 0)) * scale);
-    out[2 * j + 1] = narrow<T>((odd[j] + (add ? widen(add[2 * j + 1]) : 0)) * scale);
-  }
-  if (n % 2) out[n - 1] = narrow<T>((even[n / 2] + (add ? widen(add[n - 1]) : 0)) * scale);
-}
-
-template <typename T>
-GDD_FAST_INLINE void widen_loop(const T* in, Real<T>* out, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) out[i] = widen(in[i]);
 }
 
 // target_clones takes no templates, hence one overload a type
-#define GDD_FAST_RESAMPLE(T)                                                                                           \
-  GDD_FAST_SIMD void weigh(const T* const* from, const Real<T>* weight, int count, const T* add, Real<T> scale,        \
-                           T* out, int64_t n) {                                                                        \
-    weigh_switch<T>(from, weight, count, add, scale, out, n);                                                          \
-  }                                                                                                                    \
-  GDD_FAST_SIMD void finish(const Real<T>* even, const Real<T>* odd, const T* add, Real<T> scale, T* out, int64_t n) { \
-    finish_loop<T>(even, odd, add, scale, out, n);                                                                     \
-  }                                                                                                                    \
-  GDD_FAST_SIMD void widen_row(const T* in, Real<T>* out, int64_t n) { widen_loop<T>(in, out, n); }
+#define GDD_FAST_RESAMPLE(T)                                                                                      \
+  GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum) { \
+    make_rows_of_any_size<T>(m, up, begin, end, before, sum);                                                     \
+  }
 
 GDD_FAST_RESAMPLE(float)
 GDD_FAST_RESAMPLE(double)
 GDD_FAST_RESAMPLE(at::BFloat16)
 GDD_FAST_RESAMPLE(at::Half)
 
-GDD_FAST_SIMD void filter(bool up, const float* rows, int64_t stride, int taps, const float* kernel, float* out,
-                          int64_t n) {
-  filter_switch<float>(up, rows, stride, taps, kernel, out, n);
-}
-GDD_FAST_SIMD void filter(bool up, const double* rows, int64_t stride, int taps, const double* kernel, double* out,
-                          int64_t n) {
-  filter_switch<double>(up, rows, stride, taps, kernel, out, n);
-}
+// The filter as a column times a row: sums over its rows and columns, of which the row's are divided by the total.
+struct Factors {
+  std::vector<double> vertical, horizontal;
 
-template <typename T>
-void resample_channels_last(const Resample& r, const T* x, const Real<T>* kernel, const T* add, T* y) {
-  const Inputs rows(r, r.height, r.out_height), columns(r, r.width, r.out_width);
-  const int terms = rows.count * columns.count;
-  const int64_t row_size = r.out_width * r.channels;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (row_size * terms));
-  at::parallel_for(0, r.images * r.out_height, grain, [&](int64_t begin, int64_t end) {
-    const std::vector<T> zeros(r.channels);  // stands in for pixels outside the image
-    std::vector<const T*> from(terms);
-    std::vector<Real<T>> weight(terms);
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t n = task / r.out_height, u = task % r.out_height;
-      for (int64_t v = 0; v < r.out_width; v++) {
-        int k = 0;
-        for (int s = 0; s < rows.count; s++) {
-          const int64_t i = rows.source[u * rows.count + s];
-          const T* row = x + n * r.stride_n + i * r.stride_h;
-          const Real<T>* row_kernel = kernel + rows.tap[u * rows.count + s] * r.taps;
-          for (int t = 0; t < columns.count; t++, k++) {
-            const int64_t j = columns.source[v * columns.count + t];
-            from[k] = i < 0 || j < 0 ? zeros.data() : row + j * r.stride_w;
-            weight[k] = row_kernel[columns.tap[v * columns.count + t]];
-          }
-        }
-        const int64_t out = task * row_size + v * r.channels;
-        weigh(from.data(), weight.data(), terms, add ? add + out : nullptr, static_cast<Real<T>>(r.scale), y + out,
-              r.channels);
-      }
+  Factors(const double* kernel, int taps) : vertical(taps), horizontal(taps) {
+    double total = 0, largest = 0;
+    for (int k = 0; k < taps * taps; k++) {
+      vertical[k / taps] += kernel[k], horizontal[k % taps] += kernel[k], total += kernel[k];
+      largest = std::max(largest, std::abs(kernel[k]));
     }
-  });
-}
+    for (double& h : horizontal) h /= total;
+    for (int k = 0; k < taps * taps; k++) {
+      const double error = std::abs(vertical[k / taps] * horizontal[k % taps] - kernel[k]);
+      TORCH_CHECK_VALUE(error <= 1e-3 * largest, "resample2d: the filter must be separable: a column times a row");
+    }
+  }
+};
 
 template <typename T>
-void resample_contiguous(const Resample& r, const T* x, const Real<T>* kernel, const T* add, T* y) {
+void resample(const Resample& r, const T* x, const Factors& factors, const T* add, T* y) {
   using R = Real<T>;
+  std::vector<R> vertical(factors.vertical.begin(), factors.vertical.end());
+  std::vector<R> horizontal(factors.horizontal.begin(), factors.horizontal.end());
+  for (R& v : vertical) v *= static_cast<R>(r.gain);
+  const int64_t numbers = r.channels_last ? r.channels : 1, planes = r.channels_last ? 1 : r.channels;
+  // zeros on both sides of a row, as many pixels as the filter can reach over
   const int64_t before = r.up ? r.taps / 2 - 1 : r.padding, after = r.up ? r.taps / 2 : r.padding;
-  const int64_t stride = r.width + before + after, size = (r.height + before + after) * stride;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_height * r.out_width * r.taps));
-  at::parallel_for(0, r.images * r.channels, grain, [&](int64_t begin, int64_t end) {
-    std::vector<R> plane(size), even(r.out_width), odd(r.out_width);
-    R* const inside = plane.data() + before * stride + before;
-    for (int64_t task = begin; task < end; task++) {
-      const T* in = x + task / r.channels * r.stride_n + task % r.channels * r.stride_c;
-      for (int64_t i = 0; i < r.height; i++) widen_row(in + i * r.stride_h, inside + i * stride, r.width);
-      for (int64_t u = 0; u < r.out_height; u++) {
-        const int64_t out = (task * r.out_height + u) * r.out_width;
-        if (r.up) {
-          const int64_t p = r.padding, first = (u + p) % 2;
-          const R* row = inside + (u + p) / 2 * stride;
-          const R* row_kernel = kernel + first * r.taps;
-          filter(true, row + p / 2, stride, r.taps, row_kernel + p % 2, even.data(), (r.out_width + 1) / 2);
-          filter(true, row + (p + 1) / 2, stride, r.taps, row_kernel + (p + 1) % 2, odd.data(), r.out_width / 2);
-        } else {
-          filter(false, plane.data() + 2 * u * stride, stride, r.taps, kernel, even.data(), r.out_width);
-        }
-        finish(even.data(), r.up ? odd.data() : nullptr, add ? add + out : nullptr, static_cast<R>(r.scale), y + out,
-               r.out_width);
-      }
+  const int64_t size = r.out_height * r.out_width * numbers;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
+  at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
+    std::vector<R> sum((before + r.width + after) * numbers);
+    while (begin < end) {
+      const int64_t image = begin / r.out_height, first = begin % r.out_height;
+      const int64_t last = std::min(r.out_height, first + end - begin);
+      const Images<T> m{x + image / planes * r.stride_n + image % planes * r.stride_c,
+                        add ? add + image * size : nullptr,
+                        y + image * size,
+                        r.height,
+                        r.width,
+                        numbers,
+                        r.stride_h,
+                        r.stride_w,
+                        r.out_height,
+                        r.out_width,
+                        r.taps,
+                        r.padding,
+                        vertical.data(),
+                        horizontal.data(),
+                        static_cast<R>(r.scale)};
+      run(m, r.up, first, last, before, sum.data());
+      begin += last - first;
     }
   });
 }
@@ -225,19 +236,10 @@ void resample_contiguous(const Resample& r, const T* x, const Real<T>* kernel, c
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const at::Tensor filter = kernel.to(at::kDouble).contiguous();
+  const Factors factors(filter.const_data_ptr<double>(), r.taps);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
-    std::vector<Real<scalar_t>> weights(filter.numel());
-    for (size_t i = 0; i < weights.size(); i++) {
-      weights[i] = static_cast<Real<scalar_t>>(filter.const_data_ptr<double>()[i] * r.gain);
-    }
-    const scalar_t* in = x.const_data_ptr<scalar_t>();
-    const scalar_t* added = add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* out = y.mutable_data_ptr<scalar_t>();
-    if (r.channels_last) {
-      resample_channels_last<scalar_t>(r, in, weights.data(), added, out);
-    } else {
-      resample_contiguous<scalar_t>(r, in, weights.data(), added, out);
-    }
+    resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
+                       add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());
   });
 }
 

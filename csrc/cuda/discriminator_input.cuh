@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(256)
     for (int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; k < count; k += step) {
       const auto rest = static_cast<uint32_t>(k), pixel = rest / 3, c = rest - pixel * 3;
       const auto size = static_cast<uint32_t>(d.size), i = pixel / size, j = pixel - i * size;
-      const Blend row = blend(i, d.height, d.size), column = blend(j, d.width, d.size);
+      const Blend row = blend(i, d.height, d.step_h), column = blend(j, d.width, d.step_w);
       const X* in = x + n * d.stride_n + (d.channels == 1 ? 0 : c) * d.stride_c;
       const auto read = [&](int64_t h, int64_t w) { return widen(in[h * d.stride_h + w * d.stride_w]); };
       const auto across = static_cast<float>(column.weight), down = static_cast<float>(row.weight);
@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(256)
       const Outputs rows(h, d.height, d.size), columns(w, d.width, d.size);
       float sum = 0;
       for (int64_t i = rows.first; i <= rows.last; i++) {
-        const float down = share(blend(i, d.height, d.size), h);
+        const float down = share(blend(i, d.height, d.step_h), h);
         if (down == 0) continue;
         for (int64_t j = columns.first; j <= columns.last; j++) {
-          const float weight = down * share(blend(j, d.width, d.size), w);
+          const float weight = down * share(blend(j, d.width, d.step_w), w);
           if (weight == 0) continue;
           const int64_t at = ((n * d.size + i) * d.size + j) * 3;
           for (int b = 0; b < d.backbones; b++) {
