@@ -1,6 +1,4 @@
 // adam_ema_ on the CPU: the gradients are looked through once, then everything is updated chunk by chunk in the cache.
-#pragma GCC optimize("no-math-errno")  // else sqrt is a call, because it could set errno, and nothing is vectorised
-
 #include "adam_ema.h"
 
 #include <ATen/Parallel.h>

@@ -86,23 +86,29 @@ GDD_FAST_INLINE void filter_row(const Real<T>* row, int64_t from, int64_t direct
   }
 }
 
-// Pairs of outputs of single numbers, going up: they are stored side by side.
+// Pairs of outputs of single numbers, going up. They are interleaved as floats and then rounded, in two loops: GCC does
+// not vectorise the stores of interleaved halves.
 template <int Count, typename T>
 GDD_FAST_INLINE void filter_pairs(const Real<T>* even, const Real<T>* odd, const Real<T>* even_tap,
-                                  const Real<T>* odd_tap, int count, const T* add, Real<T> scale, T* y, int64_t n) {
+                                  const Real<T>* odd_tap, int count, const T* add, Real<T> scale, Real<T>* row, T* y,
+                                  int64_t n) {
   const int terms = Count > 0 ? Count : count;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     Real<T> a = even_tap[0] * even[i], b = odd_tap[0] * odd[i];
     for (int k = 1; k < terms; k++) a += even_tap[2 * k] * even[i - k], b += odd_tap[2 * k] * odd[i - k];
-    y[2 * i] = narrow<T>((add ? a + widen(add[2 * i]) : a) * scale);
-    y[2 * i + 1] = narrow<T>((add ? b + widen(add[2 * i + 1]) : b) * scale);
+    row[2 * i] = a;
+    row[2 * i + 1] = b;
   }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < 2 * n; i++) y[i] = narrow<T>((add ? row[i] + widen(add[i]) : row[i]) * scale);
 }
 
-// One row of y from the summed row `sum`, whose zeros to the left begin at sum[0]: `before` pixels.
+// One row of y from the summed row `sum`, whose zeros to the left begin at sum[0]: `before` pixels. `row` has room for
+// a row of y.
 template <int Taps, bool Up, typename T>
-GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t before, const T* add, T* y) {
+GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t before, Real<T>* row, const T* add,
+                              T* y) {
   constexpr int kCount = Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
   Real<T> tap[Taps > 0 ? Taps : 64];  // a copy, out of reach of the stores to y
@@ -117,7 +123,8 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
     // output v takes the inputs (v + p) / 2 and those left of it, with every second tap from (v + p) % 2 on
     const auto first = [&](int64_t v) { return sum + (before + (v + p) / 2) * c; };
     if (c == 1) {
-      filter_pairs<kCount>(first(0), first(1), tap + p % 2, tap + (p + 1) % 2, count, add, m.scale, y, m.out_width / 2);
+      filter_pairs<kCount>(first(0), first(1), tap + p % 2, tap + (p + 1) % 2, count, add, m.scale, row, y,
+                           m.out_width / 2);
       if (m.out_width % 2 == 0) return;
     }
     for (int64_t v = c == 1 ? m.out_width - 1 : 0; v < m.out_width; v++) {
@@ -127,16 +134,18 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
   }
 }
 
-// Rows `begin` to `end` - 1 of an image's output. `sum` has room for a row with its borders and is zero there.
+// Rows `begin` to `end` - 1 of an image's output. `sum` has room for a row with its borders and is zero there; `row` is
+// make_row's.
 template <int Taps, bool Up, typename T>
-GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum) {
+GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum,
+                               Real<T>* row) {
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
   const bool dense = m.stride_w == m.numbers || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
   Real<T>* const inside = sum + before * m.numbers;
   for (int64_t u = begin; u < end; u++) {
-    const T* rows[64];
-    Real<T> weight[64];
+    const T* rows[64]{};
+    Real<T> weight[64]{};
     int found = 0;  // rows inside the image
     for (int k = 0; k < count; k++) {
       const int64_t i = Up ? (u + m.padding) / 2 - k : 2 * u + k - m.padding;
@@ -149,26 +158,27 @@ GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, i
       for (int k = 0; k < found; k++) rows[k] += m.stride_w;  // unused if dense
     }
     const int64_t out = u * m.out_width * m.numbers;
-    make_row<Taps, Up>(m, sum, before, m.add ? m.add + out : nullptr, m.y + out);
+    make_row<Taps, Up>(m, sum, before, row, m.add ? m.add + out : nullptr, m.y + out);
   }
 }
 
 template <typename T>
 GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before,
-                                           Real<T>* sum) {
+                                           Real<T>* sum, Real<T>* row) {
   if (m.taps == 2) {
-    up ? make_rows<2, true>(m, begin, end, before, sum) : make_rows<2, false>(m, begin, end, before, sum);
+    up ? make_rows<2, true>(m, begin, end, before, sum, row) : make_rows<2, false>(m, begin, end, before, sum, row);
   } else if (m.taps == 4) {
-    up ? make_rows<4, true>(m, begin, end, before, sum) : make_rows<4, false>(m, begin, end, before, sum);
+    up ? make_rows<4, true>(m, begin, end, before, sum, row) : make_rows<4, false>(m, begin, end, before, sum, row);
   } else {
-    up ? make_rows<0, true>(m, begin, end, before, sum) : make_rows<0, false>(m, begin, end, before, sum);
+    up ? make_rows<0, true>(m, begin, end, before, sum, row) : make_rows<0, false>(m, begin, end, before, sum, row);
   }
 }
 
 // target_clones takes no templates, hence one overload a type
-#define GDD_FAST_RESAMPLE(T)                                                                                      \
-  GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum) { \
-    make_rows_of_any_size<T>(m, up, begin, end, before, sum);                                                     \
+#define GDD_FAST_RESAMPLE(T)                                                                                    \
+  GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum, \
+                         Real<T>* row) {                                                                        \
+    make_rows_of_any_size<T>(m, up, begin, end, before, sum, row);                                              \
   }
 
 GDD_FAST_RESAMPLE(float)
@@ -206,7 +216,7 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
   const int64_t size = r.out_height * r.out_width * numbers;
   const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
   at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
-    std::vector<R> sum((before + r.width + after) * numbers);
+    std::vector<R> sum((before + r.width + after) * numbers), row(r.channels_last ? 0 : r.out_width);
     while (begin < end) {
       const int64_t image = begin / r.out_height, first = begin % r.out_height;
       const int64_t last = std::min(r.out_height, first + end - begin);
@@ -225,7 +235,7 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
                         vertical.data(),
                         horizontal.data(),
                         static_cast<R>(r.scale)};
-      run(m, r.up, first, last, before, sum.data());
+      run(m, r.up, first, last, before, sum.data(), row.data());
       begin += last - first;
     }
   });
