@@ -32,7 +32,7 @@ std::vector<Chunk> chunks_of(at::TensorList tensors) {
   return chunks;
 }
 
-// Factors of one step, as torch.optim.Adam forms them: in double, then rounded once.
+// Factors of one step, formed in double as torch.optim.Adam's are, then rounded once.
 struct Factors {
   float step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, root_correction, eps, weight_decay, average_weight;
 };
@@ -48,35 +48,58 @@ GDD_FAST_SIMD bool finite(const float* x, int64_t n) {
   return largest < 0x7f800000;
 }
 
-// torch.lerp, which goes from the nearer end
-GDD_FAST_INLINE float lerp(float from, float to, float weight, float rest, bool from_near) {
-  return from_near ? from + weight * (to - from) : to - (to - from) * rest;
+// torch.lerp goes from the nearer end. kEnd: all the way, so that the old value need not be read; kNone: not at all.
+enum Lerp { kNone, kNear, kFar, kEnd };
+
+Lerp lerp_by(float weight) { return weight == 1 ? kEnd : weight < 0.5f ? kNear : kFar; }
+
+template <Lerp By>
+GDD_FAST_INLINE float lerp(const float* from, int64_t i, float to, float weight, float rest) {
+  if constexpr (By == kEnd) return to;
+  return By == kNear ? from[i] + weight * (to - from[i]) : to - (to - from[i]) * rest;
 }
 
-// With beta1 = 0 the first moment is the gradient itself and need not be read.
-template <bool ReadFirst, bool Average>
+template <Lerp First, Lerp Average>
 GDD_FAST_INLINE void update_loop(const Factors& f, float* p, const float* grad, float* m, float* v, float* a,
                                  int64_t n) {
-  const bool m_near = f.one_minus_beta1 < 0.5f, a_near = f.average_weight < 0.5f;
-  const float a_rest = 1 - f.average_weight;
+  const Factors by = f;  // a copy, out of reach of the stores
+  const float average_rest = 1 - by.average_weight;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
-    const float g = grad[i] + f.weight_decay * p[i];
-    const float first = ReadFirst ? lerp(m[i], g, f.one_minus_beta1, f.beta1, m_near) : g;
-    const float second = v[i] * f.beta2 + f.one_minus_beta2 * g * g;
-    const float q = p[i] - f.step_size * (first / (std::sqrt(second) / f.root_correction + f.eps));
+    const float g = grad[i] + by.weight_decay * p[i];
+    const float first = lerp<First>(m, i, g, by.one_minus_beta1, by.beta1);
+    const float second = v[i] * by.beta2 + by.one_minus_beta2 * g * g;
+    const float q = p[i] - by.step_size * (first / (std::sqrt(second) * by.root_correction + by.eps));
     m[i] = first;
     v[i] = second;
     p[i] = q;
-    if (Average) a[i] = lerp(a[i], q, f.average_weight, a_rest, a_near);
+    if constexpr (Average != kNone) a[i] = lerp<Average>(a, i, q, by.average_weight, average_rest);
+  }
+}
+
+template <Lerp First>
+GDD_FAST_INLINE void update_switch(const Factors& f, float* p, const float* g, float* m, float* v, float* a,
+                                   int64_t n) {
+  switch (a ? lerp_by(f.average_weight) : kNone) {
+    case kNone:
+      return update_loop<First, kNone>(f, p, g, m, v, a, n);
+    case kNear:
+      return update_loop<First, kNear>(f, p, g, m, v, a, n);
+    case kFar:
+      return update_loop<First, kFar>(f, p, g, m, v, a, n);
+    case kEnd:
+      return update_loop<First, kEnd>(f, p, g, m, v, a, n);
   }
 }
 
 GDD_FAST_SIMD void update(const Factors& f, float* p, const float* g, float* m, float* v, float* a, int64_t n) {
-  if (f.beta1 == 0) {
-    a ? update_loop<false, true>(f, p, g, m, v, a, n) : update_loop<false, false>(f, p, g, m, v, a, n);
-  } else {
-    a ? update_loop<true, true>(f, p, g, m, v, a, n) : update_loop<true, false>(f, p, g, m, v, a, n);
+  switch (lerp_by(f.one_minus_beta1)) {
+    case kNear:
+      return update_switch<kNear>(f, p, g, m, v, a, n);
+    case kFar:
+      return update_switch<kFar>(f, p, g, m, v, a, n);
+    default:
+      return update_switch<kEnd>(f, p, g, m, v, a, n);
   }
 }
 
@@ -114,7 +137,7 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                   static_cast<float>(1 - o.beta1),
                   static_cast<float>(o.beta2),
                   static_cast<float>(1 - o.beta2),
-                  static_cast<float>(std::sqrt(1 - std::pow(o.beta2, t))),
+                  static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, t))),
                   static_cast<float>(o.eps),
                   static_cast<float>(o.weight_decay),
                   static_cast<float>(weight)};
