@@ -77,6 +77,19 @@ def decide(name: str, setting: str, obstacle: str | None) -> bool:
     return obstacle is None
 
 
+def openmp() -> list[str]:
+    """The flag without which at::parallel_for runs on one thread.
+
+    It is given to the compiler and not to the linker, so that threads come from the GNU OpenMP library that torch has
+    brought along, and not from a second one. Clang's calls that library does not answer.
+    """
+    command = [*os.environ.get("CXX", "c++").split(), "--version"]
+    if "clang" in subprocess.run(command, capture_output=True, text=True).stdout.lower():
+        print("gdd_fast: clang: the CPU operators run on one thread each; build with g++ for more")
+        return []
+    return ["-fopenmp"]
+
+
 class TorchIsMissing(build_ext):
     """Stands in for torch's build_ext, so that an sdist and the metadata can be made without torch."""
 
@@ -101,7 +114,7 @@ def extension() -> dict:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES) if with_cuda else ""
     optimise = ["-O0", "-g"] if switch("GDD_FAST_DEBUG", "0", ("0", "1")) == "1" else ["-O3", "-g0"]
     # a fused multiply-add rounds once where torch's own kernels round twice: results would differ in the last bit
-    cxx_flags = [*optimise, "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    cxx_flags = [*optimise, "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", *openmp()]
     nvcc_flags = [optimise[0], "-lineinfo", "--threads=2"] if with_cuda else []
     facts = {
         "GDD_FAST_TORCH_VERSION": torch.__version__,

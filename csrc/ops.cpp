@@ -6,12 +6,38 @@
 
 #include <string>
 
-TORCH_LIBRARY(gdd_fast_C, m) { m.def("to_uint8(Tensor x) -> Tensor"); }
+TORCH_LIBRARY(gdd_fast_C, m) {
+  m.def("to_uint8(Tensor x) -> Tensor");
+  m.def(
+      "resample2d(Tensor x, Tensor kernel, Tensor? add, bool up, int padding, int out_height, int out_width, "
+      "float gain, float scale, bool channels_last) -> Tensor");
+  m.def("discriminator_input(Tensor x, float[] scale, float[] shift, int size, ScalarType dtype) -> Tensor[]");
+  m.def(
+      "discriminator_input_backward(Tensor[] dys, float[] scale, int channels, int height, int width, "
+      "ScalarType dtype, bool channels_last) -> Tensor");
+  m.def(
+      "adam_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor(f!) step, Tensor(g!) skipped, Tensor lr, "
+      "Tensor average_weight, float beta1, float beta2, float eps, float weight_decay) -> ()");
+}
 
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) { m.impl("to_uint8", &gdd_fast::to_uint8); }
+namespace {
+
+// The same functions for every device: they dispatch on it themselves, after their checks.
+void implement(torch::Library& m) {
+  m.impl("to_uint8", &gdd_fast::to_uint8);
+  m.impl("resample2d", &gdd_fast::resample2d);
+  m.impl("discriminator_input", &gdd_fast::discriminator_input);
+  m.impl("discriminator_input_backward", &gdd_fast::discriminator_input_backward);
+  m.impl("adam_ema_", &gdd_fast::adam_ema_);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) { implement(m); }
 
 #ifdef GDD_FAST_WITH_CUDA
-TORCH_LIBRARY_IMPL(gdd_fast_C, CUDA, m) { m.impl("to_uint8", &gdd_fast::to_uint8); }
+TORCH_LIBRARY_IMPL(gdd_fast_C, CUDA, m) { implement(m); }
 #endif
 
 namespace {

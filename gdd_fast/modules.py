@@ -23,6 +23,7 @@ from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.ops import group_norm_silu, residual
 from gdd_fast.ops.attention import attention as attention
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops.resample2d import resample2d
 
 Pair = tuple[Tensor, Tensor]
 """(x, skip): the concatenation of their channels, not built."""
@@ -71,20 +72,15 @@ def resample_kernel(taps: Sequence[float]) -> Tensor:
     return (torch.outer(row, row) / row.sum().square())[None, None]
 
 
-def resample(x: Tensor, kernel: Tensor, *, up: bool, padding: int, box: bool = False) -> Tensor:
+def resample(
+    x: Tensor, kernel: Tensor, *, up: bool, padding: int, box: bool = False, backend: Backend = "auto"
+) -> Tensor:
     """Filter each channel with `kernel` (1, 1, K, K) and double (`up`) or halve the resolution of `x` (N, C, H, W).
 
     The resolution is exactly doubled or halved with `padding` = K / 2 - 1, in pixels of the larger image's border.
-    `box` promises that the kernel is the 2x2 mean: pixels are then repeated or averaged, which needs no convolution.
+    `box` promises that the kernel is the 2x2 mean: plain PyTorch then repeats or averages pixels without a convolution.
     """
-    if box:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if up else F.avg_pool2d(x, 2)
-    channels = x.shape[1]
-    if up:
-        weight = (kernel * 4).to(x.dtype).repeat(channels, 1, 1, 1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=padding, groups=channels)
-    weight = kernel.to(x.dtype).repeat(channels, 1, 1, 1)
-    return F.conv2d(x, weight, stride=2, padding=padding, groups=channels)
+    return resample2d(x, kernel, up=up, padding=padding, box=box, backend=backend)
 
 
 class Conv2d(nn.Module):
@@ -92,7 +88,11 @@ class Conv2d(nn.Module):
 
     `conv_first` convolves at the full resolution and downsamples after it, over one common border of zeros. EDM calls
     this fused_resample and uses it in the residual encoder of NCSN++.
+
+    `backend` is that of the resampling; see gdd_fast.backend.
     """
+
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -135,9 +135,10 @@ class Conv2d(nn.Module):
         if self.conv_first:
             # The border that the filter needs is added once, before the convolution.
             x = self._convolve(x, self.padding + self.border)
-            return resample(x, self.resample_filter, up=False, padding=0, box=self.box)
+            return resample(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
-            x = resample(x, self.resample_filter, up=self.up, padding=self.border, box=self.box)
+            options = {"up": self.up, "padding": self.border, "box": self.box, "backend": self.backend}
+            x = resample(x, self.resample_filter, **options)
         return x if self.weight is None else self._convolve(x, self.padding)
 
     def _convolve(self, x: Tensor, padding: int) -> Tensor:

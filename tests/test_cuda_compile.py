@@ -17,6 +17,24 @@ INSTANTIATIONS = {
     "to_uint8.cuh": [
         f"template cudaError_t launch_to_uint8<{t}>(const {t}*, uint8_t*, {SIZES}, cudaStream_t);" for t in CUDA_TYPES
     ],
+    "resample2d.cuh": [
+        f"template cudaError_t launch_resample2d<{t}>(const {t}*, const float*, const {t}*, {t}*, const Resample&, "
+        "cudaStream_t);"
+        for t in CUDA_TYPES
+    ],
+    "discriminator_input.cuh": [
+        f"template cudaError_t launch_discriminator_input<{x}, {y}>(const {x}*, const Pointers<{y}>&, "
+        "const DiscriminatorInput&, cudaStream_t);\n"
+        f"template cudaError_t launch_discriminator_input_backward<{x}, {y}>(const Pointers<const {y}>&, {x}*, "
+        "const DiscriminatorInput&, cudaStream_t);"
+        for x, y in (("float", "float"), ("float", "__nv_bfloat16"), ("__half", "__half"))
+    ],
+    "adam_ema.cuh": [
+        f"template cudaError_t launch_adam_ema<{t}>(const Tensors<{t}>*, int64_t, const AdamState&, "
+        "const AdamOptions&, cudaStream_t);"
+        for t in ("__half", "__nv_bfloat16")
+    ],
+    "floats.cuh": [],  # no kernels: included by the others
 }
 
 
@@ -25,7 +43,7 @@ def test_every_header_is_listed():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("header", INSTANTIATIONS)
+@pytest.mark.parametrize("header", [header for header, kernels in INSTANTIATIONS.items() if kernels])
 def test_kernels_compile_without_spills(header, architecture):
     body = "\n".join(INSTANTIATIONS[header])
     kernels = compile_cuda(f'#include "cuda/{header}"\nnamespace gdd_fast::cuda {{\n{body}\n}}\n', architecture)

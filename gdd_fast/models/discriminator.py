@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.backbones import Backbone, check_resolution
 from gdd_fast.models.discriminator_heads import DiscriminatorHeads
 from gdd_fast.models.random_projection import OUT_CHANNELS, RandomProjection
+from gdd_fast.ops.discriminator_input import discriminator_input
 
 __all__ = ["DiscriminatorHeads", "ProjectedFeatures"]
 
@@ -22,7 +23,7 @@ class ProjectedFeatures(nn.Module):
     `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to channels_last,
     which suits them on CPUs and GPUs alike. Images are normalised for each backbone and resized bilinearly to
     `resolution`. The projections are drawn from `seed`; `projection_state()` is what a checkpoint has to keep of this
-    module, the backbones being published weights.
+    module, the backbones being published weights. `backend` is that of the resizing; see gdd_fast.backend.
 
     `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
     coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`
@@ -37,8 +38,10 @@ class ProjectedFeatures(nn.Module):
         resolution: int = 224,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
     ):
         super().__init__()
+        self.backend = backend
         names = [backbone.name for backbone in backbones]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"a discriminator needs one or more different backbones, not {names}")
@@ -56,7 +59,9 @@ class ProjectedFeatures(nn.Module):
             )
         self.requires_grad_(False)
         self.to(dtype=dtype, memory_format=torch.channels_last)
-        self.normalizations = nn.ModuleDict({name: Normalize(b.mean, b.std) for name, b in self.backbones.items()})
+        # pixels in [-1, 1] to the scale a backbone was trained on, ((x + 1) / 2 - mean) / std, as one multiply-add
+        self.scale = [[0.5 / s for s in b.std] for b in backbones]
+        self.shift = [[(0.5 - m) / s for m, s in zip(b.mean, b.std, strict=True)] for b in backbones]
         nominal = 1 << (resolution - 1).bit_length()
         self.channels = (OUT_CHANNELS,) * len(names)
         self.resolutions = (tuple(2 * nominal // stride for stride in _LEVEL_STRIDES),) * len(names)
@@ -86,25 +91,8 @@ class ProjectedFeatures(nn.Module):
         """Images in [-1, 1], float `(N, 1 or 3, H, W)` -> for each backbone four maps, fine to coarse."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
-        features = []
-        for name, backbone in self.backbones.items():
-            x = self.normalizations[name](images)
-            if x.shape[-2:] != (self.resolution, self.resolution):
-                x = F.interpolate(x, (self.resolution, self.resolution), mode="bilinear", align_corners=False)
-            x = x.expand(-1, 3, -1, -1).to(self.dtype)
-            features.append(self.projections[name](backbone(x)))
-        return features
-
-
-class Normalize(nn.Module):
-    """Pixels in [-1, 1] to the scale a backbone was trained on, `((x + 1) / 2 - mean) / std`, as one multiply-add."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.is_identity = all(m == 0.5 and s == 0.5 for m, s in zip(mean, std, strict=True))
-        mean, std = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
-        self.register_buffer("scale", 0.5 / std, persistent=False)
-        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.is_identity else torch.addcmul(self.shift, x, self.scale)
+        inputs = discriminator_input(images, self.scale, self.shift, self.resolution, self.dtype, self.backend)
+        return [
+            self.projections[name](backbone(x))
+            for (name, backbone), x in zip(self.backbones.items(), inputs, strict=True)
+        ]

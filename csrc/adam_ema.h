@@ -1,0 +1,11 @@
+// What adam_ema_ needs beside its tensors.
+#pragma once
+#include <cstdint>
+
+namespace gdd_fast {
+
+struct AdamOptions {
+  double beta1, beta2, eps, weight_decay;
+};
+
+}  // namespace gdd_fast

@@ -1,0 +1,256 @@
+// resample2d on the CPU, separably: the rows that an output row takes are summed into one row of floats, and that row
+// is filtered. Channels_last images are rows of pixels of many numbers; the planes of contiguous ones, of one number.
+#include "resample2d.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/floats.h"
+#include "cpu/simd.h"
+#include "ops.h"
+
+namespace gdd_fast::cpu {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // multiply-adds below which a second thread does not pay
+
+// Images of `width` pixels a row, `numbers` a pixel, side by side; y and add are dense.
+template <typename T>
+struct Images {
+  const T *x, *add;  // of one image; add may be null
+  T* y;
+  int64_t height, width, numbers, stride_h, stride_w, out_height, out_width;
+  int taps, padding;
+  const Real<T>*vertical, *horizontal;  // the filter's factors
+  Real<T> scale;
+};
+
+// sum[i] = what the `count` rows, those that are not null, add up to.
+template <int Count, typename T>
+GDD_FAST_INLINE void sum_rows(const T* const* rows, const Real<T>* weight, int count, Real<T>* sum, int64_t n) {
+  if constexpr (Count == 1) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) sum[i] = weight[0] * widen(rows[0][i]);
+  } else if constexpr (Count == 2) {
+    const T *a = rows[0], *b = rows[1];
+    const Real<T> p = weight[0], q = weight[1];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) sum[i] = p * widen(a[i]) + q * widen(b[i]);
+  } else if constexpr (Count == 4) {
+    const T *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    const Real<T> p = weight[0], q = weight[1], r = weight[2], s = weight[3];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) sum[i] = (p * widen(a[i]) + q * widen(b[i])) + (r * widen(c[i]) + s * widen(d[i]));
+  } else {
+    std::fill(sum, sum + n, Real<T>(0));
+    for (int k = 0; k < count; k++) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; i++) sum[i] += weight[k] * widen(rows[k][i]);
+    }
+  }
+}
+
+template <typename T>
+GDD_FAST_INLINE void sum_rows_of_any_count(const T* const* rows, const Real<T>* weight, int count, Real<T>* sum,
+                                           int64_t n) {
+  if (count == 1) return sum_rows<1>(rows, weight, count, sum, n);
+  if (count == 2) return sum_rows<2>(rows, weight, count, sum, n);
+  if (count == 4) return sum_rows<4>(rows, weight, count, sum, n);
+  sum_rows<0>(rows, weight, count, sum, n);
+}
+
+// y = (sum over k of tap[k step] row[k direction] + add) * scale, for each of n outputs `stride` apart in y and add,
+// whose first inputs are `from` apart. Count = 0: `count` terms.
+template <int Count, typename T>
+GDD_FAST_INLINE void filter_row(const Real<T>* row, int64_t from, int64_t direction, const Real<T>* tap, int step,
+                                int count, const T* add, Real<T> scale, T* y, int64_t stride, int64_t n) {
+  const int terms = Count > 0 ? Count : count;
+  if (from == 1 && stride == 1) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {
+      Real<T> sum = tap[0] * row[i];
+      for (int k = 1; k < terms; k++) sum += tap[k * step] * row[i + k * direction];
+      y[i] = narrow<T>((add ? sum + widen(add[i]) : sum) * scale);
+    }
+    return;
+  }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> sum = tap[0] * row[i * from];
+    for (int k = 1; k < terms; k++) sum += tap[k * step] * row[i * from + k * direction];
+    y[i * stride] = narrow<T>((add ? sum + widen(add[i * stride]) : sum) * scale);
+  }
+}
+
+// Pairs of outputs of single numbers, going up. They are interleaved as floats and then rounded, in two loops: GCC does
+// not vectorise the stores of interleaved halves.
+template <int Count, typename T>
+GDD_FAST_INLINE void filter_pairs(const Real<T>* even, const Real<T>* odd, const Real<T>* even_tap,
+                                  const Real<T>* odd_tap, int count, const T* add, Real<T> scale, Real<T>* row, T* y,
+                                  int64_t n) {
+  const int terms = Count > 0 ? Count : count;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> a = even_tap[0] * even[i], b = odd_tap[0] * odd[i];
+    for (int k = 1; k < terms; k++) a += even_tap[2 * k] * even[i - k], b += odd_tap[2 * k] * odd[i - k];
+    row[2 * i] = a;
+    row[2 * i + 1] = b;
+  }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < 2 * n; i++) y[i] = narrow<T>((add ? row[i] + widen(add[i]) : row[i]) * scale);
+}
+
+// One row of y from the summed row `sum`, whose zeros to the left begin at sum[0]: `before` pixels. `row` has room for
+// a row of y.
+template <int Taps, bool Up, typename T>
+GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t before, Real<T>* row, const T* add,
+                              T* y) {
+  constexpr int kCount = Up ? Taps / 2 : Taps;
+  const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
+  Real<T> tap[Taps > 0 ? Taps : 64];  // a copy, out of reach of the stores to y
+  for (int k = 0; k < taps; k++) tap[k] = m.horizontal[k];
+  const int64_t c = m.numbers, p = m.padding;
+  if constexpr (!Up) {
+    if (c == 1) return filter_row<kCount>(sum, 2, 1, tap, 1, count, add, m.scale, y, 1, m.out_width);
+    for (int64_t v = 0; v < m.out_width; v++) {
+      filter_row<kCount>(sum + 2 * v * c, 1, c, tap, 1, count, add ? add + v * c : nullptr, m.scale, y + v * c, 1, c);
+    }
+  } else {
+    // output v takes the inputs (v + p) / 2 and those left of it, with every second tap from (v + p) % 2 on
+    const auto first = [&](int64_t v) { return sum + (before + (v + p) / 2) * c; };
+    if (c == 1) {
+      filter_pairs<kCount>(first(0), first(1), tap + p % 2, tap + (p + 1) % 2, count, add, m.scale, row, y,
+                           m.out_width / 2);
+      if (m.out_width % 2 == 0) return;
+    }
+    for (int64_t v = c == 1 ? m.out_width - 1 : 0; v < m.out_width; v++) {
+      filter_row<kCount>(first(v), 1, -c, tap + (v + p) % 2, 2, count, add ? add + v * c : nullptr, m.scale, y + v * c,
+                         1, c);
+    }
+  }
+}
+
+// Rows `begin` to `end` - 1 of an image's output. `sum` has room for a row with its borders and is zero there; `row` is
+// make_row's.
+template <int Taps, bool Up, typename T>
+GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum,
+                               Real<T>* row) {
+  const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
+  const bool dense = m.stride_w == m.numbers || m.width == 1;
+  const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
+  Real<T>* const inside = sum + before * m.numbers;
+  for (int64_t u = begin; u < end; u++) {
+    const T* rows[64]{};
+    Real<T> weight[64]{};
+    int found = 0;  // rows inside the image
+    for (int k = 0; k < count; k++) {
+      const int64_t i = Up ? (u + m.padding) / 2 - k : 2 * u + k - m.padding;
+      if (i < 0 || i >= m.height) continue;
+      rows[found] = m.x + i * m.stride_h;
+      weight[found++] = m.vertical[Up ? (u + m.padding) % 2 + 2 * k : k];
+    }
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      sum_rows_of_any_count(rows, weight, found, inside + piece * n, n);
+      for (int k = 0; k < found; k++) rows[k] += m.stride_w;  // unused if dense
+    }
+    const int64_t out = u * m.out_width * m.numbers;
+    make_row<Taps, Up>(m, sum, before, row, m.add ? m.add + out : nullptr, m.y + out);
+  }
+}
+
+template <typename T>
+GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before,
+                                           Real<T>* sum, Real<T>* row) {
+  if (m.taps == 2) {
+    up ? make_rows<2, true>(m, begin, end, before, sum, row) : make_rows<2, false>(m, begin, end, before, sum, row);
+  } else if (m.taps == 4) {
+    up ? make_rows<4, true>(m, begin, end, before, sum, row) : make_rows<4, false>(m, begin, end, before, sum, row);
+  } else {
+    up ? make_rows<0, true>(m, begin, end, before, sum, row) : make_rows<0, false>(m, begin, end, before, sum, row);
+  }
+}
+
+// target_clones takes no templates, hence one overload a type
+#define GDD_FAST_RESAMPLE(T)                                                                                    \
+  GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum, \
+                         Real<T>* row) {                                                                        \
+    make_rows_of_any_size<T>(m, up, begin, end, before, sum, row);                                              \
+  }
+
+GDD_FAST_RESAMPLE(float)
+GDD_FAST_RESAMPLE(double)
+GDD_FAST_RESAMPLE(at::BFloat16)
+GDD_FAST_RESAMPLE(at::Half)
+
+// The filter as a column times a row: sums over its rows and columns, of which the row's are divided by the total.
+struct Factors {
+  std::vector<double> vertical, horizontal;
+
+  Factors(const double* kernel, int taps) : vertical(taps), horizontal(taps) {
+    double total = 0, largest = 0;
+    for (int k = 0; k < taps * taps; k++) {
+      vertical[k / taps] += kernel[k], horizontal[k % taps] += kernel[k], total += kernel[k];
+      largest = std::max(largest, std::abs(kernel[k]));
+    }
+    for (double& h : horizontal) h /= total;
+    for (int k = 0; k < taps * taps; k++) {
+      const double error = std::abs(vertical[k / taps] * horizontal[k % taps] - kernel[k]);
+      TORCH_CHECK_VALUE(error <= 1e-3 * largest, "resample2d: the filter must be separable: a column times a row");
+    }
+  }
+};
+
+template <typename T>
+void resample(const Resample& r, const T* x, const Factors& factors, const T* add, T* y) {
+  using R = Real<T>;
+  std::vector<R> vertical(factors.vertical.begin(), factors.vertical.end());
+  std::vector<R> horizontal(factors.horizontal.begin(), factors.horizontal.end());
+  for (R& v : vertical) v *= static_cast<R>(r.gain);
+  const int64_t numbers = r.channels_last ? r.channels : 1, planes = r.channels_last ? 1 : r.channels;
+  // zeros on both sides of a row, as many pixels as the filter can reach over
+  const int64_t before = r.up ? r.taps / 2 - 1 : r.padding, after = r.up ? r.taps / 2 : r.padding;
+  const int64_t size = r.out_height * r.out_width * numbers;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
+  at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
+    std::vector<R> sum((before + r.width + after) * numbers), row(r.channels_last ? 0 : r.out_width);
+    while (begin < end) {
+      const int64_t image = begin / r.out_height, first = begin % r.out_height;
+      const int64_t last = std::min(r.out_height, first + end - begin);
+      const Images<T> m{x + image / planes * r.stride_n + image % planes * r.stride_c,
+                        add ? add + image * size : nullptr,
+                        y + image * size,
+                        r.height,
+                        r.width,
+                        numbers,
+                        r.stride_h,
+                        r.stride_w,
+                        r.out_height,
+                        r.out_width,
+                        r.taps,
+                        r.padding,
+                        vertical.data(),
+                        horizontal.data(),
+                        static_cast<R>(r.scale)};
+      run(m, r.up, first, last, before, sum.data(), row.data());
+      begin += last - first;
+    }
+  });
+}
+
+}  // namespace
+
+void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
+                at::Tensor& y) {
+  const at::Tensor filter = kernel.to(at::kDouble).contiguous();
+  const Factors factors(filter.const_data_ptr<double>(), r.taps);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
+    resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
+                       add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());
+  });
+}
+
+}  // namespace gdd_fast::cpu

@@ -1,0 +1,61 @@
+// gdd_fast_C::resample2d: checks, the output, dispatch. The definition is resample2d_ref in gdd_fast/ops/resample2d.py.
+#include "resample2d.h"
+
+#include <ATen/ops/empty.h>
+
+#include "ops.h"
+
+namespace gdd_fast {
+
+at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add, bool up,
+                      int64_t padding, int64_t out_height, int64_t out_width, double gain, double scale,
+                      bool channels_last) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.is_floating_point(), "resample2d: x must be floating (N, C, H, W)");
+  TORCH_CHECK_VALUE(
+      kernel.dim() == 4 && kernel.size(2) == kernel.size(3) && kernel.numel() == kernel.size(2) * kernel.size(3),
+      "resample2d: the filter must be (1, 1, K, K), not of shape ", kernel.sizes());
+  const int64_t taps = kernel.size(2);
+  TORCH_CHECK_VALUE(taps >= 2 && taps % 2 == 0 && taps <= 64 && padding >= 0 && padding < taps,
+                    "resample2d: K must be even, from 2 to 64, and the padding less than K");
+  for (const auto& [in, out] : {std::pair(x.size(2), out_height), std::pair(x.size(3), out_width)}) {
+    const int64_t expected = up ? 2 * (in - 1) + taps - 2 * padding : (in + 2 * padding - taps) / 2 + 1;
+    TORCH_CHECK_VALUE(out >= 0 && (out == expected || (up && out == expected + 1)), "resample2d: ", in,
+                      " pixels do not become ", out);
+  }
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  at::Tensor y = at::empty({x.size(0), x.size(1), out_height, out_width}, x.options().memory_format(format));
+  if (add.has_value()) {
+    TORCH_CHECK_VALUE(add->sizes() == y.sizes() && add->scalar_type() == x.scalar_type() && add->is_contiguous(format),
+                      "resample2d: what is added must be dense, of the shape, type and memory format of the result");
+  }
+  if (y.numel() == 0) return y;
+  const int64_t dense = channels_last ? 1 : 3;
+  TORCH_CHECK_VALUE(x.size(dense) == 1 || x.stride(dense) == 1, "resample2d: dimension ", dense,
+                    " of x must have stride 1; strides are ", x.strides());
+  const Resample r{x.size(0),
+                   x.size(1),
+                   x.size(2),
+                   x.size(3),
+                   out_height,
+                   out_width,
+                   x.stride(0),
+                   x.stride(1),
+                   x.stride(2),
+                   x.stride(3),
+                   static_cast<int>(taps),
+                   static_cast<int>(padding),
+                   up,
+                   channels_last,
+                   gain,
+                   scale};
+#ifdef GDD_FAST_WITH_CUDA
+  if (x.is_cuda()) {
+    cuda::resample2d(r, x, kernel, add, y);
+    return y;
+  }
+#endif
+  cpu::resample2d(r, x, kernel, add, y);
+  return y;
+}
+
+}  // namespace gdd_fast

@@ -1,0 +1,194 @@
+"""resample2d: as accurate as the depthwise convolutions that define it, in every layout, and its own derivative."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from gdd_fast.errors import BackendError, InputError
+from gdd_fast.modules import Conv2d, resample_kernel
+from gdd_fast.ops.resample2d import OPERATOR, resample2d, resample2d_ref
+from parity import assert_as_accurate_as_torch, backends, device_for
+
+BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
+DIRECTIONS = pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+# taps, padding: EDM's two filters, the border that was added by a convolution before, and a longer filter
+FILTERS = {
+    "box": ([1, 1], 0),
+    "fir": ([1, 3, 3, 1], 1),
+    "no border": ([1, 3, 3, 1], 0),
+    "long": ([1, 5, 9, 7, 5, 2], 2),
+}
+SHAPES = [(2, 3, 6, 8), (1, 1, 7, 5), (2, 17, 4, 9), (3, 32, 5, 6), (1, 2, 6, 33)]
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channel slice": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+    "channels_last slice": lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "batch stride": lambda x: torch.stack([x, x], 1)[:, 1],
+    "rows apart": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "broadcast": lambda x: x[:1, :, :1].expand(x.shape),
+}
+
+
+def case(shape, name, up, dtype=torch.float32, backend="torch", seed=0):
+    """Input, something to add, and the options of one call."""
+    taps, padding = FILTERS[name]
+    device = device_for(backend)
+    generator = torch.Generator().manual_seed(seed)
+    kernel = resample_kernel(taps).to(device)
+    options = {"up": up, "padding": padding, "box": name == "box"}
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    add = torch.randn(resample2d_ref(x, kernel, **options).shape, generator=generator, dtype=torch.float64)
+    return x, add.to(device, dtype), kernel, options
+
+
+@BACKENDS
+@DIRECTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_parity_of_output_and_gradients(layout, name, dtype, up, backend):
+    for shape in SHAPES:
+        x, add, kernel, options = case(shape, name, up, dtype, backend)
+        x, add = LAYOUTS[layout](x).requires_grad_(), LAYOUTS[layout](add).requires_grad_()
+        assert_as_accurate_as_torch(
+            lambda x, k=kernel, o=options: resample2d(x, k, **o, backend=backend),
+            lambda x, k=kernel, o=options: resample2d_ref(x, k, **o),
+            [x],
+        )
+        assert_as_accurate_as_torch(
+            lambda x, a, k=kernel, o=options: resample2d(x, k, add=a, scale=0.7, **o, backend=backend),
+            lambda x, a, k=kernel, o=options: resample2d_ref(x, k, add=a, scale=0.7, **o),
+            [x, add],
+        )
+
+
+@BACKENDS
+@DIRECTIONS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_memory_layout(layout, up, backend):
+    for name in ("box", "fir"):
+        x, _, kernel, options = case((3, 4, 6, 10), name, up, backend=backend)
+        x = LAYOUTS[layout](x)
+        y = resample2d(x, kernel, **options, backend=backend)
+        torch.testing.assert_close(y, resample2d_ref(x.contiguous(), kernel, **options))
+        channels_last = "channels_last" in layout
+        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@BACKENDS
+@DIRECTIONS
+@pytest.mark.parametrize("name", FILTERS)
+def test_derivatives(name, up, backend):
+    for layout in ("contiguous", "channels_last"):
+        x, add, kernel, options = case((2, 3, 5, 6), name, up, torch.float64, backend)
+        inputs = [LAYOUTS[layout](t).requires_grad_() for t in (x, add)]
+
+        def function(x, add, kernel=kernel, options=options):
+            return resample2d(x, kernel, add=add, scale=0.6, **options, backend=backend)
+
+        assert gradcheck(function, inputs, fast_mode=True)
+        assert gradgradcheck(lambda x, add, f=function: f(x, add) ** 2, inputs, fast_mode=True)
+
+
+@BACKENDS
+@DIRECTIONS
+def test_known_values(up, backend):
+    device = device_for(backend)
+    x = torch.zeros(1, 1, 4, 4, device=device)
+    x[0, 0, 1, 1] = 1
+    box, fir = (resample_kernel(taps).to(device) for taps in ([1, 1], [1, 3, 3, 1]))
+    if up:
+        row = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0.0], device=device)
+        fir_row = torch.tensor([0, 1, 3, 3, 1, 0, 0, 0.0], device=device) / 4
+    else:
+        row = torch.tensor([1, 0.0], device=device) / 2
+        fir_row = torch.tensor([3, 1.0], device=device) / 8
+    for kernel, padding, values in ((box, 0, row), (fir, 1, fir_row)):
+        y = resample2d(x, kernel, up=up, padding=padding, backend=backend)
+        assert torch.equal(y[0, 0], torch.outer(values, values))
+
+
+@BACKENDS
+@DIRECTIONS
+def test_repeats_to_the_bit(up, backend):
+    x, add, kernel, options = case((3, 8, 16, 16), "fir", up, torch.bfloat16, backend)
+    first, second = (resample2d(x, kernel, add=add, scale=0.7, **options, backend=backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@BACKENDS
+@DIRECTIONS
+def test_registration_and_compile(up, backend):
+    for layout in ("contiguous", "channels_last", "channels_last slice", "rows apart"):
+        x, add, kernel, options = case((2, 3, 4, 6), "fir", up, backend=backend)
+        x, add = LAYOUTS[layout](x).requires_grad_(), add.requires_grad_()
+        gain = 4.0 if up else 1.0
+        arguments = (x, kernel, add, up, options["padding"], *add.shape[2:], gain, 0.7, False, backend)
+        opcheck(torch.ops.gdd_fast.resample2d.default, arguments)
+    function = lambda x: resample2d(x * 2, kernel, **options, backend=backend).square()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
+    grads = [torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, function)]
+    torch.testing.assert_close(*grads)
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
+def test_empty(shape, backend):
+    kernel = resample_kernel([1, 3, 3, 1]).to(device_for(backend))
+    x = torch.zeros(shape, device=device_for(backend), requires_grad=True)
+    y = resample2d(x, kernel, up=True, padding=1, backend=backend)
+    assert y.shape == (*shape[:2], 8, 8)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == shape
+
+
+@BACKENDS
+def test_saves_nothing_of_the_images_size(backend):
+    x, add, kernel, options = case((2, 8, 16, 16), "fir", True, backend=backend)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        resample2d(x.requires_grad_(), kernel, add=add.requires_grad_(), **options, backend=backend)
+    assert sum(saved) <= kernel.numel()
+
+
+@BACKENDS
+def test_infinity_stays_where_it_belongs(backend):
+    """Taps outside the image count as zero and do not touch anything."""
+    x = torch.zeros(1, 2, 6, 6, device=device_for(backend))
+    x[..., 0, 0] = torch.inf
+    kernel = resample_kernel([1, 3, 3, 1]).to(x.device)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = resample2d(x.contiguous(memory_format=memory_format), kernel, up=False, padding=1, backend=backend)
+        assert y.isinf()[..., 0, 0].all() and not y.isnan().any() and y.isinf().sum() == 2
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]], ids=str)
+def test_the_layer_runs_it_and_the_reference_is_a_switch_away(taps, up):
+    torch.manual_seed(0)
+    layer = Conv2d(4, 6, 3, resample_filter=taps, up=up, down=not up)
+    x = torch.randn(2, 4, 8, 8)
+    y = layer(x)
+    layer.backend = "torch"
+    torch.testing.assert_close(y, layer(x))
+
+
+def test_bad_input_is_refused():
+    x, kernel = torch.zeros(1, 2, 4, 4), resample_kernel([1, 3, 3, 1])
+    with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
+        resample2d(x[0], kernel, up=True, padding=1)
+    with pytest.raises(InputError, match="int32"):
+        resample2d(x.int(), kernel, up=True, padding=1)
+    with pytest.raises(InputError, match="K even"):
+        resample2d(x, kernel[..., :3, :3], up=True, padding=1)
+    with pytest.raises(InputError, match="smaller than the filter"):
+        resample2d(x[..., :1, :1], kernel, up=False, padding=0)
+    with pytest.raises(InputError, match="like the result"):
+        resample2d(x, kernel, up=True, padding=1, add=x)
+    with pytest.raises(InputError, match="box"):
+        resample2d(x, kernel, up=True, padding=1, box=True)
+    with pytest.raises(BackendError, match="no triton implementation"):
+        resample2d(x, kernel, up=True, padding=1, backend="triton")
