@@ -48,7 +48,7 @@ def show(config: TrainConfig, trained_images: int) -> bool:
     if not path.is_file():
         return False
     report = json.loads(path.read_text())
-    if report["measured"] != _measured(config, trained_images):
+    if report.get("measured") != _measured(config, trained_images):
         return False
     print(table(report))
     return True
