@@ -233,6 +233,23 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**arguments)
 
 
+def override(config: TrainConfig, **settings: Any) -> TrainConfig:
+    """A configuration with some settings changed, each by the name of its flag: `override(preset("demo"), g_lr=1e-4)`.
+
+    Raises ConfigError for a setting that no section has.
+    """
+    changed = config
+    for name, value in settings.items():
+        for section in fields(config):
+            old = getattr(changed, section.name)
+            if is_dataclass(old) and any(f.name == name for f in fields(old)):
+                changed = replace(changed, **{section.name: replace(old, **{name: value})})
+                break
+        else:
+            raise ConfigError(f"there is no setting {name!r}")
+    return changed
+
+
 # What a resumed run may change; everything else is part of the recipe and has to stay.
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}

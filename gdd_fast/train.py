@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gdd_fast.cli import parse, pop_option
-from gdd_fast.config import DEMO, PRESETS, TrainConfig, preset, to_dict
+from gdd_fast.config import DEMO, PRESETS, TrainConfig, preset
 from gdd_fast.errors import command
-from gdd_fast.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -41,34 +40,26 @@ def read(arguments: Sequence[str]) -> Command:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = read(sys.argv[1:] if arguments is None else arguments)
-    config, run = asked.config, asked.config.run
+    config = asked.config
     # imported late: --help needs no torch
-    from gdd_fast.distill import dry_run, loop, parts, precision, report
-    from gdd_fast.distill.distillation import Distillation
-    from gdd_fast.distill.distributed import join
+    from gdd_fast.distill import dry_run, parts, report
+    from gdd_fast.distill.run import distill
 
-    check_writable(config.run_dir)
-    built = parts.build(config)
     if asked.dry_run:
-        print(dry_run.describe(config, built))
+        print(dry_run.describe(config, parts.build(config)))
         return
-    if run.evaluate_images:
-        report.check(config, built.generator)
-    schedule = loop.Schedule.of(run.duration_mimg, run.tick_kimg, run.checkpoint_ticks)
-    with join(run.device) as world, precision.allow_tf32(config):
-        task = Distillation(config, built, world)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
-    if outcome.signal:
-        if world.is_main:
-            print(f"Stopped at {outcome.images:,} images; the same command resumes.")
-        raise SystemExit(128 + outcome.signal)
-    if not world.is_main:
+    result = distill(config)
+    if result.signal:
+        if result.is_main:
+            print(f"Stopped at {result.images:,} images; the same command resumes.")
+        raise SystemExit(128 + result.signal)
+    if not result.is_main:
         return
-    if not outcome.new_images:
-        print(f"{config.run_dir} is finished: {outcome.images:,} images. A longer --duration-mimg goes on from there.")
-    if run.evaluate_images and (outcome.new_images or not report.show(config, outcome.images)):
-        report.write(config, world.device, outcome.images)
-    print(f"One-step generator in {config.run_dir / 'generator_ema'}")
+    if not result.new_images:
+        print(f"{config.run_dir} is finished: {result.images:,} images. A longer --duration-mimg goes on from there.")
+    if result.distances:
+        print(report.table(config.run_dir))
+    print(f"One-step generator in {result.generator}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gdd_fast.config import PRESETS, TrainConfig, differences, from_dict, preset, to_dict
+from gdd_fast.config import PRESETS, TrainConfig, differences, from_dict, override, preset, to_dict
 from gdd_fast.errors import ConfigError
 
 VGG = ("vgg16_bn", "tf_efficientnet_lite0")
@@ -115,6 +115,14 @@ def changed(config, **settings):
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ConfigError, match=message):
         changed(preset("demo"), **settings).validate()
+
+
+def test_override_is_by_the_names_of_the_flags():
+    changed = override(preset("demo"), g_lr=0.5, disc_resolution=96, run_dir=Path("elsewhere"))
+    assert (changed.generator.g_lr, changed.discriminator.disc_resolution) == (0.5, 96)
+    assert changed.run_dir == Path("elsewhere") and changed.data == preset("demo").data
+    with pytest.raises(ConfigError, match="no setting 'learning_rate'"):
+        override(preset("demo"), learning_rate=1.0)
 
 
 def test_what_a_resumed_run_may_change():

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from tiny_run import BATCH, tiny_flags, write_inputs
 
+from gdd_fast.config import override
 from gdd_fast.distill import checkpoint, loop, output, report
+from gdd_fast.distill.run import distill
+from gdd_fast.errors import CheckpointError
 from gdd_fast.models.load import load_generator
-from gdd_fast.train import main
+from gdd_fast.train import main, read
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,6 +136,16 @@ def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, 
     config_before = (tmp_path / "run" / "config.json").read_bytes()
     assert "generator.g_lr: 0.0001 -> 0.5" in refused(capsys, *flags, "--g-lr", "0.5")
     assert (tmp_path / "run" / "config.json").read_bytes() == config_before
+
+
+def test_the_same_from_python(inputs, tmp_path):
+    config = read(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6)).config
+    result = distill(override(config, evaluate_images=0, duration_mimg=4e-6))
+    assert (result.images, result.new_images, result.signal, result.distances) == (4, 4, 0, None)
+    assert load_generator(result.generator).img_resolution == 16
+    assert distill(config).new_images == 4
+    with pytest.raises(CheckpointError, match="other settings"):
+        distill(override(config, g_lr=0.5))
 
 
 def start(flags):

@@ -42,20 +42,17 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
         build_extractor(name, **_options(config, name))
 
 
-def show(config: TrainConfig, trained_images: int) -> bool:
-    """Print the report that `write` has left in the run folder; False if there is none of this very measurement."""
+def read(config: TrainConfig, trained_images: int) -> dict[str, dict[str, float]] | None:
+    """The distances that `write` has left in the run folder; None if there are none of this very measurement."""
     path = config.run_dir / REPORT
     if not path.is_file():
-        return False
+        return None
     report = json.loads(path.read_text())
-    if report.get("measured") != _measured(config, trained_images):
-        return False
-    print(table(report))
-    return True
+    return report["distances"] if report.get("measured") == _measured(config, trained_images) else None
 
 
 def write(config: TrainConfig, device: torch.device, trained_images: int) -> dict[str, dict[str, float]]:
-    """Measure and print; write report.json and comparison.png to the run folder.
+    """Measure, and write report.json and comparison.png to the run folder.
 
     Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`.
     Returns distances by row and feature.
@@ -92,12 +89,12 @@ def write(config: TrainConfig, device: torch.device, trained_images: int) -> dic
         ("Distilled, one step", _samples(distilled, ONE_STEP)),
     ]
     save_panel(panel, config.run_dir / "comparison.png", cols=12)
-    print(table(report))
     return rows
 
 
-def table(report: dict[str, Any]) -> str:
-    """The distances of report.json as text."""
+def table(run_dir: Path) -> str:
+    """The distances in a run folder's report.json as text."""
+    report = json.loads((run_dir / REPORT).read_text())
     rows = report["distances"]
     features = list(rows["distilled"])
     titles = {

@@ -1,0 +1,54 @@
+"""A whole distillation run, from its configuration to its report: what `python -m gdd_fast.train` calls."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdd_fast.config import TrainConfig, to_dict
+from gdd_fast.distill import loop, parts, precision, report
+from gdd_fast.distill.distillation import Distillation
+from gdd_fast.distill.distributed import join
+from gdd_fast.files import check_writable
+from gdd_fast.models.load import RUN_GENERATOR
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    images: int
+    """Real images seen in the run's whole life."""
+    new_images: int
+    """Those of them seen by this call; 0 if the run was finished before."""
+    signal: int
+    """The signal that stopped it, and 0 if it is finished."""
+    is_main: bool
+    """Whether this process is the one of its run that writes and prints."""
+    generator: Path
+    """Folder of the averaged generator, for `gdd_fast.load_generator`."""
+    distances: dict[str, dict[str, float]] | None
+    """Frechet distances by network and feature; None without `evaluate_images`, on other ranks, and if stopped."""
+
+
+def distill(config: TrainConfig) -> Result:
+    """Distil `config`'s teacher into a one-step generator, from the checkpoint in `config.run_dir` if there is one.
+
+    Under torchrun every process calls it with the same configuration. Until the run is finished, SIGINT and SIGTERM end
+    it after the iteration in progress, with the state saved.
+
+    Raises:
+        GddFastError: bad input, before anything is written; or gradients that stopped being finite (`DivergedError`).
+    """
+    check_writable(config.run_dir)
+    built = parts.build(config)
+    if config.run.evaluate_images:
+        report.check(config, built.generator)
+    schedule = loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
+    with join(config.run.device) as world, precision.allow_tf32(config):
+        task = Distillation(config, built, world)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
+    distances = None
+    if config.run.evaluate_images and world.is_main and not outcome.signal:
+        distances = None if outcome.new_images else report.read(config, outcome.images)
+        distances = distances or report.write(config, world.device, outcome.images)
+    generator = config.run_dir / RUN_GENERATOR
+    return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)
