@@ -305,7 +305,7 @@ _RECIPES = {
             backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3
         ),
         loss=LossConfig(r1_gamma=3e-3),
-        run=RunConfig(duration_mimg=0.0128, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
+        run=RunConfig(duration_mimg=0.0192, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
     ),
 }
 

@@ -1,13 +1,12 @@
 """The smallest distillation that is one: 16x16 grey images, a network of 8 channels, the real lite0 at 32x32."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gdd_fast.config import TrainConfig, preset
+from gdd_fast.config import TrainConfig, override, preset
 from gdd_fast.data import write_edm_zip
 from gdd_fast.distill import loop, parts
 from gdd_fast.distill.distillation import Distillation
@@ -65,16 +64,8 @@ FLAGS = {
 
 def tiny_config(folder: Path, **settings: Any) -> TrainConfig:
     """A run on `write_inputs(folder)`; `settings` by their flag names, in whatever section they stand."""
-    config = preset("cifar10-uncond-gdd-i")
-    settings = {"data": str(folder / "data.zip"), "teacher": str(folder / "teacher"), **FLAGS, **settings}
-    settings = {"run_dir": folder / "run", **settings}
-    for section in ("data", "generator", "discriminator", "loss", "run"):
-        part = getattr(config, section)
-        names = [f.name for f in dataclasses.fields(part) if f.name in settings]
-        part = dataclasses.replace(part, **{name: settings.pop(name) for name in names})
-        config = dataclasses.replace(config, **{section: part})
-    assert not settings, f"no such settings: {settings}"
-    return config
+    inputs = {"data": str(folder / "data.zip"), "teacher": str(folder / "teacher"), "run_dir": folder / "run"}
+    return override(preset("cifar10-uncond-gdd-i"), **{**inputs, **FLAGS, **settings})
 
 
 def tiny_flags(folder: Path, **settings: Any) -> list[str]:
