@@ -7,14 +7,15 @@ Every operator has its definition in plain PyTorch ("torch") and any of three fu
     "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
 
 A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
-run here; `resolve` decides it and nothing else does. `python -m gdd_fast.info` shows the outcome with the reasons.
+run here; `resolve` decides it and nothing else does. One choice for a whole run (`--backend`) is `plan`'s to interpret.
+`python -m gdd_fast.info` shows the outcome of both with the reasons.
 """
 
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -138,3 +139,23 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     if reason is not None:
         raise BackendError(f"{operator.name}: backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, str]:
+    """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
+
+    A backend asked for by name is for the operators that have it; the others run their definition.
+
+    Raises BackendError where `resolve` does for one that has it, and if none has it.
+    """
+    operators = sorted(set(operators), key=lambda operator: operator.name)
+    named = backend in ("triton", "cuda", "cpp")
+    if named and not any(backend in operator.fused for operator in operators):
+        raise BackendError(f"backend {backend!r}: none of {', '.join(o.name for o in operators)} has it")
+    return {o.name: resolve("torch" if named and backend not in o.fused else backend, o, device) for o in operators}
+
+
+def summary(runs: dict[str, str]) -> str:
+    """A `plan` in one line, the definitions first."""
+    backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
+    return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)
