@@ -133,7 +133,7 @@ def test_a_checkpoint_of_torchs_adam_goes_on(tmp_path):
         def step(params, optimizer, number):
             generator = torch.Generator().manual_seed(number)
             for p in params:
-                p.grad = torch.randn(p.shape, generator=generator)
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
             optimizer.step()
 
         for number in range(3):
