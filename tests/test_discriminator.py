@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.backbones import Backbone, build_backbone
-from gdd_fast.models.discriminator import DiscriminatorHeads, Normalize, ProjectedFeatures
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.random_projection import RandomProjection
 
 VGG, LITE0, DEIT = "vgg16_bn", "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
@@ -106,11 +106,19 @@ def test_shapes(name, resolution, nominal, sizes, logits):
 
 
 def test_normalisation_is_the_backbones_own():
-    x = images()
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    want = torch.stack([(x[:, i] / 2 + 0.5 - mean[i]) / std[i] for i in range(3)], dim=1)
-    torch.testing.assert_close(Normalize(mean, std)(x), want)
-    torch.testing.assert_close(Normalize((0.5,) * 3, (0.5,) * 3)(x), x)
+    seen = {}
+    backbones = [TinyBackbone(), TinyBackbone()]
+    for name, backbone, mean, std in (
+        ("imagenet", backbones[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("halves", backbones[1], (0.5,) * 3, (0.5,) * 3),
+    ):
+        backbone.name, backbone.mean, backbone.std = name, mean, std
+        backbone.register_forward_pre_hook(lambda module, args: seen.update({module.name: args[0]}))
+    x = images(resolution=64)
+    ProjectedFeatures(backbones, 64)(x)
+    for backbone in backbones:
+        want = torch.stack([(x[:, i] / 2 + 0.5 - backbone.mean[i]) / backbone.std[i] for i in range(3)], dim=1)
+        torch.testing.assert_close(seen[backbone.name], want)
 
 
 def test_a_grey_image_is_three_equal_channels():
