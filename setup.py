@@ -16,6 +16,7 @@ The kernels live in top-level folders; their installed names are gdd_fast.kernel
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -26,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+sources_digest = runpy.run_path(str(ROOT / "gdd_fast" / "sources.py"))["digest"]  # the package need not be importable
 
 
 def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -110,6 +112,20 @@ def extension() -> dict:
     except ModuleNotFoundError:
         return {"ext_modules": [Extension("gdd_fast._C", cxx_sources)], "cmdclass": {"build_ext": TorchIsMissing}}
 
+    class Build(BuildExtension):
+        """Tells the build what it is made of, in a header of its own, so that a change recompiles one file more."""
+
+        def build_extensions(self) -> None:
+            header = Path(self.build_temp, "gdd_fast_sources.h").resolve()
+            text = f'#define GDD_FAST_SOURCES "{sources_digest(ROOT / "csrc")}"\n'
+            if not header.is_file() or header.read_text() != text:
+                header.parent.mkdir(parents=True, exist_ok=True)
+                header.write_text(text)
+            for module in self.extensions:
+                module.include_dirs.append(str(header.parent))
+                module.depends.append(str(header))
+            super().build_extensions()
+
     with_cuda = decide("GDD_FAST_CUDA", cuda_setting, cuda_obstacle())
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES) if with_cuda else ""
     optimise = ["-O0", "-g"] if switch("GDD_FAST_DEBUG", "0", ("0", "1")) == "1" else ["-O3", "-g0"]
@@ -132,7 +148,7 @@ def extension() -> dict:
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 build_extension = decide("GDD_FAST_EXT", switch("GDD_FAST_EXT", "auto", ("auto", "0", "1")), extension_obstacle())

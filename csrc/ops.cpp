@@ -6,6 +6,8 @@
 
 #include <string>
 
+#include "gdd_fast_sources.h"  // written by setup.py
+
 TORCH_LIBRARY(gdd_fast_C, m) {
   m.def("to_uint8(Tensor x) -> Tensor");
   m.def(
@@ -52,6 +54,7 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "GCC " __VERSION__;
 #endif
+  info["sources"] = GDD_FAST_SOURCES;
   info["cxx_flags"] = GDD_FAST_CXX_FLAGS;
 #ifdef GDD_FAST_WITH_CUDA
   info["cuda"] = true;

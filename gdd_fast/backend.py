@@ -7,20 +7,23 @@ Every operator has its definition in plain PyTorch ("torch") and any of three fu
     "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
 
 A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
-run here; `resolve` decides it and nothing else does. `python -m gdd_fast.info` shows the outcome with the reasons.
+run here; `resolve` decides it and nothing else does. One choice for a whole run (`--backend`) is `plan`'s to interpret.
+`python -m gdd_fast.info` shows the outcome of both with the reasons.
 """
 
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from gdd_fast.errors import BackendError
+from gdd_fast.sources import digest
 
 Backend = Literal["auto", "torch", "triton", "cuda", "cpp"]
 
@@ -47,7 +50,8 @@ class Operator:
 def extension() -> ModuleType | None:
     """The compiled extension gdd_fast._C with its operators registered, or None where it is not built.
 
-    Raises BackendError if it is built but does not load, or was built against another torch: never taken for absent.
+    Raises BackendError if it is built but does not load, was built against another torch, or, in a checkout, of other
+    sources than lie there: never taken for absent, and never run.
     """
     if find_spec("gdd_fast._C") is None:
         return None
@@ -60,12 +64,17 @@ def extension() -> ModuleType | None:
             f"gdd_fast._C is built but does not load with torch {torch.__version__}, "
             f"so it was probably built against another one: {error}. To rebuild, {REBUILD}."
         ) from error
-    check_build(module.build_info(), torch.__version__)
+    checkout = Path(__file__).resolve().parents[1]
+    sources = digest(checkout / "csrc") if (checkout / "pyproject.toml").is_file() else None
+    check_build(module.build_info(), torch.__version__, sources)
     return module
 
 
-def check_build(info: dict[str, Any], torch_version: str) -> None:
-    """Raise BackendError if the extension described by `info` was built against another torch release or Python."""
+def check_build(info: dict[str, Any], torch_version: str, sources: str | None = None) -> None:
+    """Raise BackendError if the extension described by `info` is foreign or stale.
+
+    That is, built against another torch release or Python, or of sources whose digest is not `sources`, if given.
+    """
     # the local part (+cpu, +cu130) is not compared: a build without CUDA runs with any of them
     built = info["torch"].split("+")[0]
     if built != torch_version.split("+")[0]:
@@ -73,6 +82,8 @@ def check_build(info: dict[str, Any], torch_version: str) -> None:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if info["python"] != python:
         raise BackendError(f"gdd_fast._C was built for Python {info['python']}, but this is {python}: {REBUILD}.")
+    if sources is not None and info["sources"] != sources:
+        raise BackendError(f"gdd_fast._C is stale, built before csrc/ was last changed: {REBUILD}.")
 
 
 def has_extension() -> bool:
@@ -138,3 +149,23 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     if reason is not None:
         raise BackendError(f"{operator.name}: backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, str]:
+    """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
+
+    A backend asked for by name is for the operators that have it; the others run their definition.
+
+    Raises BackendError where `resolve` does for one that has it, and if none has it.
+    """
+    operators = sorted(set(operators), key=lambda operator: operator.name)
+    named = backend in ("triton", "cuda", "cpp")
+    if named and not any(backend in operator.fused for operator in operators):
+        raise BackendError(f"backend {backend!r}: none of {', '.join(o.name for o in operators)} has it")
+    return {o.name: resolve("torch" if named and backend not in o.fused else backend, o, device) for o in operators}
+
+
+def summary(runs: dict[str, str]) -> str:
+    """A `plan` in one line, the definitions first."""
+    backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
+    return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)

@@ -102,7 +102,8 @@ class RunConfig:
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
-    """Which implementation of the fused operators runs: `auto` takes the best there is; a named one runs or fails."""
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10

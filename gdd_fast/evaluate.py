@@ -13,6 +13,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from gdd_fast.backend import Backend
 from gdd_fast.cli import parse
 from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.distill.distributed import pick_device
@@ -24,6 +25,8 @@ from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
 from gdd_fast.metrics.features import FeatureExtractor, build_extractor
 from gdd_fast.metrics.frechet import Statistics, frechet_distance
 from gdd_fast.models.load import load_generator
+from gdd_fast.modules import choose_backend
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class EvaluateConfig:
     """Images through the networks at once."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
     generator_device: Literal["cpu", "cuda"] = "cpu"
     """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -120,6 +126,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         net = load_generator(teacher_path(config.net), device, config.dtype)
         check_class(config.class_index, net.label_dim)
     _check_same_form(dataset, samples, net)
+    networks = [network for network in (net, *(e.network for e in extractors)) if network is not None]
+    operators = choose_backend(config.backend, device.type, networks, [TO_UINT8])
 
     def statistics_of(images: ImageDataset, what: str, max_images: int | None) -> list[Statistics]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:
@@ -144,6 +152,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 batch=config.batch,
                 class_index=config.class_index,
                 generator_device=config.generator_device,
+                backend=operators["to_uint8"],
                 progress=bar.update,
             )
     else:

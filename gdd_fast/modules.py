@@ -11,18 +11,20 @@ names equal EDM's (Karras et al., arXiv 2206.00364), so that its weights load un
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator
+from gdd_fast.backend import Backend, Operator, plan
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.ops import group_norm_silu, residual
+from gdd_fast.ops.attention import OPERATOR as ATTENTION
 from gdd_fast.ops.attention import attention as attention
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
 
 Pair = tuple[Tensor, Tensor]
@@ -92,6 +94,7 @@ class Conv2d(nn.Module):
     `backend` is that of the resampling; see gdd_fast.backend.
     """
 
+    operator = RESAMPLE2D
     backend: Backend = "auto"
 
     def __init__(
@@ -204,6 +207,26 @@ def merge(x: Tensor, skip: Tensor, scale: float = 1.0, *, backend: Backend = "au
     return residual.residual(x, skip, scale=scale, backend=backend)
 
 
+class Attention(nn.Module):
+    """Self-attention over the pixels of `qkv` (N, 3 C, H, W) as EDM's convolutions pack it -> (N, C, H, W)."""
+
+    operator = ATTENTION
+    backend: Backend = "auto"
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return attention(qkv, self.num_heads, backend=self.backend)
+
+
+def operators_of(net: nn.Module) -> set[Operator]:
+    """The operators in `net` that `set_backend` chooses an implementation for."""
+    found = (getattr(module, "operator", None) for module in net.modules())
+    return {operator for operator in found if isinstance(operator, Operator)}
+
+
 def set_backend(net: nn.Module, backend: Backend) -> None:
     """Choose the implementation of every operator in `net`, of those that have it; the others run their definition.
 
@@ -216,6 +239,20 @@ def set_backend(net: nn.Module, backend: Backend) -> None:
         operator = getattr(module, "operator", None)
         if isinstance(operator, Operator):
             module.backend = backend if backend == "auto" or backend in operator.fused else "torch"
+
+
+def choose_backend(
+    backend: Backend, device: str, nets: Iterable[nn.Module], further: Iterable[Operator] = ()
+) -> dict[str, str]:
+    """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.plan.
+
+    `further` are the operators that the run calls itself. Raises BackendError before anything is set.
+    """
+    nets = list(nets)
+    runs = plan(backend, {*further}.union(*(operators_of(net) for net in nets)), device)
+    for net in nets:
+        set_backend(net, backend)
+    return runs
 
 
 def concat(x: Tensor, skip: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from gdd_fast.backend import Backend
 from gdd_fast.cli import parse
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
@@ -23,6 +24,8 @@ from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.seeds import parse_seeds
 from gdd_fast.inference.writers import check_output, open_writer
 from gdd_fast.models.load import load_generator
+from gdd_fast.modules import choose_backend
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 
@@ -46,6 +49,9 @@ class SampleConfig:
     """Images through the network at once."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
     generator_device: Literal["cpu", "cuda"] = "cpu"
     """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -75,6 +81,7 @@ def sample(config: SampleConfig) -> None:
     seeds = parse_seeds(config.seeds)
     device = pick_device(config.device)
     net = load_generator(teacher_path(config.net), device, config.dtype)
+    operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
 
     shown: list[torch.Tensor] = []
     started = time.monotonic()
@@ -85,6 +92,7 @@ def sample(config: SampleConfig) -> None:
         batch=config.batch,
         class_index=config.class_index,
         generator_device=config.generator_device,
+        backend=operators["to_uint8"],
     )
     with (
         nullcontext() if config.out is None else open_writer(config.out, subdirs=config.subdirs) as writer,

@@ -11,6 +11,7 @@ import torch
 
 from gdd_fast import backend, info
 from gdd_fast.errors import BackendError
+from gdd_fast.sources import digest
 
 
 def run(code: str, *arguments: str) -> str:
@@ -59,14 +60,33 @@ def test_stale_extension_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"), [({"torch": "1.0.0"}, "against torch 1.0.0"), ({"python": "2.7"}, "for Python 2.7")]
+    ("changed", "message"),
+    [
+        ({"torch": "1.0.0"}, "against torch 1.0.0"),
+        ({"python": "2.7"}, "for Python 2.7"),
+        ({"sources": "0123"}, "stale, built before csrc/ was last changed: run `pip install"),
+    ],
 )
-def test_a_build_for_another_torch_or_python_is_refused(changed, message):
+def test_a_foreign_or_stale_build_is_refused(changed, message):
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    built = {"torch": torch.__version__, "python": python}
-    backend.check_build(built, torch.__version__)
+    built = {"torch": torch.__version__, "python": python, "sources": "abcd"}
+    backend.check_build(built, torch.__version__, "abcd")
+    backend.check_build(built | {"sources": "0123"}, torch.__version__)  # installed without sources
     with pytest.raises(BackendError, match=message):
-        backend.check_build(built | changed, torch.__version__)
+        backend.check_build(built | changed, torch.__version__, "abcd")
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "a.h").write_text("int a;")
+    (tmp_path / "cpu" / "b.cpp").write_text("int b;")
+    first = digest(tmp_path)
+    (tmp_path / "notes~").write_text("no source")
+    assert digest(tmp_path) == first
+    (tmp_path / "a.h").write_text("int c;")
+    second = digest(tmp_path)
+    (tmp_path / "a.h").rename(tmp_path / "c.h")
+    assert len({first, second, digest(tmp_path)}) == 3
 
 
 def test_an_extension_that_does_not_load_is_not_taken_for_absent(tmp_path):

@@ -8,6 +8,10 @@
 #include <cmath>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "cpu/floats.h"
 #include "cpu/simd.h"
 #include "ops.h"
@@ -49,13 +53,14 @@ GDD_FAST_SIMD bool finite(const float* x, int64_t n) {
 }
 
 // torch.lerp goes from the nearer end. kEnd: all the way, so that the old value need not be read; kNone: not at all.
-enum Lerp { kNone, kNear, kFar, kEnd };
+// kGradient: all the way to the gradient as it is, which is copied apart from the loop.
+enum Lerp { kNone, kNear, kFar, kEnd, kGradient };
 
 Lerp lerp_by(float weight) { return weight == 1 ? kEnd : weight < 0.5f ? kNear : kFar; }
 
 template <Lerp By>
 GDD_FAST_INLINE float lerp(const float* from, int64_t i, float to, float weight, float rest) {
-  if constexpr (By == kEnd) return to;
+  if constexpr (By == kEnd || By == kGradient) return to;
   return By == kNear ? from[i] + weight * (to - from[i]) : to - (to - from[i]) * rest;
 }
 
@@ -70,7 +75,7 @@ GDD_FAST_INLINE void update_loop(const Factors& f, float* p, const float* grad, 
     const float first = lerp<First>(m, i, g, by.one_minus_beta1, by.beta1);
     const float second = v[i] * by.beta2 + by.one_minus_beta2 * g * g;
     const float q = p[i] - by.step_size * (first / (std::sqrt(second) * by.root_correction + by.eps));
-    m[i] = first;
+    if constexpr (First != kGradient) m[i] = first;
     v[i] = second;
     p[i] = q;
     if constexpr (Average != kNone) a[i] = lerp<Average>(a, i, q, by.average_weight, average_rest);
@@ -87,9 +92,21 @@ GDD_FAST_INLINE void update_switch(const Factors& f, float* p, const float* g, f
       return update_loop<First, kNear>(f, p, g, m, v, a, n);
     case kFar:
       return update_loop<First, kFar>(f, p, g, m, v, a, n);
-    case kEnd:
+    default:
       return update_loop<First, kEnd>(f, p, g, m, v, a, n);
   }
+}
+
+// Around the cache where the processor can: nothing reads the first moment again before the next step, and storing it
+// in the cache would first read what it overwrites.
+void stream(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % 16; i++) to[i] = from[i];
+  for (; i + 4 <= n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+  _mm_sfence();
+#endif
+  for (; i < n; i++) to[i] = from[i];
 }
 
 GDD_FAST_SIMD void update(const Factors& f, float* p, const float* g, float* m, float* v, float* a, int64_t n) {
@@ -99,7 +116,9 @@ GDD_FAST_SIMD void update(const Factors& f, float* p, const float* g, float* m, 
     case kFar:
       return update_switch<kFar>(f, p, g, m, v, a, n);
     default:
-      return update_switch<kEnd>(f, p, g, m, v, a, n);
+      if (f.weight_decay != 0) return update_switch<kEnd>(f, p, g, m, v, a, n);
+      update_switch<kGradient>(f, p, g, m, v, a, n);
+      return stream(m, g, n);
   }
 }
 

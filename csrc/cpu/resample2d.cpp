@@ -54,12 +54,12 @@ GDD_FAST_INLINE void sum_rows(const T* const* rows, const Real<T>* weight, int c
   }
 }
 
-template <typename T>
+template <int Most, typename T>
 GDD_FAST_INLINE void sum_rows_of_any_count(const T* const* rows, const Real<T>* weight, int count, Real<T>* sum,
                                            int64_t n) {
-  if (count == 1) return sum_rows<1>(rows, weight, count, sum, n);
-  if (count == 2) return sum_rows<2>(rows, weight, count, sum, n);
-  if (count == 4) return sum_rows<4>(rows, weight, count, sum, n);
+  if (Most >= 1 && count == 1) return sum_rows<1>(rows, weight, count, sum, n);
+  if (Most >= 2 && count == 2) return sum_rows<2>(rows, weight, count, sum, n);
+  if (Most >= 4 && count == 4) return sum_rows<4>(rows, weight, count, sum, n);
   sum_rows<0>(rows, weight, count, sum, n);
 }
 
@@ -86,22 +86,56 @@ GDD_FAST_INLINE void filter_row(const Real<T>* row, int64_t from, int64_t direct
   }
 }
 
-// Pairs of outputs of single numbers, going up. They are interleaved as floats and then rounded, in two loops: GCC does
-// not vectorise the stores of interleaved halves.
+// y = (row + add) * scale, rounded. Apart from the loops that make a row: GCC does not vectorise these two together.
+template <typename T>
+GDD_FAST_INLINE void round_row(const Real<T>* row, const T* add, Real<T> scale, T* y, int64_t n) {
+  if (add) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) y[i] = narrow<T>((row[i] + widen(add[i])) * scale);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) y[i] = narrow<T>(row[i] * scale);
+  }
+}
+
+// Outputs of single numbers, going down. Halves go through `row`.
+template <int Count, typename T>
+GDD_FAST_INLINE void filter_halved(const Real<T>* sum, const Real<T>* tap, int count, const T* add, Real<T> scale,
+                                   Real<T>* row, T* y, int64_t n) {
+  if constexpr (std::is_same_v<T, Real<T>>) {
+    return filter_row<Count>(sum, 2, 1, tap, 1, count, add, scale, y, 1, n);
+  } else {
+    const int terms = Count > 0 ? Count : count;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {
+      Real<T> a = tap[0] * sum[2 * i];
+      for (int k = 1; k < terms; k++) a += tap[k] * sum[2 * i + k];
+      row[i] = a;
+    }
+    round_row<T>(row, add, scale, y, n);
+  }
+}
+
+// Pairs of outputs of single numbers, going up. All but a plain enlargement of floats goes through `row`.
 template <int Count, typename T>
 GDD_FAST_INLINE void filter_pairs(const Real<T>* even, const Real<T>* odd, const Real<T>* even_tap,
                                   const Real<T>* odd_tap, int count, const T* add, Real<T> scale, Real<T>* row, T* y,
                                   int64_t n) {
   const int terms = Count > 0 ? Count : count;
+  const auto filter = [&](Real<T>* out, Real<T> by) __attribute__((always_inline)) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    Real<T> a = even_tap[0] * even[i], b = odd_tap[0] * odd[i];
-    for (int k = 1; k < terms; k++) a += even_tap[2 * k] * even[i - k], b += odd_tap[2 * k] * odd[i - k];
-    row[2 * i] = a;
-    row[2 * i + 1] = b;
+    for (int64_t i = 0; i < n; i++) {
+      Real<T> a = even_tap[0] * even[i], b = odd_tap[0] * odd[i];
+      for (int k = 1; k < terms; k++) a += even_tap[2 * k] * even[i - k], b += odd_tap[2 * k] * odd[i - k];
+      out[2 * i] = a * by;
+      out[2 * i + 1] = b * by;
+    }
+  };
+  if constexpr (std::is_same_v<T, Real<T>>) {
+    if (!add) return filter(y, scale);
   }
-#pragma GCC ivdep
-  for (int64_t i = 0; i < 2 * n; i++) y[i] = narrow<T>((add ? row[i] + widen(add[i]) : row[i]) * scale);
+  filter(row, 1);
+  round_row<T>(row, add, scale, y, 2 * n);
 }
 
 // One row of y from the summed row `sum`, whose zeros to the left begin at sum[0]: `before` pixels. `row` has room for
@@ -115,7 +149,7 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
   for (int k = 0; k < taps; k++) tap[k] = m.horizontal[k];
   const int64_t c = m.numbers, p = m.padding;
   if constexpr (!Up) {
-    if (c == 1) return filter_row<kCount>(sum, 2, 1, tap, 1, count, add, m.scale, y, 1, m.out_width);
+    if (c == 1) return filter_halved<kCount>(sum, tap, count, add, m.scale, row, y, m.out_width);
     for (int64_t v = 0; v < m.out_width; v++) {
       filter_row<kCount>(sum + 2 * v * c, 1, c, tap, 1, count, add ? add + v * c : nullptr, m.scale, y + v * c, 1, c);
     }
@@ -139,13 +173,14 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
 template <int Taps, bool Up, typename T>
 GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum,
                                Real<T>* row) {
+  constexpr int kRows = Taps == 0 ? 64 : Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
   const bool dense = m.stride_w == m.numbers || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
   Real<T>* const inside = sum + before * m.numbers;
   for (int64_t u = begin; u < end; u++) {
-    const T* rows[64]{};
-    Real<T> weight[64]{};
+    const T* rows[kRows]{};
+    Real<T> weight[kRows]{};
     int found = 0;  // rows inside the image
     for (int k = 0; k < count; k++) {
       const int64_t i = Up ? (u + m.padding) / 2 - k : 2 * u + k - m.padding;
@@ -154,7 +189,7 @@ GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, i
       weight[found++] = m.vertical[Up ? (u + m.padding) % 2 + 2 * k : k];
     }
     for (int64_t piece = 0; piece < pieces; piece++) {
-      sum_rows_of_any_count(rows, weight, found, inside + piece * n, n);
+      sum_rows_of_any_count<kRows>(rows, weight, found, inside + piece * n, n);
       for (int k = 0; k < found; k++) rows[k] += m.stride_w;  // unused if dense
     }
     const int64_t out = u * m.out_width * m.numbers;

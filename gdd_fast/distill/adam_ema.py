@@ -48,7 +48,7 @@ class AdamEma(torch.optim.Optimizer):
         self._averages = dict(averages or {})
         device = self.param_groups[0]["params"][0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps left out since this object was made."""
+        """Steps left out since this object was made, int64; not those that `step` was told to count elsewhere."""
         self.average_weight = torch.zeros((), dtype=torch.float64, device=device)
         """How far the averages move: 0 not at all, 1 all the way."""
         self._step = torch.zeros((), dtype=torch.float32, device=device)
@@ -62,8 +62,11 @@ class AdamEma(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply the gradients if all are finite. A changed `param_groups[0]["lr"]` counts from the next step on."""
+    def step(self, closure: Callable[[], Any] | None = None, *, skipped: Tensor | None = None) -> Any:
+        """Apply the gradients if all are finite; if not, add one to `skipped`, by default this object's.
+
+        A changed `param_groups[0]["lr"]` counts from the next step on.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,7 +85,7 @@ class AdamEma(torch.optim.Optimizer):
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             self._step,
-            self.skipped,
+            self.skipped if skipped is None else skipped,
             self._lr,
         )
         options = {"betas": tuple(group["betas"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}

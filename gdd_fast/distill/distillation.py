@@ -26,6 +26,7 @@ from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.sampler import one_step
 from gdd_fast.inference.seeds import latents
 from gdd_fast.models.load import RUN_GENERATOR, save_network
+from gdd_fast.ops.to_uint8 import to_uint8
 
 GRID_SEEDS = range(64)
 
@@ -45,8 +46,12 @@ class Distillation:
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
-        g_optimizer = make_adam(self.generator.parameters(), config.generator.g_lr)
-        d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, lazy_interval=r1_interval)
+        self.operators = parts.operators
+        backend = parts.operators["adam_ema"]
+        g_optimizer = make_adam(
+            self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
+        )
+        d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
         self.g_guard = StepGuard("generator", g_optimizer, world, run.max_skipped_steps)
         self.d_guard = StepGuard("discriminator", d_optimizer, world, run.max_skipped_steps)
         self.r1_guard = StepGuard("R1", d_optimizer, world, run.max_skipped_steps)
@@ -71,15 +76,15 @@ class Distillation:
         """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
         real, labels = next(self.stream)
         real = real.float() / 127.5 - 1
-        if self.generator_step(labels):
-            self.ema.update(images, self.batch)
+        self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
+        self.generator_step(labels)
         self.discriminator_step(real, labels)
         number = images // self.batch
         if self.r1_interval and number and number % self.r1_interval == 0:
             self.r1_step(real, labels)
 
-    def generator_step(self, labels: Tensor | None) -> bool:
-        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train."""
+    def generator_step(self, labels: Tensor | None) -> None:
+        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average."""
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
         for label in chunks(labels, self.micro_batch, self.local_batch):
@@ -89,9 +94,9 @@ class Distillation:
             loss.backward()
             total += loss.detach()
         self.averages.add("loss_g", total)
-        return self.g_guard.step()
+        self.g_guard.step()
 
-    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> bool:
+    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
         """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
@@ -107,9 +112,9 @@ class Distillation:
             self.averages.add("logit_fake", mean_logit(fake))
             self.averages.add("logit_real", mean_logit(true))
         self.averages.add("loss_d", total)
-        return self.d_guard.step()
+        self.d_guard.step()
 
-    def r1_step(self, real: Tensor, labels: Tensor | None) -> bool:
+    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
         """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
         self._train_heads(True)
         for part, label in self._micro_batches(real, labels):
@@ -118,7 +123,7 @@ class Distillation:
             loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
             loss.backward()
             self.averages.add("r1_penalty", penalty.mean())
-        return self.r1_guard.step()
+        self.r1_guard.step()
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
@@ -145,7 +150,8 @@ class Distillation:
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
             samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
-        save_grid(samples, self.config.run_dir / "samples" / f"{images:09d}.png")
+        pixels = to_uint8(samples, self.operators["to_uint8"])
+        save_grid(pixels, self.config.run_dir / "samples" / f"{images:09d}.png")
         return {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
 
     def _guards(self) -> dict[str, StepGuard]:
@@ -179,7 +185,7 @@ class Distillation:
         self.random.restore(saved.section("random"), saved.values["images"])
         self.stream.load_state_dict(saved.values["stream"])
         for name, guard in self._guards().items():
-            guard.skipped = saved.values["skipped"][name]
+            guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / RUN_GENERATOR)

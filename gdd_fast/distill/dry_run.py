@@ -1,7 +1,8 @@
-"""What `--dry-run` prints: the resolved configuration and what trains."""
+"""What `--dry-run` prints: the resolved configuration, what trains, and which implementations run."""
 
 import json
 
+from gdd_fast.backend import summary
 from gdd_fast.config import TrainConfig, to_dict
 from gdd_fast.distill.parts import Parts
 
@@ -18,7 +19,7 @@ def describe(config: TrainConfig, parts: Parts) -> str:
             f"Data: {dataset.name}, {len(dataset):,} images, {dataset.channels} x {dataset.resolution}^2, "
             f"{dataset.label_dim} classes",
             f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
-            f"Operators: {parts.backend}",
+            f"Operators: {summary(parts.operators)}",
             str(parts.frozen),
             f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, "
             f"{heads / 1e6:.2f} M trained in heads",

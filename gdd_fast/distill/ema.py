@@ -1,9 +1,8 @@
-"""Moving average of the generator's weights; the average is what is sampled from."""
+"""Moving average of a network's weights; the average is what is sampled from. The optimizer's step moves it."""
 
 import copy
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -23,15 +22,10 @@ class Ema:
         self.halflife, self.rampup = halflife, rampup
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         pairs = [(a, p) for a, p in zip(self.net.parameters(), net.parameters(), strict=True) if p.requires_grad]
-        self._averages = [a for a, _ in pairs]
-        self._params = [p for _, p in pairs]
+        self.averages: dict[nn.Parameter, Tensor] = {p: a for a, p in pairs}
+        """By trained parameter, as `AdamEma` takes them."""
 
     def decay(self, images: int, batch: int) -> float:
         """Weight of the old average in the update that follows `images` images."""
         halflife = min(self.halflife, self.rampup * images) if self.rampup else self.halflife
         return 0.5 ** (batch / max(halflife, 1e-8))
-
-    @torch.no_grad()
-    def update(self, images: int, batch: int) -> None:
-        """Average in the weights as they are now; `images` counts those seen before this iteration's `batch`."""
-        torch._foreach_lerp_(self._averages, self._params, 1 - self.decay(images, batch))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Operator, resolve
+from gdd_fast.backend import plan
 from gdd_fast.config import DEMO, Precision, TrainConfig
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.distill.distributed import pick_device
@@ -17,22 +17,25 @@ from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.load import as_generator, load_generator
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.modules import choose_backend
+from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
 BUNDLED_TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
-# The fused operators of the networks that train: none yet, so every --backend but auto and torch is refused.
-OPERATORS = Operator("training", fused=frozenset())
+# What a run calls beside its networks: in the optimizer's steps and for sample grids.
+OPERATORS = (ADAM_EMA, TO_UINT8)
 
 
 @dataclass
 class Parts:
-    """The networks of a run and its data, on the CPU, and the backend of the operators that the networks run."""
+    """The networks of a run and its data, on the CPU, and what runs of each fused operator, by its name."""
 
     dataset: ImageDataset
     generator: GDDPrecond
     frozen: FreezeReport
     features: ProjectedFeatures
     heads: DiscriminatorHeads
-    backend: str
+    operators: dict[str, str]
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -47,7 +50,8 @@ def build(config: TrainConfig) -> Parts:
         ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
     """
     config.validate()
-    backend = resolve(config.run.backend, OPERATORS, pick_device(config.run.device).type)
+    device = pick_device(config.run.device).type
+    plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
     dataset = load_data(config.data.data, use_labels=config.data.cond)
     generator = as_generator(load_teacher(config.generator.teacher))
     generator.dtype = dtype_of(config.generator.g_precision)
@@ -59,7 +63,9 @@ def build(config: TrainConfig) -> Parts:
     }
     features = build_features(config, weights)
     heads = build_heads(config, features, dataset.label_dim, weights)
-    return Parts(dataset, generator, freeze(generator, config.generator.freeze), features, heads, backend)
+    frozen = freeze(generator, config.generator.freeze)
+    operators = choose_backend(config.run.backend, device, [generator, features, heads], OPERATORS)
+    return Parts(dataset, generator, frozen, features, heads, operators)
 
 
 def teacher_path(name: str) -> Path:

@@ -12,14 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gdd_fast.backend import Backend
 from gdd_fast.config import check_values
 from gdd_fast.data import BatchStream, load_data
+from gdd_fast.distill.adam_ema import AdamEma
 from gdd_fast.distill.batches import chunks, split_batch
 from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.ema import Ema
 from gdd_fast.distill.optim import StepGuard
 from gdd_fast.distill.output import Averages, reading_bar
+from gdd_fast.distill.parts import OPERATORS
 from gdd_fast.distill.random_state import RandomState
 from gdd_fast.errors import ConfigError
 from gdd_fast.inference.grid import save_grid
@@ -28,6 +31,8 @@ from gdd_fast.inference.seeds import latents
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.load import save_network
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.modules import choose_backend
+from gdd_fast.ops.to_uint8 import to_uint8
 
 SIGMA_DATA = 0.5
 GRID_SEEDS = range(36)
@@ -78,6 +83,9 @@ class PretrainConfig:
     """Of the initialisation, the data order and the noise."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
     workers: int = 2
     """Processes that decode images when the data set is too large to be held in memory."""
     data_memory_gib: float = 4.0
@@ -124,6 +132,7 @@ class Pretraining:
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
         net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)
+        self.operators = choose_backend(config.backend, world.device.type, [net], OPERATORS)
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
                 dataset,
@@ -139,7 +148,9 @@ class Pretraining:
             )
         self.net = net.to(world.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
+        self.optimizer = AdamEma(
+            self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]
+        )
         self.guard = StepGuard("training", self.optimizer, world, config.max_skipped_steps)
         self.random = RandomState(config.seed, world)
         self.averages = Averages()
@@ -148,6 +159,7 @@ class Pretraining:
         rampup = self.config.lr_rampup_kimg * 1e3
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, images / rampup if rampup else 1.0)
+        self.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
         real, labels = next(self.stream)
         label_parts = chunks(labels, self.micro_batch, self.local_batch)
         with self.random.for_layers(images):
@@ -155,8 +167,7 @@ class Pretraining:
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        if self.guard.step():
-            self.ema.update(images, self.batch)
+        self.guard.step()
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
@@ -165,7 +176,7 @@ class Pretraining:
         z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)
         with torch.no_grad():
             samples = heun(net, z, labels)
-        save_grid(samples, self.config.run_dir / "samples" / f"{images:09d}.png")
+        save_grid(to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png")
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -184,7 +195,7 @@ class Pretraining:
         saved.load_optimizer("optimizer", self.optimizer)
         self.random.restore(saved.section("random"), saved.values["images"])
         self.stream.load_state_dict(saved.values["stream"])
-        self.guard.skipped = saved.values["skipped"]
+        self.guard.restore(saved.values["skipped"])
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)

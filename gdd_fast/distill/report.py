@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gdd_fast.backend import Backend
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import load_data
 from gdd_fast.distill.parts import load_teacher, teacher_path
@@ -17,9 +18,11 @@ from gdd_fast.files import atomic_write
 from gdd_fast.inference.generate import SamplerConfig, generate
 from gdd_fast.inference.grid import save_panel
 from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
-from gdd_fast.metrics.features import FeatureExtractor, build_extractor
-from gdd_fast.metrics.frechet import Statistics, frechet_distance
+from gdd_fast.metrics.features import build_extractor
+from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.models.load import as_generator, load_generator
+from gdd_fast.modules import choose_backend
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -63,15 +66,25 @@ def write(config: TrainConfig, device: torch.device, trained_images: int) -> dic
     teacher = load_teacher(config.generator.teacher).to(device)
     untrained = as_generator(teacher).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
+    networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
+    backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
     stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
     work = len(reference_set) + images * (2 if stored else 3)
     with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
         reference = dataset_statistics(reference_set, extractors, progress=bar.update)
-        many = stored or _distances(teacher, HEUN, images, extractors, reference, bar)
+
+        def distances(net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
+            seeds = range(images)
+            found = generator_statistics(net, extractors, seeds, sampler, backend=backend, progress=bar.update)
+            return {
+                e.name: round(frechet_distance(own, ref), 4)
+                for e, own, ref in zip(extractors, found, reference, strict=True)
+            }
+
         rows = {
-            "teacher": many,
-            "untrained": _distances(untrained, ONE_STEP, images, extractors, reference, bar),
-            "distilled": _distances(distilled, ONE_STEP, images, extractors, reference, bar),
+            "teacher": stored or distances(teacher, HEUN),
+            "untrained": distances(untrained, ONE_STEP),
+            "distilled": distances(distilled, ONE_STEP),
         }
     report = {
         "images": images,
@@ -84,9 +97,9 @@ def write(config: TrainConfig, device: torch.device, trained_images: int) -> dic
     with atomic_write(config.run_dir / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     panel = [
-        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN)),
-        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP)),
-        ("Distilled, one step", _samples(distilled, ONE_STEP)),
+        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN, backend)),
+        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP, backend)),
+        ("Distilled, one step", _samples(distilled, ONE_STEP, backend)),
     ]
     save_panel(panel, config.run_dir / "comparison.png", cols=12)
     return rows
@@ -130,22 +143,8 @@ def _options(config: TrainConfig, name: str) -> dict[str, Path]:
     return {"weights": weights} if name == "lite0" and weights else {}
 
 
-def _distances(
-    net: nn.Module,
-    sampler: SamplerConfig,
-    images: int,
-    extractors: Sequence[FeatureExtractor],
-    reference: Sequence[Statistics],
-    bar: tqdm,
-) -> dict[str, float]:
-    found = generator_statistics(net, extractors, range(images), sampler, progress=bar.update)
-    return {
-        e.name: round(frechet_distance(own, ref), 4) for e, own, ref in zip(extractors, found, reference, strict=True)
-    }
-
-
-def _samples(net: nn.Module, sampler: SamplerConfig) -> torch.Tensor:
-    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler)])
+def _samples(net: nn.Module, sampler: SamplerConfig, backend: Backend) -> torch.Tensor:
+    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler, backend=backend)])
 
 
 def _stored_figures(

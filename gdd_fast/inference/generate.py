@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.inference import sampler
 from gdd_fast.inference.seeds import SeedStreams, check_class
@@ -82,10 +83,12 @@ def generate(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Iterator[Batch]:
     """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
 
-    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`. Options are
+    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`. `backend` is
+    that of the conversion to bytes; the network's own is `modules.set_backend`'s to choose. Options are
     checked here, before the first batch is asked for: raises `ConfigError`. A batch with a value that is not finite
     raises `WeightsError`.
     """
@@ -94,10 +97,10 @@ def generate(
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)
-    return _batches(net, list(seeds), sampler, batch, class_index, generator_device)
+    return _batches(net, list(seeds), sampler, batch, class_index, generator_device, backend)
 
 
-def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Iterator[Batch]:
+def _batches(net, seeds, sampler, batch, class_index, generator_device, backend) -> Iterator[Batch]:
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     for start in range(0, len(seeds), batch):
@@ -112,4 +115,4 @@ def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Itera
                     f"the network's output for seeds {part[0]} to {part[-1]} holds NaN or infinite values: "
                     "its weights are broken, or its dtype overflows (try float32)"
                 )
-        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1))
+        yield Batch(part, to_uint8(images, backend), None if labels is None else labels.argmax(1))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_fast.backend import Backend
 from gdd_fast.data.dataset import ImageDataset
 from gdd_fast.errors import DataError
 from gdd_fast.inference.generate import SamplerConfig, generate
@@ -40,10 +41,12 @@ def generator_statistics(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> list[Statistics]:
     """Statistics of the images of `seeds`, one a feature extractor. Arguments as `inference.generate.generate`."""
-    batches = generate(net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device)
+    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
+    batches = generate(net, seeds, sampler, **options)
     return collect((part.images.permute(0, 3, 1, 2) for part in batches), extractors, progress)
 
 

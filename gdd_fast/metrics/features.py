@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from gdd_fast.errors import ConfigError
@@ -26,6 +26,8 @@ class FeatureExtractor(Protocol):
 
     name: str
     """Names the function and its settings, for example `lite0-64`."""
+    network: nn.Module | None
+    """What computes them, if anything does that has fused operators to choose; see modules.choose_backend."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `(N, C, H, W)`, C 1 or 3 -> float32 `(N, F)`, without gradient, on the extractor's device."""
@@ -76,6 +78,8 @@ class PixelFeatures:
     Blind to anything fine, but no network stands between it and the images: a check on features that a generator was
     trained against.
     """
+
+    network = None
 
     def __init__(self, *, resolution: int = 16, device: torch.device | str = "cpu"):
         if resolution < 1:

@@ -10,7 +10,7 @@ from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.backbones import Backbone, check_resolution
 from gdd_fast.models.discriminator_heads import DiscriminatorHeads
 from gdd_fast.models.random_projection import OUT_CHANNELS, RandomProjection
-from gdd_fast.ops.discriminator_input import discriminator_input
+from gdd_fast.ops.discriminator_input import OPERATOR, discriminator_input
 
 __all__ = ["DiscriminatorHeads", "ProjectedFeatures"]
 
@@ -31,6 +31,8 @@ class ProjectedFeatures(nn.Module):
 
     Raises `ConfigError` for no backbone, one given twice, and a resolution that one of them cannot take.
     """
+
+    operator = OPERATOR
 
     def __init__(
         self,

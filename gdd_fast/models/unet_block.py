@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, Pair, attention, concat, merge
+from gdd_fast.modules import Attention, Conv2d, GroupNorm, Init, Linear, Pair, concat, merge
 from gdd_fast.ops.residual import OPERATOR
 
 
@@ -63,6 +63,7 @@ class UNetBlock(nn.Module):
             self.norm2 = GroupNorm(out_channels, eps=eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
+            self.attend = Attention(num_heads)
 
     def forward(self, x: Tensor | Pair, emb: Tensor) -> Tensor:
         """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype.
@@ -82,6 +83,6 @@ class UNetBlock(nn.Module):
             x = concat(*x)
         x = merge(h, x, self.skip_scale, backend=self.backend)
         if self.num_heads:
-            h = attention(self.qkv(self.norm2(x, activation=None)), self.num_heads)
+            h = self.attend(self.qkv(self.norm2(x, activation=None)))
             x = merge(self.proj(h), x, self.skip_scale, backend=self.backend)
         return x

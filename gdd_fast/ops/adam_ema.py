@@ -11,6 +11,7 @@ Unfused this reads and writes the parameters' memory 11 times and more; here it 
 look at the gradients before. `gdd_fast.distill.adam_ema` wraps it as an optimizer.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +39,17 @@ def adam_ema_ref_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device."""
+    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device, once."""
     if not params:
         return
     # the largest magnitude: NaN and infinity survive it, and it cannot overflow as a sum of squares can
     norms = torch._foreach_norm([g for g in grads if g.numel()], ord=float("inf"))
-    if norms and not torch.stack(norms).isfinite().all():
+    largest = torch.stack(norms).max() if norms else step
+    largest, t, rate, weight = torch.stack([largest.double(), step.double() + 1, lr, average_weight]).tolist()
+    if not math.isfinite(largest):
         skipped += 1
         return
     step += 1
-    t = step.item()
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
@@ -56,9 +58,9 @@ def adam_ema_ref_(
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr.item() / (1 - beta1**t))
+    torch._foreach_addcdiv_(params, exp_avgs, denominators, -rate / (1 - beta1**t))
     if averages:
-        torch._foreach_lerp_(averages, params, average_weight.item())
+        torch._foreach_lerp_(averages, params, weight)
     if copies:
         torch._foreach_copy_(copies, params)
 

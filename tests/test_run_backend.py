@@ -1,0 +1,171 @@
+"""One backend for a whole run: who gets it, who falls back, what is refused; and fused runs are reference runs."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from tiny_run import ALONE, BATCH, tiny_config, tiny_task, write_inputs
+
+import gdd_fast.ops
+from gdd_fast.backend import Operator, obstacle, plan, summary
+from gdd_fast.distill import dry_run, output, parts
+from gdd_fast.distill.distillation import Distillation
+from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
+from gdd_fast.errors import BackendError
+from gdd_fast.modules import choose_backend, operators_of
+
+CPP, NEITHER = Operator("a", fused=frozenset({"cpp"})), Operator("d", fused=frozenset())
+TRITON, BOTH = Operator("b", fused=frozenset({"triton"})), Operator("c", fused=frozenset({"cpp", "triton"}))
+needs_extension = pytest.mark.skipif(
+    obstacle(CPP, "cpp", "cpu") is not None, reason="the extension gdd_fast._C is not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@needs_extension
+def test_a_named_backend_is_for_the_operators_that_have_it():
+    assert plan("cpp", [BOTH, CPP, TRITON, NEITHER], "cpu") == {"a": "cpp", "b": "torch", "c": "cpp", "d": "torch"}
+    assert plan("torch", [CPP, BOTH], "cpu") == {"a": "torch", "c": "torch"}
+    assert plan("auto", [CPP, NEITHER], "cpu") == {"a": "cpp", "d": "torch"}
+    assert summary(plan("cpp", [CPP, NEITHER, BOTH], "cpu")) == "torch for d; cpp for a, c"
+
+
+@pytest.mark.parametrize(
+    ("backend", "operators", "device", "reason"),
+    [
+        ("triton", [CPP, NEITHER], "cpu", "backend 'triton': none of a, d has it"),
+        ("cpp", [CPP, NEITHER], "cuda", "takes CPU tensors, not cuda"),
+        ("triton", [TRITON, NEITHER], "mps", "Triton kernels take CUDA tensors"),
+        ("numpy", [CPP], "cpu", "unknown backend 'numpy'"),
+    ],
+)
+def test_what_can_run_nothing_is_refused_with_the_reason(backend, operators, device, reason):
+    with pytest.raises(BackendError, match=reason):
+        plan(backend, operators, device)
+
+
+def test_triton_on_a_cpu_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="backend 'triton' cannot run here"):
+        parts.build(tiny_config(tmp_path, backend="triton"))  # an empty folder: neither data nor teacher
+
+
+def spy(monkeypatch):
+    """What each operator that is called resolves to, by its name."""
+    called: dict[str, set[str]] = {}
+    for found in pkgutil.iter_modules(gdd_fast.ops.__path__):
+        module = importlib.import_module(f"gdd_fast.ops.{found.name}")
+        if hasattr(module, "resolve"):
+
+            def resolve(backend, operator, device, original=module.resolve):
+                chosen = original(backend, operator, device)
+                called.setdefault(operator.name, set()).add(chosen)
+                return chosen
+
+            monkeypatch.setattr(module, "resolve", resolve)
+    return called
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("cpp", marks=needs_extension)])
+def test_every_operator_of_a_run_runs_what_the_dry_run_shows(inputs, tmp_path, monkeypatch, backend):
+    """Training steps, the R1 step, and the sample grid of the averaged network."""
+    config = tiny_config(inputs, backend=backend, run_dir=tmp_path, r1_interval=1)
+    built = parts.build(config)
+    called = spy(monkeypatch)
+    task = Distillation(config, built, ALONE)
+    for number in range(2):
+        task.iteration(number * BATCH)
+    task.tick(2 * BATCH)
+    assert called == {name: {chosen} for name, chosen in built.operators.items()}
+    assert summary(built.operators) in dry_run.describe(config, built)
+    assert built.operators.keys() >= {
+        "adam_ema", "attention", "discriminator_input", "frozen_conv2d_relu", "group_norm_silu", "resample2d",
+        "residual", "to_uint8",
+    }  # fmt: skip
+    if backend == "torch":
+        assert set(built.operators.values()) == {"torch"}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_extension)])
+def test_pretraining_has_the_same_switch(inputs, tmp_path, monkeypatch, backend):
+    config = PretrainConfig(
+        data=str(inputs / "data.zip"), run_dir=tmp_path, model_channels=8, num_blocks=1, batch=4, device="cpu",
+        backend=backend,
+    )  # fmt: skip
+    called = spy(monkeypatch)
+    task = Pretraining(config, ALONE)
+    task.iteration(0)
+    task.tick(4)
+    assert called == {name: {chosen} for name, chosen in task.operators.items()}
+    assert task.operators["adam_ema"] == task.operators["resample2d"] == backend
+
+
+def test_a_choice_reaches_the_backbones_pooling(inputs):
+    """VGG's poolings and convolutions, and whatever is added to a network with an operator of its own."""
+    from gdd_fast.models.backbones.vgg import Vgg16
+
+    backbone = Vgg16(batch_norm=False)
+    names = {operator.name for operator in operators_of(backbone)}
+    assert names == {"frozen_conv2d_relu", "max_pool2x2"}
+    choose_backend("torch", "cpu", [backbone])
+    assert {module.backend for module in backbone.modules() if hasattr(module, "backend")} == {"torch"}
+
+
+def twenty_steps(inputs, backend, rounding_seed=None):
+    """(losses, final tensors by section) of a run; with a seed every gradient is rounded once more on the way."""
+    task = tiny_task(tiny_config(inputs, backend=backend, r1_interval=4))
+    random = torch.Generator().manual_seed(rounding_seed or 0)
+
+    def round_again(params):
+        for p in params:
+            p.grad += torch.randn(p.shape, generator=random) * p.grad.square().mean().sqrt() * 2**-22
+
+    if rounding_seed is not None:
+        for guard in (task.g_guard, task.d_guard, task.r1_guard):
+
+            def step(guard=guard, take=guard.step):
+                round_again(guard.optimizer.param_groups[0]["params"])
+                take()
+
+            guard.step = step
+    losses = []
+    for number in range(20):
+        task.iteration(number * BATCH)
+        means = task.averages.take()
+        losses += [means["loss_g"], means["loss_d"]]
+    sections = task.state()[0]
+    flat = {name: torch.cat([t.flatten() for t in sections[name].values()]) for name in ("generator", "ema", "heads")}
+    return {"losses": torch.tensor(losses), **flat}
+
+
+@needs_extension
+def test_twenty_fused_steps_equal_the_references(inputs):
+    """The parity rule for a run: no further from the reference than twice what its own rounding moves it.
+
+    A training run has no float64 twin to measure both against, as its networks compute in float32. How far rounding
+    moves it is taken from the reference itself, with a relative error of 2^-22 added to its gradients.
+    """
+    reference, fused = twenty_steps(inputs, "torch"), twenty_steps(inputs, "auto")
+    rounded = [twenty_steps(inputs, "torch", seed) for seed in (1, 2)]
+    for name, want in reference.items():
+        error = (fused[name] - want).norm()
+        own = max((other[name] - want).norm() for other in rounded)
+        assert error <= 2 * own, f"{name}: {error:.2e}, and the reference's own is {own:.2e}"
+        assert own < 1e-2 * want.norm(), name  # the rule still tells one run from another
+    assert not torch.equal(fused["generator"], reference["generator"])  # another implementation has run
