@@ -13,7 +13,9 @@ from gdd_fast.distill import dry_run, output, parts
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.errors import BackendError
+from gdd_fast.evaluate import main as evaluate
 from gdd_fast.modules import choose_backend, operators_of
+from gdd_fast.sample import main as sample
 
 CPP, NEITHER = Operator("a", fused=frozenset({"cpp"})), Operator("d", fused=frozenset())
 TRITON, BOTH = Operator("b", fused=frozenset({"triton"})), Operator("c", fused=frozenset({"cpp", "triton"}))
@@ -114,6 +116,26 @@ def test_pretraining_has_the_same_switch(inputs, tmp_path, monkeypatch, backend)
     task.tick(4)
     assert called == {name: {chosen} for name, chosen in task.operators.items()}
     assert task.operators["adam_ema"] == task.operators["resample2d"] == backend
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_extension)])
+def test_sampling_and_evaluation_have_the_same_switch(inputs, tmp_path, monkeypatch, backend):
+    called = spy(monkeypatch)
+    common = ["--net", str(inputs / "teacher"), "--device", "cpu", "--backend", backend]
+    sample([*common, "--seeds", "0-1", "--out", str(tmp_path / "a.npz")])
+    assert called["to_uint8"] == called["resample2d"] == {backend} and called["residual"] == {"torch"}
+    called.clear()
+    evaluate([*common, "--data", str(inputs / "data.zip"), "--images", "2", "--features", "lite0"])
+    assert called["to_uint8"] == called["resample2d"] == called["frozen_conv2d_relu"] == {backend}
+
+
+@pytest.mark.parametrize("command", [sample, evaluate], ids=["sample", "evaluate"])
+def test_a_backend_that_cannot_run_is_one_error(inputs, tmp_path, capsys, command):
+    what = ["--out", "a.npz"] if command is sample else ["--data", str(inputs / "data.zip")]
+    with pytest.raises(SystemExit) as end:
+        command(["--net", str(inputs / "teacher"), "--device", "cpu", "--backend", "cuda", *what])
+    assert end.value.code == 2
+    assert "backend 'cuda' cannot run here: the cuda implementation takes CUDA tensors" in capsys.readouterr().err
 
 
 def test_a_choice_reaches_the_backbones_pooling(inputs):
