@@ -65,7 +65,7 @@ def test_without_data_or_teacher(capsys, tmp_path):
         ({"device": "tpu"}, "--device"),
         ({"device": "meta"}, "--device"),
         ({"batch_gpu": 3}, "--batch-gpu 3 does not divide"),
-        ({"backend": "triton"}, "backend 'triton' cannot run here"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot run here"),
         ({"evaluate_images": 8, "evaluate_data": "no.zip"}, "no.zip"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
