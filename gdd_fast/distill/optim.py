@@ -48,7 +48,7 @@ class StepGuard:
         self._world = world
         self._count = torch.zeros_like(optimizer.skipped)
         self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self._count.is_cuda)
-        self._copied: torch.cuda.Event | None = None
+        self._copied = torch.cuda.Event() if self._count.is_cuda else None
         self._unread = False
         self._skipped = 0
         self._skipped_in_row = 0
@@ -82,8 +82,7 @@ class StepGuard:
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
         self._on_host.copy_(self._count, non_blocking=True)
-        if self._count.is_cuda:
-            self._copied = torch.cuda.Event()
+        if self._copied is not None:
             self._copied.record()
         self._unread = True
 
