@@ -6,7 +6,10 @@ stands a recorder, which notes what Triton would compile for the arguments it is
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,11 +40,10 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What Triton's own cache would tell apart, less the architecture."""
+        """A digest of all that Triton compiles a kernel anew for, less the architecture."""
         case = self.case
-        parts = (case.signature, case.constants, case.options)
-        text = [" ".join(f"{name}={value}" for name, value in sorted(part.items())) for part in parts]
-        return " | ".join((f"{self.operator}.{case.kernel}", *text, " ".join(sorted(case.divisible))))
+        text = json.dumps([self.operator, *dataclasses.astuple(case)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class _Recorder:
@@ -119,7 +121,7 @@ def launches(layers: Layers, architecture: int) -> dict[str, Launch]:
 
 
 def _norm(module: ModuleType, call: NormCall, batch: int, dtype: torch.dtype) -> None:
-    """Forward with and without the statistics at hand, and backward with every gradient."""
+    """Forward with the statistics of none, one or both maps at hand, and backward with every gradient."""
     maps = [_map(batch, c, call.resolution, dtype) for c in call.channels]
     x, skip = maps if len(maps) == 2 else (maps[0], None)
     c = sum(call.channels)
@@ -128,12 +130,15 @@ def _norm(module: ModuleType, call: NormCall, batch: int, dtype: torch.dtype) ->
     add = _rows(batch, c) if call.add else None
     scale, shift = _rows(batch, 2 * c).chunk(2, 1) if call.scale else (None, None)
     parts = statistics_parts(call.resolution**2)
-    for given in ([None, None], [_statistics(batch, t, parts) for t in (x, skip)]):
+    known = [_statistics(batch, t, parts) for t in (x, skip)]
+    for given in ((None, None), (known[0], None), known):
         mean, rstd = module.forward(
             x, skip, call.num_groups, weight, bias, 1e-6, add, scale, shift, *given, call.silu, y, parts
         )
-    rows = [None if row is None else _rows(batch, c) for row in (add, weight, bias, scale, shift)]
-    module.backward(y, x, skip, weight, bias, add, scale, shift, mean, rstd, call.silu, x, skip, *rows)
+    dadd, *rows = (None if row is None else _rows(batch, c) for row in (add, weight, bias, scale, shift))
+    # where a convolution's bias alone is added, that may be frozen
+    for wanted in (dadd, None) if call.add and call.scale else (dadd,):
+        module.backward(y, x, skip, weight, bias, add, scale, shift, mean, rstd, call.silu, x, skip, wanted, *rows)
 
 
 def _residual(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:

@@ -60,8 +60,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 def resample_kernel(taps: Sequence[float]) -> Tensor:
@@ -128,30 +127,38 @@ class Conv2d(nn.Module):
         self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
-    def forward(self, x: Tensor | Pair) -> Tensor:
-        """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W')."""
+    def forward(self, x: Tensor | Pair, *, add_bias: bool = True) -> Tensor:
+        """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W').
+
+        Without `add_bias` the bias is left to an operator that follows.
+        """
+        bias = self.bias if add_bias else None
         if isinstance(x, tuple):
-            return self._convolve_pair(*x)
+            return self._convolve_pair(*x, bias)
         if self.conv_first:
             # The border that the filter needs is added once, before the convolution.
-            x = self._convolve(x, self.padding + self.border)
+            x = self._convolve(x, self.bias, self.padding + self.border)
             return resample(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
             options = {"up": self.up, "padding": self.border, "box": self.box, "backend": self.backend}
             x = resample(x, self.resample_filter, **options)
-        return x if self.weight is None else self._convolve(x, self.padding)
+        return x if self.weight is None else self._convolve(x, bias, self.padding)
 
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
+    def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
-            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+            return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x.dtype), padding=padding)
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
-        return frozen_conv2d(x, weight, self.bias, padding=padding)
+        return frozen_conv2d(x, weight, bias, padding=padding)
 
-    def _convolve_pair(self, x: Tensor, skip: Tensor) -> Tensor:
+    def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight is None or self.padding or self.up or self.down:
             raise ConfigError("only a 1x1 convolution without resampling takes a pair; concat(x, skip) for the others.")
         first, second = self.weight.to(x.dtype).split([x.shape[1], skip.shape[1]], 1)
-        return F.conv2d(x, first, self.bias.to(x.dtype)) + F.conv2d(skip, second)
+        return F.conv2d(x, first, _cast(bias, x.dtype)) + F.conv2d(skip, second)
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 class GroupNorm(nn.Module):
@@ -174,6 +181,10 @@ class GroupNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def is_fused(self, x: Tensor | Pair) -> bool:
+        """Whether an addend before the norm of maps like x, such as a convolution's bias, costs no pass over them."""
+        return group_norm_silu.chosen(x[0] if isinstance(x, tuple) else x, self.backend) != "torch"
 
     def forward(
         self,
@@ -199,9 +210,11 @@ class GroupNorm(nn.Module):
         )
 
 
-def merge(x: Tensor, skip: Tensor, scale: float = 1.0, *, backend: Backend = "auto") -> Tensor:
-    """`(x + skip) * scale`: the end of every residual branch."""
-    return residual.residual(x, skip, scale=scale, backend=backend)
+def merge(
+    x: Tensor, skip: Tensor, scale: float = 1.0, *, bias: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """`(x + skip + bias) * scale`: the end of every residual branch."""
+    return residual.residual(x, skip, bias, scale, backend=backend)
 
 
 def set_backend(net: nn.Module, backend: Backend) -> None:

@@ -69,19 +69,25 @@ class UNetBlock(nn.Module):
 
         A pair (x, skip) stands for its concatenation.
         """
-        h = self.conv0(self.norm0(x))
+        # Libraries' convolutions add a bias in a pass of its own; fused operators take it along in theirs.
+        fold = self.norm1.is_fused(x)
+        h = self.conv0(self.norm0(x), add_bias=not fold)
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift)
+            h = self.norm1(h, add=self.conv0.bias[None] if fold else None, scale=scale, shift=shift)
         else:
-            h = self.norm1(h, add=self.affine(emb))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+            offset = self.affine(emb)
+            h = self.norm1(h, add=offset + self.conv0.bias if fold else offset)
+        h = self.conv1(F.dropout(h, self.dropout, self.training), add_bias=not fold)
+        bias = self.conv1.bias if fold else None
         if self.skip is not None:
-            x = self.skip(x)
+            x = self.skip(x, add_bias=not fold)
+            bias = bias + self.skip.bias if fold and self.skip.bias is not None else bias
         elif isinstance(x, tuple):
             x = concat(*x)
-        x = merge(h, x, self.skip_scale, backend=self.backend)
+        x = merge(h, x, self.skip_scale, bias=bias, backend=self.backend)
         if self.num_heads:
             h = attention(self.qkv(self.norm2(x, activation=None)), self.num_heads)
-            x = merge(self.proj(h), x, self.skip_scale, backend=self.backend)
+            h = self.proj(h, add_bias=not fold)
+            x = merge(h, x, self.skip_scale, bias=self.proj.bias if fold else None, backend=self.backend)
         return x
