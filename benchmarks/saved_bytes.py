@@ -99,11 +99,11 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
         if hasattr(module, "backend"):
             module.backend = "torch"
 
-    def group_norm_silu(*arguments, backend: str, **options) -> Tensor:
+    def group_norm_silu(*arguments, statistics: modules.Statistics, backend: str, **options) -> Tensor:
         return group_norm_silu_ref(*arguments, **options)
 
-    def residual(*arguments, backend: str, **options) -> Tensor:
-        return residual_ref(*arguments, **options)
+    def residual(*arguments, statistics: bool, backend: str) -> Tensor:
+        return residual_ref(*arguments)
 
     def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, **options) -> Tensor:
         return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry, **options)
@@ -112,8 +112,8 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
         # in place, as torchvision and timm have it
         return F.relu_(conv2d(*arguments)) if activation == "relu" else F.relu6(conv2d(*arguments), inplace=True)
 
-    def block(module: UNetBlock, x: Tensor | modules.Pair, emb: Tensor) -> Tensor:
-        return fused_block(module, modules.concat(*x) if isinstance(x, tuple) else x, emb)
+    def block(module: UNetBlock, x: Tensor | modules.Pair, emb: Tensor, **options) -> Tensor:
+        return fused_block(module, modules.concat(*x) if isinstance(x, tuple) else x, emb, **options)
 
     fused_block = UNetBlock.forward
     with (

@@ -118,12 +118,13 @@ def collect_generator(name: str) -> Layers:
         silu = kwargs.get("activation", "silu") == "silu"
         norms.append(NormCall(tuple(x.shape[1] for x in maps), maps[0].shape[2], module.num_groups, *given, silu))
 
-    def block(module: UNetBlock, _args: tuple, _kwargs: dict, y: Tensor) -> None:
+    def block(module: UNetBlock, _args: tuple, _kwargs: dict, result: Tensor | tuple[Tensor, Tensor | None]) -> None:
+        y = result[0] if isinstance(result, tuple) else result
         residuals.append(MapCall(y.shape[1], y.shape[2]))
         if module.num_heads:
             attentions.append(AttentionCall(y.shape[1], y.shape[2], module.num_heads))
 
-    # the meta device has no fused operators, whose presence moves the convolutions' biases into them
+    # the meta device has no fused operators, whose presence moves the convolutions' biases into them, and statistics
     with mock.patch.object(GroupNorm, "is_fused", lambda *_: True):
         images = _run(net, {GroupNorm: norm, UNetBlock: block}, functools.partial(call, net))
     return Layers(norms, residuals, attentions, images=[MapCall(*images.shape[1:3])])

@@ -28,6 +28,9 @@ from gdd_fast.ops.resample2d import resample2d
 Pair = tuple[Tensor, Tensor]
 """(x, skip): the concatenation of their channels, not built."""
 
+Statistics = Tensor | tuple[Tensor | None, Tensor | None] | None
+"""Of a map, or of each of a pair: what `merge` returned with it, None where nothing did."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Init:
@@ -183,7 +186,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def is_fused(self, x: Tensor | Pair) -> bool:
-        """Whether an addend before the norm of maps like x, such as a convolution's bias, costs no pass over them."""
+        """Whether a fused operator normalises maps like x: an addend before the norm then costs no pass over them, and
+        statistics that come with x save one."""
         return group_norm_silu.chosen(x[0] if isinstance(x, tuple) else x, self.backend) != "torch"
 
     def forward(
@@ -194,8 +198,12 @@ class GroupNorm(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: Literal["silu"] | None = "silu",
+        statistics: Statistics = None,
     ) -> Tensor:
-        """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C)."""
+        """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C).
+
+        `statistics` are those that `merge` returned with `x`, if it did; of a pair, a pair of them.
+        """
         return group_norm_silu.group_norm_silu(
             x,
             self.num_groups,
@@ -206,15 +214,22 @@ class GroupNorm(nn.Module):
             scale=scale,
             shift=shift,
             activation=activation,
+            statistics=statistics,
             backend=self.backend,
         )
 
 
 def merge(
-    x: Tensor, skip: Tensor, scale: float = 1.0, *, bias: Tensor | None = None, backend: Backend = "auto"
-) -> Tensor:
-    """`(x + skip + bias) * scale`: the end of every residual branch."""
-    return residual.residual(x, skip, bias, scale, backend=backend)
+    x: Tensor,
+    skip: Tensor,
+    scale: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    statistics: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`(x + skip + bias) * scale`: the end of every residual branch; on request with the statistics of the result."""
+    return residual.residual(x, skip, bias, scale, statistics=statistics, backend=backend)
 
 
 def set_backend(net: nn.Module, backend: Backend) -> None:

@@ -63,9 +63,9 @@ def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: 
 
 
 def split(blocks: int, pixels: int, block_s: int, programs: int) -> tuple[int, int]:
-    """(parts, chunk): into how many runs of how many pixels a sample's go, so that `blocks` x parts is about `programs`.
+    """(parts, chunk): a sample's pixels go in `parts` runs of `chunk`, so that `blocks` x parts is about `programs`.
 
-    None is empty and the last may be shorter. Runs start at multiples of 16 pixels, for vector loads from contiguous
+    No run is empty and the last may be shorter. Runs start at multiples of 16 pixels, for vector loads from contiguous
     memory.
     """
     parts = min(ceil_div(programs, blocks), ceil_div(pixels, block_s), MOST_PARTS)

@@ -441,7 +441,8 @@ def forward(
         x, skip, x_statistics, skip_statistics, add, weight, bias, scale, shift, y, mean, rstd,
         *_strides(x), *_strides(skip), *_strides(y), _row_stride(add), _row_stride(scale), _row_stride(shift),
         C=c, C1=x.shape[1], S=plan.pixels, eps=eps, **plan.cut, x_parts=x_parts, skip_parts=skip_parts,
-        BLOCK_G=plan.tile.block_g, X_PARTS=_room(x_parts), SKIP_PARTS=_room(skip_parts), SILU=silu, **plan.constants(c // num_groups),
+        BLOCK_G=plan.tile.block_g, X_PARTS=_room(x_parts), SKIP_PARTS=_room(skip_parts), SILU=silu,
+        **plan.constants(c // num_groups),
     )  # fmt: skip
     return mean, rstd
 
