@@ -150,8 +150,8 @@ def _residual(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> 
 
 def _attention(module: ModuleType, call: AttentionCall, batch: int, dtype: torch.dtype) -> None:
     qkv = _map(batch, 3 * call.channels, call.resolution, dtype)
-    y, lse = module.attention(qkv, call.heads, True)
-    module.attention_backward(y, qkv, y, lse, call.heads, True)
+    y, lse = module.attention(qkv, call.heads, False)
+    module.attention_backward(y, qkv, y, lse, call.heads, False)
 
 
 def _relu(module: ModuleType, call: ReluCall, batch: int, dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.saved_bytes`: bytes that a forward pass keeps for backward, PyTorch's layers against ours.
 
-Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The
+Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The figures
+are what a second image adds to the first: what is kept once a batch, reordered weights, is no image's. The
 generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
 are the frozen halves of the discriminator, with the gradient of their input wanted. "stock" runs the same networks with
 every operator replaced by its definition in plain PyTorch and every concatenation built (the backbones with their batch
@@ -34,31 +35,31 @@ Network = tuple[nn.Module, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: how its network and inputs are made, plain or ours, and the target in percent."""
+    """A row of the table: how its network and a batch of so many inputs are made, plain or ours; target in percent."""
 
     name: str
-    make: Callable[[bool], Network]
+    make: Callable[[bool, int], Network]
     target: int | None = None
 
 
-def generator(arguments: dict, resolution: int) -> Callable[[bool], Network]:
-    def make(stock: bool) -> Network:
+def generator(arguments: dict, resolution: int) -> Callable[[bool, int], Network]:
+    def make(stock: bool, batch: int) -> Network:
         # what is kept does not depend on the weights, and drawing them takes longer than the rest
         with mock.patch.object(modules.Init, "draw", lambda self, shape, *_: torch.zeros(shape)):
             net = GDDPrecond(resolution, 3, **arguments).train()
         freeze(net, 1)
         net.to(memory_format=torch.channels_last)
-        return net, (torch.randn(1, 3, resolution, resolution), torch.tensor([80.0]))
+        return net, (torch.randn(batch, 3, resolution, resolution), torch.full((batch,), 80.0))
 
     return make
 
 
-def backbone(name: str, resolution: int) -> Callable[[bool], Network]:
-    def make(stock: bool) -> Network:
+def backbone(name: str, resolution: int) -> Callable[[bool, int], Network]:
+    def make(stock: bool, batch: int) -> Network:
         net = build_backbone(name, None, resolution)
         net = net if stock else fold_batch_norm(net)
         return net.to(memory_format=torch.channels_last), (
-            torch.randn(1, 3, resolution, resolution, requires_grad=True),
+            torch.randn(batch, 3, resolution, resolution, requires_grad=True),
         )
 
     return make
@@ -129,14 +130,17 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
     """Bytes an image: stock, ours."""
-    net, inputs = case.make(True)
-    with plain_pytorch(net):
-        stock = saved_bytes(net, inputs)
-    net, inputs = case.make(False)
-    for module in net.modules():
-        if hasattr(module, "operator"):
-            module.backend = backend if backend in (*module.operator.fused, "auto") else "torch"
-    return stock, saved_bytes(net, inputs)
+    stock, ours = [], []
+    for batch in (1, 2):
+        net, inputs = case.make(True, batch)
+        with plain_pytorch(net):
+            stock.append(saved_bytes(net, inputs))
+        net, inputs = case.make(False, batch)
+        for module in net.modules():
+            if hasattr(module, "operator"):
+                module.backend = backend if backend in (*module.operator.fused, "auto") else "torch"
+        ours.append(saved_bytes(net, inputs))
+    return stock[1] - stock[0], ours[1] - ours[0]
 
 
 def main() -> None:

@@ -164,6 +164,31 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
+class QkvConv2d(Conv2d):
+    """The 1x1 convolution that makes queries, keys and values: (N, C, H, W) -> (N, 3 C, H, W) in "blocks".
+
+    Weight and bias are EDM's, with channel c of head h of q (j = 0), k and v at (h * D + c) * 3 + j. They are put into
+    the order that `attention` reads without a copy at every call: gradients find their way back by themselves, and no
+    checkpoint, export or optimizer sees another order than EDM's.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, init: Init | None = None) -> None:
+        super().__init__(channels, 3 * channels, 1, init=init)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self._blocks(self.bias)
+        if self.weight.requires_grad:
+            return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
+        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        return frozen_conv2d(x, self._blocks(weight), bias)
+
+    def _blocks(self, parameter: Tensor) -> Tensor:
+        """(3 C, ...) from (head, channel, qkv) to (qkv, head, channel)."""
+        rest = parameter.shape[1:]
+        return parameter.unflatten(0, (self.num_heads, -1, 3)).movedim(2, 0).reshape(-1, *rest)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation and what surrounds it in a U-Net block: `group_norm_silu` with its parameters.
 

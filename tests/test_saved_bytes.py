@@ -52,7 +52,14 @@ def test_generators_meet_the_target(case):
     assert ours <= (case.target or 40) / 100 * stock
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "VGG" in case.name], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if "norm" in case.name else pytest.mark.slow, id=case.name)
+        for case in CASES
+        if "VGG" in case.name
+    ],
+)
 def test_frozen_backbones_meet_the_target(case):
     reason = obstacle(OPERATOR, "cpp", "cpu")
     if reason is not None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, Pair, Statistics, attention, concat, merge
+from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, Pair, QkvConv2d, Statistics, attention, concat, merge
 from gdd_fast.ops.residual import OPERATOR
 
 
@@ -61,7 +61,7 @@ class UNetBlock(nn.Module):
             if out_channels % num_heads:
                 raise ConfigError(f"{out_channels} channels do not divide into {num_heads} attention heads.")
             self.norm2 = GroupNorm(out_channels, eps=eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
+            self.qkv = QkvConv2d(out_channels, num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
     def forward(
@@ -91,7 +91,7 @@ class UNetBlock(nn.Module):
             x = concat(*x)
         x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))
         if self.num_heads:
-            h = attention(self.qkv(self.norm2(x, activation=None, statistics=statistics)), self.num_heads)
+            h = attention(self.qkv(self.norm2(x, activation=None, statistics=statistics)), self.num_heads, "blocks")
             h = self.proj(h, add_bias=not fused)
             x, statistics = self._merge(h, x, self.proj.bias if fused else None, fused and return_statistics)
         return (x, statistics) if return_statistics else x
