@@ -168,14 +168,20 @@ def _check(
             raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
-    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias), ("add", add), ("scale", scale)):
+    others = {"skip": skip, "weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    for name, tensor in (others | dict(zip(("statistics", "skip's statistics"), statistics, strict=True))).items():
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
     for tensor, width in zip(statistics, channels, strict=False):
-        if tensor is not None and (tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width)):
-            raise InputError(f"group_norm_silu: statistics must be ({n}, *, 2, {width}), not {tuple(tensor.shape)}")
+        if tensor is None:
+            continue
+        if tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width) or tensor.dtype != compute_dtype(x):
+            raise InputError(
+                f"group_norm_silu: statistics must be {compute_dtype(x)} ({n}, *, 2, {width}), "
+                f"not {tensor.dtype} {tuple(tensor.shape)}"
+            )
 
 
 # --- the operators as torch.library knows them
