@@ -111,6 +111,52 @@ def test_block_compiles_without_graph_breaks(name, fused):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("name", ["ncsn pair", "adm"])
+def test_block_is_captured_in_a_cuda_graph(name):
+    """Forward and backward; a replay on other numbers gives what running gives."""
+    run, inputs = block_call(name, fuse(BLOCKS[name]()))
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def step() -> tuple[Tensor, ...]:
+        y = run(*inputs)
+        return (y, *torch.autograd.grad(y.square().sum(), inputs))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        inputs[0].mul_(-0.5)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["ncsn pair", "adm attention"])
+def test_block_under_autocast(name):
+    """Convolutions in 16 bits, norms in float32: the fused block is as near to the float32 one as PyTorch's."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off, a GPU rounds
+    layer = BLOCKS[name]()
+    run, inputs = block_call(name, layer)
+    want = run(*inputs)
+    maps = 2 if name.endswith("pair") else 1
+    inputs = [*(x.to(dtype) for x in inputs[:maps]), *inputs[maps:]]
+    with torch.no_grad(), torch.autocast(DEVICE, dtype):
+        with plain_pytorch(layer):
+            eager = run(*inputs)
+        fuse(layer)
+        got = run(*inputs)
+    assert got.dtype == eager.dtype == dtype
+    # of so few values the largest error is a throw of dice
+    assert (got - want).norm() <= 1.5 * (eager - want).norm()
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_statistics_go_from_block_to_block(level):
     """Every norm that reads a block's result reads it with its statistics; frozen or not, gradients are the same."""

@@ -92,11 +92,10 @@ def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:
     """Whether tuned.json lists this (tokens, channels a head, type) for this GPU's architecture."""
-    from gdd_fast.kernels._launch import _table
+    from gdd_fast.kernels._launch import faster_than_sdpa
 
-    major, minor = torch.cuda.get_device_capability(qkv.device)
     shape = [qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * num_heads), str(qkv.dtype).removeprefix("torch.")]
-    return shape in _table()["attention"]["faster_than_sdpa"].get(f"sm_{major}{minor}", [])
+    return shape in faster_than_sdpa(qkv.device)
 
 
 class _Attention(torch.autograd.Function):
