@@ -157,7 +157,14 @@ class Conv2d(nn.Module):
         if self.weight is None or self.padding or self.up or self.down:
             raise ConfigError("only a 1x1 convolution without resampling takes a pair; concat(x, skip) for the others.")
         first, second = self.weight.to(x.dtype).split([x.shape[1], skip.shape[1]], 1)
-        return F.conv2d(x, first, _cast(bias, x.dtype)) + F.conv2d(skip, second)
+        bias = _cast(bias, x.dtype)
+        if (memory_format(x), memory_format(skip)) != (torch.channels_last, torch.channels_last):
+            return F.conv2d(x, first, bias) + F.conv2d(skip, second)
+        # In channels_last memory both are matrix products, and the second adds to the first without a pass for that.
+        n, _, height, width = x.shape
+        rows, skip_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, skip))
+        y = torch.addmm(F.linear(rows, first.flatten(1), bias), skip_rows, second.flatten(1).t())
+        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
