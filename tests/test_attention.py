@@ -187,7 +187,7 @@ def kernel_cases(name: str, entry: dict[str, int], strides: tuple[int, int, int]
     tail = {"tokens": "i32", "heads": "i32", "scale": "fp32"}
     stride_h, stride_c, stride_j = strides
     layout = {"C": 256, "D": int(head_dim), "STRIDE_H": stride_h, "STRIDE_C": stride_c, "STRIDE_J": stride_j}
-    options = {key: entry[key] for key in ("num_warps", "num_stages")}
+    options = {key: entry[key] for key in ("num_warps", "num_stages", "maxnreg") if key in entry}
     constants = layout | {key: entry[key] for key in ("BLOCK_Q", "BLOCK_K")}
     if direction == "forward":
         signatures = {"forward_kernel": {"qkv_ptr": data, "y_ptr": data, "lse_ptr": "*fp32"}}
