@@ -18,7 +18,6 @@ from gdd_fast.backend import obstacle
 from gdd_fast.config import preset
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
-from gdd_fast.distill.optim import make_adam
 from gdd_fast.distill.parts import load_teacher
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
@@ -288,7 +287,10 @@ def distill(make, kind: str, images: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         generator, judge = generator.double(), judge.double()
     trained = [p for net in (generator, judge) for p in net.parameters() if p.requires_grad]
     before = torch.cat([p.detach().double().flatten() for p in trained])
-    g_adam, d_adam = make_adam(generator.parameters(), 1e-4), make_adam(judge.parameters(), 1e-3)
+    g_adam, d_adam = (
+        torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.0, 0.99))
+        for net, lr in ((generator, 1e-4), (judge, 1e-3))
+    )
     numbers = torch.Generator().manual_seed(1)
     with plain:
         for step in range(STEPS):
