@@ -1,10 +1,12 @@
 """`python -m benchmarks.saved_bytes`: bytes that a forward pass keeps for backward, PyTorch's layers against ours.
 
-Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The
+Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The figures
+are what a second image adds to the first: what is kept once a batch, reordered weights, is no image's. The
 generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
 are the frozen halves of the discriminator, with the gradient of their input wanted. "stock" runs the same networks with
-every operator replaced by its definition in plain PyTorch (the backbones with their batch norms as they come),
-"gdd_fast" the operators of `--backend`; on a CPU the fused ones need the compiled extension.
+every operator replaced by its definition in plain PyTorch and every concatenation built (the backbones with their batch
+norms as they come), "gdd_fast" the operators of `--backend`; on a CPU the fused ones need the compiled extension. What
+group_norm_silu keeps does not depend on the backend.
 """
 
 import argparse
@@ -24,35 +26,40 @@ from gdd_fast.models import frozen_conv
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.models.unet_block import UNetBlock
+from gdd_fast.ops.group_norm_silu import group_norm_silu_ref
+from gdd_fast.ops.residual import residual_ref
 
 Network = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: how its network and inputs are made, plain or ours, and the target in percent."""
+    """A row of the table: how its network and a batch of so many inputs are made, plain or ours; target in percent."""
 
     name: str
-    make: Callable[[bool], Network]
+    make: Callable[[bool, int], Network]
     target: int | None = None
 
 
-def generator(arguments: dict, resolution: int) -> Callable[[bool], Network]:
-    def make(stock: bool) -> Network:
-        net = GDDPrecond(resolution, 3, **arguments).train()
+def generator(arguments: dict, resolution: int) -> Callable[[bool, int], Network]:
+    def make(stock: bool, batch: int) -> Network:
+        # what is kept does not depend on the weights, and drawing them takes longer than the rest
+        with mock.patch.object(modules.Init, "draw", lambda self, shape, *_: torch.zeros(shape)):
+            net = GDDPrecond(resolution, 3, **arguments).train()
         freeze(net, 1)
         net.to(memory_format=torch.channels_last)
-        return net, (torch.randn(1, 3, resolution, resolution), torch.tensor([80.0]))
+        return net, (torch.randn(batch, 3, resolution, resolution), torch.full((batch,), 80.0))
 
     return make
 
 
-def backbone(name: str, resolution: int) -> Callable[[bool], Network]:
-    def make(stock: bool) -> Network:
+def backbone(name: str, resolution: int) -> Callable[[bool, int], Network]:
+    def make(stock: bool, batch: int) -> Network:
         net = build_backbone(name, None, resolution)
         net = net if stock else fold_batch_norm(net)
         return net.to(memory_format=torch.channels_last), (
-            torch.randn(1, 3, resolution, resolution, requires_grad=True),
+            torch.randn(batch, 3, resolution, resolution, requires_grad=True),
         )
 
     return make
@@ -69,14 +76,14 @@ CASES = (
 
 def saved_bytes(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Bytes of the distinct storages that `net(*inputs)` keeps for backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in itertools.chain(net.parameters(), net.buffers())}
+    own = {t.untyped_storage()._cdata for t in itertools.chain(net.parameters(), net.buffers())}
     kept: dict[int, int] = {}
     alive = []
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
             alive.append(storage)  # no address is used twice while counting
         return t
 
@@ -93,6 +100,12 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
         if hasattr(module, "backend"):
             module.backend = "torch"
 
+    def group_norm_silu(*arguments, statistics: modules.Statistics, backend: str, **options) -> Tensor:
+        return group_norm_silu_ref(*arguments, **options)
+
+    def residual(*arguments, statistics: bool, backend: str) -> Tensor:
+        return residual_ref(*arguments)
+
     def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, **options) -> Tensor:
         return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry, **options)
 
@@ -100,24 +113,34 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
         # in place, as torchvision and timm have it
         return F.relu_(conv2d(*arguments)) if activation == "relu" else F.relu6(conv2d(*arguments), inplace=True)
 
+    def block(module: UNetBlock, x: Tensor | modules.Pair, emb: Tensor, **options) -> Tensor:
+        return fused_block(module, modules.concat(*x) if isinstance(x, tuple) else x, emb, **options)
+
+    fused_block = UNetBlock.forward
     with (
+        mock.patch.object(modules.group_norm_silu, "group_norm_silu", group_norm_silu),
+        mock.patch.object(modules.residual, "residual", residual),
         mock.patch.object(modules, "frozen_conv2d", conv2d),
         mock.patch.object(frozen_conv, "frozen_conv2d", conv2d),
         mock.patch.object(frozen_conv, "frozen_conv2d_relu", conv2d_relu),
+        mock.patch.object(UNetBlock, "forward", block),
     ):
         yield
 
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
     """Bytes an image: stock, ours."""
-    net, inputs = case.make(True)
-    with plain_pytorch(net):
-        stock = saved_bytes(net, inputs)
-    net, inputs = case.make(False)
-    for module in net.modules():
-        if hasattr(module, "operator"):
-            module.backend = backend if backend in (*module.operator.fused, "auto") else "torch"
-    return stock, saved_bytes(net, inputs)
+    stock, ours = [], []
+    for batch in (1, 2):
+        net, inputs = case.make(True, batch)
+        with plain_pytorch(net):
+            stock.append(saved_bytes(net, inputs))
+        net, inputs = case.make(False, batch)
+        for module in net.modules():
+            if hasattr(module, "operator"):
+                module.backend = backend if backend in (*module.operator.fused, "auto") else "torch"
+        ours.append(saved_bytes(net, inputs))
+    return stock[1] - stock[0], ours[1] - ours[0]
 
 
 def main() -> None:

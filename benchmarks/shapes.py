@@ -3,23 +3,30 @@
 The networks run on the meta device, where nothing is computed and no memory is taken; module hooks see every call.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from gdd_fast.models.backbones import build_backbone, fold_batch_norm
+from gdd_fast.models.backbones.vgg import MaxPool2x2
 from gdd_fast.models.edm import adm, ncsnpp
+from gdd_fast.models.frozen_conv import FrozenConv2d
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.modules import GroupNorm
 
-# (resolution, arguments) of the generators of METHOD's recipes.
+# (resolution, arguments) of the generators of the paper's recipes.
 NETWORKS = {
     "ncsnpp-32": (32, ncsnpp()),
     "ncsnpp-64": (64, ncsnpp(channel_mult=[1, 2, 2, 2])),
     "adm-64": (64, {**adm(), "label_dim": 1000}),
 }
+BACKBONES = ("vgg16_bn", "tf_efficientnet_lite0")
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,56 @@ class NormCall:
     scale: bool
     silu: bool
 
+    def __str__(self) -> str:
+        extras = [name for name in ("add", "scale", "silu") if getattr(self, name)]
+        return " ".join(("+".join(map(str, self.channels)) + f"x{self.resolution}²", *extras))
+
 
 @dataclass(frozen=True)
-class ResidualCall:
-    """One call of residual, less the batch."""
+class MapCall:
+    """One call of an operator on a square map (residual, max_pool2x2, to_uint8), less the batch."""
 
     channels: int
     resolution: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.resolution}²"
+
+
+@dataclass(frozen=True)
+class AttentionCall(MapCall):
+    """One call of attention, less the batch; `channels` of the values."""
+
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} heads {self.heads}"
+
+
+@dataclass(frozen=True)
+class ReluCall(MapCall):
+    """One call of frozen_conv2d_relu's activation, less the batch: its result, and where it is cut off."""
+
+    ceiling: float
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ceiling {self.ceiling}"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Calls by operator, each once, in order of first appearance."""
+
+    norms: tuple[NormCall, ...] = ()
+    residuals: tuple[MapCall, ...] = ()
+    attentions: tuple[AttentionCall, ...] = ()
+    relus: tuple[ReluCall, ...] = ()
+    pools: tuple[MapCall, ...] = ()
+    images: tuple[MapCall, ...] = ()
+
+    def __add__(self, other: "Layers") -> "Layers":
+        names = (field.name for field in fields(self))
+        return Layers(*(tuple(dict.fromkeys(getattr(self, n) + getattr(other, n))) for n in names))
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> GDDPrecond:
@@ -57,42 +107,69 @@ def call(net: GDDPrecond, batch: int = 1) -> Tensor:
     return net(x, torch.full((batch,), 80.0, device=device), labels)
 
 
-def collect(name: str) -> tuple[list[NormCall], list[ResidualCall]]:
-    """Every call of the two operators in one forward pass of a network, in order, with repetitions."""
+def collect_generator(name: str) -> Layers:
+    """Every call of our operators in one forward pass of a network of NETWORKS."""
     net = build(name)
-    norms: list[NormCall] = []
-    residuals: list[ResidualCall] = []
+    norms, residuals, attentions = [], [], []
 
-    def norm(module: GroupNorm, args: tuple, kwargs: dict) -> None:
+    def norm(module: GroupNorm, args: tuple, kwargs: dict, _: Tensor) -> None:
         maps = args[0] if isinstance(args[0], tuple) else args[:1]
-        channels = tuple(x.shape[1] for x in maps)
         given = [kwargs.get(key) is not None for key in ("add", "scale")]
         silu = kwargs.get("activation", "silu") == "silu"
-        norms.append(NormCall(channels, maps[0].shape[2], module.num_groups, *given, silu))
+        norms.append(NormCall(tuple(x.shape[1] for x in maps), maps[0].shape[2], module.num_groups, *given, silu))
 
-    def block(module: UNetBlock, _args: tuple, y: Tensor) -> None:
-        residuals.extend([ResidualCall(y.shape[1], y.shape[2])] * (2 if module.num_heads else 1))
+    def block(module: UNetBlock, _args: tuple, _kwargs: dict, result: Tensor | tuple[Tensor, Tensor | None]) -> None:
+        y = result[0] if isinstance(result, tuple) else result
+        residuals.append(MapCall(y.shape[1], y.shape[2]))
+        if module.num_heads:
+            attentions.append(AttentionCall(y.shape[1], y.shape[2], module.num_heads))
 
-    handles = [handle for module in net.modules() for handle in _hook(module, norm, block)]
+    # the meta device has no fused operators, whose presence moves the convolutions' biases into them, and statistics
+    with mock.patch.object(GroupNorm, "is_fused", lambda *_: True):
+        images = _run(net, {GroupNorm: norm, UNetBlock: block}, functools.partial(call, net))
+    return Layers(norms, residuals, attentions, images=[MapCall(*images.shape[1:3])])
+
+
+def collect_backbone(name: str) -> Layers:
+    """Every call of our operators in one forward pass of a frozen backbone at 224 pixels, batch norm folded."""
+    with torch.device("meta"):
+        net = fold_batch_norm(build_backbone(name, None, 224))
+    relus, pools = [], []
+
+    def convolution(_: FrozenConv2d, args: tuple, _kwargs: dict, y: Tensor) -> None:
+        if len(args) > 1 and args[1] is not None:
+            relus.append(ReluCall(y.shape[1], y.shape[2], math.inf if args[1] == "relu" else 6.0))
+
+    def pool(_: MaxPool2x2, args: tuple, _kwargs: dict, _y: Tensor) -> None:
+        pools.append(MapCall(args[0].shape[1], args[0].shape[2]))
+
+    x = torch.empty((1, 3, 224, 224), device="meta")
+    _run(net, {FrozenConv2d: convolution, MaxPool2x2: pool}, functools.partial(net, x))
+    return Layers(relus=relus, pools=pools)
+
+
+def _run(net: nn.Module, hooks: dict[type[nn.Module], Callable[..., None]], run: Callable[[], Tensor]) -> Tensor:
+    """run() with a forward hook on every module of these types."""
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in net.modules()
+        for kind, hook in hooks.items()
+        if isinstance(module, kind)
+    ]
     with torch.no_grad():
-        call(net)
+        y = run()
     for handle in handles:
         handle.remove()
-    return norms, residuals
+    return y
 
 
-def _hook(module: nn.Module, norm, block) -> Iterator:
-    if isinstance(module, GroupNorm):
-        yield module.register_forward_pre_hook(norm, with_kwargs=True)
-    elif isinstance(module, UNetBlock):
-        yield module.register_forward_hook(block)
+@functools.cache
+def layers() -> Layers:
+    """Those of all networks and backbones."""
+    collected = [*map(collect_generator, NETWORKS), *map(collect_backbone, BACKBONES)]
+    return sum((Layers(*(tuple(getattr(c, f.name)) for f in fields(c))) for c in collected), Layers())
 
 
-def norm_calls() -> list[NormCall]:
+def norm_calls() -> tuple[NormCall, ...]:
     """Every distinct call of group_norm_silu in the networks, in order of first appearance."""
-    return list(dict.fromkeys(shape for name in NETWORKS for shape in collect(name)[0]))
-
-
-def residual_calls() -> list[ResidualCall]:
-    """Every distinct call of residual in the networks' blocks, in order of first appearance."""
-    return list(dict.fromkeys(shape for name in NETWORKS for shape in collect(name)[1]))
+    return layers().norms

@@ -22,13 +22,16 @@ from gdd_fast.backend import Backend, Operator, plan
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.ops import group_norm_silu, residual
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
-from gdd_fast.ops.attention import attention as attention
+from gdd_fast.ops.attention import attention
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
 
 Pair = tuple[Tensor, Tensor]
 """(x, skip): the concatenation of their channels, not built."""
+
+Statistics = Tensor | tuple[Tensor | None, Tensor | None] | None
+"""Of a map, or of each of a pair: what `merge` returned with it, None where nothing did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 def resample_kernel(taps: Sequence[float]) -> Tensor:
@@ -131,30 +133,70 @@ class Conv2d(nn.Module):
         self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
-    def forward(self, x: Tensor | Pair) -> Tensor:
-        """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W')."""
+    def forward(self, x: Tensor | Pair, *, add_bias: bool = True) -> Tensor:
+        """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W').
+
+        Without `add_bias` the bias is left to an operator that follows.
+        """
+        bias = self.bias if add_bias else None
         if isinstance(x, tuple):
-            return self._convolve_pair(*x)
+            return self._convolve_pair(*x, bias)
         if self.conv_first:
             # The border that the filter needs is added once, before the convolution.
-            x = self._convolve(x, self.padding + self.border)
+            x = self._convolve(x, self.bias, self.padding + self.border)
             return resample(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
             options = {"up": self.up, "padding": self.border, "box": self.box, "backend": self.backend}
             x = resample(x, self.resample_filter, **options)
-        return x if self.weight is None else self._convolve(x, self.padding)
+        return x if self.weight is None else self._convolve(x, bias, self.padding)
 
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
+    def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
-            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+            return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x.dtype), padding=padding)
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
-        return frozen_conv2d(x, weight, self.bias, padding=padding)
+        return frozen_conv2d(x, weight, bias, padding=padding)
 
-    def _convolve_pair(self, x: Tensor, skip: Tensor) -> Tensor:
+    def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight is None or self.padding or self.up or self.down:
             raise ConfigError("only a 1x1 convolution without resampling takes a pair; concat(x, skip) for the others.")
         first, second = self.weight.to(x.dtype).split([x.shape[1], skip.shape[1]], 1)
-        return F.conv2d(x, first, self.bias.to(x.dtype)) + F.conv2d(skip, second)
+        bias = _cast(bias, x.dtype)
+        if (memory_format(x), memory_format(skip)) != (torch.channels_last, torch.channels_last):
+            return F.conv2d(x, first, bias) + F.conv2d(skip, second)
+        # In channels_last memory both are matrix products, and the second adds to the first without a pass for that.
+        n, _, height, width = x.shape
+        rows, skip_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, skip))
+        y = torch.addmm(F.linear(rows, first.flatten(1), bias), skip_rows, second.flatten(1).t())
+        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+class QkvConv2d(Conv2d):
+    """The 1x1 convolution that makes queries, keys and values: (N, C, H, W) -> (N, 3 C, H, W) in "blocks".
+
+    Weight and bias are EDM's, with channel c of head h of q (j = 0), k and v at (h * D + c) * 3 + j. They are put into
+    the order that `attention` reads without a copy at every call: gradients find their way back by themselves, and no
+    checkpoint, export or optimizer sees another order than EDM's.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, init: Init | None = None) -> None:
+        super().__init__(channels, 3 * channels, 1, init=init)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self._blocks(self.bias)
+        if self.weight.requires_grad:
+            return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
+        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        return frozen_conv2d(x, self._blocks(weight), bias)
+
+    def _blocks(self, parameter: Tensor) -> Tensor:
+        """(3 C, ...) from (head, channel, qkv) to (qkv, head, channel)."""
+        rest = parameter.shape[1:]
+        return parameter.unflatten(0, (self.num_heads, -1, 3)).movedim(2, 0).reshape(-1, *rest)
 
 
 class GroupNorm(nn.Module):
@@ -178,6 +220,11 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
+    def is_fused(self, x: Tensor | Pair) -> bool:
+        """Whether a fused operator normalises maps like x: an addend before the norm then costs no pass over them, and
+        statistics that come with x save one."""
+        return group_norm_silu.chosen(x[0] if isinstance(x, tuple) else x, self.backend) != "torch"
+
     def forward(
         self,
         x: Tensor | Pair,
@@ -186,8 +233,12 @@ class GroupNorm(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: Literal["silu"] | None = "silu",
+        statistics: Statistics = None,
     ) -> Tensor:
-        """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C)."""
+        """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C).
+
+        `statistics` are those that `merge` returned with `x`, if it did; of a pair, a pair of them.
+        """
         return group_norm_silu.group_norm_silu(
             x,
             self.num_groups,
@@ -198,17 +249,26 @@ class GroupNorm(nn.Module):
             scale=scale,
             shift=shift,
             activation=activation,
+            statistics=statistics,
             backend=self.backend,
         )
 
 
-def merge(x: Tensor, skip: Tensor, scale: float = 1.0, *, backend: Backend = "auto") -> Tensor:
-    """`(x + skip) * scale`: the end of every residual branch."""
-    return residual.residual(x, skip, scale=scale, backend=backend)
+def merge(
+    x: Tensor,
+    skip: Tensor,
+    scale: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    statistics: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`(x + skip + bias) * scale`: the end of every residual branch; on request with the statistics of the result."""
+    return residual.residual(x, skip, bias, scale, statistics=statistics, backend=backend)
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of `qkv` (N, 3 C, H, W) as EDM's convolutions pack it -> (N, C, H, W)."""
+    """Self-attention over the pixels of what `QkvConv2d` makes: (N, 3 C, H, W) in "blocks" -> (N, C, H, W)."""
 
     operator = ATTENTION
     backend: Backend = "auto"
@@ -218,7 +278,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, qkv: Tensor) -> Tensor:
-        return attention(qkv, self.num_heads, backend=self.backend)
+        return attention(qkv, self.num_heads, "blocks", self.backend)
 
 
 def operators_of(net: nn.Module) -> set[Operator]:

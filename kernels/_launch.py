@@ -1,4 +1,16 @@
-"""What the launchers share: launch configurations from tuned.json, and how many programs fill a device."""
+"""What the launchers share: launch configurations from tuned.json, and how many programs fill a device.
+
+tuned.json holds for every operator (group_norm_silu: for either direction)
+
+    "default"       options that hold everywhere, by rule: tiles, warps, a limit of registers
+    "sm_90", ...    what differs on an architecture; "measured" among it is a list of {"shape": ..., "options": ...},
+                    of which the entry nearest to the shape at hand is taken
+
+and for attention also "faster_than_sdpa": by architecture, the [tokens, channels a head, type] at which the kernels
+were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
+
+It is read once. An architecture without an entry runs by rule, as sm_80 and sm_90 do until someone measures them.
+"""
 
 import functools
 import json
@@ -17,6 +29,11 @@ def _table() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "tuned.json").read_text())
 
 
+def faster_than_sdpa(device: torch.device) -> list[list]:
+    """[tokens, channels a head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
+    return _table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
+
+
 @functools.lru_cache(maxsize=4096)
 def configuration(operator: str, device: torch.device, shape: tuple[int, ...] = ()) -> dict[str, int]:
     """Launch options of `operator` on `device`.
@@ -27,12 +44,16 @@ def configuration(operator: str, device: torch.device, shape: tuple[int, ...] = 
     entries = _table()[operator]
     options = dict(entries["default"])
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        options |= entries.get(f"sm_{major}{minor}", {})
+        options |= entries.get(_architecture(device), {})
     measured = options.pop("measured", ())
     if measured and shape:
         options |= min(measured, key=lambda entry: _distance(entry["shape"], shape))["options"]
     return options
+
+
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:

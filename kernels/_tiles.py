@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WASTE = 0.25
+MOST_PARTS = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,14 @@ def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: 
     return Tile(width, blocks, block_c, power_of_2(width // group), block_s)
 
 
-def split(blocks: int, pixels: int, block_s: int, programs: int, most: int = 32) -> int:
-    """Into how many parts the pixels of a sample go, so that `blocks` x parts is about `programs`; none is empty."""
-    parts = min(ceil_div(programs, blocks), ceil_div(pixels, block_s), most)
-    return ceil_div(pixels, ceil_div(pixels, parts))
+def split(blocks: int, pixels: int, block_s: int, programs: int) -> tuple[int, int]:
+    """(parts, chunk): a sample's pixels go in `parts` runs of `chunk`, so that `blocks` x parts is about `programs`.
+
+    No run is empty and the last may be shorter. Runs start at multiples of 16 pixels, for vector loads from contiguous
+    memory.
+    """
+    parts = min(ceil_div(programs, blocks), ceil_div(pixels, block_s), MOST_PARTS)
+    chunk = ceil_div(pixels, parts)
+    if parts > 1:
+        chunk = ceil_div(chunk, 16) * 16
+    return ceil_div(pixels, chunk), min(chunk, pixels)

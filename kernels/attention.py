@@ -32,9 +32,16 @@ def _store(ptr, value, rows, tokens, stride_t, D: tl.constexpr, STRIDE_C: tl.con
 
 
 @triton.jit
-def _bases(qkv_ptr, y_ptr, tokens, heads, C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr):
-    """Where this program's image and head begin, in qkv, in y and in statistics."""
-    pair = tl.program_id(1).to(tl.int64)
+def _program(tokens, BLOCK: tl.constexpr):
+    """(tile of tokens, image and head) of this program, in a grid of one dimension: a second ends at 65535."""
+    tiles = tl.cdiv(tokens, BLOCK)
+    pid = tl.program_id(0)
+    return pid % tiles * BLOCK + tl.arange(0, BLOCK), (pid // tiles).to(tl.int64)
+
+
+@triton.jit
+def _bases(qkv_ptr, y_ptr, pair, tokens, heads, C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr):
+    """Where this image and head begin, in qkv, in y and in statistics."""
     image, head = pair // heads, pair % heads
     qkv = qkv_ptr + image * tokens * 3 * C + head * STRIDE_H
     return qkv, y_ptr + image * tokens * C + head * D, pair * tokens
@@ -46,8 +53,8 @@ def forward_kernel(
     C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_J: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    qkv, y_base, row_base = _bases(qkv_ptr, y_ptr, tokens, heads, C, D, STRIDE_H)
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    rows, pair = _program(tokens, BLOCK_Q)
+    qkv, y_base, row_base = _bases(qkv_ptr, y_ptr, pair, tokens, heads, C, D, STRIDE_H)
     q = _tile(qkv, rows, tokens, 3 * C, D, STRIDE_C)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -74,9 +81,9 @@ def backward_q_kernel(
     C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_J: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    qkv, y_base, row_base = _bases(qkv_ptr, y_ptr, tokens, heads, C, D, STRIDE_H)
-    dqkv, dy_base, _ = _bases(dqkv_ptr, dy_ptr, tokens, heads, C, D, STRIDE_H)
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    rows, pair = _program(tokens, BLOCK_Q)
+    qkv, y_base, row_base = _bases(qkv_ptr, y_ptr, pair, tokens, heads, C, D, STRIDE_H)
+    dqkv, dy_base, _ = _bases(dqkv_ptr, dy_ptr, pair, tokens, heads, C, D, STRIDE_H)
     lse = tl.load(lse_ptr + row_base + rows, rows < tokens, other=0)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
     for c in range(0, D, CHUNK):
@@ -108,9 +115,9 @@ def backward_kv_kernel(
     C: tl.constexpr, D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_J: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    qkv, dy_base, row_base = _bases(qkv_ptr, dy_ptr, tokens, heads, C, D, STRIDE_H)
-    dqkv, _, _ = _bases(dqkv_ptr, dy_ptr, tokens, heads, C, D, STRIDE_H)
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns, pair = _program(tokens, BLOCK_K)
+    qkv, dy_base, row_base = _bases(qkv_ptr, dy_ptr, pair, tokens, heads, C, D, STRIDE_H)
+    dqkv, _, _ = _bases(dqkv_ptr, dy_ptr, pair, tokens, heads, C, D, STRIDE_H)
     k = _tile(qkv + STRIDE_J, columns, tokens, 3 * C, D, STRIDE_C)
     v = _tile(qkv + 2 * STRIDE_J, columns, tokens, 3 * C, D, STRIDE_C)
     dk = tl.zeros((BLOCK_K, D), tl.float32)
@@ -138,7 +145,7 @@ def attention(qkv: Tensor, heads: int, interleaved: bool) -> tuple[Tensor, Tenso
     lse = torch.empty((n, heads, h * w), dtype=torch.float32, device=qkv.device)
     if y.numel():
         options, layout, scale = _arguments(qkv, heads, interleaved, "forward")
-        grid = (triton.cdiv(h * w, options["BLOCK_Q"]), n * heads)
+        grid = (triton.cdiv(h * w, options["BLOCK_Q"]) * n * heads,)
         forward_kernel[grid](qkv, y, lse, h * w, heads, scale, **layout, **options)
     return y, lse
 
@@ -150,9 +157,9 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: i
     if y.numel():
         options, layout, scale = _arguments(qkv, heads, interleaved, "backward")
         chunk = channels_at_once(layout["D"], qkv.element_size())
-        grid = (triton.cdiv(h * w, options["BLOCK_Q"]), n * heads)
+        grid = (triton.cdiv(h * w, options["BLOCK_Q"]) * n * heads,)
         backward_q_kernel[grid](qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options)
-        grid = (triton.cdiv(h * w, options["BLOCK_K"]), n * heads)
+        grid = (triton.cdiv(h * w, options["BLOCK_K"]) * n * heads,)
         backward_kv_kernel[grid](qkv, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
     return dqkv
 

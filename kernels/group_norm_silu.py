@@ -7,6 +7,8 @@ concatenation of their channels: a block of channels reads the part in x, then t
 Where samples and blocks alone fill the device, one kernel does all: it walks over its pixels once for the statistics
 and once more to apply them, the second time from cache. Otherwise pixels are split over programs, and the statistics
 (or the sums the gradient needs) of each part come from a kernel before. No atomics: results repeat to the bit.
+
+Counts of programs and parts tell nothing of addresses, so kernels are not compiled anew for each (do_not_specialize).
 """
 
 import torch
@@ -23,10 +25,10 @@ from ._channels import (
     tile_pointers,
 )
 from ._launch import configuration, pixel_stride, programs_wanted
-from ._tiles import Tile, ceil_div, power_of_2, split, tile
+from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks"])
 def statistics_kernel(
     x, statistics, x_n, x_c, x_s, C, S, parts, chunk, blocks,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -41,7 +43,7 @@ def statistics_kernel(
     store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks", "x_parts", "skip_parts"])
 def forward_kernel(
     x, skip, x_statistics, skip_statistics, add, weight, bias, scale, shift, y, mean_out, rstd_out,
     x_n, x_c, x_s, skip_n, skip_c, skip_s, y_n, y_c, y_s, add_n, scale_n, shift_n,
@@ -49,7 +51,7 @@ def forward_kernel(
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     X_PARTS: tl.constexpr, SKIP_PARTS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """X_PARTS and SKIP_PARTS: parts of the statistics given, rounded up to a power of two; 0 to compute them here."""
+    """X_PARTS and SKIP_PARTS: room for the parts of the statistics given; 0 to compute them here."""
     block, part, n = _program(blocks, parts)
     local = tl.arange(0, BLOCK_C)
     first = block * CHANNELS
@@ -107,7 +109,7 @@ def forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks"])
 def backward_sums_kernel(
     x, skip, dy, mean, rstd, add, weight, bias, scale, shift, sums,
     x_n, x_c, x_s, skip_n, skip_c, skip_s, dy_n, dy_c, dy_s, add_n, scale_n, shift_n,
@@ -141,7 +143,7 @@ def backward_sums_kernel(
         tl.store(pointers + 2 * C, h, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks", "sum_parts"])
 def backward_kernel(
     x, skip, dy, mean, rstd, add, weight, bias, scale, shift, sums,
     dx, dskip, dadd, dweight, dbias, dscale, dshift,
@@ -150,7 +152,7 @@ def backward_kernel(
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     SUM_PARTS: tl.constexpr, SUMS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """SUM_PARTS: parts of the sums given, rounded up to a power of two; 0 to compute them here.
+    """SUM_PARTS: room for the parts of the sums given; 0 to compute them here.
 
     dadd, dscale and dshift are (N, C); dweight and dbias too, still to be summed over the samples.
     """
@@ -374,11 +376,17 @@ class Plan:
         self.tile: Tile = tile(channels, channels // groups, self.pixels, x.stride(1) == 1, options.pop("elements"))
         self.options = options
         self.blocks = n * self.tile.blocks
-        self.parts = split(self.blocks, self.pixels, self.tile.block_s, programs_wanted(x.device))
+        self.parts, self.chunk = split(self.blocks, self.pixels, self.tile.block_s, programs_wanted(x.device))
 
-    def cut(self, parts: int) -> dict[str, int]:
-        """Arguments of a kernel whose pixels go to `parts` programs."""
-        return {"parts": parts, "chunk": ceil_div(self.pixels, parts), "blocks": self.tile.blocks}
+    @property
+    def cut(self) -> dict[str, int]:
+        """Arguments of a kernel whose pixels go to `parts` programs of `chunk` each."""
+        return {"parts": self.parts, "chunk": self.chunk, "blocks": self.tile.blocks}
+
+    @property
+    def whole(self) -> dict[str, int]:
+        """Arguments of a kernel whose programs take all pixels of a sample."""
+        return {"parts": 1, "chunk": self.pixels, "blocks": self.tile.blocks}
 
     def constants(self, group: int) -> dict[str, int]:
         t = self.tile
@@ -432,9 +440,9 @@ def forward(
     forward_kernel[(plan.blocks * plan.parts,)](
         x, skip, x_statistics, skip_statistics, add, weight, bias, scale, shift, y, mean, rstd,
         *_strides(x), *_strides(skip), *_strides(y), _row_stride(add), _row_stride(scale), _row_stride(shift),
-        C=c, C1=x.shape[1], S=plan.pixels, eps=eps, **plan.cut(plan.parts), x_parts=x_parts, skip_parts=skip_parts,
-        BLOCK_G=plan.tile.block_g, X_PARTS=x_parts and power_of_2(x_parts),
-        SKIP_PARTS=skip_parts and power_of_2(skip_parts), SILU=silu, **plan.constants(c // num_groups),
+        C=c, C1=x.shape[1], S=plan.pixels, eps=eps, **plan.cut, x_parts=x_parts, skip_parts=skip_parts,
+        BLOCK_G=plan.tile.block_g, X_PARTS=_room(x_parts), SKIP_PARTS=_room(skip_parts), SILU=silu,
+        **plan.constants(c // num_groups),
     )  # fmt: skip
     return mean, rstd
 
@@ -471,16 +479,21 @@ def backward(
     if plan.parts > 1:
         sums = torch.empty((n, plan.parts, number, c), dtype=torch.float32, device=x.device)
         backward_sums_kernel[(plan.blocks * plan.parts,)](
-            *sources, sums, *strides, *row_strides, c, x.shape[1], plan.pixels, **plan.cut(plan.parts),
+            *sources, sums, *strides, *row_strides, c, x.shape[1], plan.pixels, **plan.cut,
             SUMS=number, SILU=silu, **plan.constants(group),
         )  # fmt: skip
-    parts = 1 if dx is None and dskip is None else plan.parts
-    backward_kernel[(plan.blocks * parts,)](
+    cut = plan.whole if dx is None and dskip is None else plan.cut
+    backward_kernel[(plan.blocks * cut["parts"],)](
         *sources, sums, dx, dskip, dadd, dweight, dbias, dscale, dshift,
-        *strides, *_strides(dx), *_strides(dskip), *row_strides, C=c, C1=x.shape[1], S=plan.pixels, **plan.cut(parts),
-        sum_parts=plan.parts, BLOCK_G=plan.tile.block_g, SUM_PARTS=0 if sums is None else power_of_2(plan.parts),
+        *strides, *_strides(dx), *_strides(dskip), *row_strides, C=c, C1=x.shape[1], S=plan.pixels, **cut,
+        sum_parts=plan.parts, BLOCK_G=plan.tile.block_g, SUM_PARTS=0 if sums is None else MOST_PARTS,
         SUMS=number, SILU=silu, **plan.constants(group),
     )  # fmt: skip
+
+
+def _room(parts: int) -> int:
+    """For `parts` statistics: the same for all that residual and `statistics` make, so that one kernel takes any."""
+    return parts and max(power_of_2(parts), 16)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

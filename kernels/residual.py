@@ -13,7 +13,7 @@ from ._launch import configuration, pixel_stride
 from ._tiles import ceil_div, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks"])
 def residual_kernel(
     h, skip, bias, y, statistics, h_n, h_c, h_s, skip_n, skip_c, skip_s, y_n, y_c, y_s,
     C, S, scale, parts, chunk, blocks, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -5,7 +5,9 @@ has Triton's interpreter switched on; `compile_cuda` gives CUDA source to nvcc. 
 architecture; `Resources.assert_no_spills` is the check that every kernel has to pass.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -62,37 +64,27 @@ def compile_triton(module: str, cases: Sequence[TritonCase], architectures: Sequ
 
 
 def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures: list[int]) -> list[dict[str, Any]]:
-    import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, compile
 
+    # the assembler's words are those of Triton's own call, with its options; a kernel from the cache would have none
+    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     kernels = importlib.import_module(module)
     results = []
     for case in cases:
-        signature = {**case["signature"], **dict.fromkeys(case["constants"], "constexpr")}
+        kernel = getattr(kernels, case["kernel"])
+        types = {**case["signature"], **dict.fromkeys(case["constants"], "constexpr")}
+        signature = {name: types[name] for name in kernel.arg_names}
+        hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]}
         for architecture in architectures:
-            kernel = getattr(kernels, case["kernel"])
-            signature = {name: signature[name] for name in kernel.arg_names}
-            hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]}
             source = ASTSource(kernel, signature, constexprs=case["constants"], attrs=hints)
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source, target=target, options=case["options"])
-            registers, spilled, _ = _assembler_report(compiled.asm["ptx"], knobs.nvidia.ptxas.path, architecture)[0]
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=case["options"])
+            registers, spilled, _ = _parse(log.getvalue())[0]
             entry = Resources(case["kernel"], architecture, registers, spilled, compiled.metadata.shared)
             results.append(asdict(entry))
     return results
-
-
-def _assembler_report(ptx: str, ptxas: str, architecture: int) -> list[tuple[int, int, int]]:
-    # sm_90a where Triton asked for it: the target is written in the PTX
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={target[1] if target else f'sm_{architecture}'}", path, "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return _parse(done.stderr)
 
 
 def compile_cuda(source: str, architecture: int, include: Sequence[Path] = ()) -> list[Resources]:

@@ -10,7 +10,8 @@ from gdd_fast import backend as backends_module
 from gdd_fast.backend import resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.kernels import __path__ as kernels_path
-from gdd_fast.ops.attention import HEAD_DIMS, OPERATOR, attention, attention_formula, attention_ref
+from gdd_fast.modules import QkvConv2d
+from gdd_fast.ops.attention import HEAD_DIMS, OPERATOR, _tokens, attention, attention_formula, attention_ref
 from offline import TritonCase, compile_triton
 from parity import assert_as_accurate_as_torch, backends, device_for
 
@@ -118,7 +119,41 @@ def test_repeats_to_the_bit_and_registers(backend):
 
 @BACKENDS
 def test_empty_batch(backend):
-    assert attention(packed(0, 1, 16, 4, 4, backend=backend), 1, backend=backend).shape == (0, 16, 4, 4)
+    qkv = packed(0, 1, 16, 4, 4, backend=backend)
+    y = attention(qkv, 1, backend=backend)
+    assert y.shape == (0, 16, 4, 4) and torch.autograd.grad(y.sum(), qkv)[0].shape == qkv.shape
+
+
+@ORDERS
+def test_gradients_of_the_definitions_once_and_twice(order):
+    qkv = packed(1, 2, 2, 2, 2).double().detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x, 2, order, "torch"), (qkv,))
+    assert torch.autograd.gradcheck(lambda x: attention_formula(x, 2, order), (qkv,))
+    assert torch.autograd.gradgradcheck(lambda x: attention_formula(x, 2, order), (qkv,))
+
+
+def test_blocks_in_channels_last_are_not_copied():
+    qkv = packed(2, 2, 16, 3, 3)
+    q, k, v = _tokens(qkv, 2, "blocks")
+    assert {t.untyped_storage().data_ptr() for t in (q, k, v)} == {qkv.untyped_storage().data_ptr()}
+    assert attention(qkv, 2, "blocks", "torch").is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_qkv_convolution_gives_blocks_and_keeps_edms_order(frozen):
+    """Its parameters, and their gradients, are those of a plain convolution whose result is interleaved."""
+    torch.manual_seed(0)
+    layer, x = QkvConv2d(16, 2), torch.randn(2, 16, 3, 3).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    torch.nn.init.normal_(layer.bias)
+    plain = torch.nn.functional.conv2d(x, layer.weight, layer.bias)
+    inputs = [x] if frozen else [x, layer.weight, layer.bias]
+    want = edm(plain, 2)
+    expected = torch.autograd.grad(want.sin().sum(), inputs)
+    layer.requires_grad_(not frozen)
+    y = attention(layer(x), 2, "blocks")
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(torch.autograd.grad(y.sin().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_pytorch_until_something_is_measured(monkeypatch):
@@ -152,7 +187,7 @@ def kernel_cases(name: str, entry: dict[str, int], strides: tuple[int, int, int]
     tail = {"tokens": "i32", "heads": "i32", "scale": "fp32"}
     stride_h, stride_c, stride_j = strides
     layout = {"C": 256, "D": int(head_dim), "STRIDE_H": stride_h, "STRIDE_C": stride_c, "STRIDE_J": stride_j}
-    options = {key: entry[key] for key in ("num_warps", "num_stages")}
+    options = {key: entry[key] for key in ("num_warps", "num_stages", "maxnreg") if key in entry}
     constants = layout | {key: entry[key] for key in ("BLOCK_Q", "BLOCK_K")}
     if direction == "forward":
         signatures = {"forward_kernel": {"qkv_ptr": data, "y_ptr": data, "lse_ptr": "*fp32"}}

@@ -13,7 +13,8 @@ from torch import Tensor
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.edm import DhariwalUNet, SongUNet, adm, ddpmpp, ncsnpp
 from gdd_fast.models.precond import EDMPrecond
-from gdd_fast.modules import Conv2d, GroupNorm, attention, resample, resample_kernel
+from gdd_fast.modules import Conv2d, GroupNorm, resample, resample_kernel
+from gdd_fast.ops.attention import attention
 
 DATA = Path(__file__).parent / "data"
 OUTPUTS = load_file(DATA / "edm_outputs.safetensors")

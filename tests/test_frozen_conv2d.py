@@ -116,6 +116,19 @@ def test_bad_calls_are_refused():
         frozen_conv2d(x, weight.requires_grad_())
     with pytest.raises(InputError, match=r"\(4, 8, 8\)"):
         frozen_conv2d(x[0], weight)
+    weight.requires_grad_(False)
+    with pytest.raises(InputError, match="weight is on meta"):
+        frozen_conv2d(x, weight.to("meta"))
+    with pytest.raises(InputError, match="floating"):
+        frozen_conv2d(x.detach().int(), weight)
+
+
+def test_empty_batch():
+    x, weight, bias = operands((0, 4, 8, 8), (6, 4, 3, 3))
+    y = frozen_conv2d(x, weight, bias)
+    assert y.shape == (0, 6, 6, 6)
+    dx, db = torch.autograd.grad(y.sum(), (x, bias))
+    assert dx.shape == x.shape and not db.any()
 
 
 # --- the weight's copy ---

@@ -186,6 +186,22 @@ def test_a_mean_far_above_the_spread(backend):
 
 
 @BACKENDS
+def test_samples_more_than_two_to_the_31_elements_apart(backend):
+    """In x, in its gradient and in what the skip connection was sliced from; the memory between is never touched."""
+    case = Case((2, 4, 3, 3), 2, pair=4, rows=(), backend=backend)
+    if case.inputs[0].is_cuda:
+        pytest.skip("takes the memory that a CPU only promises")
+    far = [torch.empty(2**31 + 64).as_strided(t.shape, (2**31 + 16, 1, 12, 4)).copy_(t) for t in case.inputs[:2]]
+    inputs = [t.detach().requires_grad_() for t in (*far, *case.inputs[2:])]
+    y, want = case.fused(*inputs), case.ref(*case.inputs)
+    torch.testing.assert_close(y, want)
+    dy = torch.empty(2**31 + 128).as_strided(y.shape, (2**31 + 16, 1, 24, 8)).copy_(y.detach())
+    got = torch.autograd.grad(y, inputs, dy)
+    for a, b in zip(got, torch.autograd.grad(want, case.inputs, y.detach()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
 def test_repeats_to_the_bit(backend):
     case = Case((1, 16, 8, 8), 4, backend=backend)
 
@@ -328,7 +344,10 @@ def test_autocast_does_not_change_the_dtype():
         ({"activation": "relu"}, "activation"),
         ({"x": (torch.zeros(2, 2, 3, 3), torch.zeros(2, 2, 4, 4))}, "second tensor of a pair"),
         ({"weight": torch.zeros(4, device="meta")}, "weight is on meta"),
+        ({"shift": torch.zeros(2, 4, device="meta")}, "shift is on meta"),
+        ({"statistics": torch.zeros(2, 1, 2, 4, device="meta")}, "statistics is on meta"),
         ({"statistics": torch.zeros(2, 1, 2, 5)}, "statistics must be"),
+        ({"statistics": torch.zeros(2, 1, 2, 4).half()}, "statistics must be torch.float32"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -80,8 +80,14 @@ def test_registration_and_compile(backend):
     torch.testing.assert_close(*(torch.autograd.grad(f(x), x)[0] for f in (compiled, function)))
 
 
-def test_empty_batch_and_bad_calls():
-    assert max_pool2x2(torch.zeros(0, 3, 4, 4)).shape == (0, 3, 2, 2)
+@BACKENDS
+def test_empty_batch(backend):
+    x = images((0, 3, 4, 4), torch.float32, backend)
+    y = max_pool2x2(x, backend)
+    assert y.shape == (0, 3, 2, 2) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_bad_calls():
     for x in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 4, 4, dtype=torch.int32)):
         with pytest.raises(InputError, match="at least 2x2"):
             max_pool2x2(x)

@@ -67,6 +67,22 @@ def test_mixed_and_strange_layouts(backend):
 
 
 @BACKENDS
+def test_repeats_to_the_bit(backend):
+    inputs = tensors((1, 10, 16, 16), backend)
+    first, again = (residual(*inputs, SCALE, statistics=True, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@BACKENDS
+def test_samples_more_than_two_to_the_31_elements_apart(backend):
+    h, skip = (t.detach() for t in tensors((2, 4, 3, 3), backend, bias=False))
+    if h.is_cuda:
+        pytest.skip("takes the memory that a CPU only promises")
+    far = torch.empty(2**31 + 64).as_strided(h.shape, (2**31 + 16, 1, 12, 4)).copy_(h)
+    torch.testing.assert_close(residual(far, skip, scale=SCALE, backend=backend), residual_ref(h, skip, None, SCALE))
+
+
+@BACKENDS
 def test_saves_nothing(backend):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):

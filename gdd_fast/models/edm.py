@@ -204,22 +204,25 @@ class SongUNet(nn.Module):
         """
         emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
 
+        # With each map go its statistics, for the norm that reads it, if what made the map has taken them.
         skips = []
-        aux = x
+        aux, statistics = x, None
         for name, layer in self.enc.items():
             match _role(name):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x = skips[-1] = merge(x, layer(aux), backend=self.backend)
+                    x, statistics = merge(x, layer(aux), backend=self.backend), None
+                    skips[-1] = x, statistics
                 case "aux_residual":
-                    x = skips[-1] = aux = merge(x, layer(aux), math.sqrt(0.5), backend=self.backend)
+                    x, statistics = merge(x, layer(aux), math.sqrt(0.5), backend=self.backend), None
+                    aux, skips[-1] = x, (x, statistics)
                 case "conv":
                     x = layer(x)
-                    skips.append(x)
+                    skips.append((x, None))
                 case _:
-                    x = layer(x, emb)
-                    skips.append(x)
+                    x, statistics = layer(x, emb, statistics=statistics, return_statistics=True)
+                    skips.append((x, statistics))
 
         image = None
         normed = x
@@ -228,12 +231,12 @@ class SongUNet(nn.Module):
                 case "aux_up":
                     image = layer(image)
                 case "aux_norm":
-                    normed = layer(x)
+                    normed = layer(x, statistics=statistics)
                 case "aux_conv":
                     y = layer(normed)
                     image = y if image is None else merge(image, y, backend=self.backend)
                 case _:
-                    x = layer((x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
+                    x, statistics = _decode(layer, x, statistics, skips, emb)
         return image
 
     def embed(
@@ -338,12 +341,16 @@ class DhariwalUNet(nn.Module):
         """As `SongUNet.forward`."""
         emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
         skips = []
+        statistics = None
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+            if isinstance(layer, UNetBlock):
+                x, statistics = layer(x, emb, statistics=statistics, return_statistics=True)
+            else:
+                x = layer(x)
+            skips.append((x, statistics))
         for layer in self.dec.values():
-            x = layer((x, skips.pop()) if layer.in_channels != x.shape[1] else x, emb)
-        return self.out_conv(self.out_norm(x))
+            x, statistics = _decode(layer, x, statistics, skips, emb)
+        return self.out_conv(self.out_norm(x, statistics=statistics))
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, *, batch: int
@@ -360,6 +367,16 @@ class DhariwalUNet(nn.Module):
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+
+def _decode(
+    block: UNetBlock, x: Tensor, statistics: Tensor | None, skips: list[tuple[Tensor, Tensor | None]], emb: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A decoder's block on x and, where it takes more channels, the latest of the skips; its result's statistics."""
+    if block.in_channels == x.shape[1]:
+        return block(x, emb, statistics=statistics, return_statistics=True)
+    skip, skip_statistics = skips.pop()
+    return block((x, skip), emb, statistics=(statistics, skip_statistics), return_statistics=True)
 
 
 def _size(img_resolution: int, level: int) -> str:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.modules import Attention, Conv2d, GroupNorm, Init, Linear, Pair, concat, merge
+from gdd_fast.modules import Attention, Conv2d, GroupNorm, Init, Linear, Pair, QkvConv2d, Statistics, concat, merge
 from gdd_fast.ops.residual import OPERATOR
 
 
@@ -61,28 +61,42 @@ class UNetBlock(nn.Module):
             if out_channels % num_heads:
                 raise ConfigError(f"{out_channels} channels do not divide into {num_heads} attention heads.")
             self.norm2 = GroupNorm(out_channels, eps=eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
+            self.qkv = QkvConv2d(out_channels, num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
             self.attend = Attention(num_heads)
 
-    def forward(self, x: Tensor | Pair, emb: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor | Pair, emb: Tensor, *, statistics: Statistics = None, return_statistics: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype.
 
-        A pair (x, skip) stands for its concatenation.
+        A pair (x, skip) stands for its concatenation. `statistics` are those returned with `x`; `return_statistics`
+        returns the result's beside it, for the norm that reads it next: None where that would not be fused.
         """
-        h = self.conv0(self.norm0(x))
+        # Fused norms and residuals take a convolution's bias along, which libraries' add in a pass of its own, and the
+        # residual's statistics spare the next norm a pass.
+        fused = self.norm1.is_fused(x)
+        h = self.conv0(self.norm0(x, statistics=statistics), add_bias=not fused)
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift)
+            h = self.norm1(h, add=self.conv0.bias[None] if fused else None, scale=scale, shift=shift)
         else:
-            h = self.norm1(h, add=self.affine(emb))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+            offset = self.affine(emb)
+            h = self.norm1(h, add=offset + self.conv0.bias if fused else offset)
+        h = self.conv1(F.dropout(h, self.dropout, self.training), add_bias=not fused)
+        bias = self.conv1.bias if fused else None
         if self.skip is not None:
-            x = self.skip(x)
+            x = self.skip(x, add_bias=not fused)
+            bias = bias + self.skip.bias if fused and self.skip.bias is not None else bias
         elif isinstance(x, tuple):
             x = concat(*x)
-        x = merge(h, x, self.skip_scale, backend=self.backend)
+        x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))
         if self.num_heads:
-            h = self.attend(self.qkv(self.norm2(x, activation=None)))
-            x = merge(self.proj(h), x, self.skip_scale, backend=self.backend)
-        return x
+            h = self.attend(self.qkv(self.norm2(x, activation=None, statistics=statistics)))
+            h = self.proj(h, add_bias=not fused)
+            x, statistics = self._merge(h, x, self.proj.bias if fused else None, fused and return_statistics)
+        return (x, statistics) if return_statistics else x
+
+    def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
+        merged = merge(h, x, self.skip_scale, bias=bias, statistics=statistics, backend=self.backend)
+        return merged if statistics else (merged, None)

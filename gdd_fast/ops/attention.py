@@ -1,8 +1,12 @@
 """Self-attention over the pixels of a feature map, on the packed result of the convolution that makes q, k and v.
 
-Softmax is in float32 in every dtype. "torch" repacks the tokens once and calls PyTorch's scaled_dot_product_attention;
-"triton" reads q, k and v where the convolution left them, saves them with one number a query and head, and recomputes
-the probabilities in backward.
+Softmax is in float32 in every dtype. "torch" calls PyTorch's scaled_dot_product_attention; "triton" saves qkv with one
+number a query and head, and recomputes the probabilities in backward.
+
+EDM's convolution interleaves q, k and v. Parameters keep its order everywhere, in training, checkpoints and exports;
+`gdd_fast.modules.QkvConv2d` reorders its weight at every call, which is a few hundred kilobytes where activations are
+many megabytes, so that the result comes in "blocks". Those both implementations read where the convolution left them
+if the memory is channels_last; "interleaved" ones, and contiguous memory, cost "torch" one copy.
 
 "auto" takes the Triton kernels at the shapes that kernels/tuned.json lists as measured to be faster than PyTorch's on
 the architecture at hand. None has been measured yet, so it is "torch" everywhere.
@@ -88,11 +92,10 @@ def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:
     """Whether tuned.json lists this (tokens, channels a head, type) for this GPU's architecture."""
-    from gdd_fast.kernels._launch import _table
+    from gdd_fast.kernels._launch import faster_than_sdpa
 
-    major, minor = torch.cuda.get_device_capability(qkv.device)
     shape = [qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * num_heads), str(qkv.dtype).removeprefix("torch.")]
-    return shape in _table()["attention"]["faster_than_sdpa"].get(f"sm_{major}{minor}", [])
+    return shape in faster_than_sdpa(qkv.device)
 
 
 class _Attention(torch.autograd.Function):
@@ -172,9 +175,11 @@ def _softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 def _tokens(qkv: Tensor, num_heads: int, order: Order) -> tuple[Tensor, ...]:
-    """q, k and v, each (N, heads, H * W, D): one copy brings them to the form that PyTorch's kernels read."""
+    """q, k and v, each (N, heads, H * W, D) with its channels side by side, as PyTorch's kernels read them."""
     n, packed, h, w = qkv.shape
     head_dim = packed // (3 * num_heads)
+    if order == "blocks" and _layout(qkv) is torch.channels_last:
+        return qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     if order == "interleaved":
         split = qkv.reshape(n, num_heads, head_dim, 3, h * w).permute(3, 0, 1, 4, 2)
     else:

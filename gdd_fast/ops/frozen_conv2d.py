@@ -59,7 +59,8 @@ def frozen_conv2d(
         (N, K, H', W') in the compute type.
 
     Raises:
-        InputError: x or weight is not four-dimensional, or the weight requires a gradient, which it would not get.
+        InputError: x or weight is not four-dimensional or floating, or they or the bias are on different devices, or
+            the weight requires a gradient, which it would not get.
     """
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
@@ -72,6 +73,11 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
             f"{name}: x must be (N, C, H, W) and weight (K, C / groups, R, S), not {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise InputError(f"{name}: x and weight must be floating, not {x.dtype} and {weight.dtype}")
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError(f"{name}: {what} is on {tensor.device}, x on {x.device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
     dtype = compute_dtype(x)

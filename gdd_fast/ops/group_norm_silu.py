@@ -97,11 +97,7 @@ def group_norm_silu(
     pair = x if isinstance(x, tuple) else (x, None)
     given = statistics if isinstance(statistics, tuple) else (statistics, None)
     _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
-    implementation = _implementation(backend, pair[0].device.type)
-    if pair[0].dtype == torch.float64 and implementation != "torch":
-        if backend != "auto":
-            raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
-        implementation = "torch"
+    implementation = chosen(pair[0], backend)
     if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
         # a compiler fuses the definition itself, and without gradients there is nothing to save
         return group_norm_silu_ref(
@@ -110,6 +106,16 @@ def group_norm_silu(
     silu = activation == "silu"
     op = torch.ops.gdd_fast.group_norm_silu.default
     return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
+
+
+def chosen(x: Tensor, backend: Backend = "auto") -> str:
+    """The implementation that runs for maps like x: "torch" or "triton". Raises BackendError if it cannot."""
+    implementation = _implementation(backend, x.device.type)
+    if x.dtype == torch.float64 and implementation != "torch":
+        if backend != "auto":
+            raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
+        return "torch"
+    return implementation
 
 
 @constant_when_compiled
@@ -162,14 +168,20 @@ def _check(
             raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
-    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias), ("add", add), ("scale", scale)):
+    others = {"skip": skip, "weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    for name, tensor in (others | dict(zip(("statistics", "skip's statistics"), statistics, strict=True))).items():
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
     for tensor, width in zip(statistics, channels, strict=False):
-        if tensor is not None and (tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width)):
-            raise InputError(f"group_norm_silu: statistics must be ({n}, *, 2, {width}), not {tuple(tensor.shape)}")
+        if tensor is None:
+            continue
+        if tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width) or tensor.dtype != compute_dtype(x):
+            raise InputError(
+                f"group_norm_silu: statistics must be {compute_dtype(x)} ({n}, *, 2, {width}), "
+                f"not {tensor.dtype} {tuple(tensor.shape)}"
+            )
 
 
 # --- the operators as torch.library knows them

@@ -1,0 +1,180 @@
+"""What the networks launch: every Triton kernel with the specialisation of its arguments, recorded without a GPU.
+
+The launchers themselves run, on meta tensors, for every layer of the networks (benchmarks/shapes.py), at batches of 1
+to 512, in both compute types and in channels_last memory, in which the networks train and sample. In place of a kernel
+stands a recorder, which notes what Triton would compile for the arguments it is given.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import AttentionCall, Layers, NormCall, ReluCall
+from gdd_fast.ops._maps import statistics_parts
+from tests.offline import TritonCase
+
+BATCHES = tuple(2**i for i in range(10))
+DTYPES = (torch.bfloat16, torch.float32)
+# By architecture: what programs_wanted answers on an A100 and on an H100 or H200.
+PROGRAMS = {80: 2 * 108, 90: 2 * 132}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel of gdd_fast.kernels.<operator>; `first` names a layer that launches it."""
+
+    operator: str
+    case: TritonCase
+    first: str
+
+    @property
+    def key(self) -> str:
+        """A digest of all that Triton compiles a kernel anew for, less the architecture."""
+        case = self.case
+        text = json.dumps([self.operator, *dataclasses.astuple(case)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class _Recorder:
+    """Stands in for a @triton.jit function: keeps what it would be compiled for."""
+
+    def __init__(self, kernel: Any, found: list[TritonCase]) -> None:
+        self.kernel = kernel
+        self.found = found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(0 < size < 2**31 for size in grid), f"{self.kernel.__name__} cannot have a grid of {grid}"
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        names = [p.name for p in self.kernel.params]
+        values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        signature, constants, divisible = {}, {}, []
+        for p in self.kernel.params:
+            value, specialize = values[p.name], not p.do_not_specialize
+            if p.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
+                constants[p.name] = value
+            elif isinstance(value, Tensor):
+                signature[p.name] = _TYPES[value.dtype]
+                divisible.append(p.name)  # torch's allocations are aligned
+            elif isinstance(value, float):
+                signature[p.name] = "fp32"
+            else:
+                signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if specialize and value % 16 == 0:
+                    divisible.append(p.name)
+        self.found.append(TritonCase(self.kernel.__name__, signature, constants, options, tuple(divisible)))
+
+
+@contextlib.contextmanager
+def recording(module: ModuleType, programs: int) -> Iterator[list[TritonCase]]:
+    """Kernels of `module` are recorded instead of launched, as on a device that wants `programs` programs."""
+    found: list[TritonCase] = []
+    replaced = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    substitutes = {name: _Recorder(kernel, found) for name, kernel in replaced.items()}
+    if hasattr(module, "programs_wanted"):
+        replaced["programs_wanted"] = module.programs_wanted
+        substitutes["programs_wanted"] = lambda _: programs
+    try:
+        vars(module).update(substitutes)
+        yield found
+    finally:
+        vars(module).update(replaced)
+
+
+def launches(layers: Layers, architecture: int) -> dict[str, Launch]:
+    """Every distinct kernel that training and sampling with these layers launch on `architecture`, by `Launch.key`.
+
+    Triton must not be interpreting: set TRITON_INTERPRET=0 before it is imported.
+    """
+    found: dict[str, Launch] = {}
+    for operator, calls, run in (
+        ("group_norm_silu", layers.norms, _norm),
+        ("residual", layers.residuals, _residual),
+        ("attention", layers.attentions, _attention),
+        ("frozen_conv2d_relu", layers.relus, _relu),
+        ("max_pool2x2", layers.pools, _pool),
+        ("to_uint8", layers.images, _to_uint8),
+    ):
+        module = importlib.import_module(f"gdd_fast.kernels.{operator}")
+        for call in calls:
+            for dtype in DTYPES:
+                for batch in BATCHES:
+                    with recording(module, PROGRAMS[architecture]) as cases:
+                        run(module, call, batch, dtype)
+                    for case in cases:
+                        launch = Launch(operator, case, f"{call} {str(dtype)[6:]} batch {batch}")
+                        found.setdefault(launch.key, launch)
+    return found
+
+
+def _norm(module: ModuleType, call: NormCall, batch: int, dtype: torch.dtype) -> None:
+    """Forward with the statistics of none, one or both maps at hand, and backward with every gradient."""
+    maps = [_map(batch, c, call.resolution, dtype) for c in call.channels]
+    x, skip = maps if len(maps) == 2 else (maps[0], None)
+    c = sum(call.channels)
+    y = _map(batch, c, call.resolution, dtype)
+    weight, bias = _rows(2, c)
+    add = _rows(batch, c) if call.add else None
+    scale, shift = _rows(batch, 2 * c).chunk(2, 1) if call.scale else (None, None)
+    parts = statistics_parts(call.resolution**2)
+    known = [_statistics(batch, t, parts) for t in (x, skip)]
+    for given in ((None, None), (known[0], None), known):
+        mean, rstd = module.forward(
+            x, skip, call.num_groups, weight, bias, 1e-6, add, scale, shift, *given, call.silu, y, parts
+        )
+    dadd, *rows = (None if row is None else _rows(batch, c) for row in (add, weight, bias, scale, shift))
+    # where a convolution's bias alone is added, that may be frozen
+    for wanted in (dadd, None) if call.add and call.scale else (dadd,):
+        module.backward(y, x, skip, weight, bias, add, scale, shift, mean, rstd, call.silu, x, skip, wanted, *rows)
+
+
+def _residual(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
+    h = _map(batch, call.channels, call.resolution, dtype)
+    for bias in (None, _rows(1, call.channels)[0]):
+        for statistics in (None, _statistics(batch, h, statistics_parts(call.resolution**2))):
+            module.residual(h, h, bias, math.sqrt(0.5), h, statistics)
+
+
+def _attention(module: ModuleType, call: AttentionCall, batch: int, dtype: torch.dtype) -> None:
+    qkv = _map(batch, 3 * call.channels, call.resolution, dtype)
+    y, lse = module.attention(qkv, call.heads, False)
+    module.attention_backward(y, qkv, y, lse, call.heads, False)
+
+
+def _relu(module: ModuleType, call: ReluCall, batch: int, dtype: torch.dtype) -> None:
+    y = _map(batch, call.channels, call.resolution, dtype)
+    module.mask_bits(y, module.relu_bits_(y, call.ceiling))
+
+
+def _pool(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
+    y, places = module.max_pool2x2(_map(batch, call.channels, call.resolution, dtype))
+    module.max_pool2x2_backward(y, places, call.resolution, call.resolution, True)
+
+
+def _to_uint8(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
+    module.to_uint8(_map(batch, call.channels, call.resolution, torch.float32))
+
+
+def _map(n: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((n, c, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _rows(n: int, c: int) -> Tensor:
+    return torch.empty((n, c), device="meta")
+
+
+def _statistics(n: int, x: Tensor | None, parts: int) -> Tensor | None:
+    return None if x is None else torch.empty((n, parts, 2, x.shape[1]), device="meta")

@@ -1,0 +1,73 @@
+"""kernels/tuned.json: what overrides what, and the nearest of the measured shapes."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gdd_fast.kernels import _launch
+from gdd_fast.ops import attention as attention_operator
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of one operator, on a device of architecture 9.0."""
+    measured = [
+        {"shape": [1, 256, 1024], "options": {"elements": 1}},
+        {"shape": [64, 256, 1024], "options": {"elements": 64, "num_warps": 2}},
+        {"shape": [64, 768, 64], "options": {"elements": 3}},
+    ]
+    entries = {
+        "default": {"elements": 9, "num_warps": 4, "maxnreg": 5},
+        "sm_90": {"num_warps": 8, "measured": measured},
+    }
+    attention = {"default": {}, "faster_than_sdpa": {"sm_90": [[64, 64, "bfloat16"]]}}
+    monkeypatch.setattr(_launch, "_table", lambda: {"op": entries, "attention": attention})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _launch.configuration.cache_clear()
+    yield
+    _launch.configuration.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [
+        ((1, 256, 1024), (1, 8)),
+        ((3, 256, 1024), (1, 8)),  # in ratio, 3 is nearer to 1 than to 64
+        ((512, 128, 1024), (64, 2)),
+        ((32, 1152, 64), (3, 8)),
+        ((), (9, 8)),
+    ],
+)
+def test_the_nearest_measured_shape_overrides_architecture_and_default(table, shape, want):
+    options = _launch.configuration("op", GPU, shape)
+    assert (options["elements"], options["num_warps"], options["maxnreg"]) == (*want, 5)
+
+
+def test_other_architectures_and_the_interpreter_run_by_rule(table, monkeypatch):
+    rule = {"elements": 9, "num_warps": 4, "maxnreg": 5}
+    assert _launch.configuration("op", CPU, (1, 256, 1024)) == rule
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert _launch.configuration("op", GPU, (1, 256, 1024)) == rule
+
+
+def test_auto_takes_the_attention_kernels_where_they_were_measured_to_be_faster(table):
+    qkv = torch.empty(1, 3 * 128, 8, 8, dtype=torch.bfloat16)
+    assert attention_operator._measured_faster(qkv.to("meta"), 2) is True
+    assert attention_operator._measured_faster(qkv.to("meta"), 1) is False  # another width
+    assert attention_operator._measured_faster(qkv.float().to("meta"), 2) is False
+
+
+def test_every_operator_has_a_rule_and_measurements_are_well_formed():
+    with open(f"{_launch.Path(_launch.__file__).parent}/tuned.json") as file:
+        table = json.load(file)
+    for operator, entries in table.items():
+        assert entries["default"], operator
+        for name, entry in entries.items():
+            assert name in ("default", "faster_than_sdpa") or name.startswith("sm_"), f"{operator}: {name}"
+            for measured in entry.get("measured", ()):
+                assert len(measured["shape"]) == 3 and measured["options"]
