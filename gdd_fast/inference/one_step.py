@@ -63,7 +63,7 @@ class OneStepGenerator:
         self.img_resolution: int = network.img_resolution
         self.img_channels: int = network.img_channels
         self.label_dim: int = network.label_dim
-        folded = fold(network, sigma=sigma, dtype=self.dtype, device=self.device, backend=backend)
+        folded, self._conditioning = fold(network, sigma=sigma, dtype=self.dtype, device=self.device, backend=backend)
         self._engine = make_engine(engine, folded, self.device)
         self.engine = self._engine.name
 
@@ -183,7 +183,8 @@ class OneStepGenerator:
         if not len(latents):
             return latents
         with torch.inference_mode(False), torch.no_grad():
-            return self._engine(latents, labels)
+            rows = None if self._conditioning is None else self._conditioning(labels)
+            return self._engine(latents, rows)
 
     def _labels(self, labels: Labels | None, n: int) -> Tensor | None:
         """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
