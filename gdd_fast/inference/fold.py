@@ -2,9 +2,9 @@
 
 With x = sigma z, z standard normal, D(x; sigma) = c_skip sigma z + c_out F(c_in sigma z, c_noise, labels), and in F:
 
-- The embedding depends on nothing, or on the label alone. So do the affine layers of all blocks, which become constants,
-  or a table with one row a class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution before it, a
-  constant scale and shift (ADM) the weight and bias of the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
+- The embedding depends on nothing, or on the label alone. So do the affine layers of all blocks, which become
+  constants, or a table with one row a class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
+  before it, a constant scale and shift (ADM) the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
 - c_in sigma scales the convolutions that read the image, c_out those that write it; both pad with zeros and are linear.
 - A block ends in (conv1(h) + skip) k, k = sqrt(1/2) or 1. k goes into conv1 and into a projection on the skip path;
   without projection, `h + k x` is one operator. A projection before doubling the resolution equals one after it.
@@ -16,12 +16,13 @@ All of it is exact but for rounding; weights are folded in float64 and cast once
 import copy
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend, Operator, resolve
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.inference.folded import (
     Attention,
     Block,
@@ -92,44 +93,41 @@ class _Embedding:
         return rows
 
 
-def fold(
-    net: EDMPrecond,
-    *,
-    sigma: float = SIGMA,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: Backend = "auto",
-    traced: bool = False,
-) -> tuple[FoldedUNet, Conditioning | None]:
+def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedUNet, Conditioning | None]:
     """The network D(sigma z; sigma) as a function of z and, with classes, of the rows that `Conditioning` gives.
 
     Args:
         net: EDMPrecond or GDDPrecond, on any device; read, not changed. Its augmentation layer is left out, as no
             generated image is augmented, and so is dropout.
+        target: where and how the result runs; `make_target` makes it.
         sigma: the noise level, > 0.
-        dtype: what the result computes in.
-        device: where it runs.
-        backend: of the fused operators; those without an implementation of that name run their definition.
-        traced: for torch.compile: nothing in place, and "auto" is "torch", which the compiler fuses itself.
 
-    Raises:
-        ConfigError: sigma is not positive.
-        BackendError: a backend asked for by name cannot run on `device`.
+    Raises ConfigError if sigma is not positive.
     """
     if not sigma > 0 or math.isinf(sigma):
         raise ConfigError(f"sigma must be a positive number, not {sigma}")
-    with torch.no_grad(), torch.inference_mode(False):
-        return _Folder(net, sigma, _target(dtype, device, backend, traced)).fold()
+    with torch.inference_mode(False), torch.no_grad():
+        return _Folder(net, sigma, target).fold()
 
 
-def _target(dtype: torch.dtype, device: torch.device, backend: Backend, traced: bool) -> Target:
+def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False) -> Target:
+    """How a folded network runs on `device` in `dtype`.
+
+    Args:
+        backend: of the fused operators; those without an implementation of that name run their definition.
+        traced: for torch.compile: nothing is written in place, and "auto" is "torch", which the compiler fuses itself.
+
+    Raises BackendError if a backend asked for by name is unknown or cannot run on `device`.
+    """
+    if backend not in get_args(Backend):
+        raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+
     def choose(operator: Operator) -> str:
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
     packed = device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in _packable()
-    # its "auto" also looks at shapes
-    attend = backend if backend in attention.OPERATOR.fused else "torch" if traced else "auto"
+    attend = choose(attention.OPERATOR)
     return Target(
         device=device,
         dtype=dtype,
@@ -137,7 +135,8 @@ def _target(dtype: torch.dtype, device: torch.device, backend: Backend, traced: 
         norm=choose(group_norm_silu.OPERATOR),
         residual=choose(residual.OPERATOR),
         resample=choose(resample2d.OPERATOR),
-        attention=attend,
+        attention="auto" if backend == "auto" and not traced else attend,  # its "auto" looks at shapes as well
+        late_bias=device.type == "cuda",
     )
 
 
@@ -159,8 +158,6 @@ class _Folder:
         self.net = net
         self.sigma = sigma
         self.target = target
-        # a convolution on a GPU adds its bias in a pass of its own: better where the map is read next anyway
-        self.late_bias = target.device.type == "cuda"
 
     def fold(self) -> tuple[FoldedUNet, Conditioning | None]:
         model = self.net.model
@@ -278,9 +275,9 @@ class _Folder:
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
         else:
             offset = next(self.constants)[0].double()
-        late = offset if self.late_bias else None
+        late = offset if self.target.late_bias else None
         conv0 = Convolution(
-            _f64(block.conv0.weight), None if self.late_bias else offset, block.conv0.padding, self.target
+            _f64(block.conv0.weight), None if self.target.late_bias else offset, block.conv0.padding, self.target
         )
         norm1 = Norm(weight, bias, norm.num_groups, norm.eps, self.target, add=late)
         return conv0, norm1, condition

@@ -26,7 +26,11 @@ compiler."""
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folded network runs and by which implementations, each one that can run there."""
+    """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
+
+    late_bias: leave a convolution's bias to the next operator where that can take it. PyTorch's convolutions on a GPU
+        add it in a pass of its own.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -35,6 +39,7 @@ class Target:
     residual: str
     resample: str
     attention: str
+    late_bias: bool
 
 
 class Convolution(nn.Module):
@@ -158,7 +163,7 @@ class Identity(nn.Module):
 
 
 class Projection(nn.Module):
-    """End of a residual branch whose skip path is a 1x1 convolution of one tensor or a pair, downsampled first if asked.
+    """End of a residual branch whose skip path is a 1x1 convolution, of a tensor, downsampled first, or a pair.
 
     The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
     """
@@ -210,10 +215,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.qkv(self.norm(x))
-        if self.backend == "torch" and not self.traced:
-            h = attention_inference(h, self.heads)
-        else:
+        if self.traced:
             h = attention(h, self.heads, "blocks", self.backend)
+        else:
+            h = attention_inference(h, self.heads, self.backend)
         return self.proj.add_to(x, h) if self.merge is None else self.merge(self.proj(h), x)
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, InputError, WeightsError
-from gdd_fast.inference.engines import Engine, make_engine
-from gdd_fast.inference.fold import SIGMA, fold
+from gdd_fast.inference.engines import Engine, choose_engine, make_engine
+from gdd_fast.inference.fold import SIGMA, fold, make_target
 from gdd_fast.inference.seeds import SeedStreams
 from gdd_fast.models.load import load_generator
 from gdd_fast.models.precond import EDMPrecond, compute_dtype
@@ -63,9 +63,10 @@ class OneStepGenerator:
         self.img_resolution: int = network.img_resolution
         self.img_channels: int = network.img_channels
         self.label_dim: int = network.label_dim
-        folded, self._conditioning = fold(network, sigma=sigma, dtype=self.dtype, device=self.device, backend=backend)
-        self._engine = make_engine(engine, folded, self.device)
-        self.engine = self._engine.name
+        self.engine = choose_engine(engine, self.device)
+        target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
+        folded, self._conditioning = fold(network, target, sigma)
+        self._run = make_engine(self.engine, folded, self.device)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +185,7 @@ class OneStepGenerator:
             return latents
         with torch.inference_mode(False), torch.no_grad():
             rows = None if self._conditioning is None else self._conditioning(labels)
-            return self._engine(latents, rows)
+            return self._run(latents, rows)
 
     def _labels(self, labels: Labels | None, n: int) -> Tensor | None:
         """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""

@@ -80,12 +80,11 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
     return y.contiguous(memory_format=layout)
 
 
-def attention_inference(qkv: Tensor, num_heads: int) -> Tensor:
-    """`attention(qkv, num_heads, "blocks", "torch")` as a single operator without gradient, for a lean host.
-
-    On channels_last memory q, k and v are read where they lie. Nothing is checked.
-    """
-    return torch.ops.gdd_fast.attention_inference.default(qkv, num_heads)
+def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") -> Tensor:
+    """`attention(qkv, num_heads, "blocks", backend)` without gradient, always as a single operator: for a lean host."""
+    if _choose(qkv, num_heads, backend) == "torch":
+        return torch.ops.gdd_fast.attention_inference.default(qkv, num_heads)
+    return attention(qkv, num_heads, "blocks", "triton")
 
 
 def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
