@@ -287,13 +287,9 @@ class _Folder:
     ) -> tuple[Convolution, Identity | Projection | Resampled]:
         """conv1, and the end of the block: (conv1(h) + skip) * scale."""
         conv1, skip = block.conv1, block.skip
-        if skip is None and not paired:
+        if skip is None:  # never of a pair, which has more channels than a block returns
             return self.identity(conv1, scale)
         weight, bias = _f64(conv1.weight), _f64(conv1.bias)
-        if skip is None:
-            return Convolution(weight * scale, bias * scale, conv1.padding, self.target), Identity(
-                scale, None, self.target
-            )
         if skip.bias is not None:
             bias = bias + _f64(skip.bias)
         if skip.up or skip.weight is None:

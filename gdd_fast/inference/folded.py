@@ -98,8 +98,8 @@ class Norm(nn.Module):
         add: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Buffer(weight.to(target.device, torch.float32))
-        self.bias = nn.Buffer(bias.to(target.device, torch.float32))
+        self.weight = nn.Buffer(weight.to(target.device, torch.float32, copy=True))
+        self.bias = nn.Buffer(bias.to(target.device, torch.float32, copy=True))
         self.add = None if add is None else nn.Buffer(add.to(target.device, torch.float32)[None])
         self.groups = groups
         self.eps = eps
@@ -128,7 +128,7 @@ class Resampling(nn.Module):
 
     def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
         super().__init__()
-        self.kernel = nn.Buffer(kernel.to(target.device, torch.float32))
+        self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
         self.options = {"up": up, "padding": padding, "box": box, "backend": target.resample}
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -149,16 +149,9 @@ class Identity(nn.Module):
         self.traced = target.convolve == "traced"
         self.bias = None if bias is None else nn.Buffer(bias.to(target.device, torch.float32))
 
-    def forward(self, h: Tensor, x: Tensor | Pair) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
         if self.bias is not None:
             return residual(h, x, self.bias, self.scale, backend=self.backend)
-        if isinstance(x, tuple):
-            parts = h.split([part.shape[1] for part in x], 1)
-            if self.traced:
-                return torch.cat([torch.add(a, b, alpha=self.scale) for a, b in zip(parts, x, strict=True)], 1)
-            for part, other in zip(parts, x, strict=True):
-                part.add_(other, alpha=self.scale)
-            return h
         return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale)
 
 
