@@ -137,6 +137,8 @@ class OneStepGenerator:
             InputError: numbers, labels or seeds that do not fit together or the network.
             WeightsError: the network returns values that are not finite.
         """
+        if output not in get_args(Output):
+            raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
         latents, drawn = self.draw(n, seeds, generator)
         images = self.run(latents, drawn if labels is None else labels)
         if not bool(images.isfinite().all()):
@@ -144,8 +146,6 @@ class OneStepGenerator:
                 "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
                 "(try bfloat16 or float32)"
             )
-        if output not in get_args(Output):
-            raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
         return to_uint8(images) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
 
     def draw(

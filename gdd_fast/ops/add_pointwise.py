@@ -17,15 +17,18 @@ def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add the 1x1 convolution of `x` to `y`, in place; products and sum are accumulated before rounding.
+    """Add the 1x1 convolution of `x` to `y`, in place.
 
     Args:
-        y: (N, C', H, W), channels_last.
-        x: (N, C, H, W), channels_last, of the dtype of y.
+        y: (N, C', H, W), floating.
+        x: (N, C, H, W), of the dtype of y.
         weight: (C', C, 1, 1), of the dtype of y.
 
+    Where x and y are channels_last, this is one matrix product that accumulates into y; in other memory formats, a
+    convolution and an addition.
+
     Raises:
-        InputError: shapes, dtypes or memory formats do not fit.
+        InputError: shapes or dtypes do not fit.
     """
     n, c, h, w = x.shape
     if weight.shape != (y.shape[1], c, 1, 1) or (y.shape[0], *y.shape[2:]) != (n, h, w):
@@ -36,9 +39,6 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
         raise InputError(
             f"add_pointwise_: y, x and weight must be of one dtype, not {y.dtype}, {x.dtype}, {weight.dtype}"
         )
-    for name, t in (("y", y), ("x", x)):
-        if not t.is_contiguous(memory_format=torch.channels_last):
-            raise InputError(f"add_pointwise_: {name} must be channels_last, its strides are {t.stride()}")
     torch.ops.gdd_fast.add_pointwise_(y, x, weight)
 
 
@@ -47,6 +47,9 @@ torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tenso
 
 @torch.library.impl("gdd_fast::add_pointwise_", "CompositeExplicitAutograd")
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y)):
+        y.add_(F.conv2d(x, weight))
+        return
     rows = _pixels(y)
     torch.addmm(rows, _pixels(x), weight.flatten(1).t(), out=rows)
 
