@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from parity import assert_as_accurate_as_torch
 from torch import Tensor
 from torch.library import opcheck
 
 from gdd_fast.errors import InputError
 from gdd_fast.ops.add_pointwise import add_pointwise_, add_pointwise_ref
+from parity import assert_as_accurate_as_torch
 
 
 def tensors(dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> list[Tensor]:
