@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gdd_fast.errors import ConfigError
+from gdd_fast.inference import writers
 from gdd_fast.inference.resume import part_folder, resume_writer
 
 SEEDS = [*range(997, 1007), 5]
@@ -123,6 +124,22 @@ def test_images_half_put_are_not_kept(tmp_path, monkeypatch):
     assert write(path) == 4
     write(tmp_path / "whole.zip")
     assert content(path) == content(tmp_path / "whole.zip")
+
+
+def test_a_part_that_cannot_be_closed_is_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "out.zip"
+    write(path, stop=4)
+    original = writers._ZipSink.write
+
+    def fail(self, name, data):
+        if name == "dataset.json":  # the last thing that is written
+            raise OSError("disk full")
+        original(self, name, data)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(writers._ZipSink, "write", fail)
+        write(path, stop=6)
+    assert write(path) == 4
 
 
 def test_another_run_is_refused_and_nothing_is_lost(tmp_path):

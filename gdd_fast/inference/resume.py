@@ -44,7 +44,7 @@ class ResumableWriter:
         self._writer: ImageWriter | None = None
         self._count = 0
         self._opened = 0.0
-        self._broken = False  # a `put` did not return
+        self._broken = False  # putting or closing did not return: the open part may hold anything
 
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
         """As `ImageWriter.put`; the seeds have to be the next ones."""
@@ -71,7 +71,9 @@ class ResumableWriter:
         """Make what has been put since the last part one of its own."""
         if self._writer is None:
             return
+        self._broken = True
         self._stack.close()
+        self._broken = False
         part = self.folder / f"{len(self.parts):06d}{self.suffix}"
         self._open_part.rename(part)
         with atomic_write(part.with_suffix(".count")) as temporary:  # what has one is closed
@@ -173,6 +175,8 @@ def _remove(path: Path) -> None:
 
 def _join(parts: Sequence[Path], path: Path) -> None:
     match path.suffix.lower():
+        case ".zip" | ".npz" if len(parts) == 1:
+            parts[0].replace(path)
         case ".zip":
             _join_zips(parts, path)
         case ".npz":
