@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.inference import sampler
 from gdd_fast.inference.one_step import OneStepGenerator
@@ -102,14 +103,18 @@ def generate(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Iterator[Batch]:
     """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
 
     `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
-    `OneStepGenerator`, for the sampler one-step at its own noise level. Options are checked here, before the first
+    `OneStepGenerator`, for the sampler one-step at its own noise level. `backend` is that of the conversion to bytes;
+    the network's own is `modules.set_backend`'s, or the generator's, to choose. Options are checked here, before the first
     batch is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
-    batches = launch(net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device)
+    batches = launch(
+        net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device, backend=backend
+    )
     return (part.check() for part in batches)
 
 
@@ -121,6 +126,7 @@ def launch(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Iterator[Batch]:
     """As `generate`, but a GPU may still be computing what it yields: nothing waits, and nothing is checked."""
     sampler = sampler or SamplerConfig()
@@ -130,10 +136,10 @@ def launch(
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)
-    return _batches(net, list(seeds), sampler, batch, class_index, generator_device)
+    return _batches(net, list(seeds), sampler, batch, class_index, generator_device, backend)
 
 
-def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Iterator[Batch]:
+def _batches(net, seeds, sampler, batch, class_index, generator_device, backend) -> Iterator[Batch]:
     if isinstance(net, OneStepGenerator):
         device = net.device
     else:
@@ -146,7 +152,7 @@ def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Itera
             latents, labels = streams.start(shape, net.label_dim, class_index)
             images = sampler(net, streams, latents, labels)
             finite = images.isfinite().all()
-        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1), finite)
+        yield Batch(part, to_uint8(images, backend), None if labels is None else labels.argmax(1), finite)
 
 
 def to_host(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:

@@ -29,6 +29,7 @@ from gdd_fast.inference.fold import SIGMA, fold, make_target
 from gdd_fast.inference.seeds import SeedStreams
 from gdd_fast.models.load import load_generator
 from gdd_fast.models.precond import EDMPrecond, compute_dtype
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ops.to_uint8 import to_uint8
 
 Labels = int | Sequence[int] | Tensor
@@ -67,6 +68,7 @@ class OneStepGenerator:
         self.engine = choose_engine(engine, self.device)
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
         self.folded, self.conditioning = fold(network, target, sigma)
+        self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
         self._run = make_engine(self.engine, self.folded, self.device)
 
     @classmethod
@@ -147,7 +149,7 @@ class OneStepGenerator:
                 "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
                 "(try bfloat16 or float32)"
             )
-        return to_uint8(images) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
+        return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
 
     def draw(
         self, n: int, seeds: Sequence[int] | None = None, generator: torch.Generator | None = None
