@@ -109,8 +109,8 @@ def generate(
 
     `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
     `OneStepGenerator`, for the sampler one-step at its own noise level. `backend` is that of the conversion to bytes;
-    the network's own is `modules.set_backend`'s, or the generator's, to choose. Options are checked here, before the first
-    batch is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
+    the network's own is `modules.set_backend`'s, or the generator's, to choose. Options are checked here, before the
+    first batch is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
     batches = launch(
         net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device, backend=backend
