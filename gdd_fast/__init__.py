@@ -3,19 +3,24 @@
 Public names, imported on first use so that `import gdd_fast` costs nothing:
 
     load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
+    OneStepGenerator.from_pretrained(path, ...)      the same as a fast function: (n, labels, seeds) -> uint8 images
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gdd_fast.inference.one_step import OneStepGenerator
     from gdd_fast.models.load import load_generator
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_generator"]
+__all__ = ["OneStepGenerator", "__version__", "load_generator"]
 
-_LAZY = {"load_generator": "gdd_fast.models.load"}
+_LAZY = {
+    "OneStepGenerator": "gdd_fast.inference.one_step",
+    "load_generator": "gdd_fast.models.load",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,39 @@
+"""add_pointwise_: a 1x1 convolution added in place, as accurate as one that is not."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from gdd_fast.errors import InputError
+from gdd_fast.ops.add_pointwise import add_pointwise_, add_pointwise_ref
+from parity import assert_as_accurate_as_torch
+
+
+def tensors(dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 12, 5, 3), (2, 7, 5, 3), (12, 7, 1, 1)
+    y, x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [y.contiguous(memory_format=layout), x.contiguous(memory_format=layout), weight]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_accurate_as_torch(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    def in_place(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        y = y.clone()
+        add_pointwise_(y, x, weight)
+        return y
+
+    assert_as_accurate_as_torch(in_place, add_pointwise_ref, tensors(dtype, layout))
+
+
+def test_as_torch_library_knows_it() -> None:
+    opcheck(torch.ops.gdd_fast.add_pointwise_.default, tensors(torch.float32))
+
+
+def test_what_does_not_fit() -> None:
+    y, x, weight = tensors(torch.float32)
+    for arguments in ((y, x, weight[:, :6]), (y[:1], x, weight), (y, x, weight.half())):
+        with pytest.raises(InputError, match="add_pointwise_"):
+            add_pointwise_(*arguments)
