@@ -1,0 +1,148 @@
+"""How a module computes differently and stays what it is: its class is exchanged for a subclass with another `forward`.
+
+The subclass is made of a mixin of ours, a `Fast`, and the module's own class, whose name it bears. So `isinstance`, the
+state_dict, parameters, hooks, attributes and code that asks for a class name see no difference, `super().forward` is
+the original, and giving the class back restores it. PyTorch's parametrisations and FSDP2 work in the same way.
+
+A mixin decides at every call whether it may run: modes, `requires_grad` and hooks can change after the exchange. What
+it needs besides the module lies in `module._gdd_fast`, a plain object that is no part of any state_dict.
+
+A deep copy of an exchanged module is exchanged as well. A pickle, a shallow copy and the replicas of nn.DataParallel
+are of the original class and know nothing of gdd_fast.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STATE = "_gdd_fast"
+
+T = TypeVar("T")
+
+
+class Fast:
+    """Base of the mixins. `super().forward` in them is the original's."""
+
+    original: ClassVar[type[nn.Module]]
+    _gdd_fast: Any
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), "gdd_fast")))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Fast":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return _plain(self)._replicate_for_data_parallel()
+
+
+def _plain(module: Fast) -> nn.Module:
+    """`module` in its original class, with the same parameters, buffers and children."""
+    twin = object.__new__(module.original)
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != STATE})
+    return twin
+
+
+@functools.cache
+def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original.__name__, (mixin, original), {**names, "original": original})
+
+
+def exchange(module: nn.Module, mixin: type[Fast], state: Any) -> None:
+    """Let `module` compute as `mixin` says, with `state` as its `_gdd_fast`."""
+    module.__dict__[STATE] = state
+    module.__class__ = _class(mixin, type(module))
+
+
+def give_back(module: nn.Module) -> bool:
+    """The inverse of `exchange`; whether there was anything to do."""
+    if not isinstance(module, Fast):
+        return False
+    module.__class__ = module.original
+    del module.__dict__[STATE]
+    return True
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why the class of `module` cannot be exchanged, whatever it computes, or None."""
+    if hasattr(type(module), "__deepcopy__") and not isinstance(module, Fast):
+        return "its class has its own way of being copied"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrized: its weight is computed anew at every use"
+    return None
+
+
+def silent(module: nn.Module) -> bool:
+    """Whether no hook listens to `module`, so that it need not be called."""
+    # written out: this runs for every layer at every call
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+@contextlib.contextmanager
+def unheard(module: nn.Module) -> Iterator[None]:
+    """While inside, no hook in `module` fires."""
+    kept = [(child, name, child.__dict__[name]) for child in module.modules() for name in HOOKS]
+    for child, name, hooks in kept:
+        child.__dict__[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for child, name, hooks in kept:
+            child.__dict__[name] = hooks
+
+
+@torch.no_grad()
+def agrees(
+    module: nn.Module, mixin: type[Fast], state: Any, inputs: Callable[[torch.Generator], Mapping[str, Tensor]]
+) -> bool:
+    """Whether `module` computes the same as `mixin`, on small random inputs and with random parameters.
+
+    This is how a class that is known only by its attributes is recognised. Parameters of trained networks are not used:
+    many start at zero, which hides what they multiply. The module is in evaluation mode and unheard for the while.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: _random(p, generator) / max(p[0].numel() if p.dim() > 1 else 4, 1) ** 0.5
+        for name, p in module.named_parameters()
+    }
+    like = next(module.parameters(), torch.zeros(()))
+    arguments = {
+        name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs(generator).items()
+    }
+    modes = [(child, child.training) for child in module.modules()]
+    with unheard(module), torch.autocast(like.device.type, enabled=False):
+        try:
+            for child, _ in modes:
+                child.training = False
+            want = torch.func.functional_call(module, parameters, tuple(arguments.values()))
+            exchange(module, mixin, state)
+            got = torch.func.functional_call(module, parameters, tuple(arguments.values()))
+        finally:
+            give_back(module)
+            for child, training in modes:
+                child.training = training
+    if not (isinstance(want, Tensor) and isinstance(got, Tensor)) or want.shape != got.shape or want.dtype != got.dtype:
+        return False
+    tolerance = 64 * torch.finfo(want.dtype).eps * want.abs().max()
+    return bool((got - want).abs().max() <= tolerance)
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
