@@ -130,10 +130,7 @@ class FastBatchNormAct(Fast):
 
 def frozen(module: nn.Module) -> bool:
     """Whether none of the module's own parameters is trained."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return False
-    return True
+    return all(p is None or not p.requires_grad for p in module._parameters.values())
 
 
 class Untraceable(Exception):

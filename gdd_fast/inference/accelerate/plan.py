@@ -1,14 +1,15 @@
 """Collecting what is to be replaced before anything is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.inference.accelerate.report import Entry, Report
-from gdd_fast.inference.accelerate.swap import Fast, exchange, obstacle
+from gdd_fast.inference.accelerate.swap import Fast, difference, exchange, obstacle
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Plan:
     replaced: dict[nn.Module, tuple[type[Fast], Any, str]] = field(default_factory=dict)
     left: dict[nn.Module, str] = field(default_factory=dict)
     inside: set[nn.Module] = field(default_factory=set)
+    trials: dict[Hashable, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = {module: name for name, module in self.net.named_modules()}
@@ -40,6 +42,25 @@ class Plan:
             return False
         self.replaced[module] = (mixin, state, note)
         return True
+
+    def try_to_replace(
+        self,
+        module: nn.Module,
+        mixin: type[Fast],
+        state: Any,
+        note: str,
+        inputs: Callable[[torch.Generator], Sequence[Tensor]],
+        like: Hashable,
+    ) -> bool:
+        """`replace` if a trial on `inputs` shows that the mixin computes the same; one trial for all modules of a class
+        with equal `like`, which is to tell all that can make a difference."""
+        key = (type(module), mixin, like)
+        if key not in self.trials:
+            self.trials[key] = obstacle(module) or difference(module, mixin, state, inputs)
+        if self.trials[key] is not None:
+            self.leave(module, self.trials[key])
+            return False
+        return self.replace(module, mixin, state, note)
 
     def leave(self, module: nn.Module, reason: str) -> None:
         self.left[module] = reason

@@ -14,16 +14,14 @@ are of the original class and know nothing of gdd_fast.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STATE = "_gdd_fast"
-
-T = TypeVar("T")
 
 
 class Fast:
@@ -108,41 +106,39 @@ def unheard(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def agrees(
-    module: nn.Module, mixin: type[Fast], state: Any, inputs: Callable[[torch.Generator], Mapping[str, Tensor]]
-) -> bool:
-    """Whether `module` computes the same as `mixin`, on small random inputs and with random parameters.
+def difference(
+    module: nn.Module, mixin: type[Fast], state: Any, inputs: Callable[[torch.Generator], Sequence[Tensor]]
+) -> str | None:
+    """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
 
-    This is how a class that is known only by its attributes is recognised. Parameters of trained networks are not used:
-    many start at zero, which hides what they multiply. The module is in evaluation mode and unheard for the while.
+    This is how a class is recognised that is known by its attributes alone, and how another version of a library shows.
+    The trial has random parameters: many of a trained network's start at zero, which hides what they multiply. The
+    module is in evaluation mode and unheard for the while.
     """
-    generator = torch.Generator().manual_seed(0)
-    parameters = {
-        name: _random(p, generator) / max(p[0].numel() if p.dim() > 1 else 4, 1) ** 0.5
-        for name, p in module.named_parameters()
-    }
     like = next(module.parameters(), torch.zeros(()))
-    arguments = {
-        name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs(generator).items()
-    }
+    generator = torch.Generator().manual_seed(0)
+    draw: Callable[[Tensor], Tensor] = lambda p: torch.randn(p.shape, generator=generator) / _fan_in(p) ** 0.5
+    parameters = {name: draw(p).to(p.device, p.dtype) for name, p in module.named_parameters()}
+    arguments = tuple(value.to(like.device, like.dtype) for value in inputs(generator))
     modes = [(child, child.training) for child in module.modules()]
     with unheard(module), torch.autocast(like.device.type, enabled=False):
         try:
             for child, _ in modes:
                 child.training = False
-            want = torch.func.functional_call(module, parameters, tuple(arguments.values()))
+            want = torch.func.functional_call(module, parameters, arguments)
             exchange(module, mixin, state)
-            got = torch.func.functional_call(module, parameters, tuple(arguments.values()))
+            got = torch.func.functional_call(module, parameters, arguments)
+        except Exception as error:  # a stranger's forward, called as it may not be meant to be
+            return f"a trial of it failed with {type(error).__name__}"
         finally:
             give_back(module)
             for child, training in modes:
                 child.training = training
-    if not (isinstance(want, Tensor) and isinstance(got, Tensor)) or want.shape != got.shape or want.dtype != got.dtype:
-        return False
+    if not isinstance(want, Tensor) or (want.shape, want.dtype) != (got.shape, got.dtype):
+        return "in a trial it returned something else"
     tolerance = 64 * torch.finfo(want.dtype).eps * want.abs().max()
-    return bool((got - want).abs().max() <= tolerance)
+    return None if (got - want).abs().max() <= tolerance else "in a trial it computed something else"
 
 
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+def _fan_in(parameter: Tensor) -> int:
+    return max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
