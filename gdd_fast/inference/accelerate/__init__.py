@@ -17,7 +17,7 @@ from torch import nn
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.inference.accelerate import edm, frozen
+from gdd_fast.inference.accelerate import edm, frozen, unet2d
 from gdd_fast.inference.accelerate.plan import Plan
 from gdd_fast.inference.accelerate.report import Entry, Report, restore
 
@@ -62,7 +62,7 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
     restore(net)
     first = next(itertools.chain(net.parameters(), net.buffers()), None)
     plan = Plan(net, backend, "cpu" if first is None else first.device.type)
-    for family in (edm.plan, frozen.plan):
+    for family in (edm.plan, unet2d.plan, frozen.plan):
         family(plan)
     done = plan.carry_out()
     if report:
