@@ -41,7 +41,8 @@ class Fast:
         return twin
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        # not by copyreg.__newobj__, protocol 2's way: pickle wants that to name the class of the object at hand
+        return _plain(self).__reduce_ex__(min(protocol, 1))
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         return _plain(self)._replicate_for_data_parallel()
@@ -77,10 +78,10 @@ def give_back(module: nn.Module) -> bool:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why the class of `module` cannot be exchanged, whatever it computes, or None."""
-    if hasattr(type(module), "__deepcopy__") and not isinstance(module, Fast):
-        return "its class has its own way of being copied"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized: its weight is computed anew at every use"
+    if hasattr(type(module), "__deepcopy__"):
+        return "its class has its own way of being copied"
     return None
 
 
