@@ -1,6 +1,7 @@
 """The loop every command shares: seeds in, batches of uint8 images out."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -9,9 +10,11 @@ import torch
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.inference import sampler
+from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.seeds import SeedStreams, check_class
 from gdd_fast.ops.to_uint8 import to_uint8
 
+Network = torch.nn.Module | OneStepGenerator
 SamplerName = Literal["one-step", "heun"]
 
 
@@ -19,7 +22,8 @@ SamplerName = Literal["one-step", "heun"]
 class SamplerConfig:
     """How latents become images."""
 
-    sampler: SamplerName = "one-step"
+    sampler: Network = torch.nn.Module | OneStepGenerator
+SamplerName = "one-step"
     """`one-step`: GDD's, one evaluation at sigma 80. `heun`: EDM's, 2 * steps - 1 evaluations."""
     steps: int = 18
     """Steps of the heun sampler."""
@@ -46,8 +50,10 @@ class SamplerConfig:
             raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
         sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
 
-    def __call__(self, net: torch.nn.Module, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
+    def __call__(self, net: Network, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
         """Images in the dtype and shape of `latents`."""
+        if isinstance(net, OneStepGenerator):
+            return net.run(latents, None if labels is None else labels.argmax(1))
         if self.sampler == "one-step":
             return sampler.one_step(net, latents, labels, self.sigma_max)
         return sampler.heun(
@@ -67,15 +73,29 @@ class SamplerConfig:
 
 
 class Batch(NamedTuple):
-    """Images of some seeds: uint8 `(N, H, W, C)` on the network's device, class indices int64 `(N,)` or `None`."""
+    """Images of some seeds: uint8 `(N, H, W, C)` on the network's device, class indices int64 `(N,)` or `None`.
+
+    `finite`, a boolean on the device: whether the network's output was. Bytes cannot say NaN: without it, a broken
+    network makes black images.
+    """
 
     seeds: list[int]
     images: torch.Tensor
     classes: torch.Tensor | None
+    finite: torch.Tensor
+
+    def check(self) -> "Batch":
+        """The batch itself, or `WeightsError` if its images are of values that are not finite. Waits for them."""
+        if not bool(self.finite):
+            raise WeightsError(
+                f"the network's output for seeds {self.seeds[0]} to {self.seeds[-1]} holds NaN or infinite values: "
+                "its weights are broken, or its dtype overflows (try float32)"
+            )
+        return self
 
 
 def generate(
-    net: torch.nn.Module,
+    net: Network,
     seeds: Sequence[int],
     sampler: SamplerConfig | None = None,
     *,
@@ -85,12 +105,30 @@ def generate(
 ) -> Iterator[Batch]:
     """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
 
-    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`. Options are
-    checked here, before the first batch is asked for: raises `ConfigError`. A batch with a value that is not finite
-    raises `WeightsError`.
+    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
+    `OneStepGenerator`, for the sampler one-step at its own noise level. Options are checked here, before the first
+    batch is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
+    batches = launch(
+        net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device
+    )
+    return (part.check() for part in batches)
+
+
+def launch(
+    net: Network,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    batch: int = 64,
+    class_index: int | None = None,
+    generator_device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """As `generate`, but a GPU may still be computing what it yields: nothing waits, and nothing is checked."""
     sampler = sampler or SamplerConfig()
     sampler.validate()
+    if isinstance(net, OneStepGenerator) and sampler.sampler != "one-step":
+        raise ConfigError(f"a one-step generator has one step; the sampler {sampler.sampler!r} takes the network itself")
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)
@@ -98,7 +136,10 @@ def generate(
 
 
 def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Iterator[Batch]:
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    if isinstance(net, OneStepGenerator):
+        device = net.device
+    else:
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
@@ -106,10 +147,42 @@ def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Itera
         with torch.no_grad():
             latents, labels = streams.start(shape, net.label_dim, class_index)
             images = sampler(net, streams, latents, labels)
-            # Bytes cannot say NaN: without this, a broken network makes black images.
-            if not bool(images.isfinite().all()):
-                raise WeightsError(
-                    f"the network's output for seeds {part[0]} to {part[-1]} holds NaN or infinite values: "
-                    "its weights are broken, or its dtype overflows (try float32)"
-                )
-        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1))
+            finite = images.isfinite().all()
+        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1), finite)
+
+
+def to_host(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
+    """The batches of `launch` in host memory, checked, while the GPU computes up to `ahead` more.
+
+    Copies go to pinned memory behind the images they are of; the host waits for one when its turn comes.
+    """
+    copies: deque[_HostCopy] = deque()
+    for batch in batches:
+        copies.append(_HostCopy(batch))
+        if len(copies) > ahead:
+            yield copies.popleft().wait()
+    while copies:
+        yield copies.popleft().wait()
+
+
+class _HostCopy:
+    """A batch on its way to the host."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.event = None
+        self.batch = batch
+        if batch.images.is_cuda:
+            tensors = (None if t is None else self._start(t) for t in batch[1:])
+            self.batch = Batch(batch.seeds, *tensors)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(batch.images.device))
+
+    @staticmethod
+    def _start(t: torch.Tensor) -> torch.Tensor:
+        # PyTorch keeps pinned memory for the next batch once this one's is let go of
+        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+
+    def wait(self) -> Batch:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.batch.check()

@@ -207,7 +207,7 @@ class SongUNet(nn.Module):
         skips = []
         aux = x
         for name, layer in self.enc.items():
-            match _role(name):
+            match layer_role(name):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
@@ -224,7 +224,7 @@ class SongUNet(nn.Module):
         image = None
         normed = x
         for name, layer in self.dec.items():
-            match _role(name):
+            match layer_role(name):
                 case "aux_up":
                     image = layer(image)
                 case "aux_norm":
@@ -366,7 +366,7 @@ def _size(img_resolution: int, level: int) -> str:
     return f"{img_resolution >> level}x{img_resolution >> level}"
 
 
-def _role(name: str) -> str:
+def layer_role(name: str) -> str:
     """What a layer of the encoder or decoder is for: `conv`, `block0`, `aux_down`, ... of `32x32_conv`, ..."""
     return name.partition("_")[2]
 

@@ -80,6 +80,13 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
     return y.contiguous(memory_format=layout)
 
 
+def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") -> Tensor:
+    """`attention(qkv, num_heads, "blocks", backend)` without gradient, always as a single operator: for a lean host."""
+    if _choose(qkv, num_heads, backend) == "torch":
+        return torch.ops.gdd_fast.attention_inference.default(qkv, num_heads)
+    return attention(qkv, num_heads, "blocks", "triton")
+
+
 def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
     if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
         backend = "triton"
@@ -130,6 +137,8 @@ class _AttentionGradient(torch.autograd.Function):
 
 # qkv, y, dy and the gradient are channels_last; lse holds base-2 logarithms, float32 (N, heads, H * W).
 torch.library.define("gdd_fast::attention", "(Tensor qkv, int num_heads, bool interleaved) -> (Tensor, Tensor)")
+# q, k and v in blocks, by PyTorch's own attention
+torch.library.define("gdd_fast::attention_inference", "(Tensor qkv, int num_heads) -> Tensor")
 torch.library.define(
     "gdd_fast::attention_backward",
     "(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int num_heads, bool interleaved) -> Tensor",
@@ -148,6 +157,17 @@ def _(qkv: Tensor, num_heads: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     n, packed, h, w = qkv.shape
     y = torch.empty((n, packed // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=torch.channels_last)
     return y, torch.empty((n, num_heads, h * w), dtype=torch.float32, device=qkv.device)
+
+
+@torch.library.impl("gdd_fast::attention_inference", "CompositeExplicitAutograd")
+def _attention_inference(qkv: Tensor, num_heads: int) -> Tensor:
+    return attention_ref(qkv, num_heads, "blocks")
+
+
+@torch.library.register_fake("gdd_fast::attention_inference")
+def _(qkv: Tensor, num_heads: int) -> Tensor:
+    n, packed, h, w = qkv.shape
+    return torch.empty((n, packed // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=_layout(qkv))
 
 
 @torch.library.impl("gdd_fast::attention_backward", "CompositeExplicitAutograd")
@@ -172,13 +192,17 @@ def _softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 def _tokens(qkv: Tensor, num_heads: int, order: Order) -> tuple[Tensor, ...]:
-    """q, k and v, each (N, heads, H * W, D): one copy brings them to the form that PyTorch's kernels read."""
+    """q, k and v, each (N, heads, H * W, D): one copy brings them to the form that PyTorch's kernels read.
+
+    Blocks in channels_last memory have that form: no copy."""
     n, packed, h, w = qkv.shape
     head_dim = packed // (3 * num_heads)
     if order == "interleaved":
         split = qkv.reshape(n, num_heads, head_dim, 3, h * w).permute(3, 0, 1, 4, 2)
     else:
         split = qkv.reshape(n, 3, num_heads, head_dim, h * w).permute(1, 0, 2, 4, 3)
+        if split.stride(4) == 1:
+            return split.unbind(0)
     return split.contiguous().unbind(0)
 
 

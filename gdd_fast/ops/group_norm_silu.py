@@ -25,7 +25,7 @@ from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
 
-OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton"}))
+OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
 Activation = Literal["silu"] | None
 
@@ -85,7 +85,7 @@ def group_norm_silu(
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
             them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch" or "triton"; float64 has "torch" alone. See gdd_fast.backend.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend.
 
     Returns:
         (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
@@ -101,6 +101,8 @@ def group_norm_silu(
     if pair[0].dtype == torch.float64 and implementation != "torch":
         if backend != "auto":
             raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
+        implementation = "torch"
+    if implementation == "cpp" and backend == "auto" and torch.compiler.is_compiling():
         implementation = "torch"
     if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
         # a compiler fuses the definition itself, and without gradients there is nothing to save
@@ -204,8 +206,10 @@ def _forward(
     silu: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if implementation != "triton" or x.shape[0] == 0:
+    if implementation == "torch" or x.shape[0] == 0:
         return _forward_torch(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+    if implementation == "cpp":
+        return _forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     from gdd_fast.kernels import group_norm_silu as kernels
 
     x, skip = evenly_spaced(x), None if skip is None else evenly_spaced(skip)
@@ -278,6 +282,29 @@ def _(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed, im
     maps = [empty_map(t, t.shape[1]) for t, need in zip((x, skip), needed, strict=False) if need]
     rows = [t.new_empty(t.shape) for t, need in zip((weight, bias, add, scale, shift), needed[2:], strict=True) if need]
     return maps + rows
+
+
+def _forward_cpp(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    memory_format = dense_format(x)
+    channels_last = memory_format == torch.channels_last
+    # what lies side by side: channels, or pixels, which are in a column where the image is one pixel wide
+    innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
+    maps = [None if t is None else evenly_spaced(t) for t in (x, skip)]
+    maps = [t if t is None or t.stride(innermost) == 1 else t.contiguous(memory_format=memory_format) for t in maps]
+    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    return torch.ops.gdd_fast_C.group_norm_silu(*maps, num_groups, weight, bias, eps, *rows, silu, channels_last)
 
 
 def _rows(row: Tensor | None) -> Tensor | None:

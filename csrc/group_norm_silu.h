@@ -1,0 +1,41 @@
+// Group normalisation with an offset before it, scale and shift after it, and SiLU, of one map or two side by side.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace gdd_fast {
+
+// All strides in elements. Channels are innermost (channel == 1), or pixels are (pixel == 1).
+struct NormMap {
+  at::Tensor map;
+  int64_t channels, image, channel, pixel;
+};
+
+// Rows (N, C) or (1, C) of float32; `stride` is 0 for one row, `data` null for none.
+struct NormRows {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct GroupNormSilu {
+  int64_t images, channels, pixels, groups;
+  double eps;
+  bool silu, channels_last;
+  const float *weight, *bias;
+  NormRows add, scale, shift;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
+    const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups, const at::Tensor& weight,
+    const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, bool silu, bool channels_last);
+
+namespace cpu {
+// skip.channels is 0 without one. y is dense; mean and rstd are float32 (N, groups).
+void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, at::Tensor& mean,
+                     at::Tensor& rstd);
+}  // namespace cpu
+
+}  // namespace gdd_fast

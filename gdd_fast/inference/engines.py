@@ -1,0 +1,112 @@
+"""How a folded network is run: operator by operator, compiled, or as CUDA graphs.
+
+A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. They are captured
+on first use, after a warm-up outside the graph (kernels are loaded, compiled and chosen then, which a capture forbids),
+and the ones used least recently are given up beyond a limit. All share one memory pool: they never run at the same
+time, and what one leaves there is copied out before the next.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.errors import BackendError, ConfigError
+
+Engine = Literal["auto", "eager", "compile", "graph"]
+Network = Callable[[Tensor, Tensor | None], Tensor]
+"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), the caller's to keep."""
+
+MAX_GRAPHS = 8
+_WARM_UP = 3  # calls before a capture
+
+
+class Capture(Protocol):
+    """Makes a `Network` for inputs of one shape out of one for all."""
+
+    def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network: ...
+
+
+def choose_engine(engine: Engine, device: torch.device) -> Engine:
+    """What "auto" is: "graph" on a GPU; "eager" elsewhere, where a call is cheap beside what it computes.
+
+    Raises ConfigError for an unknown name, BackendError for an engine that cannot run on `device`.
+    """
+    if engine not in get_args(Engine):
+        raise ConfigError(f"unknown engine {engine!r}; there are {', '.join(get_args(Engine))}")
+    if engine == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if engine == "graph" and device.type != "cuda":
+        raise BackendError(f"engine 'graph' is of CUDA graphs and cannot run on {device}; use 'eager' or 'compile'")
+    return engine
+
+
+def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Network:
+    """`network` under `engine`, as `choose_engine` returned it."""
+    match engine:
+        case "compile":
+            return torch.compile(network)
+        case "graph":
+            return GraphCache(network, CudaCapture(device))
+        case _:
+            return network
+
+
+class GraphCache:
+    """A network that is captured once for every batch size, of which the last `limit` used are kept."""
+
+    def __init__(self, network: Network, capture: Capture, limit: int = MAX_GRAPHS) -> None:
+        if limit < 1:
+            raise ConfigError(f"a cache of graphs holds at least 1, not {limit}")
+        self.network = network
+        self.capture = capture
+        self.limit = limit
+        self.graphs: OrderedDict[int, Network] = OrderedDict()
+
+    def __call__(self, latents: Tensor, rows: Tensor | None) -> Tensor:
+        batch = len(latents)
+        if batch not in self.graphs:
+            while len(self.graphs) >= self.limit:
+                self.graphs.popitem(last=False)  # before the capture, which can then use its memory
+            self.graphs[batch] = self.capture(self.network, latents, rows)
+        self.graphs.move_to_end(batch)
+        return self.graphs[batch](latents, rows)
+
+
+class CudaCapture:
+    """Captures CUDA graphs on one device, into one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
+            self.idle = torch.cuda.Event()  # after the last replay and the copy of its result
+
+    def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network:
+        latents, rows = latents.clone(), None if rows is None else rows.clone()
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(_WARM_UP):
+                    network(latents, rows)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on calling CUDA: they copy images while this one captures
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                images = network(latents, rows)
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+        def replay(new_latents: Tensor, new_rows: Tensor | None) -> Tensor:
+            with torch.cuda.device(self.device):
+                torch.cuda.current_stream().wait_event(self.idle)  # the last replay may be on another stream
+                latents.copy_(new_latents)
+                if rows is not None:
+                    rows.copy_(new_rows)
+                graph.replay()
+                result = images.clone()
+                self.idle.record()
+            return result
+
+        return replay

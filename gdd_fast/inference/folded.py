@@ -1,0 +1,337 @@
+"""The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them.
+
+Weights are in the compute type and channels_last from the start, nothing requires a gradient, and a layer may write to
+the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.modules import Pair
+from gdd_fast.ops.add_pointwise import add_pointwise_
+from gdd_fast.ops.attention import attention, attention_inference
+from gdd_fast.ops.group_norm_silu import group_norm_silu
+from gdd_fast.ops.resample2d import resample2d
+from gdd_fast.ops.residual import residual
+
+Convolve = Literal["plain", "packed", "traced"]
+"""How convolutions run: PyTorch's own; oneDNN's on weights in its own order (CPU); or without writing in place, for a
+compiler."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
+
+    late_bias: leave a convolution's bias to the next operator where that can take it. PyTorch's convolutions on a GPU
+        add it in a pass of its own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    convolve: Convolve
+    norm: str
+    residual: str
+    resample: str
+    attention: str
+    late_bias: bool
+
+
+class Convolution(nn.Module):
+    """A convolution of step 1 with constant weights.
+
+    Args:
+        weight: (out, in, K, K), any floating dtype; cast once.
+        bias: (out,) or None.
+        padding: rows and columns of zeros around the image.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, target: Target) -> None:
+        super().__init__()
+        options = {"device": target.device, "dtype": target.dtype}
+        weight = weight.to(**options, memory_format=torch.channels_last)
+        self.bias = None if bias is None else nn.Buffer(bias.to(**options))
+        self.padding = padding
+        self.traced = target.convolve == "traced"
+        self.packed: Tensor | None = None
+        if target.convolve == "packed":
+            # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [padding] * 2, [1, 1], [1, 1], 1, None)
+        else:
+            self.weight = nn.Buffer(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        geometry = [self.padding] * 2, [1, 1], [1, 1], 1
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *geometry, "none", [], "")
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + self(x)`, in the memory of `y` unless traced. Without bias only if the convolution is 1x1."""
+        if self.packed is not None:
+            geometry = [self.padding] * 2, [1, 1], [1, 1], 1
+            fused = torch.ops.mkldnn._convolution_pointwise_.binary
+            return fused(y, x, self.packed, self.bias, *geometry, "add", 1.0, None, [], None)
+        if self.traced or self.bias is not None or self.padding:
+            return y + self(x)
+        add_pointwise_(y, x, self.weight)
+        return y
+
+
+class Norm(nn.Module):
+    """`group_norm_silu` with constants."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        target: Target,
+        *,
+        silu: bool = True,
+        add: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(weight.to(target.device, torch.float32, copy=True))
+        self.bias = nn.Buffer(bias.to(target.device, torch.float32, copy=True))
+        self.add = None if add is None else nn.Buffer(add.to(target.device, torch.float32)[None])
+        self.groups = groups
+        self.eps = eps
+        self.activation = "silu" if silu else None
+        self.backend = target.norm
+
+    def forward(
+        self, x: Tensor | Pair, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        return group_norm_silu(
+            x,
+            self.groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            add=self.add if add is None else add,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+
+class Resampling(nn.Module):
+    """Up or down by two; on request `(R(x) + add) * scale`."""
+
+    def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
+        super().__init__()
+        self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
+        self.options = {"up": up, "padding": padding, "box": box, "backend": target.resample}
+
+    def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
+
+
+class Identity(nn.Module):
+    """End of a residual branch whose skip path changes nothing.
+
+    Either the branch comes scaled, and `h + scale * x` is computed in the memory of h; or, with a fused `residual`,
+    `(h + x + bias) * scale`, where bias is the one that the branch's last convolution was spared.
+    """
+
+    def __init__(self, scale: float, bias: Tensor | None, target: Target) -> None:
+        super().__init__()
+        self.scale = scale
+        self.backend = target.residual
+        self.traced = target.convolve == "traced"
+        self.bias = None if bias is None else nn.Buffer(bias.to(target.device, torch.float32))
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return residual(h, x, self.bias, self.scale, backend=self.backend)
+        return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale)
+
+
+class Projection(nn.Module):
+    """End of a residual branch whose skip path is a 1x1 convolution, of a tensor, downsampled first, or a pair.
+
+    The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
+    """
+
+    def __init__(self, convs: list[Convolution], resample: Resampling | None = None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.resample = resample
+
+    def forward(self, h: Tensor, x: Tensor | Pair) -> Tensor:
+        if self.resample is not None:
+            x = self.resample(x)
+        for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
+            h = conv.add_to(h, part)
+        return h
+
+
+class Resampled(nn.Module):
+    """End of a residual branch whose skip path is resampled: `(R(x) + h) * scale`.
+
+    A projection of it comes before doubling the resolution, where it costs a quarter and gives the same.
+    """
+
+    def __init__(self, resample: Resampling, conv: Convolution | None, scale: float) -> None:
+        super().__init__()
+        self.resample = resample
+        self.conv = conv
+        self.scale = scale
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        x = x if self.conv is None else self.conv(x)
+        return self.resample(x, add=h, scale=self.scale)
+
+
+class Attention(nn.Module):
+    """Self-attention with its residual. `qkv` puts all queries first, then all keys, then all values."""
+
+    def __init__(
+        self, norm: Norm, qkv: Convolution, proj: Convolution, heads: int, merge: Identity | None, target: Target
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.qkv = qkv
+        self.proj = proj
+        self.heads = heads
+        self.merge = merge
+        self.backend = target.attention
+        self.traced = target.convolve == "traced"
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.qkv(self.norm(x))
+        if self.traced:
+            h = attention(h, self.heads, "blocks", self.backend)
+        else:
+            h = attention_inference(h, self.heads, self.backend)
+        return self.proj.add_to(x, h) if self.merge is None else self.merge(self.proj(h), x)
+
+
+class Block(nn.Module):
+    """A residual block. `condition` names what its rows of a conditional network's table mean to its second norm."""
+
+    def __init__(
+        self,
+        *,
+        norm0: Norm,
+        resample: Resampling | None,
+        conv0: Convolution,
+        norm1: Norm,
+        conv1: Convolution,
+        skip: Identity | Projection | Resampled,
+        attention: Attention | None,
+        condition: Literal["add", "scale_shift"] | None,
+        paired: bool,
+    ) -> None:
+        super().__init__()
+        self.norm0 = norm0
+        self.resample = resample
+        self.conv0 = conv0
+        self.norm1 = norm1
+        self.conv1 = conv1
+        self.skip = skip
+        self.attention = attention
+        self.condition = condition
+        self.paired = paired
+
+    def forward(self, x: Tensor | Pair, rows: Iterator[Tensor]) -> Tensor:
+        """`x` (N, C, H, W) or a pair; `rows` (N, C) each, the next of which are this block's if it is conditional."""
+        h = self.norm0(x)
+        if self.resample is not None:
+            h = self.resample(h)
+        h = self.conv0(h)
+        match self.condition:
+            case None:
+                h = self.norm1(h)
+            case "add":
+                h = self.norm1(h, add=next(rows))
+            case "scale_shift":
+                h = self.norm1(h, scale=next(rows), shift=next(rows))
+        h = self.skip(self.conv1(h), x)
+        return h if self.attention is None else self.attention(h)
+
+
+class FoldedUNet(nn.Module):
+    """A preconditioned U-Net at one noise level, from standard normal latents to images.
+
+    Args:
+        encoder, decoder: (role, layer) in order; the roles are those of `gdd_fast.models.edm.layer_role`.
+        row_sizes: widths of the conditional blocks' rows, in the order they are taken; empty without classes.
+        aux_scale: of the residual encoder's merges.
+        latent_scale: what of the latents goes straight to the images.
+    """
+
+    def __init__(
+        self,
+        encoder: list[tuple[str, nn.Module]],
+        decoder: list[tuple[str, nn.Module]],
+        *,
+        row_sizes: list[int],
+        aux_scale: float,
+        latent_scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.encoder_roles, encoder_layers = zip(*encoder, strict=True)
+        self.decoder_roles, decoder_layers = zip(*decoder, strict=True)
+        self.encoder = nn.ModuleList(encoder_layers)
+        self.decoder = nn.ModuleList(decoder_layers)
+        self.row_sizes = row_sizes
+        self.aux_scale = aux_scale
+        self.latent_scale = latent_scale
+        self.dtype = dtype
+
+    def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
+        """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
+        conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
+        x = aux = latents.to(self.dtype, memory_format=torch.channels_last)
+        skips = []
+        for role, layer in zip(self.encoder_roles, self.encoder, strict=True):
+            match role:
+                case "conv":
+                    x = layer(x)
+                    skips.append(x)
+                case "aux_down":
+                    aux = layer(aux)
+                case "aux_skip":
+                    x = skips[-1] = layer.add_to(x, aux)
+                case "aux_residual":
+                    x = skips[-1] = aux = layer(aux, x, self.aux_scale)
+                case _:
+                    x = layer(x, conditions)
+                    skips.append(x)
+
+        image = None
+        normed = x
+        for role, layer in zip(self.decoder_roles, self.decoder, strict=True):
+            match role:
+                case "aux_up":
+                    up = layer
+                case "aux_norm":
+                    normed = layer(x)
+                case "aux_conv":
+                    y = layer(normed)
+                    image = y if image is None else up(image, add=y)
+                case _:
+                    x = layer((x, skips.pop()) if layer.paired else x, conditions)
+        return torch.add(image, latents, alpha=self.latent_scale)
+
+
+class ConvolutionDown(nn.Module):
+    """The residual encoder's path: `(R(conv(x)) + add) * scale`, the convolution at the full resolution."""
+
+    def __init__(self, conv: Convolution, resample: Resampling) -> None:
+        super().__init__()
+        self.conv = conv
+        self.resample = resample
+
+    def forward(self, x: Tensor, add: Tensor, scale: float) -> Tensor:
+        return self.resample(self.conv(x), add=add, scale=scale)
