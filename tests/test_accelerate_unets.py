@@ -116,10 +116,11 @@ def test_edm_block_that_computes_something_else_is_left():
     assert not calls and all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_edm_compiles_to_one_graph():
-    net = accelerate(edm_net(), backend="torch").requires_grad_(False)
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*EDM_INPUTS), net(*EDM_INPUTS))
+def test_edm_block_compiles_to_one_graph():
+    block = accelerate(edm_net().enc["8x8_block0"], backend="torch").requires_grad_(False)
+    inputs = (normal(1, 32, 8, 8, grad=True), normal(1, 24))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs))
 
 
 def test_our_own_networks_are_told_apart():
@@ -238,9 +239,17 @@ def test_unet2d_frozen_in_channels_last_and_autocast(diffusers):
     assert (got - want).norm() <= 2 * (eager - want).norm()
 
 
+def test_unet2d_blocks_compile_to_one_graph(diffusers):
+    block = accelerate(unet(diffusers, CONFIGS["ddpm"]).mid_block, backend="torch")
+    inputs = (normal(1, 32, 4, 4), normal(1, 64))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_unet2d_compiles_to_one_graph(diffusers):
     net = accelerate(unet(diffusers, CONFIGS["scale_shift"]), backend="torch")
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(DENOISE(compiled, *INPUTS), DENOISE(net, *INPUTS), rtol=1e-4, atol=1e-4)
 
 
