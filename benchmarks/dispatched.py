@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.shapes import NETWORKS
 from gdd_fast import modules
-from gdd_fast.inference.fold import SIGMA, fold, make_target
+from gdd_fast.inference.fold import SIGMA, Conditioning, fold, make_target
+from gdd_fast.inference.folded import FoldedUNet
 from gdd_fast.models import unet_block
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.ops import group_norm_silu, residual
@@ -124,20 +125,35 @@ def of_plain(name: str, channels: int = 64) -> Count:
         return count(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
 
 
-def of_engine(name: str, device: str, channels: int = 64) -> Count:
-    """The folded network in bfloat16 on "cpu", or on "cuda" with its default operators and fake tensors."""
-    target = make_target(torch.device("cpu"), torch.bfloat16)
-    if device == "cuda":
-        gpu = {"convolve": "plain", "late_bias": True, "norm": "triton", "residual": "triton", "resample": "cuda"}
-        target = dataclasses.replace(target, **gpu, attention="torch")  # its "auto" asks which GPU it is
+@contextlib.contextmanager
+def fake_engine(name: str, channels: int) -> Iterator[tuple[GDDPrecond, FoldedUNet, Conditioning | None]]:
+    """The plain network, and folded in bfloat16 as for a GPU, the latter of fake tensors there."""
+    target = dataclasses.replace(
+        make_target(torch.device("cpu"), torch.bfloat16),
+        convolve="plain",
+        late_bias=True,
+        norm="triton",
+        residual="triton",
+        resample="cuda",
+        attention="torch",  # its "auto" asks which GPU it is
+    )
     net = build(name, channels)
     unet, conditioning = fold(net, target)
-    mode = FakeTensorMode() if device == "cuda" else None
-    with mode or contextlib.nullcontext():
-        if mode is not None:
-            for module in (unet, conditioning):
-                if module is not None:
-                    module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
+    with FakeTensorMode():
+        for module in (unet, conditioning):
+            if module is not None:
+                module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
+        yield net, unet, conditioning
+
+
+def of_engine(name: str, device: str, channels: int = 64) -> Count:
+    """The folded network in bfloat16 on "cpu", or on "cuda" with its default operators."""
+    if device == "cuda":
+        engine = fake_engine(name, channels)
+    else:
+        net = build(name, channels)
+        engine = contextlib.nullcontext((net, *fold(net, make_target(torch.device(device), torch.bfloat16))))
+    with engine as (net, unet, conditioning):
         latents, classes = inputs(net, device)
         return count(lambda z, c: unet(z, None if conditioning is None else conditioning(c)), latents, classes)
 

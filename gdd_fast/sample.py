@@ -1,14 +1,17 @@
 """Images from a one-step generator, or from a diffusion teacher in many steps.
 
 `python -m gdd_fast.sample --net PATH --seeds 0-63 --grid grid.png --out images.zip`
+
+A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -18,11 +21,14 @@ from gdd_fast.cli import parse
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
 from gdd_fast.errors import ConfigError, command
-from gdd_fast.inference.generate import SamplerConfig, generate
+from gdd_fast.inference.engines import Engine, choose_engine
+from gdd_fast.inference.generate import Batch, SamplerConfig, launch, to_host
 from gdd_fast.inference.grid import save_grid
-from gdd_fast.inference.seeds import parse_seeds
-from gdd_fast.inference.writers import check_output, open_writer
-from gdd_fast.models.load import load_generator
+from gdd_fast.inference.one_step import OneStepGenerator
+from gdd_fast.inference.resume import check_resumable, part_folder, resume_writer
+from gdd_fast.inference.seeds import check_class, parse_seeds
+from gdd_fast.inference.writers import check_output
+from gdd_fast.models.load import load_generator, network_digest
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 
@@ -50,6 +56,8 @@ class SampleConfig:
     """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Compute type of the network; by default the one it was saved with."""
+    engine: Engine = "auto"
+    """How one-step sampling runs: `eager`, `compile`, `graph` (CUDA graphs); `auto` is `graph` on a GPU."""
     subdirs: bool = False
     """In a folder, give every thousand seeds a folder of their own. A zip always has them."""
 
@@ -57,8 +65,10 @@ class SampleConfig:
         """Raise `ConfigError` for the first option that cannot work, before the network is read."""
         if self.out is None and self.grid is None:
             raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
-        if self.out is not None:
+        if self.out is not None and not part_folder(self.out).exists():
             check_output(self.out)
+        if self.engine != "auto" and self.sampler.sampler != "one-step":
+            raise ConfigError(f"--engine {self.engine} is for the sampler one-step, not {self.sampler.sampler}")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise ConfigError(f"--grid is a .png, not {self.grid}")
         if self.batch < 1:
@@ -74,34 +84,67 @@ def sample(config: SampleConfig) -> None:
     config.validate()
     seeds = parse_seeds(config.seeds)
     device = pick_device(config.device)
-    net = load_generator(teacher_path(config.net), device, config.dtype)
+    engine = choose_engine(config.engine, device)
+    net = load_generator(teacher_path(config.net), dtype=config.dtype)
+    check_class(config.class_index, net.label_dim)
+    run = _run(config, seeds, net)
+    if config.out is not None:
+        check_resumable(config.out, run)
+    if config.sampler.sampler == "one-step":
+        net = OneStepGenerator.from_network(net, device=device, engine=engine, sigma=config.sampler.sigma_max)
+    else:
+        net = net.to(device)
+
+    def images_of(seeds: Sequence[int]) -> Iterator[Batch]:
+        batches = launch(
+            net,
+            seeds,
+            config.sampler,
+            batch=config.batch,
+            class_index=config.class_index,
+            generator_device=config.generator_device,
+        )
+        return to_host(batches)
 
     shown: list[torch.Tensor] = []
     started = time.monotonic()
-    batches = generate(
-        net,
-        seeds,
-        config.sampler,
-        batch=config.batch,
-        class_index=config.class_index,
-        generator_device=config.generator_device,
-    )
     with (
-        nullcontext() if config.out is None else open_writer(config.out, subdirs=config.subdirs) as writer,
+        nullcontext()
+        if config.out is None
+        else resume_writer(config.out, seeds, run, subdirs=config.subdirs) as writer,
         tqdm(total=len(seeds), unit="img", dynamic_ncols=True) as bar,
     ):
-        for part in batches:
+        done = 0 if writer is None else writer.done
+        if done:
+            bar.write(f"{config.out}: going on after {done} images")
+            bar.update(done)
+        for part in images_of(seeds[done:]):
             if writer is not None:
                 writer.put(part.seeds, part.images, part.classes)
             if config.grid is not None and bar.n < _GRID_IMAGES:
-                shown.append(part.images[: _GRID_IMAGES - bar.n].cpu())
+                shown.append(part.images[: _GRID_IMAGES - bar.n])
             bar.update(len(part.seeds))
     seconds = time.monotonic() - started
     if config.grid is not None:
-        save_grid(torch.cat(shown), config.grid)
+        # those that an earlier run wrote are made again
+        save_grid(torch.cat([part.images for part in images_of(seeds[: min(done, _GRID_IMAGES)])] + shown), config.grid)
 
     written = " and ".join(str(path) for path in (config.out, config.grid) if path is not None)
-    print(f"{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.1f} images/s, {device}) -> {written}")
+    made = len(seeds) - done
+    print(f"{made} images in {seconds:.1f} s ({made / seconds:.1f} images/s, {device}) -> {written}")
+
+
+def _run(config: SampleConfig, seeds: Sequence[int], net: torch.nn.Module) -> dict[str, Any]:
+    """What the images depend on: a run that was interrupted is taken up only by the same one."""
+    return {
+        "network": network_digest(net),
+        "dtype": str(net.dtype),
+        "seeds": hashlib.sha256(repr(list(seeds)).encode()).hexdigest(),
+        "class": config.class_index,
+        "sampler": {name: str(value) for name, value in asdict(config.sampler).items()},
+        "generator_device": config.generator_device,
+        "subdirs": config.subdirs,
+    }
 
 
 @command

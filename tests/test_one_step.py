@@ -5,6 +5,7 @@ import torch
 from edm_reference import SIZE, SMALL, fill
 
 import gdd_fast
+from benchmarks.exactness import TEACHER, compare
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.sampler import one_step
@@ -99,6 +100,15 @@ def test_results_are_the_callers(conditional) -> None:
     assert not first.requires_grad
     with torch.inference_mode():
         assert levels(conditional(2, seeds=[0, 1]), conditional(2, seeds=[0, 1])) == 0
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1), ("bfloat16", 2)])
+def test_the_bundled_teacher_in_levels(dtype: str, most: int) -> None:
+    generator = OneStepGenerator.from_pretrained(TEACHER, device="cpu", dtype=dtype)
+    found = compare(generator, images=48, batch=24)
+    assert found["engine, plain"].values == 48 * 16 * 16
+    assert 0 < found["engine, float32"].largest <= most or dtype == "float32"
+    assert found["engine, plain"].largest <= most
 
 
 @pytest.mark.slow

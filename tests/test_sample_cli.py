@@ -1,11 +1,14 @@
 """`python -m gdd_fast.sample`: what it writes, and what it refuses before it starts."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gdd_fast.data.dataset import open_dataset
+from gdd_fast.inference.generate import launch
 from gdd_fast.inference.sampler import heun, one_step
 from gdd_fast.inference.seeds import latents
 from gdd_fast.models.load import RUN_GENERATOR, load_network, save_network
@@ -103,6 +106,39 @@ def test_a_run_folder_gives_its_moving_average(tmp_path):
     assert np.array_equal(npz_images(tmp_path / "run.npz"), npz_images(tmp_path / "net.npz"))
 
 
+@pytest.mark.parametrize("name", ["out.zip", "out"])
+def test_an_interrupted_run_goes_on(conditional, tmp_path, monkeypatch, capsys, name):
+    def options(where):
+        return ["--net", conditional, "--seeds", "0-9", "--batch", 2, "--out", where, "--grid", tmp_path / "g.png"]
+
+    def interrupted(*args, **kwargs):
+        batches = launch(*args, **kwargs)
+        yield from itertools.islice(batches, 4)
+        raise KeyboardInterrupt  # while two batches are on their way
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("gdd_fast.sample.launch", interrupted)
+        sample(*options(tmp_path / name))
+    assert end.value.code == 130
+    assert not (tmp_path / name).exists()
+
+    with pytest.raises(SystemExit):
+        sample(*options(tmp_path / name), "--class", 1)
+    assert "another class" in capsys.readouterr().err
+    sample(*options(tmp_path / name))
+    captured = capsys.readouterr()
+    assert "going on after 4 images" in captured.out + captured.err
+    grid = (tmp_path / "g.png").read_bytes()
+    sample(*options(tmp_path / f"whole-{name}"))
+    assert (tmp_path / "g.png").read_bytes() == grid
+    here, whole = (open_dataset(tmp_path / path, use_labels=True) for path in (name, f"whole-{name}"))
+    assert len(here) == len(whole) == 10
+    for i in range(10):
+        assert np.array_equal(here.image(i), whole.image(i))
+        assert here.label(i) == whole.label(i)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["g.png", name, f"whole-{name}"]
+
+
 def test_the_compute_type_is_obeyed(folder, tmp_path):
     for dtype in ("float32", "bfloat16"):
         sample("--net", folder, "--seeds", "0-3", "--out", tmp_path / f"{dtype}.npz", "--dtype", dtype)
@@ -121,6 +157,8 @@ def test_the_compute_type_is_obeyed(folder, tmp_path):
         (["--grid", "g.png", "--batch", "0"], "--batch"),
         (["--grid", "g.png", "--sampler", "heun", "--steps", "0"], "step"),
         (["--grid", "g.png", "--device", "gpu"], "--device"),
+        (["--grid", "g.png", "--engine", "graph", "--device", "cpu"], "CUDA graphs"),
+        (["--grid", "g.png", "--engine", "compile", "--sampler", "heun"], "--engine"),
         ([], "--out"),
     ],
 )

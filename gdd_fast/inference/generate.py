@@ -15,6 +15,7 @@ from gdd_fast.inference.seeds import SeedStreams, check_class
 from gdd_fast.ops.to_uint8 import to_uint8
 
 Network = torch.nn.Module | OneStepGenerator
+Network = torch.nn.Module | OneStepGenerator
 SamplerName = Literal["one-step", "heun"]
 
 
@@ -22,8 +23,7 @@ SamplerName = Literal["one-step", "heun"]
 class SamplerConfig:
     """How latents become images."""
 
-    sampler: Network = torch.nn.Module | OneStepGenerator
-SamplerName = "one-step"
+    sampler: SamplerName = "one-step"
     """`one-step`: GDD's, one evaluation at sigma 80. `heun`: EDM's, 2 * steps - 1 evaluations."""
     steps: int = 18
     """Steps of the heun sampler."""
@@ -109,9 +109,7 @@ def generate(
     `OneStepGenerator`, for the sampler one-step at its own noise level. Options are checked here, before the first
     batch is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
-    batches = launch(
-        net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device
-    )
+    batches = launch(net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device)
     return (part.check() for part in batches)
 
 
@@ -128,7 +126,7 @@ def launch(
     sampler = sampler or SamplerConfig()
     sampler.validate()
     if isinstance(net, OneStepGenerator) and sampler.sampler != "one-step":
-        raise ConfigError(f"a one-step generator has one step; the sampler {sampler.sampler!r} takes the network itself")
+        raise ConfigError(f"a one-step generator takes one step; give the network itself to {sampler.sampler!r}")
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)

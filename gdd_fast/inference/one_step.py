@@ -43,6 +43,7 @@ class OneStepGenerator:
         img_resolution, img_channels, label_dim: of the images (square), and the number of classes (0: none).
         dtype, device: what it computes in and where.
         engine: "eager", "compile" or "graph", as decided.
+        folded, conditioning: what runs, and what gives it the labels' constants (None without classes); see `fold`.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class OneStepGenerator:
         self.label_dim: int = network.label_dim
         self.engine = choose_engine(engine, self.device)
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
-        folded, self._conditioning = fold(network, target, sigma)
-        self._run = make_engine(self.engine, folded, self.device)
+        self.folded, self.conditioning = fold(network, target, sigma)
+        self._run = make_engine(self.engine, self.folded, self.device)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +185,7 @@ class OneStepGenerator:
         if not len(latents):
             return latents
         with torch.inference_mode(False), torch.no_grad():
-            rows = None if self._conditioning is None else self._conditioning(labels)
+            rows = None if self.conditioning is None else self.conditioning(labels)
             return self._run(latents, rows)
 
     def _labels(self, labels: Labels | None, n: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Networks on disk: a folder of config.json and model.safetensors, an EDM pickle, or a training run."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,15 @@ def load_generator(
     if dtype is not None:
         net.dtype = compute_dtype(dtype)
     return net.to(device).eval().requires_grad_(False)
+
+
+def network_digest(net: EDMPrecond) -> str:
+    """SHA-256 of the weights and the configuration but for the compute type: alike where the function is."""
+    digest = hashlib.sha256(json.dumps({**net.init_config(), "dtype": None}, sort_keys=True).encode())
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def as_generator(teacher: EDMPrecond) -> GDDPrecond:

@@ -1,0 +1,83 @@
+"""`python -m benchmarks.exactness`: the engine's images against the plain network's, in levels of a byte.
+
+Both make the same seeds from the same weights; the plain network computes in float32 and in the engine's compute type.
+The numbers are the largest difference over all pixels, and the share of values that differ at all. Without paths, it
+compares the bundled teacher.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdd_fast.inference.one_step import OneStepGenerator
+from gdd_fast.inference.sampler import one_step
+from gdd_fast.inference.seeds import latents
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.ops.to_uint8 import to_uint8
+
+TEACHER = Path(__file__).resolve().parents[1] / "gdd_fast" / "assets" / "teacher"
+
+
+class Difference:
+    """Of bytes: the largest, and how many there are."""
+
+    def __init__(self) -> None:
+        self.largest = self.differing = self.values = 0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        levels = (a.int() - b.int()).abs()
+        self.largest = max(self.largest, int(levels.max()))
+        self.differing += int(levels.count_nonzero())
+        self.values += levels.numel()
+
+    def __str__(self) -> str:
+        return f"{self.largest:>3} levels, {100 * self.differing / max(self.values, 1):6.2f} % of values"
+
+
+def batches(net: EDMPrecond, images: int, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, images, batch):
+        yield latents(range(start, min(start + batch, images)), shape, net.label_dim, device)
+
+
+@torch.no_grad()
+def compare(generator: OneStepGenerator, images: int, batch: int) -> dict[str, Difference]:
+    """Differences by name, over `images` seeds."""
+    net = generator.network.to(generator.device)
+    own = net.dtype
+    found = {name: Difference() for name in ("engine, plain", "engine, float32", "plain, float32")}
+    try:
+        for z, labels in batches(net, images, batch, generator.device):
+            engine = to_uint8(generator.run(z, None if labels is None else labels.argmax(1)))
+            net.dtype = generator.dtype
+            plain = to_uint8(one_step(net, z, labels))
+            net.dtype = torch.float32
+            full = to_uint8(one_step(net, z, labels))
+            for name, (a, b) in zip(found, ((engine, plain), (engine, full), (plain, full)), strict=True):
+                found[name].add(a, b)
+    finally:
+        net.dtype = own
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("nets", nargs="*", type=Path, default=[TEACHER], help=".pkl, network folder or run folder")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    for path in options.nets:
+        for dtype in options.dtypes:
+            generator = OneStepGenerator.from_pretrained(path, device=options.device, dtype=dtype)
+            print(f"{path.name}, {dtype}, {options.images} images, engine {generator.engine} on {generator.device}")
+            for name, difference in compare(generator, options.images, options.batch).items():
+                print(f"    {name:<18}{difference}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
