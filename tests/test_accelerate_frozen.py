@@ -3,15 +3,18 @@
 import copy
 import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import edm_style
 from benchmarks.saved_bytes import saved_bytes
 from gdd_fast import accelerate, restore
 from gdd_fast.backend import obstacle
+from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import frozen_conv2d_relu
 from whole_networks import assert_accelerates, assert_restores
 
@@ -283,3 +286,27 @@ def test_in_place_relu_writes_where_it_did():
     h = F.conv2d(x, net[0].weight, net[0].bias)
     y = net[1](h)
     assert y is h and (h >= 0).all()
+
+
+def test_threads_do_not_disturb_each_other():
+    net, x = accelerate(small()), image(*X, grad=False)
+    y = net(x)
+    alone = small()[0](x)
+    with ThreadPoolExecutor(4) as pool:
+        whole = [pool.submit(net, x) for _ in range(40)]
+        layers = [pool.submit(net[0], x) for _ in range(40)]
+        assert all(torch.equal(done.result(), y) for done in whole)
+        assert all(torch.equal(done.result(), alone) for done in layers)
+
+
+def test_mistakes_are_one_error():
+    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
+        accelerate("resnet50")
+    with pytest.raises(BackendError, match="unknown backend"):
+        accelerate(small(), backend="fast")
+    with pytest.raises(InputError, match="meta device"):
+        accelerate(nn.Conv2d(3, 3, 1, device="meta"))
+    net = small()
+    with pytest.raises(BackendError, match="takes CUDA tensors"):
+        accelerate(nn.Sequential(edm_style.Conv2d(4, 4, 3, up=True), net), backend="cuda")
+    assert type(net[0]) is nn.Conv2d

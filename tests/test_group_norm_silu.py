@@ -358,7 +358,7 @@ def test_definition_is_the_formula():
 
 
 def test_one_image_whose_batch_stride_means_nothing():
-    """PyTorch's norm refuses channels_last memory with any other stride of a batch of one, as transposed tokens have."""
+    """PyTorch's norm refuses channels_last memory whose batch of one has another stride, as transposed tokens have."""
     x = torch.randn(4 * 16).as_strided((1, 16, 2, 2), (16, 1, 32, 16)).requires_grad_()
     y = group_norm_silu(x, 4, torch.ones(16), torch.zeros(16), backend="torch")
     torch.testing.assert_close(y, group_norm_silu_ref(x, 4, torch.ones(16), torch.zeros(16)))

@@ -338,7 +338,7 @@ def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
 
 def _laid_out(u: Tensor, memory_format: torch.memory_format) -> Tensor:
     """u in `memory_format` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
-    n, c, h, w = u.shape
+    _, c, h, w = u.shape
     strides = (c * h * w, 1, c * w, c) if memory_format is torch.channels_last else (c * h * w, h * w, w, 1)
     u = u.contiguous(memory_format=memory_format)
     return u if u.stride() == strides else u.as_strided(u.shape, strides)

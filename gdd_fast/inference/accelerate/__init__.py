@@ -13,6 +13,7 @@ import itertools
 import warnings
 from typing import Literal, TypeVar, get_args, overload
 
+import torch
 from torch import nn
 
 from gdd_fast.backend import Backend
@@ -52,7 +53,7 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
         `net`, or `(net, report)`.
 
     Raises:
-        InputError: `net` is not a module.
+        InputError: `net` is not a module, or has no memory yet (its parameters are on the meta device).
         BackendError: an unknown backend, or one that cannot run on the network's device.
     """
     if not isinstance(net, nn.Module):
@@ -61,9 +62,11 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
         raise BackendError(f"accelerate: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
     restore(net)
     first = next(itertools.chain(net.parameters(), net.buffers()), None)
-    plan = Plan(net, backend, "cpu" if first is None else first.device.type)
-    for family in (edm.plan, unet2d.plan, frozen.plan):
-        family(plan)
+    if first is not None and first.is_meta:
+        raise InputError("accelerate: the network's parameters are on the meta device: load its weights first")
+    plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
+    for decide in (edm.decide, unet2d.decide, frozen.decide):
+        decide(plan)
     done = plan.carry_out()
     if report:
         return net, done

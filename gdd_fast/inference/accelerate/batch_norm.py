@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from gdd_fast.inference.accelerate.swap import Fast, silent
+from gdd_fast.inference.accelerate.swap import Fast, capturing, silent
 
 
 class Gate:
@@ -85,8 +85,8 @@ class Fold:
         same = cache is not None and cache.key == key and cache.eps == norm.eps
         if not same or any(a is not b for a, b in zip(cache.sources, sources, strict=True)):
             folded = _fold(self.conv, norm)
-            if any(t is not None and t.is_inference() for t in sources):
-                return folded  # these carry no version to tell when they change
+            if capturing(self.conv.weight) or any(t is not None and t.is_inference() for t in sources):
+                return folded  # holds its values in a replay only, or of tensors that tell no version
             cache = self._cache = _Cache(key, sources, norm.eps, folded)
         return cache.folded
 

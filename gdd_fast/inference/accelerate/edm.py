@@ -32,7 +32,7 @@ OURS = (Conv2d, GroupNorm, Linear, UNetBlock, SongUNet, DhariwalUNet)
 SIZE = 8  # of the images in trials
 
 
-def plan(plan: Plan) -> None:
+def decide(plan: Plan) -> None:
     """Decide about every layer and block of EDM's that the network has."""
     for module in plan.names:
         if isinstance(module, OURS):

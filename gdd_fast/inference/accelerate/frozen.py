@@ -9,9 +9,7 @@ These save memory in backward, and the folded norms time. What a module may save
 that is trained or unfrozen after all runs PyTorch's own layers.
 """
 
-import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from gdd_fast.inference.accelerate.batch_norm import (
     sequence,
 )
 from gdd_fast.inference.accelerate.plan import Plan
-from gdd_fast.inference.accelerate.swap import Fast, obstacle
+from gdd_fast.inference.accelerate.swap import Fast, library_class, obstacle
 from gdd_fast.ops import frozen_conv2d_relu
 from gdd_fast.ops import max_pool2x2 as pooling
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
@@ -38,7 +36,7 @@ from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
 TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep its input"
 
 
-def plan(plan: Plan) -> None:
+def decide(plan: Plan) -> None:
     """Decide about every convolution, batch norm, ReLU and pooling of the network."""
     folds = _plan_batch_norms(plan)
     for module in plan.names:
@@ -124,7 +122,7 @@ def _plan_conv(plan: Plan, conv: nn.Conv2d, fold: Fold | None) -> None:
 def _conv_mixin(conv: nn.Conv2d) -> tuple[type[FastConv], str | None]:
     """The mixin for a convolution, and why it has to be left, or None."""
     kind = type(conv)
-    same = _class("timm.layers.conv2d_same", "Conv2dSame")
+    same = library_class("timm.layers.conv2d_same", "Conv2dSame")
     mixin = FastConvSame if same is not None and kind.forward is same.forward else FastConv
     if mixin is FastConv and not (kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward):
         return mixin, "its class has a forward of its own"
@@ -168,7 +166,7 @@ def _plan_batch_norms(plan: Plan) -> dict[nn.Module, Fold]:
         inside = [child for child in parent.children() if child in norms]
         if not inside:
             continue
-        reason = obstacle(parent)
+        reason = obstacle(parent) if plan.undecided(parent) else "its holder is decided about otherwise"
         try:
             arity, pairs = (0, []) if reason is not None else sequence(parent)
         except Untraceable as error:
@@ -191,7 +189,7 @@ def _plan_batch_norms(plan: Plan) -> dict[nn.Module, Fold]:
 
 
 def _norm_mixin(norm: nn.BatchNorm2d) -> type[Fast] | None:
-    with_activation = _class("timm.layers.norm_act", "BatchNormAct2d")
+    with_activation = library_class("timm.layers.norm_act", "BatchNormAct2d")
     if type(norm).forward is nn.BatchNorm2d.forward:
         return FastBatchNorm
     if with_activation is not None and type(norm).forward is with_activation.forward:
@@ -275,8 +273,3 @@ def _plan_pool(plan: Plan, pool: nn.MaxPool2d) -> None:
         plan.leave(pool, plan.missing(pooling.OPERATOR))
     else:
         plan.replace(pool, FastMaxPool, backend, "keeps one byte an output for backward")
-
-
-def _class(module: str, name: str) -> Any:
-    """A class of a library, if the program uses that library; nothing is imported."""
-    return getattr(sys.modules.get(module), name, None)

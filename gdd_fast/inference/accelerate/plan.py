@@ -1,6 +1,6 @@
 """Collecting what is to be replaced before anything is."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,12 @@ from gdd_fast.inference.accelerate.swap import Fast, difference, exchange, obsta
 class Plan:
     """The modules of a network, and what was decided about each; a module is decided about once.
 
-    `device` is the type of the device that the network is on: it decides what "auto" finds worth replacing.
+    `place` is the device that the network is on; its type decides what "auto" finds worth replacing.
     """
 
     net: nn.Module
     backend: Backend
-    device: str
+    place: torch.device
     names: dict[nn.Module, str] = field(init=False)
     replaced: dict[nn.Module, tuple[type[Fast], Any, str]] = field(default_factory=dict)
     left: dict[nn.Module, str] = field(default_factory=dict)
@@ -49,14 +49,14 @@ class Plan:
         mixin: type[Fast],
         state: Any,
         note: str,
-        inputs: Callable[[torch.Generator], Sequence[Tensor]],
+        inputs: Callable[[torch.Generator], Iterable[Tensor]],
         like: Hashable,
     ) -> bool:
         """`replace` if a trial on `inputs` shows that the mixin computes the same; one trial for all modules of a class
         with equal `like`, which is to tell all that can make a difference."""
         key = (type(module), mixin, like)
         if key not in self.trials:
-            self.trials[key] = obstacle(module) or difference(module, mixin, state, inputs)
+            self.trials[key] = obstacle(module) or difference(module, mixin, state, inputs, self.place)
         if self.trials[key] is not None:
             self.leave(module, self.trials[key])
             return False
@@ -76,14 +76,14 @@ class Plan:
         BackendError if it cannot run here.
         """
         if self.backend == "auto":
-            return None if resolve("auto", operator, self.device) == "torch" else "auto"
+            return None if resolve("auto", operator, self.place.type) == "torch" else "auto"
         if self.backend not in operator.fused:
             return "torch"
-        return resolve(self.backend, operator, self.device)
+        return resolve(self.backend, operator, self.place.type)
 
     def missing(self, operator: Operator) -> str:
         """The reason for leaving a module for which `backend_of(operator)` is None."""
-        return f"{operator.name} has no fused implementation for {self.device} here: PyTorch's is as fast"
+        return f"{operator.name} has no fused implementation for {self.place.type} here: PyTorch's is as fast"
 
     def carry_out(self) -> Report:
         """Exchange what is to be replaced."""
@@ -96,12 +96,10 @@ class Plan:
                 self.leave(module, "gdd_fast has nothing faster for it")
         for module, (mixin, state, _) in self.replaced.items():
             exchange(module, mixin, state)
-        entry: Callable[[nn.Module, str], Entry] = lambda module, note: Entry(
-            self.names[module], type(module).__name__, note
-        )
+        entry = lambda module, note: Entry(self.names[module], type(module).__name__, note)
         return Report(
             self.backend,
-            self.device,
+            self.place.type,
             tuple(entry(module, note) for module, (_, _, note) in self.replaced.items()),
             tuple(entry(module, note) for module, note in self.left.items()),
             self.net,

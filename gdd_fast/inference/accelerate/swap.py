@@ -14,7 +14,8 @@ are of the original class and know nothing of gdd_fast.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,16 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def library_class(module: str, name: str) -> type | None:
+    """A class of somebody else's library, if the program uses that library; nothing is imported."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, so that what is computed now has its values in a replay only."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def silent(module: nn.Module) -> bool:
     """Whether no hook listens to `module`, so that it need not be called."""
     # written out: this runs for every layer at every call
@@ -108,7 +119,11 @@ def unheard(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def difference(
-    module: nn.Module, mixin: type[Fast], state: Any, inputs: Callable[[torch.Generator], Sequence[Tensor]]
+    module: nn.Module,
+    mixin: type[Fast],
+    state: Any,
+    inputs: Callable[[torch.Generator], Iterable[Tensor]],
+    device: torch.device,
 ) -> str | None:
     """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
 
@@ -116,7 +131,7 @@ def difference(
     The trial has random parameters: many of a trained network's start at zero, which hides what they multiply. The
     module is in evaluation mode and unheard for the while.
     """
-    like = next(module.parameters(), torch.zeros(()))
+    like = next(module.parameters(), torch.zeros((), device=device))
     generator = torch.Generator().manual_seed(0)
     draw: Callable[[Tensor], Tensor] = lambda p: torch.randn(p.shape, generator=generator) / _fan_in(p) ** 0.5
     parameters = {name: draw(p).to(p.device, p.dtype) for name, p in module.named_parameters()}
@@ -130,7 +145,7 @@ def difference(
             exchange(module, mixin, state)
             got = torch.func.functional_call(module, parameters, arguments)
         except Exception as error:  # a stranger's forward, called as it may not be meant to be
-            return f"a trial of it failed with {type(error).__name__}"
+            return f"a trial of it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
             give_back(module)
             for child, training in modes:

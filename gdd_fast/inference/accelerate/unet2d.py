@@ -8,7 +8,6 @@ A block is known by its class's forward being diffusers' own, and by a trial, in
 computes differently shows. Convolutions are decided about in `frozen`.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +19,20 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend
 from gdd_fast.inference.accelerate.blocks import kinds, merge, normalise, unchanged
 from gdd_fast.inference.accelerate.plan import Plan
-from gdd_fast.inference.accelerate.swap import Fast
+from gdd_fast.inference.accelerate.swap import Fast, capturing, library_class
 from gdd_fast.modules import resample_kernel
 from gdd_fast.ops import group_norm_silu, resample2d, residual
 
 SIZE = 8  # of the images in trials
 
 
-def plan(plan: Plan) -> None:
+def decide(plan: Plan) -> None:
     """Decide about every block of diffusers' that the network has."""
     planners = {
-        _class("diffusers.models.resnet", "ResnetBlock2D"): _plan_resnet,
-        _class("diffusers.models.attention_processor", "Attention"): _plan_attention,
-        _class("diffusers.models.upsampling", "FirUpsample2D"): _plan_fir,
-        _class("diffusers.models.downsampling", "FirDownsample2D"): _plan_fir,
+        library_class("diffusers.models.resnet", "ResnetBlock2D"): _plan_resnet,
+        library_class("diffusers.models.attention_processor", "Attention"): _plan_attention,
+        library_class("diffusers.models.upsampling", "FirUpsample2D"): _plan_fir,
+        library_class("diffusers.models.downsampling", "FirDownsample2D"): _plan_fir,
     }
     planners.pop(None, None)
     for module in plan.names:
@@ -43,11 +42,6 @@ def plan(plan: Plan) -> None:
                     planner(plan, module)
                 else:
                     plan.leave(module, "its class has a forward of its own")
-
-
-def _class(module: str, name: str) -> type[nn.Module] | None:
-    """A class of diffusers, if the program uses it."""
-    return getattr(sys.modules.get(module), name, None)
 
 
 # --- residual blocks
@@ -125,7 +119,8 @@ class Packed:
     def __call__(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
         sources = tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-        if differentiable or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+        passing = torch.compiler.is_compiling() or capturing(sources[0]) or any(t.is_inference() for t in sources)
+        if differentiable or passing:
             return self._pack(layers)
         key = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
         made = self._made
@@ -184,10 +179,10 @@ class FastAttention(Fast):
 
 
 def _plan_attention(plan: Plan, block: nn.Module) -> None:
-    library = sys.modules["diffusers.models.attention_processor"]
+    processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
     absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
     parts = kinds(block, "group_norm", "to_q", "to_k", "to_v")
-    if type(block.processor) is not library.AttnProcessor2_0:
+    if type(block.processor) is not processor:
         plan.leave(block, "its processor is not diffusers' scaled_dot_product_attention")
         return
     if any(getattr(block, name, None) is not None for name in absent) or block.is_cross_attention:
@@ -242,7 +237,7 @@ def _plan_fir(plan: Plan, module: nn.Module) -> None:
     elif backend is None:
         plan.leave(module, plan.missing(resample2d.OPERATOR))
     else:
-        up = isinstance(module, _class("diffusers.models.upsampling", "FirUpsample2D") or ())
+        up = isinstance(module, library_class("diffusers.models.upsampling", "FirUpsample2D") or ())
         state = FilterState(resample_kernel(taps), backend, up)
         inputs = lambda generator: [torch.randn(2, 3, SIZE, SIZE, generator=generator)]
         plan.try_to_replace(module, FastFir, state, "resample2d", inputs, (up, taps))
