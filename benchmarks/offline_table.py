@@ -201,7 +201,8 @@ def main() -> None:
     spilling = [r for _, r in results if r.spilled]
     print(text if args.sample > 1 else f"{len(results)} kernels, {len(spilling)} spill")
     if args.sample == 1:
-        head = "# Kernels as compiled\n\nMade by `python -m benchmarks.offline_table`: every Triton kernel that the networks' layers launch.\n\n"
+        made_by = "Made by `python -m benchmarks.offline_table`: every Triton kernel that the networks' layers launch."
+        head = f"# Kernels as compiled\n\n{made_by}\n\n"
         TABLE.write_text(f"{head}{text}\n", encoding="utf-8")
     raise SystemExit(1 if spilling else 0)
 
