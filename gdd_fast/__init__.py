@@ -3,23 +3,28 @@
 Public names, imported on first use so that `import gdd_fast` costs nothing:
 
     load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
-    OneStepGenerator.from_pretrained(path, ...)      the same as a fast function: (n, labels, seeds) -> uint8 images
+    OneStepGenerator.from_pretrained(path, ...)      the same, as a fast function from seeds to images
+    accelerate(net, backend="auto", report=False)    the same network, faster: EDM's, diffusers', timm's, torchvision's
+    restore(net)                                     undoes accelerate
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gdd_fast.inference.accelerate import accelerate, restore
     from gdd_fast.inference.one_step import OneStepGenerator
     from gdd_fast.models.load import load_generator
 
 __version__ = "0.1.0"
 
-__all__ = ["OneStepGenerator", "__version__", "load_generator"]
+__all__ = ["OneStepGenerator", "__version__", "accelerate", "load_generator", "restore"]
 
 _LAZY = {
     "OneStepGenerator": "gdd_fast.inference.one_step",
+    "accelerate": "gdd_fast.inference.accelerate",
     "load_generator": "gdd_fast.models.load",
+    "restore": "gdd_fast.inference.accelerate",
 }
 
 

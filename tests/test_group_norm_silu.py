@@ -374,3 +374,11 @@ def test_definition_is_the_formula():
     z = xhat.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
     t = z * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     torch.testing.assert_close(case.ref(*case.inputs), t / (1 + torch.exp(-t)))
+
+
+def test_one_image_whose_batch_stride_means_nothing():
+    """PyTorch's norm refuses channels_last memory whose batch of one has another stride, as transposed tokens have."""
+    x = torch.randn(4 * 16).as_strided((1, 16, 2, 2), (16, 1, 32, 16)).requires_grad_()
+    y = group_norm_silu(x, 4, torch.ones(16), torch.zeros(16), backend="torch")
+    torch.testing.assert_close(y, group_norm_silu_ref(x, 4, torch.ones(16), torch.zeros(16)))
+    torch.autograd.grad(y, x, torch.ones_like(y).as_strided(y.shape, x.stride()))

@@ -114,9 +114,14 @@ class _ConvolutionRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, bits = ctx.saved_tensors
-        dy = _Masked.apply(dy, bits, ctx.out_format, ctx.backend)
+        dy = masked(dy, bits, ctx.out_format, ctx.backend)
         dx = input_gradient(dy, weight, ctx.shape, ctx.format, ctx.geometry) if ctx.needs_input_grad[0] else None
         return dx, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def masked(dy: Tensor, bits: Tensor, layout: torch.memory_format, backend: str) -> Tensor:
+    """dy in `layout`, zero where the bits say so; differentiable any number of times."""
+    return _Masked.apply(dy, bits, layout, backend)
 
 
 class _Masked(torch.autograd.Function):
@@ -130,7 +135,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ddy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Masked.apply(ddy, ctx.saved_tensors[0], ctx.layout, ctx.backend), None, None, None
+        return masked(ddy, ctx.saved_tensors[0], ctx.layout, ctx.backend), None, None, None
 
 
 # y and dy are dense, contiguous or channels_last; elements are counted as they lie in memory.

@@ -345,7 +345,15 @@ def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
     dtype, memory_format = compute_dtype(x), dense_format(x)
     u = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     u = u if add is None else u + add.to(dtype)[:, :, None, None]
-    return u.contiguous(memory_format=memory_format)
+    return _laid_out(u, memory_format)
+
+
+def _laid_out(u: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """u in `memory_format` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
+    _, c, h, w = u.shape
+    strides = (c * h * w, 1, c * w, c) if memory_format is torch.channels_last else (c * h * w, h * w, w, 1)
+    u = u.contiguous(memory_format=memory_format)
+    return u if u.stride() == strides else u.as_strided(u.shape, strides)
 
 
 def _forward_torch(
@@ -390,7 +398,7 @@ def _backward_torch(
     u = _joined(x, skip, add)
     n, c, h, w = u.shape
     weight_, factor = weight.to(u.dtype), None if scale is None else scale.to(u.dtype)[:, :, None, None] + 1
-    dt = dy.to(u.dtype).contiguous(memory_format=dense_format(x))
+    dt = _laid_out(dy.to(u.dtype), dense_format(x))
     if silu or need_scale:
         a = rstd.repeat_interleave(c // rstd.shape[1], 1) * weight_
         centre = mean.repeat_interleave(c // mean.shape[1], 1)

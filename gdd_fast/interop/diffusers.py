@@ -1,0 +1,123 @@
+"""One-step generators as a pipeline of diffusers; the only file that needs that library.
+
+    pipe = OneStepPipeline.from_generator("run")                      what gdd_fast.load_generator takes, or a network
+    images = pipe(batch_size=4, class_labels=3, generator=torch.Generator().manual_seed(0)).images
+    pipe.save_pretrained("folder"); pipe = OneStepPipeline.from_pretrained("folder")
+
+`pipe.to("cuda")`, `pipe.push_to_hub(...)` and the rest are diffusers'. A stored pipeline loads after this module is
+imported, as diffusers imports no module because a file names it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError, InputError
+from gdd_fast.inference.one_step import OneStepGenerator
+from gdd_fast.models.load import PRECONDS, load_generator
+from gdd_fast.models.precond import EDMPrecond
+
+OutputType = Literal["pil", "np", "pt"]
+
+
+class GeneratorModel(ModelMixin, ConfigMixin):
+    """A network of gdd_fast as a component of diffusers': stored with its arguments, called as the network.
+
+    Args:
+        precond: "edm" or "gdd".
+        init: the network's arguments, as in the config.json of a network folder.
+    """
+
+    @register_to_config
+    def __init__(self, precond: str = "gdd", init: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if precond not in PRECONDS or init is None:
+            raise ConfigError(f"precond must be one of {', '.join(PRECONDS)} and init the network's arguments")
+        self.network = PRECONDS[precond](**init)
+
+    @classmethod
+    def of(cls, network: EDMPrecond) -> "GeneratorModel":
+        """A component around `network` itself, not a copy."""
+        precond = next((name for name, kind in PRECONDS.items() if type(network) is kind), None)
+        if precond is None:
+            raise ConfigError(f"a pipeline takes a network of gdd_fast, not {type(network).__name__}")
+        with torch.device("meta"):
+            model = cls(precond=precond, init=network.init_config())
+        model.network = network
+        return model.train(network.training)
+
+    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        return self.network(x, sigma, class_labels)
+
+
+class OneStepPipeline(DiffusionPipeline):
+    """Images from noise in one evaluation of `model`."""
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: GeneratorModel) -> None:
+        super().__init__()
+        self.register_modules(model=model)
+        self._engine: tuple[Any, OneStepGenerator] | None = None
+
+    @classmethod
+    def from_generator(cls, generator: str | Path | EDMPrecond | OneStepGenerator) -> "OneStepPipeline":
+        """A pipeline of a network, or of whatever `gdd_fast.load_generator` takes."""
+        network = load_generator(generator) if isinstance(generator, str | Path) else generator
+        network = network.network if isinstance(network, OneStepGenerator) else network
+        return cls(GeneratorModel.of(network))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            batch_size: how many.
+            class_labels: a class for all, one for each, or float (batch_size, label_dim); None draws classes.
+            generator: one, or one an image; the images are then the same whatever the batch.
+            output_type: "pil", "np" (float32 (N, H, W, C) in [0, 1]) or "pt" (float32 (N, C, H, W) in [0, 1]).
+            return_dict: False for a tuple.
+
+        Raises:
+            InputError: arguments that do not fit together or the network.
+        """
+        if output_type not in get_args(OutputType):
+            raise InputError(f"output_type must be one of {', '.join(get_args(OutputType))}, not {output_type!r}")
+        engine = self.engine()
+        if generator is None or isinstance(generator, torch.Generator):
+            latents, drawn = engine.draw(batch_size, generator=generator)
+        else:
+            if len(generator) != batch_size:
+                raise InputError(f"{batch_size} images take {batch_size} generators, or one, not {len(generator)}")
+            rows = [engine.draw(1, generator=one) for one in generator]
+            latents = torch.cat([row for row, _ in rows])
+            drawn = torch.cat([label for _, label in rows]) if engine.label_dim else None
+        images = engine.run(latents, drawn if class_labels is None else class_labels)
+        result: Any = (images / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            result = result.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            levels = (result * 255).round().astype("uint8")
+            result = [Image.fromarray(level.squeeze(-1) if level.shape[-1] == 1 else level) for level in levels]
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def engine(self) -> OneStepGenerator:
+        """The network made fast, again after it has moved, changed its dtype or got other weights."""
+        network, device = self.model.network, self._execution_device
+        key = (device, network.dtype, *((id(t), t._version) for t in network.state_dict(keep_vars=True).values()))
+        if self._engine is None or self._engine[0] != key:
+            self._engine = key, OneStepGenerator.from_network(network, device=device)
+        return self._engine[1]

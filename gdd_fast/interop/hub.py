@@ -1,0 +1,201 @@
+"""Networks on the Hugging Face Hub, by the conventions of huggingface_hub: three functions named as there.
+
+    save_pretrained(net, "folder")                             config.json, model.safetensors, README.md
+    push_to_hub(net, "user/name")                              the same, uploaded
+    net = from_pretrained("user/name", revision="main")        or a folder
+
+`net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), or a network that `accelerate` changed.
+What is stored is the folder format of `gdd_fast.models.load`: no code, no pickle. Arguments that are not described
+here mean what they mean in huggingface_hub.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gdd_fast.errors import WeightsError
+from gdd_fast.files import atomic_write
+from gdd_fast.models.load import load_generator, save_network
+from gdd_fast.models.precond import EDMPrecond
+
+FILES = ("config.json", "model.safetensors")
+
+CARD = """---
+library_name: gdd_fast
+pipeline_tag: unconditional-image-generation
+tags:
+- gdd_fast
+- one-step-generation
+---
+
+# {title}
+
+An image generator of {channels} x {size} x {size} pixels{classes}, stored by
+[gdd_fast](https://pypi.org/project/gdd_fast/): the arguments in config.json, the weights in model.safetensors.
+
+```python
+from gdd_fast.interop import hub
+
+net = hub.from_pretrained("{title}")
+```
+"""
+
+
+class HasNetwork(Protocol):
+    """A OneStepGenerator, or anything else that keeps the network it was made from."""
+
+    network: EDMPrecond
+
+
+def save_pretrained(
+    net: EDMPrecond | HasNetwork,
+    save_directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    repo_id: str | None = None,
+    push_to_hub: bool = False,
+    **push_to_hub_kwargs: Any,
+) -> str | None:
+    """Write `net` to a folder, each file atomically; weights in `dtype`. A README.md that is there is left alone.
+
+    With `push_to_hub=True` the folder is uploaded to `repo_id` (by default the folder's name) as well.
+
+    Returns:
+        The address of the commit on the Hub, or None.
+
+    Raises:
+        ConfigError: `net` is no network that can be stored.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused, or cannot be reached.
+    """
+    folder = Path(save_directory)
+    network = _network(net)
+    save_network(network, folder, dtype)
+    card = folder / "README.md"
+    if not card.exists():
+        with atomic_write(card) as temporary:
+            temporary.write_text(_card(network, repo_id or folder.name))
+    if not push_to_hub:
+        return None
+    return _upload(folder, repo_id or folder.name, **push_to_hub_kwargs)
+
+
+def push_to_hub(
+    net: EDMPrecond | HasNetwork,
+    repo_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    commit_message: str = "Push model using gdd_fast",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+) -> str:
+    """Upload `net` to the Hub's repository `repo_id`, made if it does not exist. Returns the commit's address.
+
+    Raises as `save_pretrained`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        network = _network(net)
+        save_network(network, folder, dtype)
+        Path(folder, "README.md").write_text(_card(network, repo_id))
+        return _upload(
+            Path(folder),
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
+
+
+def from_pretrained(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> EDMPrecond:
+    """A network as `load_generator` returns it, from a repository of the Hub or from anything `load_generator` takes.
+
+    Args:
+        pretrained_model_name_or_path: "user/name" on the Hub; a path that exists is preferred.
+        revision: branch, tag or commit.
+        device, dtype: where the network is put and what it computes in.
+
+    Raises:
+        WeightsError: neither a path nor a repository that holds a network, or a broken one.
+    """
+    if Path(pretrained_model_name_or_path).exists():
+        return load_generator(pretrained_model_name_or_path, device, dtype)
+    folder = download(
+        str(pretrained_model_name_or_path),
+        revision=revision,
+        force_download=force_download,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return load_generator(folder, device, dtype)
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """The folder in huggingface_hub's cache with the network of a repository; options as of `hf_hub_download`.
+
+    Raises WeightsError if there is no such repository, it holds no network, or the Hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in FILES]
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(
+            f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
+            "connection, and that you are logged in if the repository is private."
+        ) from error
+    return paths[0].parent
+
+
+def _network(net: EDMPrecond | HasNetwork) -> EDMPrecond:
+    return net if isinstance(net, nn.Module) else getattr(net, "network", net)
+
+
+def _card(network: EDMPrecond, title: str) -> str:
+    classes = f" in {network.label_dim} classes" if network.label_dim else ""
+    return CARD.format(title=title, channels=network.img_channels, size=network.img_resolution, classes=classes)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Push model using gdd_fast",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[*FILES, "README.md"],
+        commit_message=commit_message,
+        revision=branch,
+        create_pr=create_pr,
+    )
+    return str(commit)

@@ -1,0 +1,297 @@
+"""accelerate on U-Nets: EDM's as their own code builds them, and diffusers' UNet2DModel and pipelines."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import edm_style
+from gdd_fast import accelerate, restore
+from gdd_fast.backend import obstacle
+from gdd_fast.models.edm import ncsnpp
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.ops import group_norm_silu
+from whole_networks import assert_accelerates, assert_restores
+
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "torch"])
+needs_triton = pytest.mark.skipif(
+    obstacle(group_norm_silu.OPERATOR, "triton", "cpu") is not None, reason="needs Triton's interpreter"
+)
+
+
+def normal(*shape: int, seed: int = 0, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+# --- EDM
+
+
+def edm_net(adaptive: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return edm_style.UNet(adaptive_scale=adaptive, taps=(1, 1) if adaptive else (1, 3, 3, 1)).eval()
+
+
+CALL = lambda net, x, sigma: net(x, sigma)
+EDM_INPUTS = (normal(2, 3, 16, 16, grad=True), torch.tensor([0.5, 80.0]))
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["ncsnpp", "adm"])
+@BACKENDS
+def test_edm_outputs_and_gradients(adaptive, backend):
+    net = edm_net(adaptive)
+    report = assert_accelerates(net, CALL, EDM_INPUTS, backend=backend)
+    replaced = report.counts["replaced"]
+    assert replaced["Linear"] == 6 and replaced["Conv2d"] >= 17
+    assert replaced["UNetBlock"] == (5 if backend != "auto" else replaced["UNetBlock"]) >= 1
+    assert_restores(net, CALL, EDM_INPUTS)
+
+
+@needs_triton
+def test_edm_block_in_triton():
+    torch.manual_seed(0)
+    block = edm_style.UNetBlock(16, 16, 24, heads=1).eval()
+    inputs = (normal(1, 16, 4, 4, grad=True), normal(1, 24, grad=True))
+    report = assert_accelerates(block, lambda block, x, emb: block(x, emb), inputs, backend="triton")
+    assert report.counts["replaced"]["UNetBlock"] == 1
+
+
+def test_edm_frozen_as_in_gdd_i_and_in_channels_last():
+    net = edm_net().to(memory_format=torch.channels_last)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("conv" not in name)
+    x = EDM_INPUTS[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    report = assert_accelerates(net, CALL, (x, EDM_INPUTS[1]))
+    assert sum("frozen" in entry.note for entry in report.replaced) == 12, str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_edm_in_another_dtype(dtype):
+    """EDM's parameters stay float32; the dtype is that of the images."""
+    net, sigma = edm_net(), EDM_INPUTS[1]
+    call = lambda net: net(normal(2, 3, 16, 16).to(dtype), sigma)
+    want, eager = copy.deepcopy(net).double()(normal(2, 3, 16, 16).double(), sigma.double()), call(net)
+    accelerate(net, backend="torch")
+    got = call(net)
+    assert got.dtype == dtype
+    assert (got - want).norm() <= 2 * (eager - want).norm()
+
+
+def test_edm_dropout_draws_the_same_numbers():
+    net = edm_net().train()
+    torch.manual_seed(1)
+    want = net(*EDM_INPUTS)
+    accelerate(net, backend="torch")
+    torch.manual_seed(1)
+    torch.testing.assert_close(net(*EDM_INPUTS), want, rtol=1e-4, atol=1e-4)
+
+
+def test_edm_copies_pickles_and_hooks():
+    net = accelerate(edm_net(), backend="torch")
+    y = net(*EDM_INPUTS)
+    assert torch.equal(copy.deepcopy(net)(*EDM_INPUTS), y)
+    data = pickle.dumps(net)
+    assert b"gdd_fast" not in data
+    torch.testing.assert_close(pickle.loads(data)(*EDM_INPUTS), y, rtol=1e-4, atol=1e-4)
+    seen = []
+    net.enc["8x8_block0"].norm1.register_forward_hook(lambda _, inputs, y: seen.append(y))
+    torch.testing.assert_close(net(*EDM_INPUTS), y, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1 and seen[0].min() < -0.5  # normalised, not activated
+
+
+def test_edm_block_that_computes_something_else_is_left():
+    class Other(edm_style.UNetBlock):
+        def forward(self, x, emb):
+            return super().forward(x, emb) + 0.01
+
+    net = nn.ModuleList([Other(32, 32, 24, heads=1), edm_style.UNetBlock(32, 32, 24, heads=1)]).eval()
+    calls = []
+    net[0].conv0.register_forward_hook(lambda *_: calls.append(1))
+    state = copy.deepcopy(net.state_dict())
+    _, report = accelerate(net, backend="torch", report=True)
+    assert [entry.path for entry in report.replaced if entry.kind in ("Other", "UNetBlock")] == ["1"]
+    assert [entry.note for entry in report.left if entry.path == "0"] == ["in a trial it computed something else"]
+    assert not calls and all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_edm_block_compiles_to_one_graph():
+    block = accelerate(edm_net().enc["8x8_block0"], backend="torch").requires_grad_(False)
+    inputs = (normal(1, 32, 8, 8, grad=True), normal(1, 24))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs))
+
+
+def test_our_own_networks_are_told_apart():
+    net = EDMPrecond(16, 3, **ncsnpp(model_channels=32, channel_mult=[1], num_blocks=1)).eval().requires_grad_(False)
+    x, sigma = normal(1, 3, 16, 16), torch.tensor([80.0])
+    y = net(x, sigma)
+    with pytest.warns(UserWarning, match="gdd_fast's own"):
+        accelerate(net)
+    assert torch.equal(net(x, sigma), y)
+
+
+# --- diffusers
+
+# google/ddpm-cifar10-32, of which `narrow` is an eighth as wide
+DDPM_CIFAR10 = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 0,
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+}
+CONFIGS = {
+    "ddpm": DDPM_CIFAR10 | {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "sample_size": 16},
+    "filters": {
+        "sample_size": 16,
+        "time_embedding_type": "fourier",
+        "flip_sin_to_cos": True,
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "mid_block_scale_factor": math.sqrt(2),
+    },
+    "scale_shift": {
+        "sample_size": 16,
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": 16,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "norm_num_groups": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+    return pytest.importorskip("diffusers")
+
+
+def unet(diffusers, config: dict) -> nn.Module:
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(**config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) / 30)
+    return net
+
+
+DENOISE = lambda net, x, t: net(x, t).sample
+INPUTS = (normal(2, 3, 16, 16, grad=True), torch.tensor([3, 700]))
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unet2d_outputs_and_gradients(diffusers, name, backend):
+    net = unet(diffusers, CONFIGS[name])
+    report = assert_accelerates(net, DENOISE, INPUTS, backend=backend)
+    replaced, left = report.counts["replaced"], report.counts["left"]
+    assert replaced["Attention"] >= 3 and (name != "filters" or replaced["FirUpsample2D"] == 2)
+    assert backend == "auto" or not left["ResnetBlock2D"]
+    assert_restores(net, DENOISE, INPUTS)
+
+
+@needs_triton
+def test_resnet_block_in_triton(diffusers):
+    torch.manual_seed(0)
+    block = diffusers.models.resnet.ResnetBlock2D(in_channels=8, temb_channels=12, groups=2).eval()
+    inputs = (normal(1, 8, 4, 4, grad=True), normal(1, 12, grad=True))
+    report = assert_accelerates(block, lambda block, x, temb: block(x, temb), inputs, backend="triton")
+    assert report.counts["replaced"] == {"ResnetBlock2D": 1}
+
+
+def test_unet2d_of_ddpm_cifar10_is_recognised(diffusers):
+    net = diffusers.UNet2DModel(**DDPM_CIFAR10).eval().requires_grad_(False)
+    _, report = accelerate(net, backend="torch", report=True)
+    assert report.counts["replaced"] == {"ResnetBlock2D": 22, "Attention": 6, "Conv2d": 65}
+
+
+def test_unet2d_frozen_in_channels_last_and_autocast(diffusers):
+    net = unet(diffusers, CONFIGS["ddpm"]).requires_grad_(False).to(memory_format=torch.channels_last)
+    report = assert_accelerates(net, DENOISE, INPUTS, backend="torch")
+    assert report.counts["replaced"]["Conv2d"] == 65
+    x = INPUTS[0].detach()
+    want = DENOISE(copy.deepcopy(restore(net)).double(), x.double(), INPUTS[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = DENOISE(net, x, INPUTS[1])
+        got = DENOISE(accelerate(net, backend="torch"), x, INPUTS[1])
+    assert got.dtype == eager.dtype
+    assert (got - want).norm() <= 2 * (eager - want).norm()
+
+
+def test_unet2d_blocks_compile_to_one_graph(diffusers):
+    block = accelerate(unet(diffusers, CONFIGS["ddpm"]).mid_block, backend="torch")
+    inputs = (normal(1, 32, 4, 4), normal(1, 64))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_unet2d_compiles_to_one_graph(diffusers):
+    net = accelerate(unet(diffusers, CONFIGS["scale_shift"]), backend="torch")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(DENOISE(compiled, *INPUTS), DENOISE(net, *INPUTS), rtol=1e-4, atol=1e-4)
+
+
+def test_another_attention_processor_is_obeyed(diffusers):
+    net = accelerate(unet(diffusers, CONFIGS["ddpm"]))
+    y = DENOISE(net, *INPUTS)
+    calls = []
+
+    class Processor(diffusers.models.attention_processor.AttnProcessor2_0):
+        def __call__(self, *arguments, **options):
+            calls.append(1)
+            return super().__call__(*arguments, **options)
+
+    for module in net.modules():
+        if isinstance(module, diffusers.models.attention_processor.Attention):
+            module.set_processor(Processor())
+    torch.testing.assert_close(DENOISE(net, *INPUTS), y, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 6
+
+
+def test_weights_that_change_are_seen_by_the_packed_ones(diffusers):
+    net = accelerate(unet(diffusers, CONFIGS["ddpm"]))
+    with torch.no_grad():
+        before = DENOISE(net, *INPUTS)
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+        after = DENOISE(net, *INPUTS)
+        torch.testing.assert_close(after, DENOISE(restore(net), *INPUTS), rtol=1e-4, atol=1e-4)
+    assert (after - before).norm() > 0.1 * before.norm()
+
+
+@BACKENDS
+def test_a_pipeline_draws_the_same_images(diffusers, backend, tmp_path):
+    pipe = diffusers.DDPMPipeline(unet(diffusers, CONFIGS["ddpm"]), diffusers.DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda: (
+        pipe(batch_size=2, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    )
+    want = draw()
+    pipe.unet = accelerate(pipe.unet, backend=backend)
+    assert abs(draw() - want).max() < 1e-4
+    pipe.save_pretrained(tmp_path)
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert abs(draw() - want).max() < 1e-6
