@@ -54,10 +54,7 @@ def rates(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
     Keys: copy, fp32, bf16, and tf32 on a GPU. Random data: zeros run faster on some chips.
     """
     gpu = device.type == "cuda"
-    source = torch.empty((1 << 30) if gpu else (1 << 26), dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() / _fastest(lambda: target.copy_(source), device, seconds)}
-    del source, target
+    found = {"copy": _copy_bandwidth(1 << 30 if gpu else 1 << 26, device, seconds)}
     size = 8192 if gpu else 1536
     kinds = [("fp32", torch.float32, "highest"), ("bf16", torch.bfloat16, "highest")]
     kinds += [("tf32", torch.float32, "high")] if gpu else []
@@ -70,6 +67,12 @@ def rates(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
     finally:
         torch.set_float32_matmul_precision(before)
     return found
+
+
+def _copy_bandwidth(size: int, device: torch.device, seconds: float) -> float:
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), device, seconds)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
