@@ -15,7 +15,6 @@ from benchmarks.checks import MismatchError, poisoned, tensors
 from benchmarks.results import Row
 from benchmarks.timing import Call, Timing, measure, peak_bytes
 
-
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
