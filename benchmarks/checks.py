@@ -66,8 +66,7 @@ class Accuracy:
     def check(self, outputs: Any) -> None:
         """Raise MismatchError unless every tensor is as accurate as eager PyTorch's, times the factor."""
         found = tensors(outputs)
-        if [(t.shape, t.dtype) for t in found] != self._like:
-            raise MismatchError(f"returned {[(tuple(t.shape), t.dtype) for t in found]} instead of {self._like}")
+        _check_alike([(t.shape, t.dtype) for t in found], self._like)
         for index, (tensor, truth, eager_error) in enumerate(zip(found, self._truth, self._eager_errors, strict=True)):
             error = _max_error(tensor, truth)
             unit = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
@@ -86,13 +85,19 @@ class Closeness:
     def check(self, outputs: Any) -> None:
         """Raise MismatchError unless all tensors together are close enough; the number of them is part of it."""
         found = tensors(outputs)
-        shapes = [tuple(t.shape) for t in found]
-        if shapes != [tuple(t.shape) for t in self._expected]:
-            raise MismatchError(f"returned shapes {shapes} instead of {[tuple(t.shape) for t in self._expected]}")
+        _check_alike([t.shape for t in found], [t.shape for t in self._expected])
         difference = _norm([a.detach().float() - b for a, b in zip(found, self._expected, strict=True)])
         limit = self._tolerance * _norm(self._expected)
         if not difference <= limit:
             raise MismatchError(f"differs by {difference:.3e} in norm, and at most {limit:.3e} is allowed")
+
+
+def _check_alike(found: list[Any], expected: list[Any]) -> None:
+    if len(found) != len(expected):
+        raise MismatchError(f"{len(found)} tensors instead of {len(expected)}")
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one != other:
+            raise MismatchError(f"result {index} is {one} instead of {other}")
 
 
 def _max_error(found: Tensor, truth: Tensor) -> float:

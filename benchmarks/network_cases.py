@@ -241,7 +241,7 @@ def _meta_backbone(name: str, batch: int, resolution: int) -> None:
     net = peers.plain(peers.make_backbone(name, resolution, torch.device("cpu"), folded=True)).to("meta")
     x = torch.empty((batch, 3, resolution, resolution), device="meta", requires_grad=True)
     maps = net(x)
-    torch.autograd.grad(maps, [x], [torch.empty_like(m) for m in maps])
+    torch.autograd.backward(maps, [torch.empty_like(m) for m in maps])
 
 
 __all__ = ["NETWORKS", "backbone_case", "block_case", "generator_case", "network_cases"]
