@@ -15,6 +15,7 @@ from benchmarks.checks import MismatchError, poisoned, tensors
 from benchmarks.results import Row
 from benchmarks.timing import Call, Timing, measure, peak_bytes
 
+OUT_OF_MEMORY = "out of memory"
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
@@ -41,6 +42,8 @@ class Bench:
     like: list[torch.Tensor] = field(default_factory=list)
     """Tensors of the outputs' sizes, to poison the memory that they will get."""
     checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    keep: Any = None
+    """What has to live as long as the case, such as a temporary folder."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,6 @@ class Case:
     group: str
     name: str
     build: Callable[[torch.device], Bench]
-    peers: tuple[str, ...] | None = None
-    """The names of the peers if they are known without building; tests are parametrised by them."""
 
     def __str__(self) -> str:
         return f"{self.group}-{self.name}".replace(" ", "-")
@@ -98,20 +99,25 @@ def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None
     )
 
 
-def measure_peer(case: Case, bench: Bench, peer: str, device: torch.device, effort: Effort) -> Row | None:
-    """One row, with a failure in it if that is what happened; None if the peer cannot run here or nothing was timed."""
+def measure_peer(
+    case: Case, bench: Bench, peer: str, device: torch.device, effort: Effort, timer: Callable[..., Any] = measure
+) -> Row | None:
+    """One row, with a failure in it if that is what happened; None if the peer cannot run here or nothing was timed.
+
+    `timer` is `timing.measure` or stands in for it.
+    """
     try:
         call = checked_call(bench, peer, device)
         if not effort.seconds:
             return None
-        timing, outputs = measure(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
+        timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
         _check(bench, peer, outputs)
         del outputs
         return row_of(case, bench, peer, timing, peak_bytes(call, device))
     except UnavailableError:
         return None
     except torch.OutOfMemoryError:
-        return Row(case.group, case.name, peer, failure="out of memory")
+        return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
     except MismatchError as error:
         return Row(case.group, case.name, peer, failure=f"wrong: {error}")
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept

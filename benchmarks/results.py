@@ -119,5 +119,13 @@ def _sparse(row: Row) -> dict[str, Any]:
 _TIMES = ("wall", "host", "device", "cpu")
 
 
+def format_seconds(seconds: float | None) -> str:
+    """Three digits with a unit; "-" for None."""
+    if seconds is None:
+        return "-"
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("us", 1e-6)
+    return f"{seconds / scale:.3g} {unit}"
+
+
 def _short(number: float) -> float:
     return float(f"{number:.4g}")
