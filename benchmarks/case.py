@@ -123,11 +123,18 @@ def measure_peer(
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:
-        release(device, compiled=peer in COMPILED)
+        compiled = any(name in peer for name in COMPILED)
+        if compiled or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
+            release(device, compiled=compiled)
 
 
-def measure_case(case: Case, device: torch.device, effort: Effort) -> Iterator[Row]:
-    """The rows of all peers, one after the other; a case that cannot be built gives one row that says so."""
+def measure_case(
+    case: Case, device: torch.device, effort: Effort, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Row]:
+    """The rows of all peers, one after the other; a case that cannot be built gives one row that says so.
+
+    No further peer is started once `stop()` is true.
+    """
     try:
         bench = case.build(device)
     except UnavailableError:
@@ -137,6 +144,8 @@ def measure_case(case: Case, device: torch.device, effort: Effort) -> Iterator[R
         yield Row(case.group, case.name, "-", failure=describe_error(error))
         return
     for peer in bench.peers:
+        if stop():
+            return
         row = measure_peer(case, bench, peer, device, effort)
         if row is not None:
             yield row

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.case import Bench, Case
+from benchmarks.case import COMPILED, Bench, Case
 from benchmarks.checks import Closeness, tensors
 from benchmarks.flops import count_flops
 from benchmarks.shapes import NETWORKS, build
@@ -27,22 +27,28 @@ _BLOCKS = {"ncsnpp-32": ("enc.16x16_block1", "dec.32x32_block0"), "adm-64": ("en
 
 
 def network_cases(full: bool) -> list[Case]:
-    """On a CPU NCSN++ 32 at batch 1, a block and lite0; `full` adds batches, networks, and torch.compile as a peer."""
+    """On a CPU NCSN++ 32 at batch 1, a block and lite0; `full` has more batches and networks, and torch.compile."""
     if not full:
         return [
             generator_case("ncsnpp-32", 1, torch.float32),
             generator_case("ncsnpp-32", 1, torch.bfloat16),
-            block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32, compiled=False),
+            block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
         ]
-    cases = [generator_case("ncsnpp-32", n, torch.bfloat16, compiled=n != 16) for n in (256, 1, 16)]
-    cases += [backbone_case(name, 64, torch.bfloat16, compiled=True) for name in ("vgg16_bn", "tf_efficientnet_lite0")]
-    cases += [block_case(name, block, 64, torch.bfloat16) for name, some in _BLOCKS.items() for block in some]
-    return cases + [generator_case(name, n, torch.bfloat16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    bf16, backbones = torch.bfloat16, ("vgg16_bn", "tf_efficientnet_lite0")
+    cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
+    cases += [backbone_case(name, 64, bf16) for name in backbones]
+    blocks = [(name, block) for name, some in _BLOCKS.items() for block in some]
+    cases += [block_case(*block, 64, bf16) for block in blocks]
+    cases += [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    # these take minutes to get ready, so they come last
+    cases += [block_case(*block, 64, bf16, compiled=True) for block in blocks]
+    cases += [backbone_case(name, 64, bf16, compiled=True) for name in backbones]
+    return cases + [generator_case("ncsnpp-32", n, bf16, compiled=True) for n in (256, 1)]
 
 
 def generator_case(name: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
-    """One-step sampling, latents to float images."""
+    """One-step sampling, latents to float images; `compiled` has the peers that are compiled, and no others."""
     return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", partial(_generator, name, batch, dtype, compiled))
 
 
@@ -85,13 +91,14 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
         "gdd_fast": ours,
     }
     gpu = device.type == "cuda"
-    if find_spec("gdd_fast.inference.one_step") is not None:
-        kinds = ("eager", *(("graph",) if gpu else ()), *(("compile",) if compiled else ()))
-        makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in kinds}
+    engines = find_spec("gdd_fast.inference.one_step") is not None
+    if engines:
+        makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
     if compiled:
-        makers |= {mode: partial(stock, mode) for mode in ("compile", "max-autotune")}
+        makers = {mode: partial(stock, mode) for mode in COMPILED}
+        makers |= {"OneStepGenerator:compile": partial(engine, "compile")} if engines else {}
     weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
     with torch.no_grad():
         flops = count_flops(lambda: _meta_generator(name, batch))
@@ -119,7 +126,7 @@ def _cast_convolutions(model: nn.Module, dtype: torch.dtype) -> None:
             module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
 
 
-def block_case(name: str, block: str, batch: int, dtype: torch.dtype, *, compiled: bool = True) -> Case:
+def block_case(name: str, block: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
     """One U-Net block of a GDD-I generator, forward and backward to its input and to the weights that train."""
     title = f"{name} {block} {batch} {_NAMES[dtype]}"
     return Case("U-Net block forward+backward", title, partial(_block, name, block, batch, dtype, compiled))
@@ -158,7 +165,7 @@ def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool
         "gdd_fast": lambda: run(ours, dtype, channels_last, True),
     }
     if compiled:
-        makers["compile"] = lambda: run(_Compiled(best), dtype, channels_last, False)
+        makers = {"compile": lambda: run(_Compiled(best), dtype, channels_last, False)}
     return Bench(makers, check.check, precision=_NAMES[dtype], images=batch)
 
 
@@ -232,7 +239,7 @@ def _backbone(
         "gdd_fast": lambda: run(folded(lambda net: net), dtype, torch.channels_last),
     }
     if compiled:
-        makers["compile"] = partial(stock, True)
+        makers = {"compile": partial(stock, True)}
     shapes = (name, batch, resolution)
     return Bench(makers, check.check, flops=count_flops(lambda: _meta_backbone(*shapes)), precision=_NAMES[dtype])
 

@@ -1,5 +1,6 @@
 """Which operator is measured on what: the distinct layers of the real networks, by batch and type."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,31 +20,36 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def operator_cases(full: bool) -> list[Case]:
     """All cases: on a CPU a sample in fp32 at batch 2, `full` every shape in bf16 at batch 64 (backbones: 32).
 
-    The first case of each operator also has torch.compile as a peer.
+    The operators take turns, so that a run that is cut off has seen something of each. `full` ends with torch.compile
+    at the first shape of each operator.
     """
     batch, dtype = (64, torch.bfloat16) if full else (2, torch.float32)
     small = min(batch, 32)
     convolutions, pools = backbone_calls()
-    cases: list[Case] = []
+    both, groups = (False, True), []
+    compiled: list[Case] = []
     for group, calls, problem, size, directions in (
-        ("group_norm_silu", norm_calls(), problems.norm_problem, batch, (False, True)),
-        ("residual", residual_calls(), problems.residual_problem, batch, (False, True)),
-        ("resample2d", resample_calls(), problems.resample_problem, batch, (False, True)),
-        ("attention", attention_calls(), problems.attention_problem, batch, (False, True)),
-        ("frozen_conv2d_relu", convolutions, problems.conv_problem, small, (False, True)),
-        ("max_pool2x2", pools, problems.pool_problem, small, (False, True)),
-        ("discriminator_input", [32, 64], problems.input_problem, small, (False, True)),
+        ("group_norm_silu", norm_calls(), problems.norm_problem, batch, both),
+        ("residual", residual_calls(), problems.residual_problem, batch, both),
+        ("resample2d", resample_calls(), problems.resample_problem, batch, both),
+        ("attention", attention_calls(), problems.attention_problem, batch, both),
+        ("frozen_conv2d_relu", convolutions, problems.conv_problem, small, both),
+        ("max_pool2x2", pools, problems.pool_problem, small, both),
+        ("discriminator_input", [32, 64], problems.input_problem, small, both),
         ("to_uint8", [32, 64], problems.bytes_problem, 16 * batch, (False,)),
     ):
         dtype_here = torch.float32 if group == "to_uint8" else dtype
-        chosen = calls if full else spread(calls, 2)
-        for index, layer in enumerate(chosen):
+        cases = []
+        for layer in calls if full else moderate(calls):
             name = f"{size}x{_shape(layer)} {_NAMES[dtype_here]}"
             build = partial(problem, layer, size, dtype_here)
-            for backward in directions:
-                compiled = full and index == 0 and group != "frozen_conv2d_relu"
-                cases.append(operator_case(group, name, build, backward=backward, compiled=compiled))
-    return cases + adam_cases(full)
+            cases += [operator_case(group, name, build, backward=backward) for backward in directions]
+            if full and layer is calls[0]:
+                compiled += [operator_case(group, name, build, backward=b, compiled=True) for b in directions]
+        groups.append(cases)
+    groups.append(adam_cases(full))
+    turns = itertools.zip_longest(*groups)
+    return [case for turn in turns for case in turn if case is not None] + compiled
 
 
 def _shape(layer: Any) -> str:
@@ -64,8 +70,15 @@ def _shape(layer: Any) -> str:
     return f"{layer.channels}x{layer.resolution}²"
 
 
-def spread(some: Sequence[Any], count: int) -> list[Any]:
-    """`count` of `some`, evenly spaced from the first to the last; all of them if there are no more."""
-    if len(some) <= count:
-        return list(some)
-    return [some[round(i * (len(some) - 1) / max(count - 1, 1))] for i in range(count)]
+def moderate(layers: Sequence[Any]) -> list[Any]:
+    """Two layers for a CPU: from a quarter and from the middle of the order of their sizes."""
+    if isinstance(layers[0], int):
+        return list(layers[:1])
+    by_size = sorted(layers, key=_elements)
+    return list(dict.fromkeys(by_size[round(share * (len(by_size) - 1))] for share in (0.25, 0.5)))
+
+
+def _elements(layer: Any) -> int:
+    channels = layer.size[1] * layer.groups if isinstance(layer, problems.ConvCall) else layer.channels
+    channels = sum(channels) if isinstance(channels, tuple) else channels
+    return channels * layer.resolution**2

@@ -54,7 +54,7 @@ def nchw(function: Function) -> Function:
 
 
 def operator_case(group: str, name: str, build: Build, *, backward: bool, compiled: bool = False) -> Case:
-    """The case of a problem, forward alone or forward and backward; `compiled` adds torch.compile of the peer stock."""
+    """The case of a problem, forward alone or forward and backward; `compiled` has the peer compile and no other."""
     pass_name = "forward+backward" if backward else "forward"
     return Case(f"{group} {pass_name}", name, partial(_bench, build, backward=backward, compiled=compiled))
 
@@ -82,7 +82,7 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
     peers = {name: partial(prepared, f) for name, f in problem.peers.items()}
     if compiled:
         compiled_stock = partial(torch.compile, problem.peers["stock"], fullgraph=True, dynamic=False)
-        peers["compile"] = lambda: prepared(compiled_stock())
+        peers, problem.extra = {"compile": lambda: prepared(compiled_stock())}, {}
     peers |= {name: (lambda f=f: prepared(f())) for name, f in problem.extra.items()}
     floating = [t for t in problem.inputs.values() if t is not None]
     return Bench(

@@ -32,9 +32,7 @@ def pipeline_cases(full: bool) -> list[Case]:
     """`full`: NCSN++ 32 instead of the demo's network, 2048 features instead of 256, more images."""
     network, images, dim = ("ncsnpp-32", 1024, 2048) if full else ("demo", 64, 256)
     return [
-        Case(
-            "sampling to disk", f"{'ncsnpp-32' if full else 'demo'} {images} images", partial(_sampling, full, images)
-        ),
+        Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
         Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),

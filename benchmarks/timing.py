@@ -150,7 +150,6 @@ def measure(
     The warm-up takes another fifth of the time. The garbage collector is off meanwhile.
     """
     sampler = Sampler(call, device)
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
