@@ -97,7 +97,12 @@ def device_name(device: torch.device) -> str:
 def file_name(device: torch.device) -> str:
     """The device's results file: "nvidia-h200.json", "intel-xeon-processor-2-threads.json"."""
     name = device_name(device) + (f" {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + ".json"
+    return slug(name) + ".json"
+
+
+def slug(name: str) -> str:
+    """For file names: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def commit() -> str | None:

@@ -1,8 +1,8 @@
 """Candidates for kernels/tuned.json: each Triton kernel's launch options, tried on layers of the real networks.
 
 For every entry of the table the defaults are varied one grid at a time, and the setting with the smallest geometric
-mean over the layers wins. Nothing is written to the table: winners and times go to the notes of the results file, as the
-entry that a person would add ("sm_90": {...}).
+mean over the layers wins. Nothing is written to the table: winners and times go to the notes of the results file, as
+the entry that a person would add ("sm_90": {...}).
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
 
 
 def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> None:
-    """Try every entry while `left()` is positive; saves after each. A setting that is wrong or fails is no candidate."""
+    """Try every entry while `left()` is positive; saves after each. What is wrong or fails is no candidate."""
     from gdd_fast.kernels import _launch
 
     notes = results.notes.setdefault("tuning", {})
