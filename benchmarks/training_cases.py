@@ -18,7 +18,8 @@ from benchmarks.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS,
 
 STEPS = ("G step", "D step", "R1 step", "iteration")
 _COMPARED_IMAGES = 16
-FLOOR = 2e-2
+FLOOR = 0.1
+"""float32 alone differs by some percent between memory formats: kinks, and batch norms over few images."""
 
 
 @dataclass(frozen=True)
