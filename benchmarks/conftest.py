@@ -56,7 +56,7 @@ def record(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Callab
     path = pytestconfig.getoption("--record-to")
     if path is None and pytestconfig.getoption("--record"):
         path = FOLDER / machine.file_name(device)
-    results = None if path is None else Results(machine.describe(device), machine.rates(device))
+    results = None if path is None else Results.continued(path, machine.describe(device), machine.rates(device))
     yield rows.append
     if results is not None:
         results.add(rows)

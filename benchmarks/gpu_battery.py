@@ -166,11 +166,8 @@ def begin(
 ) -> None:
     """The file a battery fills: the machine and its rates anew; rows of parts that are not `fresh` are kept."""
     described = machine.describe(device)
-    results = Results({**described, "commit": commit or described["commit"]}, machine.rates(device, seconds=seconds))
-    if path.exists():
-        old = Results.load(path)
-        results.add(old.rows)
-        results.notes = old.notes
+    described["commit"] = commit or described["commit"]
+    results = Results.continued(path, described, machine.rates(device, seconds=seconds))
     for key in ("running", "cut_off", "died"):
         results.notes.pop(key, None)
     for part in fresh:

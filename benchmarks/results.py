@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,18 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
         temporary.replace(path)
+
+    @classmethod
+    def continued(cls, path: Path, machine: dict[str, Any], rates: dict[str, float]) -> "Results":
+        """What is at `path` for the same device, to add to; rows of another commit say so in `extra`."""
+        results = cls(machine, rates)
+        if path.exists():
+            old = cls.load(path)
+            if old.machine["device"] == machine["device"]:
+                mark = {} if old.machine["commit"] == machine["commit"] else {"commit": old.machine["commit"]}
+                results.add(replace(row, extra={**mark, **row.extra}) for row in old.rows)
+                results.notes = old.notes
+        return results
 
     @classmethod
     def load(cls, path: Path) -> "Results":

@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.draw:
         path = args.out or FOLDER / machine.file_name(device)
         rates = machine.rates(device, seconds=0.05 if args.smoke else 0.5)
-        results = Results(machine.describe(device), rates, Results.load(path).rows if path.exists() else ())
+        results = Results.continued(path, machine.describe(device), rates)
         take(device, results, path, smoke=args.smoke)
     if args.out is None:
         write_pages()

@@ -129,7 +129,7 @@ def test_roofline_page_and_picture(tmp_path):
 
 def battery_file(tmp_path):
     path = tmp_path / "b.json"
-    Results({"device": "d"}, {"copy": 1.0}).save(path)
+    Results({"device": "d", "commit": "c"}, {"copy": 1.0}).save(path)
     return path
 
 

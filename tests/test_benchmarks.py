@@ -125,6 +125,15 @@ def test_results_survive_a_file_and_replace_rows_of_the_same_key(tmp_path):
     assert (again.machine, again.rates) == (MACHINE, RATES) and again.rows[0].wall == [1, 2, 3]
 
 
+def test_rows_that_are_not_taken_anew_say_what_commit_they_are_of(tmp_path):
+    path = tmp_path / "r.json"
+    results(row(), row("stock")).save(path)
+    later = Results.continued(path, {**MACHINE, "commit": "later"}, RATES)
+    later.add([row("stock")])
+    assert [r.extra for r in later.rows] == [{"commit": "c"}, {}]
+    assert Results.continued(path, {**MACHINE, "device": "other"}, RATES).rows == []
+
+
 @pytest.mark.parametrize("change", [{"format": 0}, {"rows": [{"group": "g", "case": "c", "peer": "p", "speed": 1}]}])
 def test_a_file_of_another_form_is_refused(tmp_path, change):
     results(row()).save(tmp_path / "r.json")
