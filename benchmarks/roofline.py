@@ -203,7 +203,7 @@ def draw(record: Results, path: Path) -> None:
         bars = axis.barh([row.peer for row in rows], middle, xerr=spread, color=colours)
         axis.bar_label(bars, [f"{m:.3g} ms  {middle[0] / m:.2f} x" for m in middle], padding=4)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
+        axis.margins(x=0.3)
         axis.set_title(f"{rows[0].group.capitalize()}, {rows[0].case} ({record.machine['device']})", fontsize=10)
         axis.set_xlabel("ms; each bar adds its technique to those above")
     figure.tight_layout()
