@@ -1,0 +1,123 @@
+"""Optimizer and moving average in one: the generator's step of GDD, on the parameters that GDD and GDD-I train.
+
+The settings of the public code are a finite check, an Adam and an average one parameter after the other; stock is
+PyTorch's fused Adam between foreach operations. All start from one state; the state after the first step is compared.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Bench, Case
+from benchmarks.checks import Accuracy
+from benchmarks.operators import fused_peers
+from benchmarks.shapes import build
+from benchmarks.timing import Call
+from gdd_fast.distill.freeze import freeze
+from gdd_fast.ops.adam_ema import OPERATOR, adam_ema_
+
+LR, BETAS, EPS, WEIGHT = 1e-4, (0.0, 0.99), 1e-8, 1e-3
+_TENSORS_TOUCHED = 9  # p, m, v, average: read and written; the gradient: read
+
+
+def adam_cases(full: bool) -> list[Case]:
+    """The parameters of NCSN++ 32 that GDD-I trains; `full` adds all of them, as GDD does."""
+    cases = [Case("adam and average", "ncsnpp-32 GDD-I", partial(_bench, 1))]
+    return [*cases, Case("adam and average", "ncsnpp-32 GDD", partial(_bench, 0))] if full else cases
+
+
+def _bench(level: int, device: torch.device) -> Bench:
+    net = build("ncsnpp-32")
+    freeze(net, level)
+    shapes = [p.shape for p in net.parameters() if p.requires_grad]
+    start = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [torch.randn(shape, device=device) * 1e-2 for shape in shapes]
+
+    def after_one_step(dtype: torch.dtype) -> list[Tensor]:
+        params = [p.to(dtype, copy=True) for p in start]
+        averages = [p.clone() for p in params]
+        _foreach_step(params, averages, [g.to(dtype) for g in grads])()
+        return params + averages
+
+    accuracy = Accuracy(after_one_step(torch.float64), after_one_step(torch.float32))
+
+    def peer(make: Callable[[list[Tensor], list[Tensor], list[Tensor]], Call]) -> Call:
+        params = [p.clone() for p in start]
+        averages = [p.clone() for p in params]
+        step, first = make(params, averages, grads), [True]
+
+        def call() -> list[Tensor] | None:
+            step()
+            compared = first.pop() if first else False  # only the first step starts where the definition did
+            return params + averages if compared else None
+
+        return call
+
+    def check(outputs: list[Tensor] | None) -> None:
+        if outputs is not None:
+            accuracy.check(outputs)
+
+    makers = {"official": _loop_step, "stock": _fused_step}
+    makers |= fused_peers(OPERATOR, device, _our_step)
+    count = sum(p.numel() for p in start)
+    peers = {name: partial(peer, make) for name, make in makers.items()}
+    return Bench(peers, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device")
+
+
+def _loop_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
+    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, foreach=False, fused=False)
+
+    @torch.no_grad()
+    def step() -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5)
+        optimizer.step()
+        for a, p in zip(averages, params, strict=True):
+            a.copy_(p.lerp(a, 1 - WEIGHT))
+
+    return step
+
+
+def _fused_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
+    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, fused=True)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+    @torch.no_grad()
+    def step() -> None:
+        if torch.stack(torch._foreach_norm(grads, ord=float("inf"))).isfinite().all():
+            optimizer.step()
+            torch._foreach_lerp_(averages, params, WEIGHT)
+
+    return step
+
+
+def _foreach_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
+    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, foreach=True)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+    @torch.no_grad()
+    def step() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(averages, params, WEIGHT)
+
+    return step
+
+
+def _our_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor], *, backend: str) -> Call:
+    device = params[0].device
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    count = torch.zeros((), dtype=torch.float32, device=device)
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    lr, weight = (torch.full((), value, dtype=torch.float64, device=device) for value in (LR, WEIGHT))
+
+    @torch.no_grad()
+    def step() -> None:
+        lists = (params, grads, *moments, count, skipped, lr)
+        options = {"betas": BETAS, "eps": EPS, "backend": backend}
+        adam_ema_(*lists, averages=averages, average_weight=weight, **options)
+
+    return step

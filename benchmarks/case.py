@@ -1,0 +1,166 @@
+"""A case: one piece of work, the peers that can do it, and the one way a case becomes rows of the record.
+
+`measure_case` is used by pytest and by the battery alike: build, run each peer on poisoned memory, compare, time,
+compare the last round again. What goes wrong with one peer becomes a row with a `failure` and no time.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.checks import MismatchError, poisoned, tensors
+from benchmarks.results import Row
+from benchmarks.timing import Call, Timing, measure, peak_bytes
+
+OUT_OF_MEMORY = "out of memory"
+COMPILED = ("compile", "max-autotune")
+"""Peers that go through torch.compile."""
+
+
+class UnavailableError(Exception):
+    """A peer that cannot run here: a package or a device that is not there."""
+
+
+@dataclass
+class Bench:
+    """A case that is built: inputs on the device, and for each peer a function that prepares its call.
+
+    `check(outputs)` raises MismatchError; a peer named in `checks` computes in another type by its own settings and is
+    checked by that function instead. The numbers are of one call, as in `Row`.
+    """
+
+    peers: dict[str, Callable[[], Call]]
+    check: Callable[[Any], None]
+    bytes: int | None = None
+    flops: int | None = None
+    images: int | None = None
+    precision: str = "fp32"
+    headline: str = "wall"
+    like: list[torch.Tensor] = field(default_factory=list)
+    """Tensors of the outputs' sizes, to poison the memory that they will get."""
+    checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    keep: Any = None
+    """What has to live as long as the case, such as a temporary folder."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`build(device)` makes the Bench; nothing is allocated before."""
+
+    group: str
+    name: str
+    build: Callable[[torch.device], Bench]
+
+    def __str__(self) -> str:
+        return f"{self.group}-{self.name}".replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a peer is timed. `seconds` 0 checks and takes no time."""
+
+    seconds: float = 0.5
+    least: int = 5
+    most: int = 200
+
+
+def checked_call(bench: Bench, peer: str, device: torch.device) -> Call:
+    """The call of `peer`, its outputs compared once on poisoned memory; raises MismatchError, UnavailableError."""
+    call = bench.peers[peer]()
+    with poisoned(device, bench.like):
+        outputs = call()
+    _check(bench, peer, outputs)
+    return call
+
+
+def _check(bench: Bench, peer: str, outputs: Any) -> None:
+    for tensor in tensors(outputs):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise MismatchError("an output holds NaN or infinity: memory that is read or left unwritten")
+    bench.checks.get(peer, bench.check)(outputs)
+
+
+def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None) -> Row:
+    """The row of a timed peer."""
+    return Row(
+        case.group,
+        case.name,
+        peer,
+        **timing.to_json(),
+        headline=bench.headline,
+        bytes=bench.bytes,
+        flops=bench.flops,
+        precision=bench.precision,
+        images=bench.images,
+        peak_bytes=peak,
+    )
+
+
+def measure_peer(
+    case: Case, bench: Bench, peer: str, device: torch.device, effort: Effort, timer: Callable[..., Any] = measure
+) -> Row | None:
+    """One row, with a failure in it if that is what happened; None if the peer cannot run here or nothing was timed.
+
+    `timer` is `timing.measure` or stands in for it.
+    """
+    try:
+        call = checked_call(bench, peer, device)
+        if not effort.seconds:
+            return None
+        timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
+        _check(bench, peer, outputs)
+        del outputs
+        return row_of(case, bench, peer, timing, peak_bytes(call, device))
+    except UnavailableError:
+        return None
+    except torch.OutOfMemoryError:
+        return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
+    except MismatchError as error:
+        return Row(case.group, case.name, peer, failure=f"wrong: {error}")
+    except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
+        return Row(case.group, case.name, peer, failure=describe_error(error))
+    finally:
+        compiled = any(name in peer for name in COMPILED)
+        if compiled or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
+            release(device, compiled=compiled)
+
+
+def measure_case(
+    case: Case, device: torch.device, effort: Effort, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Row]:
+    """The rows of all peers, one after the other; a case that cannot be built gives one row that says so.
+
+    No further peer is started once `stop()` is true.
+    """
+    try:
+        bench = case.build(device)
+    except UnavailableError:
+        return
+    except Exception as error:  # as above
+        release(device)
+        yield Row(case.group, case.name, "-", failure=describe_error(error))
+        return
+    for peer in bench.peers:
+        if stop():
+            return
+        row = measure_peer(case, bench, peer, device, effort)
+        if row is not None:
+            yield row
+
+
+def describe_error(error: BaseException) -> str:
+    """One line of at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def release(device: torch.device, *, compiled: bool = False) -> None:
+    """Give the device back what the last peer took, compiled code and captured graphs too."""
+    gc.collect()
+    if compiled:
+        torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

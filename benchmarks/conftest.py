@@ -1,0 +1,125 @@
+"""Options and fixtures of the benchmarks under pytest.
+
+pytest benchmarks/ --benchmark-only              small, for a CPU
+pytest benchmarks/ --benchmark-only --full       every shape, for a GPU
+pytest benchmarks/ --benchmark-disable -q        checks alone
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine
+from benchmarks.case import OUT_OF_MEMORY, Case, Effort, UnavailableError, measure_peer
+from benchmarks.results import FOLDER, Results, Row, format_seconds
+from benchmarks.timing import Call, Sampler, Timing, measure
+
+CASES = {
+    "operator_case": ("benchmarks.operator_cases", "operator_cases"),
+    "network_case": ("benchmarks.network_cases", "network_cases"),
+    "training_case": ("benchmarks.training_cases", "training_cases"),
+    "pipeline_case": ("benchmarks.pipeline_cases", "pipeline_cases"),
+}
+"""Fixture names, and where the cases behind them come from: imported only by the run that wants them."""
+
+_ROWS = pytest.StashKey[list[Row]]()
+_ROUNDS = 3
+_SECONDS = 0.3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gdd_fast benchmarks")
+    group.addoption("--full", action="store_true", help="every shape and network; meant for a GPU")
+    group.addoption("--bench-device", default=None, help="cpu or cuda; default: a GPU if there is one")
+    group.addoption("--record", action="store_true", help="keep the rows in benchmarks/results/<device>.json")
+    group.addoption("--record-to", type=Path, default=None, metavar="FILE", help="keep the rows in FILE")
+
+
+def bench_device(config: pytest.Config) -> torch.device:
+    """Where the benchmarks run."""
+    return torch.device(config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return bench_device(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Callable[[Row], None]]:
+    """Keeps a row; the file is written at the end of the session, and only if one was asked for."""
+    rows = pytestconfig.stash.setdefault(_ROWS, [])
+    path = pytestconfig.getoption("--record-to")
+    if path is None and pytestconfig.getoption("--record"):
+        path = FOLDER / machine.file_name(device)
+    results = None if path is None else Results.continued(path, machine.describe(device), machine.rates(device))
+    yield rows.append
+    if results is not None:
+        results.add(rows)
+        results.save(path)
+
+
+class Runner:
+    """Runs one case: every peer is checked and timed as everywhere else, and the test fails if one is wrong.
+
+    pytest-benchmark drives the rounds of one peer and shows them: ours if there is one, else the last. The times of all
+    peers go to `extra_info`, to the summary and to the record.
+    """
+
+    def __init__(self, benchmark: Any, device: torch.device, keep: Callable[[Row], None]) -> None:
+        self._benchmark, self._device, self._keep = benchmark, device, keep
+
+    def __call__(self, case: Case) -> None:
+        timed = not self._benchmark.disabled
+        try:
+            bench = case.build(self._device)
+        except UnavailableError as error:
+            pytest.skip(str(error))
+        ours = [name for name in bench.peers if "gdd_fast" in name] or list(bench.peers)
+        effort = Effort(_SECONDS if timed else 0.0, least=_ROUNDS)
+        rows = []
+        for peer in bench.peers:
+            timer = self._drive if timed and peer == ours[0] else measure
+            row = measure_peer(case, bench, peer, self._device, effort, timer)
+            if row is not None:
+                self._keep(row)
+                rows.append(row)
+        self._benchmark.extra_info["seconds"] = {row.peer: row.seconds for row in rows}
+        if not timed:
+            self._benchmark(lambda: None)  # the fixture asks to be used
+        failed = [f"{row.peer}: {row.failure}" for row in rows if row.failure and row.failure != OUT_OF_MEMORY]
+        if failed:
+            pytest.fail(f"{case}: " + "; ".join(failed))
+
+    def _drive(self, call: Call, device: torch.device, *, seconds: float, least: int, most: int) -> tuple[Timing, Any]:
+        """As `timing.measure`, the rounds by pytest-benchmark."""
+        sampler = Sampler(call, device)
+        shortest = sampler.warm_up(seconds / 5)
+        sampler.forget()
+        outputs = self._benchmark.pedantic(sampler.round, rounds=max(least, min(most, int(seconds / shortest))))
+        return sampler.timing(), outputs
+
+
+@pytest.fixture
+def run_case(benchmark: Any, device: torch.device, record: Callable[[Row], None]) -> Runner:
+    return Runner(benchmark, device, record)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take `operator_case`, `network_case`, ... run once a case."""
+    for name in CASES.keys() & set(metafunc.fixturenames):
+        module, function = CASES[name]
+        cases = getattr(importlib.import_module(module), function)(metafunc.config.getoption("--full"))
+        metafunc.parametrize(name, cases, ids=str)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """All peers of all cases, the part of the record that fits on a screen."""
+    rows = config.stash.get(_ROWS, [])
+    for case in dict.fromkeys((row.group, row.case) for row in rows):
+        times = [f"{r.peer} {format_seconds(r.seconds)}" for r in rows if (r.group, r.case) == case]
+        terminalreporter.write_line(f"{case[0]}, {case[1]}: {', '.join(times)}")

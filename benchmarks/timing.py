@@ -1,0 +1,185 @@
+"""How a time is taken: rounds of one call, on a device that is idle before and has cold caches.
+
+    timing = measure(call, device)
+
+`call()` does the work once and returns its outputs. On a GPU a round has two parts: one from an idle device (host and
+wall time), one with the queue filled beforehand (device time between two events, without launch latency). Calls of more
+than `_LONG` seconds are timed once a round; launch latency does not matter there.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+_LONG = 0.02
+_SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
+_FLUSH_CPU = 16 << 20
+_FLUSH_GPU_CACHES = 4  # times the L2
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """20 %, 50 % and 80 % quantiles, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Quantiles":
+        ordered = sorted(samples)
+        return cls(*(_quantile(ordered, q) for q in (0.2, 0.5, 0.8)))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles over `rounds` rounds; host and device on a GPU alone, cpu (process time of all threads) on a CPU."""
+
+    rounds: int
+    wall: Quantiles
+    host: Quantiles | None = None
+    device: Quantiles | None = None
+    cpu: Quantiles | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [value["p20"], value["p50"], value["p80"]] if isinstance(value, dict) else value
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear between neighbours, as numpy's default."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+class Sampler:
+    """Takes rounds of `call` one by one, so that others (pytest-benchmark) can drive it too."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call, self.device = call, device
+        self._flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
+        self._samples: dict[str, list[float]] = {"wall": [], "host": [], "device": [], "cpu": []}
+        self._host_estimate = 0.0
+        self._queued = False
+
+    def warm_up(self, seconds: float = 0.1, least: int = 2) -> float:
+        """Call at least `least` times and for `seconds`; returns the shortest wall time seen, in seconds."""
+        shortest, start, calls = math.inf, time.perf_counter(), 0
+        while calls < least or time.perf_counter() - start < seconds:
+            wall, host, _ = self._from_idle()
+            shortest, calls = min(shortest, wall), calls + 1
+            self._host_estimate = host
+        self._queued = self.device.type == "cuda" and shortest < _LONG
+        return shortest
+
+    def round(self) -> Any:
+        """One measured round; returns the call's outputs."""
+        self._flush.zero_()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        wall, host, outputs = self._from_idle()
+        self._samples["wall"].append(wall)
+        self._samples["host"].append(host)
+        if self._queued:
+            outputs = None  # freed first, so that the allocator can give the same memory again
+            outputs = self._from_full_queue()
+        return outputs
+
+    def timing(self) -> Timing:
+        """Of the rounds so far."""
+        s = self._samples
+        if self.device.type == "cuda":
+            return Timing(len(s["wall"]), *(Quantiles.of(s[name]) for name in ("wall", "host", "device")))
+        return Timing(len(s["wall"]), Quantiles.of(s["wall"]), cpu=Quantiles.of(s["cpu"]))
+
+    def _from_idle(self) -> tuple[float, float, Any]:
+        """Wall and host seconds, outputs. Unqueued device times and CPU times are noted on the way."""
+        if self.device.type != "cuda":
+            cpu, start = time.process_time(), time.perf_counter()
+            outputs = self.call()
+            wall = time.perf_counter() - start
+            self._samples["cpu"].append(time.process_time() - cpu)
+            return wall, wall, outputs
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        before.record()
+        outputs = self.call()
+        after.record()
+        host = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        wall = time.perf_counter() - start
+        if not self._queued:
+            self._samples["device"].append(before.elapsed_time(after) / 1e3)
+        return wall, host, outputs
+
+    def _from_full_queue(self) -> Any:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        torch.cuda._sleep(int(min(1.5 * self._host_estimate + 50e-6, 0.05) * _SLEEP_CYCLES_PER_SECOND))
+        before.record()
+        outputs = self.call()
+        after.record()
+        after.synchronize()
+        self._samples["device"].append(before.elapsed_time(after) / 1e3)
+        return outputs
+
+    def forget(self) -> None:
+        """Drop the rounds so far (those of the warm-up)."""
+        for samples in self._samples.values():
+            samples.clear()
+
+
+def measure(
+    call: Call, device: torch.device, *, seconds: float = 0.5, least: int = 5, most: int = 200
+) -> tuple[Timing, Any]:
+    """Time `call` for about `seconds`, in `least` to `most` rounds; the timing and the outputs of the last round.
+
+    The warm-up takes another fifth of the time. The garbage collector is off meanwhile.
+    """
+    sampler = Sampler(call, device)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        sampler.warm_up(seconds / 5)
+        sampler.forget()
+        start, outputs = time.perf_counter(), None
+        for number in range(most):
+            outputs = None
+            outputs = sampler.round()
+            if number + 1 >= least and time.perf_counter() - start >= seconds:
+                break
+    finally:
+        if enabled:
+            gc.enable()
+    return sampler.timing(), outputs
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most memory that one call takes above what is allocated before it; None on a CPU, which keeps no count."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _flush_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _FLUSH_CPU
+    return _FLUSH_GPU_CACHES * max(torch.cuda.get_device_properties(device).L2_cache_size, 16 << 20)

@@ -1,0 +1,219 @@
+"""One training iteration of GDD under given settings: those of the public code, of plain PyTorch at its best, and ours.
+
+`Training(setup, settings, device)` has the three steps of an iteration. Networks, losses and random numbers are the
+same whatever the settings, so that the gradients of a step can be compared. Fields of `Settings` are the techniques
+that the waterfall of roofline.py switches on one after the other.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
+from gdd_fast.config import DEMO, PRESETS, TrainConfig
+from gdd_fast.distill.adam_ema import AdamEma
+from gdd_fast.distill.freeze import freeze
+from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, r1_penalty
+from gdd_fast.inference.sampler import one_step
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.precond import GDDPrecond
+
+AVERAGE_WEIGHT = 1e-3
+_NETWORKS = {"cifar10": "ncsnpp-32", "ffhq": "ncsnpp-64", "afhqv2": "ncsnpp-64", "imagenet": "adm-64"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step is computed.
+
+    unet: "official" | "stock" | "gdd_fast"; the first two are plain PyTorch in the two styles of stock_unet.py.
+    features: the same; "official" keeps batch norms apart, "stock" folds them, "gdd_fast" is ProjectedFeatures.
+    optimizer: "loop" replaces what is not finite, steps and averages one parameter after the other; "fused" is
+        PyTorch's fused Adam between foreach operations; "adam_ema" is ours.
+    """
+
+    channels_last: bool = False
+    generator_dtype: torch.dtype = torch.bfloat16
+    discriminator_dtype: torch.dtype = torch.float32
+    tf32: bool = False
+    unet: Literal["official", "stock", "gdd_fast"] = "official"
+    features: Literal["official", "stock", "gdd_fast"] = "official"
+    optimizer: Literal["loop", "fused", "adam_ema"] = "loop"
+    compiled: bool = False
+
+
+OFFICIAL_SETTINGS = Settings()
+STOCK_SETTINGS = Settings(True, torch.bfloat16, torch.bfloat16, True, "stock", "stock", "fused")
+OUR_SETTINGS = replace(STOCK_SETTINGS, unet="gdd_fast", features="gdd_fast", optimizer="adam_ema")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained: a preset, with another batch if one is given."""
+
+    preset: str
+    batch: int
+
+    @property
+    def config(self) -> TrainConfig:
+        return PRESETS[self.preset]
+
+    def generator(self, device: torch.device) -> GDDPrecond:
+        """The preset's network with random weights; of the demo's, the bundled teacher's architecture."""
+        if self.preset.startswith(DEMO):
+            from gdd_fast.distill.parts import BUNDLED_TEACHER
+            from gdd_fast.models.load import as_generator, load_generator
+
+            teacher = as_generator(load_generator(BUNDLED_TEACHER)).init_config() | {"dtype": "float32"}
+            return peers.randomized(
+                lambda: GDDPrecond(**{k: v for k, v in teacher.items() if k != "sigma_eps"}), device
+            )
+        return peers.make_generator(_NETWORKS[self.preset.split("-")[0]], device)
+
+
+class Training:
+    """The networks and optimizers of one run, and the steps; `z`, `real` and `labels` come from the caller."""
+
+    def __init__(self, setup: Setup, settings: Settings, device: torch.device) -> None:
+        self.setup, self.settings, self.device = setup, settings, device
+        config = setup.config
+        net = setup.generator(device)
+        freeze(net, config.generator.freeze)
+        self.label_dim = net.label_dim
+        self.shape = (setup.batch, net.img_channels, net.img_resolution, net.img_resolution)
+        if settings.unet == "gdd_fast":
+            net.dtype = settings.generator_dtype
+            self.generator: nn.Module = net.train()
+        else:
+            style = OFFICIAL if settings.unet == "official" else BEST
+            self.generator = StockGenerator(net, style, settings.generator_dtype)
+        self.features = _features(config, settings, device)
+        self.heads = _heads(config, net.label_dim, settings, device)
+        if settings.channels_last:
+            for module in (self.generator, self.features, self.heads):
+                module.to(memory_format=torch.channels_last)
+        # in one order whatever the settings: plain networks share our parameters
+        self._g_weights = [p for p in net.parameters() if p.requires_grad]
+        self._d_weights = [p for p in self.heads.parameters() if p.requires_grad]
+        self._g_update = _update(settings.optimizer, self._g_weights, config.generator.g_lr, averaged=True)
+        self._d_update = _update(settings.optimizer, self._d_weights, config.discriminator.d_lr, averaged=False)
+        # R1 differentiates twice, which compiled code cannot
+        compiled = settings.compiled
+        self._fast_generator = torch.compile(self.generator, dynamic=False) if compiled else self.generator
+        self._fast_features = torch.compile(self.features, dynamic=False) if compiled else self.features
+
+    def generator_step(self, z: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The gradients of the weights of G that train, which are applied."""
+        self._train_heads(False)
+        _clear(self._g_weights)
+        with peers.tf32(self.settings.tf32):
+            fake = one_step(self._fast_generator, z, labels)
+            logits = self.heads(self._fast_features(fake), labels)
+            generator_loss(logits, self.setup.config.loss.logit_reduction, len(z)).backward()
+        return self._apply(self._g_weights, self._g_update)
+
+    def discriminator_step(self, z: Tensor, real: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The gradients of the heads, which are applied."""
+        self._train_heads(True)
+        _clear(self._d_weights)
+        with peers.tf32(self.settings.tf32):
+            with torch.no_grad():
+                fake_maps = self._fast_features(one_step(self._fast_generator, z, labels))
+                real_maps = self._fast_features(real)
+            fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
+            discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z)).backward()
+        return self._apply(self._d_weights, self._d_update)
+
+    def r1_step(self, real: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The gradients of the R1 penalty, which are applied."""
+        loss = self.setup.config.loss
+        self._train_heads(True)
+        _clear(self._d_weights)
+        images = real.detach().requires_grad_()
+        with peers.tf32(self.settings.tf32):
+            logits: Logits = self.heads(self.features(images), labels)
+            penalty = r1_penalty(images, logits).sum() * (loss.r1_gamma / 2 * loss.r1_interval / len(real))
+            penalty.backward()
+        return self._apply(self._d_weights, self._d_update)
+
+    def _train_heads(self, train: bool) -> None:
+        for weight in self._d_weights:
+            weight.requires_grad_(train)
+
+    @staticmethod
+    def _apply(weights: list[Tensor], update: Callable[[], None]) -> list[Tensor]:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        update()
+        return gradients
+
+
+def _clear(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        weight.grad = None
+
+
+def _features(config: TrainConfig, settings: Settings, device: torch.device) -> nn.Module:
+    options = config.discriminator
+    backbones = [
+        peers.make_backbone(name, options.disc_resolution, device, folded=settings.features != "official")
+        for name in options.backbones
+    ]
+    # made in float32 first, so that all settings round the same random projection
+    ours = ProjectedFeatures(backbones, options.disc_resolution, seed=config.run.seed).to(device)
+    dtype = settings.discriminator_dtype
+    if settings.features == "gdd_fast":
+        return ours.to(dtype)
+    projections = [ours.projections[b.name] for b in backbones]
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    stock = peers.StockFeatures(backbones, projections, options.disc_resolution, dtype)
+    return stock.to(device=device, memory_format=layout)
+
+
+def _heads(config: TrainConfig, label_dim: int, settings: Settings, device: torch.device) -> DiscriminatorHeads:
+    options = config.discriminator
+    with torch.device("meta"):
+        backbones = [peers.build_backbone(name, None, options.disc_resolution) for name in options.backbones]
+        like = ProjectedFeatures(backbones, options.disc_resolution)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        sizes = (like.channels, like.resolutions, label_dim)
+        heads = DiscriminatorHeads(*sizes, dtype=settings.discriminator_dtype, width=options.head_width)
+    return heads.to(device).train()
+
+
+def _update(kind: str, weights: list[Tensor], lr: float, *, averaged: bool) -> Callable[[], None]:
+    """A function that applies the gradients of `weights` and moves the average."""
+    averages = [w.detach().clone() for w in weights] if averaged else []
+    options = {"lr": lr, "betas": (0.0, 0.99), "eps": 1e-8}
+    if kind == "adam_ema":
+        adam = AdamEma(weights, **options, averages=dict(zip(weights, averages, strict=True)) if averaged else None)
+        adam.average_weight.fill_(AVERAGE_WEIGHT)
+        return adam.step
+    if kind == "fused":
+        adam = torch.optim.Adam(weights, **options, fused=True)
+
+        @torch.no_grad()
+        def fused() -> None:
+            gradients = [w.grad for w in weights if w.grad is not None]
+            if torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).isfinite().all():
+                adam.step()
+                if averages:
+                    torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
+
+        return fused
+    adam = torch.optim.Adam(weights, **options, foreach=False)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for weight in weights:
+            if weight.grad is not None:
+                torch.nan_to_num(weight.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=weight.grad)
+        adam.step()
+        for average, weight in zip(averages, weights, strict=bool(averages)):
+            average.copy_(weight.lerp(average, 1 - AVERAGE_WEIGHT))
+
+    return loop

@@ -1,0 +1,144 @@
+"""Candidates for kernels/tuned.json: each Triton kernel's launch options, tried on layers of the real networks.
+
+For every entry of the table the defaults are varied one grid at a time, and the setting with the smallest geometric
+mean over the layers wins. Nothing is written to the table: winners and times go to the notes of the results file, as
+the entry that a person would add ("sm_90": {...}).
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import operator_problems as problems
+from benchmarks.case import Case, describe_error
+from benchmarks.checks import MismatchError
+from benchmarks.layers import backbone_calls
+from benchmarks.operators import operator_case
+from benchmarks.results import Results
+from benchmarks.shapes import norm_calls, residual_calls
+from benchmarks.timing import measure
+
+Options = dict[str, int]
+
+_FACTORS = (0.5, 1, 2, 4)
+_WARPS = (2, 4, 8, 16)
+_SECONDS = 0.05
+
+
+def grid(default: Options) -> list[Options]:
+    """The default first, then its size times each factor with each number of warps."""
+    size = next(name for name in ("elements", "BLOCK") if name in default)
+    found = [dict(default)]
+    for factor, warps in itertools.product(_FACTORS, _WARPS):
+        options = {**default, size: int(default[size] * factor), "num_warps": warps}
+        if options not in found:
+            found.append(options)
+    return found
+
+
+@contextlib.contextmanager
+def using(entry: str, architecture: str, options: Options) -> Iterator[None]:
+    """`entry` of the table of launch options overridden for `architecture`, put back afterwards."""
+    from gdd_fast.kernels import _launch
+
+    table = _launch._table()[entry]
+    before = table.get(architecture)
+    table[architecture] = options
+    _launch.configuration.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[architecture]
+        else:
+            table[architecture] = before
+        _launch.configuration.cache_clear()
+
+
+def entries(smoke: bool) -> dict[str, list[Case]]:
+    """The entries that can be tuned, with the cases each is judged by: three layers, small to large."""
+    batch, dtype = (1, torch.float32) if smoke else (64, torch.bfloat16)
+    norms, residuals, (convolutions, pools) = norm_calls(), residual_calls(), backbone_calls()
+
+    def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
+        chosen = [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
+        build = [partial(problem, layer, batch, kind) for layer in chosen]
+        return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
+
+    return {
+        "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
+        "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
+        "residual": cases("residual", residuals, problems.residual_problem, False),
+        "frozen_conv2d_relu": cases("frozen_conv2d_relu", convolutions, problems.conv_problem, True),
+        "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
+        "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
+    }
+
+
+def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> None:
+    """Try every entry while `left()` is positive; saves after each. What is wrong or fails is no candidate."""
+    from gdd_fast.kernels import _launch
+
+    notes = results.notes.setdefault("tuning", {})
+    if device.type != "cuda":
+        notes["skipped"] = f"the Triton kernels do not run on {device.type} at full speed"
+        results.save(path)
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    architecture = f"sm_{major}{minor}"
+    for entry, cases in entries(smoke).items():
+        if entry not in _launch._table() or left() <= 0:
+            notes[entry] = {"not tried": "no such entry" if left() > 0 else "no time left"}
+            continue
+        try:
+            notes[entry] = tune_entry(entry, cases, architecture, device, left)
+        except Exception as error:  # the other entries are still worth their time
+            notes[entry] = {"failed": describe_error(error)}
+        results.save(path)
+
+
+def tune_entry(
+    entry: str, cases: list[Case], architecture: str, device: torch.device, left: Callable[[], float]
+) -> dict[str, Any]:
+    """Geometric mean of the times by setting, and the best as an entry of the table."""
+    from gdd_fast.kernels import _launch
+
+    benches = [case.build(device) for case in cases]
+    tried: list[dict[str, Any]] = []
+    for options in grid(_launch._table()[entry]["default"]):
+        if left() <= 0:
+            break
+        try:
+            with using(entry, architecture, options):
+                times = [_time(bench, device) for bench in benches]
+            tried.append({"options": options, "seconds": math.exp(sum(map(math.log, times)) / len(times))})
+        except MismatchError as error:
+            tried.append({"options": options, "failed": str(error)})
+        except RuntimeError as error:  # out of registers or shared memory: no setting for this GPU
+            tried.append({"options": options, "failed": describe_error(error)})
+    timed = [one for one in tried if "seconds" in one]
+    if not timed:
+        return {"tried": tried}
+    best = min(timed, key=lambda one: one["seconds"])
+    default = tried[0].get("seconds")
+    return {
+        "candidate": {architecture: best["options"]},
+        "gain": None if default is None else default / best["seconds"],
+        "complete": left() > 0,
+        "tried": tried,
+    }
+
+
+def _time(bench: Any, device: torch.device) -> float:
+    """Device seconds of the Triton peer, compared before and after."""
+    call = bench.peers["gdd_fast:triton"]()
+    bench.check(call())
+    timing, outputs = measure(call, device, seconds=_SECONDS, least=5)
+    bench.check(outputs)
+    return (timing.device or timing.wall).p50

@@ -1,0 +1,218 @@
+"""What the benchmarks compare with is the same function, and the battery survives what it measures."""
+
+import itertools
+import subprocess
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from benchmarks import gpu_battery, peers, roofline, tune, waterfall
+from benchmarks.case import Bench, Case
+from benchmarks.flops import count_flops
+from benchmarks.layers import attention_calls, backbone_calls, resample_calls
+from benchmarks.operator_cases import operator_cases
+from benchmarks.results import Results, Row
+from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
+from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
+from benchmarks.training_cases import Batch
+from gdd_fast.models.edm import adm, ncsnpp
+from gdd_fast.models.precond import GDDPrecond
+
+CPU = torch.device("cpu")
+TINY = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0}
+
+
+@pytest.mark.parametrize("style", [OFFICIAL, BEST])
+@pytest.mark.parametrize(
+    "arguments",
+    [ncsnpp(**TINY), {**ncsnpp(**TINY), "label_dim": 10}, {**adm(**TINY), "model_channels": 64, "label_dim": 10}],
+)
+def test_stock_generators_are_the_same_function(arguments, style):
+    net = peers.randomized(lambda: GDDPrecond(16, 3, **arguments), CPU)
+    x, sigma = torch.randn(2, 3, 16, 16) * 80, torch.full((2,), 80.0)
+    labels = torch.eye(10)[:2] if "label_dim" in arguments else None
+    expected = net(x, sigma, labels)
+    assert expected.std() > 0.05  # blocks that do nothing would hide errors
+    stock = StockGenerator(net, style, torch.float32)
+    assert_close(stock(x, sigma, labels), expected, rtol=1e-4, atol=1e-4)
+    assert {id(p) for p in stock.parameters()} == {id(p) for p in net.parameters()}  # shared, none left out
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_plain_backbones_are_the_same_function_and_save_what_pytorch_does(folded):
+    x = torch.randn(1, 3, 64, 64)
+    ours = peers.make_backbone("tf_efficientnet_lite0", 64, CPU, folded=folded)
+    plain = peers.plain(peers.make_backbone("tf_efficientnet_lite0", 64, CPU, folded=folded))
+    assert not any("Frozen" in type(m).__name__ or "Same" in type(m).__name__[:4] for m in plain.modules())
+    for a, b in zip(plain(x), ours(x), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_flops_are_counted_through_second_derivatives():
+    weight = torch.empty(8, 4, 3, 3, device="meta", requires_grad=True)
+    x = torch.empty(2, 4, 16, 16, device="meta", requires_grad=True)
+
+    def first():
+        return nn.functional.conv2d(x, weight, padding=1)
+
+    def second():
+        (gradient,) = torch.autograd.grad(first().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    one = 2 * 2 * 16 * 16 * 8 * 4 * 9
+    assert count_flops(first) == one
+    # forward, its input gradient, and of that one the two gradients that reach the weight and the constant
+    assert 3 * one <= count_flops(second) <= 4 * one
+
+
+def test_layers_of_the_networks():
+    assert {(c.channels, c.resolution) for c in attention_calls() if c.num_heads == 1} == {(256, 16), (256, 8)}
+    assert any(c.up and len(c.taps) == 4 for c in resample_calls())
+    convolutions, pools = backbone_calls()
+    assert [p.resolution for p in pools] == [224, 112, 56, 28]
+    assert any(c.groups > 1 for c in convolutions) and any(c.activation == "relu" for c in convolutions)
+
+
+def test_operator_cases_take_turns_and_name_each_case_once():
+    cases = operator_cases(False)
+    names = [(c.group, c.name) for c in cases]
+    assert len(set(names)) == len(names)
+    assert len({c.group.split()[0] for c in cases[:8]}) == 8
+
+
+def test_settings_of_the_waterfall_add_one_technique_each():
+    steps = list(waterfall.training_steps(CPU).values())
+    changed = [[k for k in asdict(a) if asdict(a)[k] != asdict(b)[k]] for a, b in itertools.pairwise(steps)]
+    assert all(changed) and steps[0].optimizer == "loop" and not steps[0].channels_last
+    ours = next(s for s in steps if s.optimizer == "adam_ema")
+    assert (ours.unet, ours.features) == (OUR_SETTINGS.unet, OUR_SETTINGS.features)
+
+
+def test_parts_of_the_roofline_have_flops_and_bytes():
+    setup = Setup("demo", 2)
+    training, batch = roofline.on_meta(setup, Settings(generator_dtype=torch.float32))
+    counted = {name: count_flops(call) for name, call in roofline.parts(training, batch).items()}
+    assert all(counted.values())
+    assert 1.5 < counted["generator forward+backward"] / counted["generator forward"] < 3.1
+    assert 1.9 < counted["backbones forward+input gradient"] / counted["backbones forward"] < 2.1
+    assert counted["R1"] > counted["backbones forward+input gradient"]
+    assert all(roofline.least_bytes(training, batch, name) > 0 for name in counted)
+
+
+def test_a_training_step_applies_its_gradients_once():
+    training = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU)
+    batch = Batch.draw(training)
+    weights = [p for p in training.generator.parameters() if p.requires_grad]
+    before = [w.detach().clone() for w in weights]
+    gradients = training.generator_step(batch.z, batch.labels)
+    assert any(g.abs().max() > 0 for g in gradients)
+    moved = max(float((w.detach() - b).abs().max()) for w, b in zip(weights, before, strict=True))
+    assert 0 < moved <= 1.01 * training.setup.config.generator.g_lr
+
+
+def test_roofline_page_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    record = Results({"device": "d", "type": "cpu", "cores": 2}, {"copy": 1e9, "fp32": 1e12})
+    record.add([Row(roofline.GROUP, "R1", "gdd_fast", wall=[2, 2, 2], flops=10**12, bytes=10**8)])
+    record.add(
+        [Row(waterfall.TRAINING, "demo", peer, wall=[t, t, t]) for peer, t in (("a", 2.0), ("gdd_fast: b", 1.0))]
+    )
+    page = roofline.page([record])
+    assert "| R1 | 1000 | 100 | 1 s | 2 s | 2.00 |" in page and "| gdd_fast: b | 1 s | 2.00 x |" in page
+    roofline.draw(record, tmp_path / "w.png")
+    assert (tmp_path / "w.png").stat().st_size > 5000
+
+
+def battery_file(tmp_path):
+    path = tmp_path / "b.json"
+    Results({"device": "d", "commit": "c"}, {"copy": 1.0}).save(path)
+    return path
+
+
+def fake_case(name, *, fails=False):
+    def build(device):
+        if fails:
+            raise ValueError("no")
+        return Bench({"p": lambda: lambda: torch.ones(1)}, lambda outputs: None)
+
+    return Case("g", name, build)
+
+
+def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case("a"), fake_case("b", fails=True), fake_case("c")]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    assert gpu_battery.run_part("ops", options) == 0
+    found = Results.load(path)
+    assert [(r.case, bool(r.failure)) for r in found.rows] == [("a", False), ("b", True), ("c", False)]
+    cases.append(fake_case("d"))
+    gpu_battery.run_part("ops", options)
+    again = Results.load(path)
+    assert again.rows[:3] == found.rows and again.rows[3].case == "d"  # times untouched: they were not taken anew
+
+
+def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: [fake_case("a")])
+    gpu_battery.run_part("ops", gpu_battery.Options("cpu", str(path), True, time.time() - 1))
+    assert Results.load(path).notes["cut_off"] == {"ops": "g-a"} and Results.load(path).rows == []
+
+
+def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp_path, monkeypatch):
+    path, started = battery_file(tmp_path), []
+
+    def die_once(command, **options):
+        started.append(command)
+        if len(started) == 1:
+            results = Results.load(path)
+            results.notes["running"] = ["ops", "g", "a"]
+            results.save(path)
+        return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", die_once)
+    gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
+    found = Results.load(path)
+    assert len(started) == 2 and found.notes["done"] == {"ops": ["g-a"]} and "running" not in found.notes
+    assert [r.failure for r in found.rows] == ["the process ended with status -11"]
+
+
+def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(monkeypatch):
+    from gdd_fast.kernels import _launch
+
+    before = {k: dict(v) for k, v in _launch._table().items()}
+
+    def current():
+        return _launch._table()["residual"]["sm_90"]
+
+    def bench(device):
+        def check(outputs):
+            if current()["num_warps"] == 2:
+                raise tune.MismatchError("wrong")
+
+        return Bench({"gdd_fast:triton": lambda: lambda: None}, check)
+
+    def seconds(found, device):
+        found.check(None)
+        return 1.0 if current()["num_warps"] == 4 else 0.5
+
+    monkeypatch.setattr(tune, "_time", seconds)
+    outcome = tune.tune_entry("residual", [Case("g", "c", bench)], "sm_90", CPU, lambda: 1.0)
+    assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
+    assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
+    assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
+    out = tmp_path / "battery.json"
+    assert gpu_battery.main(["--device=cpu", "--smoke", "--no-build", "--budget-s=300", f"--out={out}"]) == 0
+    found = Results.load(out)
+    groups = {r.group for r in found.rows}
+    assert {"iteration", "residual forward", "U-Net block forward+backward"} <= groups
+    assert not [r for r in found.rows if r.failure] and not found.notes["correctness"]["failures"]
+    assert "skipped" in found.notes["tuning"] and "died" not in found.notes

@@ -1,0 +1,227 @@
+"""The benchmarks' own promises: no time for what is wrong, an honest record, regressions found, tables that agree."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare, tables
+from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
+from benchmarks.checks import Accuracy, Closeness, MismatchError, poisoned
+from benchmarks.results import Results, Row, format_seconds
+from benchmarks.timing import Quantiles, Sampler, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+QUICK = Effort(0.001, least=2, most=3)
+MACHINE = {"device": "d", "type": "cpu", "cores": 2, "versions": {"torch": "2"}, "commit": "c", "date": "2026-01-01"}
+RATES = {"copy": 1e9, "fp32": 1e12}
+
+
+def results(*rows):
+    return Results(MACHINE, RATES, rows)
+
+
+def row(peer="gdd_fast", wall=(0.9, 1.0, 1.1), **more):
+    return Row("generator", "n", peer, rounds=5, wall=list(wall), **more)
+
+
+def test_quantiles_are_those_of_sorted_samples():
+    q = Quantiles.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (q.p20, q.p50, q.p80) == (2.0, 3.5, 5.0)
+
+
+def test_measure_runs_the_rounds_asked_for_and_returns_the_last_outputs():
+    calls = []
+    timing, outputs = measure(lambda: calls.append(None) or len(calls), CPU, seconds=0, least=4, most=9)
+    assert timing.rounds == 4 and outputs == len(calls) >= 4
+    assert 0 < timing.wall.p20 <= timing.wall.p50 <= timing.wall.p80
+    assert timing.cpu is not None and timing.device is None
+
+
+def test_a_sampler_forgets_its_warm_up():
+    sampler = Sampler(lambda: None, CPU)
+    sampler.warm_up(0)
+    sampler.forget()
+    sampler.round()
+    assert sampler.timing().rounds == 1
+
+
+def test_memory_is_poisoned_and_the_setting_put_back():
+    with poisoned(CPU):
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y + 1e-3, lambda y: y * float("nan"), lambda y: y[:-1], lambda y: y.half()]
+)
+def test_accuracy_takes_eager_torch_and_nothing_worse(wrong):
+    x = torch.rand(1000) + 1
+    accuracy = Accuracy(x.double().log().exp(), x.log().exp())
+    accuracy.check(x.log().exp())
+    with pytest.raises(MismatchError):
+        accuracy.check(wrong(x))
+
+
+def test_closeness_allows_twice_the_error_of_eager():
+    truth = torch.ones(100)
+    closeness = Closeness([truth], 1e-3, [truth * 1.01])
+    closeness.check([truth * 1.019])
+    with pytest.raises(MismatchError):
+        closeness.check([truth * 1.021])
+    with pytest.raises(MismatchError):
+        Closeness([truth], 1e-3, [truth * 9]).check([truth * 0])  # however bad eager is
+
+
+def test_a_peer_that_is_wrong_gets_no_time_and_the_others_do():
+    """Also one that goes wrong later, one that raises, one without memory and one that is not there."""
+    x = torch.rand(8)
+    later = iter([x, *[x + 1] * 100])
+
+    def absent():
+        raise UnavailableError("not installed")
+
+    def no_memory():
+        raise torch.OutOfMemoryError("full")
+
+    peers = {
+        "unwritten": lambda: lambda: torch.empty(8),
+        "later": lambda: lambda: next(later),
+        "raises": lambda: lambda: torch.ones(2) + torch.ones(3),
+        "absent": absent,
+        "large": no_memory,
+        "right": lambda: x.clone,
+    }
+    case = Case("g", "c", lambda device: Bench(peers, Closeness(x, 1e-6).check, bytes=64))
+    found = {row.peer: row for row in measure_case(case, CPU, QUICK)}
+    assert list(found) == ["unwritten", "later", "raises", "large", "right"]
+    assert all(found[p].wall is None and found[p].failure for p in list(found)[:-1])
+    assert "NaN" in found["unwritten"].failure and found["large"].failure == OUT_OF_MEMORY
+    assert found["right"].failure is None and found["right"].wall and found["right"].bytes == 64
+
+
+def test_a_case_that_cannot_be_built_is_a_row():
+    (only,) = measure_case(Case("g", "c", lambda device: 1 / 0), CPU, QUICK)
+    assert only.peer == "-" and "ZeroDivisionError" in only.failure
+
+
+def test_without_effort_peers_are_checked_and_none_is_timed():
+    case = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
+    assert list(measure_case(case, CPU, Effort(0.0))) == []
+
+
+def test_results_survive_a_file_and_replace_rows_of_the_same_key(tmp_path):
+    kept = results(row(bytes=7, extra={"a": 1}), Row("g", "c", "p", failure="wrong: 1"))
+    kept.notes["n"] = [1]
+    kept.add([row(wall=(1, 2, 3))])
+    kept.save(tmp_path / "r.json")
+    again = Results.load(tmp_path / "r.json")
+    assert again.rows == kept.rows and len(again.rows) == 2 and again.notes == kept.notes
+    assert (again.machine, again.rates) == (MACHINE, RATES) and again.rows[0].wall == [1, 2, 3]
+
+
+def test_rows_that_are_not_taken_anew_say_what_commit_they_are_of(tmp_path):
+    path = tmp_path / "r.json"
+    results(row(), row("stock")).save(path)
+    later = Results.continued(path, {**MACHINE, "commit": "later"}, RATES)
+    later.add([row("stock")])
+    assert [r.extra for r in later.rows] == [{"commit": "c"}, {}]
+    assert Results.continued(path, {**MACHINE, "device": "other"}, RATES).rows == []
+
+
+@pytest.mark.parametrize("change", [{"format": 0}, {"rows": [{"group": "g", "case": "c", "peer": "p", "speed": 1}]}])
+def test_a_file_of_another_form_is_refused(tmp_path, change):
+    results(row()).save(tmp_path / "r.json")
+    content = json.loads((tmp_path / "r.json").read_text()) | change
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"r\.json"):
+        Results.load(tmp_path / "r.json")
+
+
+def test_shares_are_of_the_machines_own_rates():
+    r = row(wall=(1, 2, 3), device=[0.4, 0.5, 0.6], headline="device", bytes=10**8, flops=10**11)
+    assert r.copy_fraction(RATES) == pytest.approx(0.2) and r.matmul_fraction(RATES) == pytest.approx(0.2)
+    assert replace(r, precision="bf16").matmul_fraction(RATES) is None
+
+
+@pytest.mark.parametrize(
+    ("after", "status"),
+    [
+        ({"wall": (1.2, 1.3, 1.4)}, 1),  # slower beyond both quantiles
+        ({"wall": (1.05, 1.3, 1.4)}, 0),  # they overlap: noise
+        ({"wall": (0.9, 1.0, 1.1), "peak_bytes": 2000}, 1),
+        ({"wall": (0.5, 0.6, 0.7), "peak_bytes": 1000}, 0),
+    ],
+)
+def test_compare_flags_what_is_worse_beyond_the_noise(tmp_path, capsys, after, status):
+    results(row(peak_bytes=1000)).save(tmp_path / "a.json")
+    results(row(**after)).save(tmp_path / "b.json")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == status
+    assert f"1 compared, {status} worse" in capsys.readouterr().out.replace("2 compared", "1 compared")
+
+
+def test_compare_takes_a_lost_time_for_worse_and_refuses_other_machines(tmp_path):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    results(row()).save(a)
+    results(Row("generator", "n", "gdd_fast", failure="wrong: 1")).save(b)
+    assert compare.main([str(a), str(b)]) == 1
+    Results({**MACHINE, "device": "other"}, RATES, [row()]).save(b)
+    assert compare.main([str(a), str(b)]) == 2
+    assert compare.main([str(a), str(b), "--other-machine"]) == 0
+
+
+def test_tables_show_every_row_and_how_ours_compares():
+    record = results(
+        row("official", (4, 4, 4)), row("stock", (2, 2, 2), images=8), row("gdd_fast"), row("graph", (3, 3, 3))
+    )
+    record.add([Row("residual forward", "c", "gdd_fast:triton", failure="wrong: a|b")])
+    short, long = tables.readme([record]), tables.docs([record])
+    assert "| generator, n | 4 s | 2 s | 3 s | 1 s | 2.00 x |" in short
+    assert "residual" not in short and "wrong: a/b" in long and long.count("| generator |") == 4
+    assert "No GPU has been measured" in short and "No GPU has been measured" in long
+
+
+def test_tables_replace_what_is_between_the_markers(tmp_path):
+    (tmp_path / "docs").mkdir()
+    page, folder = tmp_path / "docs" / "benchmarks.md", tmp_path / "results"
+    page.write_text(f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n")
+    (tmp_path / "README.md").write_text("no markers, left alone\n")
+    results(row()).save(folder / "d.json")
+    ((path, text),) = tables.outdated(tmp_path, folder).items()
+    assert path == page and "old" not in text and "| generator |" in text and text.endswith("\nb\n")
+    page.write_text(text)
+    assert tables.outdated(tmp_path, folder) == {}
+
+
+def test_the_committed_pages_agree_with_the_committed_results():
+    assert not tables.outdated(), "run `python -m benchmarks.tables`"
+
+
+def test_seconds_are_shown_with_a_unit():
+    assert [format_seconds(s) for s in (None, 2.5, 0.0123, 4.5e-6)] == ["-", "2.5 s", "12.3 ms", "4.5 us"]
+
+
+def test_pytest_run_keeps_its_rows(tmp_path):
+    """Through pytest itself: a case is checked, timed by pytest-benchmark, and written to the file asked for."""
+    out = tmp_path / "rows.json"
+    options = [
+        "--benchmark-only",
+        "-q",
+        "-k",
+        "statistics",
+        f"--record-to={out}",
+        "--bench-device=cpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_pipelines.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = Results.load(out)
+    assert {r.peer for r in kept.rows} == {"official", "gdd_fast"} and all(r.wall for r in kept.rows)
+    assert kept.rates["copy"] > 0 and "Frechet statistics" in done.stdout
