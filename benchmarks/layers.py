@@ -1,5 +1,5 @@
-"""More layers of the real networks, beside those of shapes.py: what resampling, attention, frozen convolutions and
-pooling are called with, collected by hooks while the networks run on the meta device.
+"""More layers of the real networks, beside those of shapes.py: what resampling, residuals, attention, frozen
+convolutions and pooling are called with, collected by hooks while the networks run on the meta device.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,14 @@ class ConvCall:
 
 
 @dataclass(frozen=True)
+class ResidualCall:
+    """One call of residual, less the batch."""
+
+    channels: int
+    resolution: int
+
+
+@dataclass(frozen=True)
 class PoolCall:
     """One call of max_pool2x2, less the batch."""
 
@@ -74,6 +82,18 @@ def resample_calls() -> list[ResampleCall]:
 
     for name in NETWORKS:
         _run_hooked(build(name), call, lambda m: m.register_forward_pre_hook(hook) if isinstance(m, Conv2d) else None)
+    return list(dict.fromkeys(found))
+
+
+def residual_calls() -> list[ResidualCall]:
+    """Every distinct call at the end of the generators' blocks, in order of first appearance."""
+    found: list[ResidualCall] = []
+
+    def hook(_block: UNetBlock, _inputs: Any, y: Tensor) -> None:
+        found.append(ResidualCall(y.shape[1], y.shape[2]))
+
+    for name in NETWORKS:
+        _run_hooked(build(name), call, lambda m: m.register_forward_hook(hook) if isinstance(m, UNetBlock) else None)
     return list(dict.fromkeys(found))
 
 
