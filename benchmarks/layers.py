@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.checks import tensors
 from benchmarks.shapes import NETWORKS, build, call
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.backbones.vgg import MaxPool2x2
@@ -89,7 +90,8 @@ def residual_calls() -> list[ResidualCall]:
     """Every distinct call at the end of the generators' blocks, in order of first appearance."""
     found: list[ResidualCall] = []
 
-    def hook(_block: UNetBlock, _inputs: Any, y: Tensor) -> None:
+    def hook(_block: UNetBlock, _inputs: Any, outputs: Any) -> None:
+        y = tensors(outputs)[0]  # statistics may follow
         found.append(ResidualCall(y.shape[1], y.shape[2]))
 
     for name in NETWORKS:
@@ -101,7 +103,8 @@ def attention_calls() -> list[AttentionCall]:
     """Every distinct call in the generators, in order of first appearance."""
     found: list[AttentionCall] = []
 
-    def hook(block: UNetBlock, _inputs: Any, y: Tensor) -> None:
+    def hook(block: UNetBlock, _inputs: Any, outputs: Any) -> None:
+        y = tensors(outputs)[0]
         found.append(AttentionCall(y.shape[1], y.shape[2], block.num_heads))
 
     def attach(module: nn.Module) -> Any:
