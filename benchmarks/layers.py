@@ -1,5 +1,5 @@
-"""More layers of the real networks, beside those of shapes.py: what resampling, attention, frozen convolutions and
-pooling are called with, collected by hooks while the networks run on the meta device.
+"""More layers of the real networks, beside those of shapes.py: what resampling, residuals, attention, frozen
+convolutions and pooling are called with, collected by hooks while the networks run on the meta device.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.checks import tensors
 from benchmarks.shapes import NETWORKS, build, call
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.backbones.vgg import MaxPool2x2
@@ -53,6 +54,14 @@ class ConvCall:
 
 
 @dataclass(frozen=True)
+class ResidualCall:
+    """One call of residual, less the batch."""
+
+    channels: int
+    resolution: int
+
+
+@dataclass(frozen=True)
 class PoolCall:
     """One call of max_pool2x2, less the batch."""
 
@@ -77,11 +86,25 @@ def resample_calls() -> list[ResampleCall]:
     return list(dict.fromkeys(found))
 
 
+def residual_calls() -> list[ResidualCall]:
+    """Every distinct call at the end of the generators' blocks, in order of first appearance."""
+    found: list[ResidualCall] = []
+
+    def hook(_block: UNetBlock, _inputs: Any, outputs: Any) -> None:
+        y = tensors(outputs)[0]  # statistics may follow
+        found.append(ResidualCall(y.shape[1], y.shape[2]))
+
+    for name in NETWORKS:
+        _run_hooked(build(name), call, lambda m: m.register_forward_hook(hook) if isinstance(m, UNetBlock) else None)
+    return list(dict.fromkeys(found))
+
+
 def attention_calls() -> list[AttentionCall]:
     """Every distinct call in the generators, in order of first appearance."""
     found: list[AttentionCall] = []
 
-    def hook(block: UNetBlock, _inputs: Any, y: Tensor) -> None:
+    def hook(block: UNetBlock, _inputs: Any, outputs: Any) -> None:
+        y = tensors(outputs)[0]
         found.append(AttentionCall(y.shape[1], y.shape[2], block.num_heads))
 
     def attach(module: nn.Module) -> Any:

@@ -10,9 +10,9 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.adam_cases import adam_cases
 from benchmarks.case import Case
-from benchmarks.layers import attention_calls, backbone_calls, resample_calls
+from benchmarks.layers import attention_calls, backbone_calls, resample_calls, residual_calls
 from benchmarks.operators import operator_case
-from benchmarks.shapes import norm_calls, residual_calls
+from benchmarks.shapes import norm_calls
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.layers import AttentionCall, ConvCall, PoolCall, ResampleCall
+from benchmarks.layers import AttentionCall, ConvCall, PoolCall, ResampleCall, ResidualCall
 from benchmarks.operators import Problem, fused_peers, nchw, package
-from benchmarks.shapes import NormCall, ResidualCall
+from benchmarks.shapes import NormCall
 from gdd_fast.modules import resample_kernel
 from gdd_fast.ops import (
     attention,

@@ -18,10 +18,10 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.case import Case, describe_error
 from benchmarks.checks import MismatchError
-from benchmarks.layers import backbone_calls
+from benchmarks.layers import backbone_calls, residual_calls
 from benchmarks.operators import operator_case
 from benchmarks.results import Results
-from benchmarks.shapes import norm_calls, residual_calls
+from benchmarks.shapes import norm_calls
 from benchmarks.timing import measure
 
 Options = dict[str, int]
