@@ -17,8 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
 demo: setup
 	$(BIN)/python -m gdd_fast.train
 
+# and the benchmarks once, for their results alone
 test: setup-dev
 	$(PYTEST)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/ --benchmark-disable -q
 
 test-all: setup-dev
 	$(PYTEST) -m ""
