@@ -1,0 +1,118 @@
+"""A small pickle cannot unfold into more than its own size: tensors, modules, settings, nesting, time."""
+
+import collections
+import struct
+
+import edm_files
+import pytest
+import torch
+from edm_files import Persistent, Reduced, Tiny, dumps, literal, refused, storage_of, tiny, with_parameter, write
+from torch import nn
+
+from gdd_fast.interop import _pickle_machine
+from gdd_fast.interop.edm_pickle import load
+
+
+def rebuilt(size, stride, offset=0):
+    """A tensor of six elements as the file would describe it."""
+    storage = storage_of(torch.arange(6.0))
+    return Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, collections.OrderedDict())
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((10**12,), (0,), 0),
+        ((10**6, 10**6), (0, 0), 0),
+        ((7,), (1,), 0),
+        ((6,), (1,), 1),
+        ((2, 3), (4, 1), 0),
+        ((2,), (10**9,), 0),
+        ((6,), (1,), -1),
+        ((-6,), (1,), 0),
+        ((6,), (-1,), 5),
+        ((2**63, 2**63), (1, 1), 0),
+        ((6.0,), (1,), 0),
+        ((True,), (1,), 0),
+        ((6,), (1, 1), 0),
+        ((1,) * 9, (1,) * 9, 0),
+        ([6], [1], 0),
+        ((), (), 6),
+    ],
+)
+def test_tensors_outside_their_storage(tmp_path, size, stride, offset):
+    refused(
+        tmp_path, with_parameter(rebuilt(size, stride, offset)), "does not fit|integers >= 0|sizes and|wrong arguments"
+    )
+
+
+def test_tensors_inside_their_storage(tmp_path):
+    state = load(write(tmp_path / "net.pkl", with_parameter(rebuilt((2, 3), (1, 2)))))["ema"].state_dict
+    assert state["out.weight"].tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_storage_that_lies_about_its_size(tmp_path):
+    content = dumps(with_parameter(rebuilt((6,), (1,))))
+    data = struct.pack("<q6f", 6, *range(6))
+    assert content.count(data) == 1
+    refused(tmp_path, content.replace(data, struct.pack("<q6f", 7, *range(6))), "announces 6 elements")
+    refused(tmp_path, content.replace(data, struct.pack("<q6f", -1, *range(6))), "announces 6 elements")
+
+
+def test_one_storage_as_many_parameters(tmp_path):
+    """Views of one storage may not unfold into far more than the file."""
+    network, storage = tiny(), storage_of(torch.zeros(50_000))
+    for index in range(200):
+        view = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (50_000,), (1,), False, collections.OrderedDict())
+        network.meta["state"]["_buffers"][f"b{index}"] = view
+    path = write(tmp_path / "net.pkl", {"ema": network})
+    assert path.stat().st_size < 250_000
+    refused(tmp_path, path.read_bytes(), "too many tensor bytes")
+
+
+def test_shared_modules_do_not_unfold(tmp_path):
+    """Thirty levels that each hold the one below twice are 2^30 modules and a small file."""
+    leaf = nn.Module()
+    leaf.register_parameter("weight", nn.Parameter(torch.empty(0)))
+    module = edm_files.network(leaf, "Leaf", {})
+    for _ in range(30):
+        outer = edm_files.network(nn.Module(), "Block", {})
+        outer.meta["state"]["_modules"] = {"a": module, "b": module}
+        module = outer
+    refused(tmp_path, {"ema": module}, "too many (modules|tensors)")
+
+
+def test_circular_modules(tmp_path):
+    network = tiny()
+    again = Persistent("EDMPrecond", network.meta["state"])
+    network.meta["state"]["_modules"] = {"a": again}
+    network.meta["state"]["_parameters"] = {}
+    refused(tmp_path, {"ema": network}, "nested more than")
+
+
+def test_settings_do_not_unfold(tmp_path):
+    laughs = "ha"
+    for _ in range(25):
+        laughs = [laughs] * 10
+    refused(tmp_path, {"ema": edm_files.network(Tiny(), "EDMPrecond", {"a": laughs})}, "too many settings")
+    circular = []
+    circular.append(circular)
+    refused(tmp_path, {"ema": edm_files.network(Tiny(), "EDMPrecond", {"a": circular})}, "nested more than")
+
+
+@pytest.mark.parametrize("opening", [b"]" * 100_000 + b"a" * 99_999, b")" + b"\x85" * 100_000, b"(" * 100_000])
+def test_deep_nesting(tmp_path, opening):
+    refused(tmp_path, b"\x80\x04" + opening + b".", ".")
+    refused(tmp_path, b"\x80\x04}" + literal("ema") + opening + b"s.", ".")
+
+
+def test_deep_settings(tmp_path):
+    content = dumps({"ema": edm_files.network(Tiny(), "EDMPrecond", {"a": "here"})})
+    assert content.count(literal("here") + b"\x94") == 1
+    deep = literal("here") + b"\x94" + b"\x85" * 100_000
+    refused(tmp_path, content.replace(literal("here") + b"\x94", deep), "nested more than")
+
+
+def test_endless_operations(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pickle_machine, "MAX_OPERATIONS", 5000)
+    refused(tmp_path, b"\x80\x04]" + b"Na" * 5000 + b".", "more than 5000 operations")
