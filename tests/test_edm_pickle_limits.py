@@ -9,7 +9,7 @@ import torch
 from edm_files import Persistent, Reduced, Tiny, dumps, literal, refused, storage_of, tiny, with_parameter, write
 from torch import nn
 
-from gdd_fast.interop import _pickle_machine
+from gdd_fast.interop import _pickle_machine, edm_pickle
 from gdd_fast.interop.edm_pickle import load
 
 
@@ -70,16 +70,25 @@ def test_one_storage_as_many_parameters(tmp_path):
     refused(tmp_path, path.read_bytes(), "too many tensor bytes")
 
 
-def test_shared_modules_do_not_unfold(tmp_path):
-    """Thirty levels that each hold the one below twice are 2^30 modules and a small file."""
-    leaf = nn.Module()
-    leaf.register_parameter("weight", nn.Parameter(torch.empty(0)))
-    module = edm_files.network(leaf, "Leaf", {})
-    for _ in range(30):
+def leaf() -> Persistent:
+    """A module with one empty parameter."""
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.empty(0)))
+    return edm_files.network(module, "Leaf", {})
+
+
+def doubled(module: Persistent, levels: int) -> Persistent:
+    """`levels` modules that each hold the one below twice."""
+    for _ in range(levels):
         outer = edm_files.network(nn.Module(), "Block", {})
         outer.meta["state"]["_modules"] = {"a": module, "b": module}
         module = outer
-    refused(tmp_path, {"ema": module}, "too many (modules|tensors)")
+    return module
+
+
+def test_shared_modules_do_not_unfold(tmp_path):
+    """Thirty levels that each hold the one below twice are 2^30 modules and a small file."""
+    refused(tmp_path, {"ema": doubled(leaf(), 30)}, "too many (modules|tensors)")
 
 
 def test_circular_modules(tmp_path):
@@ -87,7 +96,54 @@ def test_circular_modules(tmp_path):
     again = Persistent("EDMPrecond", network.meta["state"])
     network.meta["state"]["_modules"] = {"a": again}
     network.meta["state"]["_parameters"] = {}
+    refused(tmp_path, {"ema": network}, "no network")
+    network.meta["state"]["_parameters"] = {"weight": nn.Parameter(torch.empty(0))}
     refused(tmp_path, {"ema": network}, "nested more than")
+
+
+def test_entries_without_parameters_are_searched_once(tmp_path, monkeypatch):
+    """Many entries that share a tree of modules cost what one does."""
+    visits = []
+    members = edm_pickle.Module.members
+    monkeypatch.setattr(edm_pickle.Module, "members", lambda *a: visits.append(a) or members(*a))
+    tree = doubled(edm_files.network(nn.Module(), "Leaf", {}), 12)
+    content = {f"key{index}": Persistent("Pipe", tree.meta["state"]) for index in range(200)}
+    loaded = load(write(tmp_path / "net.pkl", content | {"ema": tiny()}))
+    assert list(loaded) == ["ema"]
+    assert len(visits) < 1000
+
+
+def test_one_budget_for_all_entries(tmp_path):
+    """Entries that share one network, or one dict, may together not unfold into more than one entry may."""
+    tree = doubled(leaf(), 7)
+    content = {f"key{index}": Persistent("EDMPrecond", tree.meta["state"]) for index in range(50)}
+    assert list(load(write(tmp_path / "net.pkl", {"key0": content["key0"]}))) == ["key0"]
+    refused(tmp_path, content, "too many modules")
+    wide = tiny().meta["state"] | {"_parameters": {f"p{index}": None for index in range(2000)}}
+    refused(tmp_path, {f"key{index}": Persistent("EDMPrecond", wide) for index in range(50)}, "too many members")
+
+
+@pytest.mark.parametrize("length", [201, 10_000_000])
+@pytest.mark.parametrize("where", ["_modules", "_parameters", "_buffers"])
+def test_long_names(tmp_path, where, length):
+    network, name = tiny(), "n" * length
+    inner = edm_files.network(nn.Linear(1, 1), "Linear", {})
+    network.meta["state"][where] = {name: inner if where == "_modules" else nn.Parameter(torch.ones(1))}
+    refused(tmp_path, {"ema": network}, f"bad name in {where}")
+
+
+def test_long_names_in_sum(tmp_path):
+    network = edm_files.network(nn.Linear(1, 1), "Linear", {})
+    for _ in range(5):
+        outer = tiny()
+        outer.meta["state"]["_modules"] = {"n" * 40: network}
+        network = outer
+    refused(tmp_path, {"ema": network}, "is longer than 200 characters")
+
+
+@pytest.mark.parametrize("arguments", [{"n" * 201: 1}, {"a": "t" * 201}, {"a": {"n" * 201: 1}}])
+def test_long_settings(tmp_path, arguments):
+    refused(tmp_path, {"ema": edm_files.network(Tiny(), "EDMPrecond", arguments)}, "constructor argument")
 
 
 def test_settings_do_not_unfold(tmp_path):
