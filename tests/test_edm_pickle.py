@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import struct
 
 import edm_files
 import numpy as np
@@ -72,6 +73,17 @@ def test_parameter_types(tmp_path, dtype):
     state = load(write(tmp_path / "net.pkl", {"ema": tiny(module)}))["ema"].state_dict
     assert state["out.weight"].dtype == dtype and torch.equal(state["out.weight"], module.out.weight)
     assert state["model.8x8_norm.num_batches_tracked"].dtype == torch.int64
+
+
+def test_booleans_are_0_or_1(tmp_path):
+    """Whatever bytes are stored; a torch.bool that holds another one is neither true nor false."""
+    module = nn.Linear(1, 1)
+    module.register_buffer("mask", torch.tensor([False, True, True, True]))
+    content = dumps({"ema": tiny(module)})
+    assert content.count(struct.pack("<q4B", 4, 0, 1, 1, 1)) == 1
+    content = content.replace(struct.pack("<q4B", 4, 0, 1, 1, 1), struct.pack("<q4B", 4, 0, 2, 255, 7))
+    mask = load(write(tmp_path / "net.pkl", content))["ema"].state_dict["mask"]
+    assert mask.dtype == torch.bool and mask.view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 def test_views_become_tensors_of_their_own(tmp_path):

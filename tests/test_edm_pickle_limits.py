@@ -32,6 +32,7 @@ def rebuilt(size, stride, offset=0):
         ((-6,), (1,), 0),
         ((6,), (-1,), 5),
         ((2**63, 2**63), (1, 1), 0),
+        ((2**61, 2**61, 2**61, 0), (1, 1, 1, 1), 0),
         ((6.0,), (1,), 0),
         ((True,), (1,), 0),
         ((6,), (1, 1), 0),
@@ -42,13 +43,37 @@ def rebuilt(size, stride, offset=0):
 )
 def test_tensors_outside_their_storage(tmp_path, size, stride, offset):
     refused(
-        tmp_path, with_parameter(rebuilt(size, stride, offset)), "does not fit|integers >= 0|sizes and|wrong arguments"
+        tmp_path,
+        with_parameter(rebuilt(size, stride, offset)),
+        "does not fit|integers >= 0|sizes and|wrong arguments|larger than",
     )
 
 
 def test_tensors_inside_their_storage(tmp_path):
     state = load(write(tmp_path / "net.pkl", with_parameter(rebuilt((2, 3), (1, 2)))))["ema"].state_dict
     assert state["out.weight"].tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_sizes_of_one_and_of_nothing(tmp_path):
+    """Strides that no element is at may be anything."""
+    state = load(write(tmp_path / "net.pkl", with_parameter(rebuilt((1, 2), (2**61, 5)))))["ema"].state_dict
+    assert state["out.weight"].tolist() == [[0, 5]]
+    state = load(write(tmp_path / "net.pkl", with_parameter(rebuilt((2**20, 0), (2**61, 2**61)))))["ema"].state_dict
+    assert state["out.weight"].shape == (2**20, 0)
+
+
+def test_far_apart_elements_of_a_large_storage(tmp_path, monkeypatch):
+    """Two elements at the ends of a storage are two elements of memory, however many parameters ask for them."""
+    copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **options: copied.append(x.numel()) or clone(x, **options))
+    network, storage = tiny(), storage_of(torch.arange(100_000.0))
+    for index in range(50):
+        view = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (2,), (99_999,), False, collections.OrderedDict())
+        network.meta["state"]["_buffers"][f"b{index}"] = view
+    state = load(write(tmp_path / "net.pkl", {"ema": network}))["ema"].state_dict
+    assert all(state[f"b{index}"].tolist() == [0, 99_999] for index in range(50))
+    assert 50 * 8 <= sum(copied) < 2000
 
 
 def test_storage_that_lies_about_its_size(tmp_path):
