@@ -59,7 +59,8 @@ def collect(
         features = [extractor(images) for extractor in extractors]
         if not found:
             pairs = zip(extractors, features, strict=True)
-            found = [Statistics(f.shape[1], features=e.name, device=f.device) for e, f in pairs]
+            shape = tuple(images.shape[1:])
+            found = [Statistics(f.shape[1], e.name, f.device, image_shape=shape) for e, f in pairs]
         for statistics, part in zip(found, features, strict=True):
             statistics.update(part)
         if progress is not None:
