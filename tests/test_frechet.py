@@ -128,7 +128,7 @@ def test_save_and_load(tmp_path):
 
 def test_reads_edms_reference_files(tmp_path):
     original = statistics(normal(30, 5))
-    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy(), sigma=original.covariance.numpy())
+    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy().astype(">f8"), sigma=original.covariance.numpy())
     loaded = Statistics.load(tmp_path / "edm.npz")
     assert loaded.count is None and loaded.image_shape is None
     assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)

@@ -98,7 +98,7 @@ class FileDataset(ImageDataset):
                 f"{container.path}: labels were asked for, but {LABEL_FILE} is missing or says null; "
                 "gdd_fast.prepare --labels folders makes them from the names of the folders"
             )
-        super().__init__(container.path.absolute().stem, shape, labels, _choose(len(container.names), max_images))
+        super().__init__(container.path.absolute().stem, shape, labels, choose_images(len(container.names), max_images))
 
     def _where(self, name: str) -> str:
         return f"{self._container.path}: {name}"
@@ -135,7 +135,7 @@ class ArrayDataset(ImageDataset):
                 )
             labels = as_classes(labels, lambda index: f"{name}: the label of image {index}")
         self._images = images.transpose(0, 3, 1, 2)
-        super().__init__(name, self._images.shape[1:], labels, _choose(len(images), max_images))
+        super().__init__(name, self._images.shape[1:], labels, choose_images(len(images), max_images))
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(self._images[self._chosen[indices]])
@@ -181,8 +181,11 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     raise DataError(f"{path}: holds no array `images` (it has: {names or 'nothing'})")
 
 
-def _choose(total: int, max_images: int | None) -> np.ndarray:
-    """Indices of the stored images that are in the set."""
+def choose_images(total: int, max_images: int | None) -> np.ndarray:
+    """Ascending indices of at most `max_images` of `total` images, by a fixed seed as EDM's `max_size` chooses.
+
+    Raises `DataError` for less than one.
+    """
     if max_images is None or max_images >= total:
         return np.arange(total)
     if max_images < 1:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend
-from gdd_fast.data.dataset import ImageDataset
+from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
 from gdd_fast.inference.generate import SamplerConfig, generate
 from gdd_fast.metrics.features import FeatureExtractor
@@ -72,8 +71,5 @@ def collect(
 
 
 def _image_batches(dataset: ImageDataset, batch: int, max_images: int | None) -> Iterator[Tensor]:
-    indices = None
-    if max_images is not None and max_images < len(dataset):
-        indices = np.sort(np.random.RandomState(0).permutation(len(dataset))[:max_images])
-    for chunk in dataset.chunks(indices):
+    for chunk in dataset.chunks(choose_images(len(dataset), max_images)):
         yield from torch.from_numpy(chunk).split(batch)

@@ -144,8 +144,8 @@ class Statistics:
         statistics = cls(len(mu), str(arrays.get("features", "")))
         if "image_shape" in arrays:
             statistics.image_shape = tuple(shape.tolist())
-        statistics.mean.copy_(torch.from_numpy(mu))
-        statistics._scatter.copy_(torch.from_numpy(sigma))
+        statistics.mean.copy_(torch.from_numpy(mu.astype(np.float64)))
+        statistics._scatter.copy_(torch.from_numpy(sigma.astype(np.float64)))
         statistics.count = None
         if "n" in arrays:
             statistics.count = int(arrays["n"])
