@@ -19,7 +19,7 @@ from gdd_fast.cli import parse
 from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
-from gdd_fast.errors import ConfigError, command
+from gdd_fast.errors import ConfigError, command, require
 from gdd_fast.inference.generate import SamplerConfig
 from gdd_fast.inference.seeds import check_class, parse_seeds
 from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
@@ -83,26 +83,24 @@ class EvaluateConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        _require((self.data is None) != (self.ref is None), "pass the real images, either --data PATH or --ref PATH")
-        _require(self.net is None or self.samples is None, "--net and --samples: choose one")
+        require((self.data is None) != (self.ref is None), "pass the real images, either --data PATH or --ref PATH")
+        require(self.net is None or self.samples is None, "--net and --samples: choose one")
         self._refuse_unused()
         if self.save_ref is None:
-            _require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
+            require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         else:
-            _require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
-            _require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
-        _require(
-            len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}"
-        )
+            require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
+            require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
+        require(len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}")
         if self.ref is not None or self.save_ref is not None:
-            _require(
+            require(
                 len(self.feature_names) == 1, "--ref and --save-ref hold one kind of features: name it in --features"
             )
-        _require(self.images >= 2, f"--images must be at least 2, not {self.images}")
-        _require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
-        _require(len(self.seed_list) >= 2, f"--seeds {self.seeds}: a covariance needs at least 2 images")
-        _require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
-        _require(
+        require(self.images >= 2, f"--images must be at least 2, not {self.images}")
+        require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
+        require(len(self.seed_list) >= 2, f"--seeds {self.seeds}: a covariance needs at least 2 images")
+        require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
+        require(
             self.generator_device == "cpu" or torch.cuda.is_available(),
             "--generator-device cuda: there is no usable CUDA device; use cpu",
         )
@@ -118,10 +116,10 @@ class EvaluateConfig:
             "--sampler and its options": self.sampler != SamplerConfig(),
         }
         for name, given in generator.items():
-            _require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
-        _require(self.ref is None or self.data_images is None, "--data-images is of --data; --ref is counted already")
-        _require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
-        _require(
+            require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
+        require(self.ref is None or self.data_images is None, "--data-images is of --data; --ref is counted already")
+        require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
+        require(
             self.lite0_weights is None or "lite0" in self.feature_names, "--lite0-weights: lite0 is not in --features"
         )
 
@@ -227,8 +225,8 @@ def _check_sampler(sampler: SamplerConfig) -> None:
     for option in fields(sampler):
         flag, value = f"--{option.name.replace('_', '-')}", getattr(sampler, option.name)
         if isinstance(value, float) and not math.isfinite(value):
-            _require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
-        _require(
+            require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
+        require(
             sampler.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
             f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
         )
@@ -237,11 +235,6 @@ def _check_sampler(sampler: SamplerConfig) -> None:
 
 def _bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @command
