@@ -115,7 +115,7 @@ def fails(capsys, *args) -> str:
         (["--samples", "x", "--data", "demo", "--dtype", "float16"], "--dtype"),
         (["--samples", "x", "--data", "demo", "--sampler", "heun"], "--sampler"),
         (["--samples", "x", "--data", "demo", "--sigma-max", "40"], "--sampler"),
-        (["--data", "demo", "--save-ref", "x.npz", "--features", "pixels", "--class", "3"], "--class"),
+        (["--data", "demo", "--save-ref", "nowhere/x.npz", "--features", "pixels", "--class", "3"], "--class"),
         (["--net", "demo", "--ref", "x.npz", "--features", "pixels", "--data-images", "9"], "--data-images"),
         (["--net", "demo", "--data", "demo", "--seeds", "0-9", "--images", "20"], "--images"),
         (["--net", "demo", "--data", "demo", "--features", "pixels", "--lite0-weights", "x"], "--lite0-weights"),
