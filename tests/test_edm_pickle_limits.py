@@ -76,6 +76,20 @@ def test_far_apart_elements_of_a_large_storage(tmp_path, monkeypatch):
     assert 50 * 8 <= sum(copied) < 2000
 
 
+def test_the_bytes_of_a_storage_are_read_once(tmp_path, monkeypatch):
+    """They may hold a long pickle of their own, and be referred to any number of times."""
+    reads = []
+    load_one = _pickle_machine.Machine.load
+    monkeypatch.setattr(_pickle_machine.Machine, "load", lambda machine: reads.append(machine) or load_one(machine))
+    data = storage_of(torch.arange(6.0)).__reduce__()[1][0]
+    network = tiny()
+    calls = [Reduced(torch.storage._load_from_bytes, data) for _ in range(500)]
+    path = write(tmp_path / "net.pkl", {"ema": network, "other": calls})
+    assert path.stat().st_size < 20_000
+    assert list(load(path)) == ["ema"]
+    assert len(reads) < 100
+
+
 def test_storage_that_lies_about_its_size(tmp_path):
     content = dumps(with_parameter(rebuilt((6,), (1,))))
     data = struct.pack("<q6f", 6, *range(6))

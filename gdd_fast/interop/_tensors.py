@@ -41,13 +41,8 @@ class Storage:
     dtype: torch.dtype
 
     @classmethod
-    def from_arguments(cls, arguments: tuple) -> "Storage":
-        """For `torch.storage._load_from_bytes(bytes)`."""
-        match arguments:
-            case (memoryview() as data,):
-                pass
-            case _:
-                raise UnsafePickleError("torch.storage._load_from_bytes is called with something that is not bytes")
+    def from_bytes(cls, data: memoryview) -> "Storage":
+        """The storage that `data` holds in the format described above."""
         reader = Reader(data)
         if data[:2] == b"PK" or Machine(reader, {}).load() != TORCH_SAVE_MAGIC:
             raise UnsafePickleError("a tensor's storage is not in the format PyTorch pickles storages in")
@@ -67,6 +62,24 @@ class Storage:
                 f"a tensor's storage announces {count} elements of {dtype} and does not have them; the file is corrupt"
             )
         return cls(reader.take(reader.remaining), dtype)
+
+
+class Storages:
+    """For `torch.storage._load_from_bytes(bytes)` of one file: the same bytes, of any length, are read once.
+
+    To refer to them again costs a file a few bytes.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[int, tuple[memoryview, Storage]] = {}  # by id, and with the bytes, whose id is not given anew
+
+    def __call__(self, arguments: tuple) -> Storage:
+        match arguments:
+            case (memoryview() as data,):
+                if id(data) not in self._read:
+                    self._read[id(data)] = (data, Storage.from_bytes(data))
+                return self._read[id(data)][1]
+        raise UnsafePickleError("torch.storage._load_from_bytes is called with something that is not bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 
 from gdd_fast.errors import UnsafePickleError, WeightsError
 from gdd_fast.interop._pickle_machine import Constructor, Machine, Reader, StandIn
-from gdd_fast.interop._tensors import NumpyType, PickledTensor, Storage, numpy_scalar
+from gdd_fast.interop._tensors import NumpyType, PickledTensor, Storage, Storages, numpy_scalar
 
 MAX_FILE_BYTES = 8 * 2**30
 MIN_PROTOCOL = 4
@@ -108,7 +108,8 @@ def _networks(data: memoryview) -> dict[str, PickledNetwork]:
             f"this is a pickle of protocol {start[1]}, as old torch.save checkpoints are; EDM and GDD network pickles "
             f"(.pkl) have protocol {MIN_PROTOCOL} or later"
         )
-    content = Machine(Reader(data), _GLOBALS).load()
+    storages = Constructor(Storages())
+    content = Machine(Reader(data), {**_GLOBALS, "torch.storage._load_from_bytes": storages}).load()
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UnsafePickleError(f"the file holds a {_kind(content)}; a network pickle holds a dict with an entry 'ema'")
     budget = _Budget(tensor_bytes=2 * len(data))
@@ -159,7 +160,7 @@ class Module(StandIn):
                         f"an object in the file has another persistence version than {PERSISTENCE_VERSION}, the one of "
                         "EDM and GDD; it is from another project"
                     )
-                if not name.isidentifier() or not name.isascii() or len(name) > 100:
+                if len(name) > 100 or not name.isidentifier() or not name.isascii():
                     raise UnsafePickleError(f"an object in the file has the class name {name[:100]!a}")
                 return cls(name, state)
         raise UnsafePickleError(
@@ -206,7 +207,6 @@ _GLOBALS: dict[str, Constructor] = {
         "torch.nn.modules.container.ModuleDict": Module.container,
         "torch._utils._rebuild_tensor_v2": PickledTensor.from_arguments,
         "torch._utils._rebuild_parameter": PickledTensor.from_parameter,
-        "torch.storage._load_from_bytes": Storage.from_arguments,
         "numpy.dtype": NumpyType,
         "numpy.core.multiarray.scalar": numpy_scalar,
         "numpy._core.multiarray.scalar": numpy_scalar,
