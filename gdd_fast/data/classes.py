@@ -20,7 +20,7 @@ def as_classes(labels: Sequence[object] | np.ndarray, where: Callable[[int], str
     for index, value in enumerate(values):
         if type(value) is not int or not 0 <= value < MAX_CLASSES:
             raise DataError(
-                f"{where(index)} is {reprlib.repr(value)}; labels must be integers from 0 to {MAX_CLASSES - 1}, "
-                "the numbers of classes"
+                f"{where(index)} is {reprlib.repr(value)}; labels must be integers from 0 to {MAX_CLASSES - 1}: "
+                "number the classes from 0"
             )
     return np.array(values, np.int64)
