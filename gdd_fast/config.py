@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from gdd_fast.backend import Backend
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import ConfigError, require
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
@@ -140,30 +140,30 @@ class TrainConfig:
         run, loss = self.run, self.loss
         for section in (self.data, self.generator, self.discriminator, loss, run):
             check_values(section)
-        _require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
+        require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
         teacher = self.generator.teacher
-        _require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
-        _require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
-        _require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
-        _require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
-        _require(self.total_images >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
-        _require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
-        _require(run.seed >= 0, f"--seed cannot be negative, not {run.seed}")
-        _require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
-        _require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
-        _require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
-        _require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
-        _require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
-        _require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
-        _require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
-        _require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
-        _require(self.generator.ema_rampup >= 0, "--ema-rampup cannot be negative")
-        _require(loss.r1_gamma >= 0 and loss.r1_interval >= 0, "--r1-gamma and --r1-interval cannot be negative")
-        _require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
-        _require(
+        require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
+        require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
+        require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
+        require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+        require(self.total_images >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
+        require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
+        require(run.seed >= 0, f"--seed cannot be negative, not {run.seed}")
+        require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
+        require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
+        require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
+        require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
+        require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
+        require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
+        require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
+        require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
+        require(self.generator.ema_rampup >= 0, "--ema-rampup cannot be negative")
+        require(loss.r1_gamma >= 0 and loss.r1_interval >= 0, "--r1-gamma and --r1-interval cannot be negative")
+        require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
+        require(
             len(set(self.discriminator.backbones)) == len(self.discriminator.backbones), "--backbones names one twice"
         )
-        _require(
+        require(
             {self.generator.g_precision, self.discriminator.d_precision} != {"fp32", "tf32"},
             "fp32 and tf32 cannot be mixed: TF32 is one switch for the whole backward pass; "
             "give --g-precision and --d-precision the same one, or use bf16",
@@ -175,15 +175,10 @@ class TrainConfig:
         paths, names = {}, self.discriminator.backbones
         for entry in self.discriminator.backbone_weights:
             name, equals, path = entry.partition("=")
-            _require(bool(equals and path), f"--backbone-weights takes name=path, not {entry!r}")
-            _require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
+            require(bool(equals and path), f"--backbone-weights takes name=path, not {entry!r}")
+            require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
             paths[name] = Path(path)
         return paths
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _flag(name: str) -> str:

@@ -41,6 +41,12 @@ class DivergedError(GddFastError):
     """Training stopped because too many steps in a row had gradients that were not finite."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr, never a traceback: status 2 on a `GddFastError`, 130 on Ctrl-C."""
 

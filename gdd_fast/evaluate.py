@@ -4,8 +4,9 @@ Distances compare only at the same features, the same number of generated images
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from gdd_fast.cli import parse
 from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
-from gdd_fast.errors import ConfigError, command
+from gdd_fast.errors import ConfigError, command, require
 from gdd_fast.inference.generate import SamplerConfig
 from gdd_fast.inference.seeds import check_class, parse_seeds
 from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
@@ -82,29 +83,45 @@ class EvaluateConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        _require((self.data is None) != (self.ref is None), "pass the real images, either --data PATH or --ref PATH")
-        _require(self.net is None or self.samples is None, "--net and --samples: choose one")
+        require((self.data is None) != (self.ref is None), "pass the real images, either --data PATH or --ref PATH")
+        require(self.net is None or self.samples is None, "--net and --samples: choose one")
+        self._refuse_unused()
         if self.save_ref is None:
-            _require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
+            require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         else:
-            _require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
-            _require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
-        _require(
-            len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}"
-        )
+            require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
+            require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
+        require(len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}")
         if self.ref is not None or self.save_ref is not None:
-            _require(
+            require(
                 len(self.feature_names) == 1, "--ref and --save-ref hold one kind of features: name it in --features"
             )
-        _require(self.images >= 2, f"--images must be at least 2, not {self.images}")
-        _require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
-        _require(len(self.seed_list) >= 2, f"--seeds {self.seeds}: a covariance needs at least 2 images")
-        _require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
-        _require(
+        require(self.images >= 2, f"--images must be at least 2, not {self.images}")
+        require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
+        require(len(self.seed_list) >= 2, f"--seeds {self.seeds}: a covariance needs at least 2 images")
+        require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
+        require(
             self.generator_device == "cpu" or torch.cuda.is_available(),
             "--generator-device cuda: there is no usable CUDA device; use cpu",
         )
-        self.sampler.validate()
+        _check_sampler(self.sampler)
+
+    def _refuse_unused(self) -> None:
+        """Raise `ConfigError` for an option that would have no effect."""
+        generator = {
+            "--seeds": self.seeds is not None,
+            "--class": self.class_index is not None,
+            "--dtype": self.dtype is not None,
+            "--generator-device": self.generator_device != EvaluateConfig.generator_device,
+            "--sampler and its options": self.sampler != SamplerConfig(),
+        }
+        for name, given in generator.items():
+            require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
+        require(self.ref is None or self.data_images is None, "--data-images is of --data; --ref is counted already")
+        require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
+        require(
+            self.lite0_weights is None or "lite0" in self.feature_names, "--lite0-weights: lite0 is not in --features"
+        )
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -125,7 +142,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.net is not None:
         net = load_generator(teacher_path(config.net), device, config.dtype)
         check_class(config.class_index, net.label_dim)
-    _check_same_form(dataset, samples, net)
+    real = references[0].image_shape if dataset is None else dataset.shape
+    _check_same_form(real, str(config.data or config.ref), samples, net)
     networks = [network for network in (net, *(e.network for e in extractors)) if network is not None]
     operators = choose_backend(config.backend, device.type, networks, [TO_UINT8])
 
@@ -185,26 +203,38 @@ def _load_reference(path: Path, extractor: FeatureExtractor) -> Statistics:
     return reference
 
 
-def _check_same_form(dataset: ImageDataset | None, samples: ImageDataset | None, net: torch.nn.Module | None) -> None:
-    """Features would resize anything to anything: images of another size are another question, not a distance."""
-    if dataset is None or (samples is None and net is None):
+def _check_same_form(
+    real: tuple[int, ...] | None, where: str, samples: ImageDataset | None, net: torch.nn.Module | None
+) -> None:
+    """Features would resize anything to anything: images of another size are another question, not a distance.
+
+    `real`: (C, H, W) of the real images, None where their statistics do not say.
+    """
+    if real is None or (samples is None and net is None):
         return
-    real = (dataset.channels, dataset.resolution)
-    ours = (net.img_channels, net.img_resolution) if samples is None else (samples.channels, samples.resolution)
+    ours = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
     if ours != real:
         raise ConfigError(
-            f"the generated images are {ours[0]} x {ours[1]}^2 and those of {dataset.name} {real[0]} x {real[1]}^2; "
+            f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
             "compare images of one form (python -m gdd_fast.prepare resizes)"
         )
 
 
+def _check_sampler(sampler: SamplerConfig) -> None:
+    """Raise `ConfigError` for settings that cannot work, or that a sampler of one step would ignore."""
+    for option in fields(sampler):
+        flag, value = f"--{option.name.replace('_', '-')}", getattr(sampler, option.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
+        require(
+            sampler.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
+            f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
+        )
+    sampler.validate()
+
+
 def _bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @command

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -11,3 +12,11 @@ if not torch.cuda.is_available():
 
 settings.register_profile("gdd_fast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("gdd_fast")
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A path that whatever a file smuggles in creates when it runs; the test fails if it did."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()

@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from gdd_fast.errors import UnsafePickleError
+from gdd_fast.interop.edm_pickle import load
+
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # numpy.core.multiarray.scalar, wherever this NumPy has it
 
 
 def _reconstruct_persistent_obj(meta):
@@ -122,3 +128,27 @@ def dumps(content: object, protocol: int = 4) -> bytes:
 def write(path: Path, content: object, protocol: int = 4) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else dumps(content, protocol))
     return path
+
+
+def refused(tmp_path: Path, content: object, match: str) -> None:
+    """Asserts that `load` refuses a file of `content` with its path and a message that matches."""
+    path = write(tmp_path / "refused.pkl", content)
+    with pytest.raises(UnsafePickleError, match=match) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def with_parameter(value: object) -> dict:
+    """A network with `value` in the place of the parameter out.weight."""
+    network = tiny()
+    network.meta["state"]["_modules"]["out"].meta["state"]["_parameters"]["weight"] = value
+    return {"ema": network}
+
+
+def storage_of(tensor: torch.Tensor) -> torch.storage.TypedStorage:
+    return torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
+
+
+def literal(text: str) -> bytes:
+    """The opcode that pushes a short string."""
+    return b"\x8c" + bytes([len(text.encode())]) + text.encode()

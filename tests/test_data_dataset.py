@@ -205,12 +205,21 @@ def test_an_npz_of_the_wrong_type_or_shape(tmp_path, images):
         open_dataset(tmp_path / "set.npz")
 
 
-@pytest.mark.parametrize("labels", [np.arange(6), np.arange(7.0), np.arange(7) - 1, np.eye(7, dtype=np.int64)])
+@pytest.mark.parametrize("labels", [np.arange(6), np.arange(7.0), np.eye(7, dtype=np.int64), np.arange(7) > 3])
 def test_an_npz_with_unusable_labels(tmp_path, labels):
     np.savez(tmp_path / "set.npz", images=noise()[:, 0], labels=labels)
     with pytest.raises(DataError, match="labels must be 7 integers from 0"):
         open_dataset(tmp_path / "set.npz", use_labels=True)
     assert len(open_dataset(tmp_path / "set.npz")) == 7
+
+
+@pytest.mark.parametrize("label", [-1, 100_000, 10**9, 2**62, 2**63 + 5])
+def test_an_npz_with_labels_that_are_no_class_numbers(tmp_path, label):
+    labels = np.zeros(7, np.uint64 if label > 2**63 else np.int64)
+    labels[4] = label
+    np.savez(tmp_path / "set.npz", images=noise()[:, 0], labels=labels)
+    with pytest.raises(DataError, match=f"label of image 4 is {label}; labels must be integers from 0 to 99999"):
+        open_dataset(tmp_path / "set.npz", use_labels=True)
 
 
 def test_images_that_are_not_square(tmp_path):
@@ -286,7 +295,7 @@ def test_labels_asked_for_but_not_there(tmp_path, labels):
         open_dataset(tmp_path / "set.npz", use_labels=True)
 
 
-@pytest.mark.parametrize("label", [1.5, "cat", None, True, -1, [0, 1]])
+@pytest.mark.parametrize("label", [1.5, "cat", None, True, -1, [0, 1], 100_000, 10**9, 10**30])
 def test_labels_that_are_not_classes_are_named(tmp_path, label):
     make_folder(tmp_path / "set", noise(4), [0, 1, label, 1])
     with pytest.raises(DataError, match=r"the label of 0/img2\.png is .*integers from 0"):
@@ -300,7 +309,18 @@ def test_a_label_missing_for_an_image_is_named(tmp_path):
         open_dataset(tmp_path / "set", use_labels=True)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"classes": []}', '{"labels": [1, 2]}', '{"labels": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"classes": []}',
+        '{"labels": [1, 2]}',
+        '{"labels": 3}',
+        "\xff",
+        pytest.param("[" * 200_000, id="deep"),
+    ],
+)
 def test_a_malformed_dataset_json(tmp_path, content):
     make_folder(tmp_path / "set", noise(4))
     (tmp_path / "set/dataset.json").write_bytes(content.encode("latin1"))

@@ -80,6 +80,18 @@ def test_batches_have_the_promised_types():
     assert next(BatchStream(numbered(10), 4, seed=0))[1] is None
 
 
+def test_classes_by_the_thousand_cost_a_batch_and_not_their_square(monkeypatch):
+    """The largest class number there may be; an identity matrix of that size would have 40 GB."""
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: made.append(shape) or zeros(*shape, **options))
+    monkeypatch.setattr(torch, "eye", None)
+    dataset = ArrayDataset("set", np.zeros((6, 2, 2), np.uint8), np.array([0, 1, 99_999, 5, 99_999, 7]))
+    _, labels = next(BatchStream(dataset, 6, seed=0))
+    assert labels.shape == (6, 100_000) and sorted(labels.argmax(1).tolist()) == [0, 1, 5, 7, 99_999, 99_999]
+    assert made == [(6, 100_000)] and labels.sum() == 6
+
+
 def test_labels_belong_to_their_images():
     stream = BatchStream(numbered(300, classes=7), 50, seed=5, x_flip=False)
     for _ in range(12):

@@ -219,11 +219,35 @@ def test_initialisation_has_edms_spread() -> None:
         ({"decoder_type": "residual"}, "decoder_type"),
         ({"embedding_type": "sine"}, "embedding_type"),
         ({"resample_filter": [1, 2, 1]}, "resample_filter"),
+        ({"resample_filter": [1.0] * 34}, "resample_filter"),
+        ({"resample_filter": [1, math.nan]}, "resample_filter"),
+        ({"resample_filter": ["a", "b"]}, "resample_filter"),
+        ({"attn_resolutions": [16] * 17}, "attn_resolutions"),
+        ({"channel_mult": [1] * 17}, "channel_mult"),
+        ({"num_blocks": 3000}, "num_blocks 3000 at 4 resolutions makes more than 512 blocks"),
+        ({"num_blocks": 2**40}, "num_blocks"),
+        ({"model_channels": 2**40}, "model_channels"),
+        ({"channel_mult": [2**30]}, r"channel_mult\[0\]"),
+        ({"channel_mult": [2**11]}, r"model_channels \* channel_mult\[0\]"),
+        ({"channel_mult_emb": 2**40}, "channel_mult_emb"),
+        ({"channel_mult_noise": 2**11}, r"model_channels \* channel_mult_noise"),
+        ({"in_channels": 2**62}, "in_channels"),
+        ({"img_resolution": 2**14}, "an image of"),
+        ({"label_dim": 10**30}, "label_dim"),
+        ({"augment_dim": 2**40}, "augment_dim"),
+        ({"augment_dim": "9"}, "augment_dim"),
     ],
 )
 def test_arguments_that_make_no_network(change: dict, message: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
-        SongUNet(SIZE, 3, 3, **change)
+        SongUNet(**{"img_resolution": SIZE, "in_channels": 3, "out_channels": 3, **change})
+
+
+@pytest.mark.parametrize("arguments", [ncsnpp, ddpmpp, adm])
+def test_bounds_leave_room_for_networks_four_times_edms(arguments) -> None:
+    kwargs = arguments(model_channels=768, channel_mult=[1, 2, 3, 4], num_blocks=16, channel_mult_emb=8)
+    with torch.device("meta"):
+        EDMPrecond(1024, 16, label_dim=22_000, **kwargs)
 
 
 def test_presets_take_overrides() -> None:

@@ -110,6 +110,22 @@ def fails(capsys, *args) -> str:
         (["--samples", "nowhere", "--data", "demo-test", "--features", "pixels"], "nowhere"),
         (["--net", "nowhere", "--data", "demo-test", "--features", "pixels"], "nowhere"),
         (["--net", "demo", "--ref", "nowhere.npz", "--features", "pixels"], "nowhere"),
+        (["--samples", "x", "--data", "demo", "--seeds", "0-9"], "--seeds"),
+        (["--samples", "x", "--data", "demo", "--class", "3"], "--class"),
+        (["--samples", "x", "--data", "demo", "--dtype", "float16"], "--dtype"),
+        (["--samples", "x", "--data", "demo", "--sampler", "heun"], "--sampler"),
+        (["--samples", "x", "--data", "demo", "--sigma-max", "40"], "--sampler"),
+        (["--data", "demo", "--save-ref", "nowhere/x.npz", "--features", "pixels", "--class", "3"], "--class"),
+        (["--net", "demo", "--ref", "x.npz", "--features", "pixels", "--data-images", "9"], "--data-images"),
+        (["--net", "demo", "--data", "demo", "--seeds", "0-9", "--images", "20"], "--images"),
+        (["--net", "demo", "--data", "demo", "--features", "pixels", "--lite0-weights", "x"], "--lite0-weights"),
+        (["--net", "demo", "--data", "demo", "--steps", "4"], "--steps 4: for --sampler heun"),
+        (["--net", "demo", "--data", "demo", "--s-churn", "1"], "--s-churn"),
+        *(
+            (["--net", "demo", "--data", "demo", "--sampler", "heun", option, value], f"{option} must be a finite")
+            for option in ("--rho", "--s-churn", "--s-min", "--s-noise", "--s-max", "--sigma-min", "--sigma-max")
+            for value in ("nan", "-inf")
+        ),
     ],
 )
 def test_bad_options(capsys, options, message):
@@ -123,9 +139,19 @@ def test_a_reference_of_other_features(net, real, tmp_path, evaluate, capsys):
     assert "pixels-16" in message
 
 
-def test_images_of_another_size(real, tmp_path, capsys):
+def test_images_of_another_size(net, real, tmp_path, evaluate, capsys):
     with open_writer(tmp_path / "big.zip") as writer:
         writer.put(range(4), torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
     message = fails(capsys, "--samples", tmp_path / "big.zip", "--data", real, "--features", "pixels")
     assert "3 x 32^2" in message
     assert "1 x 16^2" in message
+    evaluate("--data", tmp_path / "big.zip", "--save-ref", tmp_path / "ref.npz")
+    for ours in (["--samples", real], ["--net", net]):
+        message = fails(capsys, *ours, "--ref", tmp_path / "ref.npz", "--features", "pixels")
+        assert "1 x 16^2" in message
+        assert "ref.npz 3 x 32^2" in message
+
+
+def test_an_infinite_s_max_is_no_bound(net, real, evaluate):
+    options = ["--images", 2, "--sampler", "heun", "--steps", 2, "--s-churn", 1]
+    evaluate("--net", net, "--data", real, *options, "--s-max", "inf")

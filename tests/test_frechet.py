@@ -116,9 +116,10 @@ def test_symmetric():
 
 def test_save_and_load(tmp_path):
     original = statistics(normal(30, 5), name="lite0-64")
+    original.image_shape = (3, 32, 32)
     original.save(tmp_path / "ref.npz")
     loaded = Statistics.load(tmp_path / "ref.npz")
-    assert (loaded.count, loaded.features) == (30, "lite0-64")
+    assert (loaded.count, loaded.features, loaded.image_shape) == (30, "lite0-64", (3, 32, 32))
     assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
     loaded.update(normal(10, 5, seed=1))
     both = statistics(torch.cat([normal(30, 5), normal(10, 5, seed=1)]))
@@ -127,9 +128,9 @@ def test_save_and_load(tmp_path):
 
 def test_reads_edms_reference_files(tmp_path):
     original = statistics(normal(30, 5))
-    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy(), sigma=original.covariance.numpy())
+    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy().astype(">f8"), sigma=original.covariance.numpy())
     loaded = Statistics.load(tmp_path / "edm.npz")
-    assert loaded.count is None
+    assert loaded.count is None and loaded.image_shape is None
     assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
     with pytest.raises(DataError, match="count"):
         loaded.update(normal(3, 5))
@@ -141,8 +142,12 @@ def test_files_that_are_no_statistics(tmp_path):
     np.savez(tmp_path / "shape.npz", mu=np.zeros(2), sigma=eye)
     np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=eye * np.nan)
     np.savez(tmp_path / "pickle.npz", mu=np.array([None]), sigma=eye)
+    np.savez(tmp_path / "words.npz", mu=np.array(["a", "b", "c"]), sigma=eye)
+    np.savez(tmp_path / "counts.npz", mu=np.zeros(3), sigma=eye, n=[1, 2])
+    np.savez(tmp_path / "alone.npz", mu=np.zeros(3), sigma=eye, n=1)
+    np.savez(tmp_path / "form.npz", mu=np.zeros(3), sigma=eye, n=5, image_shape="3x32x32")
     (tmp_path / "text.npz").write_text("not a zip")
-    for name in ("missing", "other", "shape", "nan", "pickle", "text"):
+    for name in ("missing", "other", "shape", "nan", "pickle", "words", "counts", "alone", "form", "text"):
         with pytest.raises(DataError, match=name):
             Statistics.load(tmp_path / f"{name}.npz")
 
@@ -162,5 +167,11 @@ def test_what_cannot_be_compared():
         frechet_distance(statistics(normal(5, 4)), statistics(normal(5, 3)))
     with pytest.raises(DataError, match="lite0-64"):
         frechet_distance(statistics(normal(5, 3), name="lite0-64"), statistics(normal(5, 3), name="lite0-128"))
+    large = statistics(normal(5, 3))
+    large.image_shape = (3, 32, 32)
+    small = Statistics(3, image_shape=(1, 16, 16))
+    small.merge(statistics(normal(5, 3)))
+    with pytest.raises(DataError, match="images"):
+        frechet_distance(large, small)
     with pytest.raises(DataError, match="expected features"):
         statistics(normal(5, 3)).update(normal(5, 4))

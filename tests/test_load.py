@@ -17,6 +17,17 @@ from gdd_fast.models.precond import EDMPrecond, GDDPrecond
 NAME = "ncsnpp"
 CONFIG = SMALL[NAME]  # unconditional, with an augmentation layer
 AUGMENT = "model.map_augment.weight"
+# Each took minutes, or ended in a RuntimeError or OverflowError of PyTorch's.
+HUGE = (
+    {"num_blocks": 3000},
+    {"model_channels": 2**40},
+    {"channel_mult": [2**30]},
+    {"channel_mult_emb": 2**40},
+    {"img_channels": 2**62},
+    {"label_dim": 2**62},
+    {"augment_dim": 2**62},
+    {"sigma_data": 10**400},
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +137,10 @@ def test_only_preconditioned_networks_are_saved(net: EDMPrecond, tmp_path: Path)
         ({"init": {"img_resolution": 16, "img_channels": 3, "blocks": 3}}, "no argument blocks"),
         ({"init": {"img_resolution": 16, "img_channels": 3, "channel_mult": "wide"}}, "channel_mult"),
         ({"init": {"img_resolution": 16, "img_channels": 3, "model_channels": [64]}}, "model_channels"),
+        *(
+            ({"init": {"img_resolution": 16, "img_channels": 3} | huge}, next(iter(huge)).removeprefix("img_"))
+            for huge in HUGE
+        ),
     ],
 )
 def test_configurations_that_do_not_fit(folder: Path, changes: dict, message: str) -> None:
@@ -135,7 +150,7 @@ def test_configurations_that_do_not_fit(folder: Path, changes: dict, message: st
 
 
 def test_configurations_that_are_not_json(folder: Path) -> None:
-    for text in ("{", "[]", "", "\xff"):
+    for text in ("{", "[]", "", "\xff", "[" * 200_000):
         (folder / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(WeightsError, match=r"config\.json"):
             load_network(folder)
@@ -223,7 +238,7 @@ def test_from_pickle_of_another_class(net: EDMPrecond, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"new_option": 1}, {"model_type": "dict"}, {"model_channels": 64}, {"img_channels": 1}]
+    "changes", [{"new_option": 1}, {"model_type": "dict"}, {"model_channels": 64}, {"img_channels": 1}, *HUGE]
 )
 def test_from_pickle_with_arguments_that_do_not_fit(net: EDMPrecond, changes: dict) -> None:
     with pytest.raises(WeightsError, match="the pickle"):

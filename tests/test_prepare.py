@@ -268,6 +268,8 @@ def test_the_zip_is_in_edms_format(tmp_path):
         (noise(2, channels=4), None, "must be uint8"),
         ([noise(1)[0], noise(1, 16)[0]], None, "image 1 has shape"),
         (noise(2), [1, None], "image 1 has no label"),
+        (noise(2), [1, 10**30], "image 1 has label 10{30}"),
+        (noise(2), [1, -1], "image 1 has label -1"),
     ],
 )
 def test_what_the_writer_refuses_leaves_no_file(tmp_path, images, labels, message):

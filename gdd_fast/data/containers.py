@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gdd_fast.data.classes import as_classes
 from gdd_fast.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -134,7 +135,7 @@ class _Entry:
 def read_labels(container: Container) -> np.ndarray | None:
     """The classes in `dataset.json`, int64 in the order of `container.names`; None when there are none.
 
-    Raises `DataError` when the file is not of EDM's form, a label is not an integer of at least 0, or one is missing.
+    Raises `DataError` when the file is not of EDM's form, a label is no class number, or one is missing.
     """
     if LABEL_FILE not in container:
         return None
@@ -143,17 +144,15 @@ def read_labels(container: Container) -> np.ndarray | None:
     try:
         pairs = json.loads(content)["labels"]
         labels = None if pairs is None else dict(pairs)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{where} is not of the form {{"labels": [["name.png", 0], ...]}}') from error
     if labels is None:
         return None
     missing = [name for name in container.names if name not in labels]
     if missing:
         raise DataError(f"{where} has no label for {missing[0]} ({len(missing)} missing in all)")
-    for name in container.names:
-        if type(labels[name]) is not int or labels[name] < 0:
-            raise DataError(f"{where}: the label of {name} is {labels[name]!r}; labels must be integers from 0")
-    return np.array([labels[name] for name in container.names], np.int64)
+    names = container.names
+    return as_classes([labels[name] for name in names], lambda index: f"{where}: the label of {names[index]}")
 
 
 def _is_image(name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gdd_fast.data.classes import as_classes
 from gdd_fast.data.containers import LABEL_FILE, Container, open_container, read_labels
 from gdd_fast.data.decode import decode, to_array
 from gdd_fast.data.parallel import ordered_map
@@ -97,7 +98,7 @@ class FileDataset(ImageDataset):
                 f"{container.path}: labels were asked for, but {LABEL_FILE} is missing or says null; "
                 "gdd_fast.prepare --labels folders makes them from the names of the folders"
             )
-        super().__init__(container.path.absolute().stem, shape, labels, _choose(len(container.names), max_images))
+        super().__init__(container.path.absolute().stem, shape, labels, choose_images(len(container.names), max_images))
 
     def _where(self, name: str) -> str:
         return f"{self._container.path}: {name}"
@@ -128,13 +129,13 @@ class ArrayDataset(ImageDataset):
         if len(images) == 0:
             raise DataError(f"{name}: holds no image")
         if labels is not None:
-            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
                 raise DataError(
                     f"{name}: labels must be {len(images)} integers from 0, not {labels.dtype} {labels.shape}"
                 )
-            labels = labels.astype(np.int64)
+            labels = as_classes(labels, lambda index: f"{name}: the label of image {index}")
         self._images = images.transpose(0, 3, 1, 2)
-        super().__init__(name, self._images.shape[1:], labels, _choose(len(images), max_images))
+        super().__init__(name, self._images.shape[1:], labels, choose_images(len(images), max_images))
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(self._images[self._chosen[indices]])
@@ -154,7 +155,7 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
 
     Only the first image is decoded here; `ImageDataset.validate` and `BatchStream` check all of them.
     Raises `DataError` for a path that is missing, not an image set or empty, for images that are not square, not gray
-    or RGB, and for labels that are asked for but missing, incomplete or not integers.
+    or RGB, and for labels that are asked for but missing, incomplete or no class numbers (0 to 99,999).
     """
     path = Path(path)
     if not path.exists():
@@ -180,8 +181,11 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     raise DataError(f"{path}: holds no array `images` (it has: {names or 'nothing'})")
 
 
-def _choose(total: int, max_images: int | None) -> np.ndarray:
-    """Indices of the stored images that are in the set."""
+def choose_images(total: int, max_images: int | None) -> np.ndarray:
+    """Ascending indices of at most `max_images` of `total` images, by a fixed seed as EDM's `max_size` chooses.
+
+    Raises `DataError` for less than one.
+    """
     if max_images is None or max_images >= total:
         return np.arange(total)
     if max_images < 1:

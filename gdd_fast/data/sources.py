@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gdd_fast.data.cifar import read_cifar10
+from gdd_fast.data.classes import as_classes
 from gdd_fast.data.containers import Container, open_container, read_labels
 from gdd_fast.data.dataset import ArrayDataset, read_npz
 from gdd_fast.data.decode import decode
@@ -94,4 +95,4 @@ def _folder_classes(container: Container) -> np.ndarray:
     folders, classes = np.unique([name.split("/")[0] for name in container.names], return_inverse=True)
     if len(folders) == 1:
         raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one a class")
-    return classes.astype(np.int64)
+    return as_classes(classes, lambda index: f"{container.path}: the number of the folder of {container.names[index]}")

@@ -60,8 +60,6 @@ class BatchStream:
             dataset.validate(range(rank, len(dataset), world_size), progress)
             self._source = _DiskSource(dataset, self.device, workers)
         self._labels = None if dataset.labels is None else torch.from_numpy(dataset.labels).to(self.device)
-        # Rows of the identity, looked up by class: one_hot checks the range first, which would wait for the GPU.
-        self._one_hot = torch.eye(dataset.label_dim, device=self.device) if dataset.label_dim else None
         self._batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __iter__(self) -> "BatchStream":
@@ -79,8 +77,12 @@ class BatchStream:
         if self.x_flip:
             mirrored = items >= len(self.dataset)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        labels = None if self._labels is None else self._one_hot[self._labels[items % len(self.dataset)]]
-        return images, labels
+        return images, None if self._labels is None else self._one_hot(self._labels[items % len(self.dataset)])
+
+    def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
+        """Like torch's one_hot, which first looks at the range of the classes, and so waits for the GPU."""
+        rows = torch.zeros(len(classes), self.dataset.label_dim, device=self.device)
+        return rows.scatter_(1, classes[:, None], 1.0)
 
     def _requests(self, start: int) -> Iterator[np.ndarray]:
         """Item indices of one batch after the other; item i is image i % len(dataset), mirrored in the second half."""

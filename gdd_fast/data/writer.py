@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gdd_fast.data.classes import MAX_CLASSES
 from gdd_fast.data.containers import LABEL_FILE
 from gdd_fast.errors import DataError
 from gdd_fast.files import atomic_write
@@ -23,7 +24,8 @@ def write_edm_zip(path: str | Path, images: Iterable[np.ndarray], labels: Sequen
 
     Files are `00000/img00000000.png`, ...; `dataset.json` holds the classes, or null without `labels`. Atomic: `path`
     appears, or is replaced, only when all is written. Raises `DataError` for an empty set, for images that are not
-    uint8, not gray or RGB or not all of one shape, and when there are not as many labels as images.
+    uint8, not gray or RGB or not all of one shape, for labels that are no class numbers, and when there are not as many
+    labels as images.
     """
     if labels is not None and hasattr(images, "__len__") and len(images) != len(labels):
         raise DataError(f"{path}: {len(images)} images and {len(labels)} labels")
@@ -89,6 +91,8 @@ def _checked(items: Iterable[Item]) -> Iterator[Item]:
             raise DataError(f"image {index} has shape {image.shape}, the first {first[0].shape}; all must be alike")
         if (label is None) != (first[1] is None):
             raise DataError(f"image {index} has {'no' if label is None else 'a'} label, unlike those before it")
+        if label is not None and not 0 <= label < MAX_CLASSES:
+            raise DataError(f"image {index} has label {label}; labels must be integers from 0 to {MAX_CLASSES - 1}")
         yield image, label
     if first is None:
         raise DataError("there is no image to write")

@@ -17,6 +17,7 @@ from gdd_fast.interop._pickle_machine import Machine, Reader, StandIn
 TORCH_SAVE_MAGIC = 0x1950A86A20F9469CFC6C  # the first value of every torch.save file before the zip format
 TORCH_SAVE_PROTOCOL = 1001
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48  # of a tensor's sizes other than 0, so that an empty one cannot have sizes PyTorch overflows at
 STORAGE_TYPES: dict[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -40,13 +41,8 @@ class Storage:
     dtype: torch.dtype
 
     @classmethod
-    def from_arguments(cls, arguments: tuple) -> "Storage":
-        """For `torch.storage._load_from_bytes(bytes)`."""
-        match arguments:
-            case (memoryview() as data,):
-                pass
-            case _:
-                raise UnsafePickleError("torch.storage._load_from_bytes is called with something that is not bytes")
+    def from_bytes(cls, data: memoryview) -> "Storage":
+        """The storage that `data` holds in the format described above."""
         reader = Reader(data)
         if data[:2] == b"PK" or Machine(reader, {}).load() != TORCH_SAVE_MAGIC:
             raise UnsafePickleError("a tensor's storage is not in the format PyTorch pickles storages in")
@@ -66,6 +62,24 @@ class Storage:
                 f"a tensor's storage announces {count} elements of {dtype} and does not have them; the file is corrupt"
             )
         return cls(reader.take(reader.remaining), dtype)
+
+
+class Storages:
+    """For `torch.storage._load_from_bytes(bytes)` of one file: the same bytes, of any length, are read once.
+
+    To refer to them again costs a file a few bytes.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[int, tuple[memoryview, Storage]] = {}  # by id, and with the bytes, whose id is not given anew
+
+    def __call__(self, arguments: tuple) -> Storage:
+        match arguments:
+            case (memoryview() as data,):
+                if id(data) not in self._read:
+                    self._read[id(data)] = (data, Storage.from_bytes(data))
+                return self._read[id(data)][1]
+        raise UnsafePickleError("torch.storage._load_from_bytes is called with something that is not bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,8 @@ class PickledTensor:
             raise UnsafePickleError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
         if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
             raise UnsafePickleError("a tensor's offset, sizes and strides must be integers >= 0")
+        if math.prod(length for length in size if length) > MAX_ELEMENTS:
+            raise UnsafePickleError(f"a tensor of size {size} is larger than any network's")
         tensor = cls(storage, offset, size, stride)
         available = len(storage.data) // storage.dtype.itemsize
         # The second test refuses expanded views, which would let a small file ask for a huge tensor.
@@ -128,11 +144,16 @@ class PickledTensor:
         dtype = self.storage.dtype
         if self.count == 0:
             return torch.empty(self.size, dtype=dtype)
-        start = self.offset * dtype.itemsize
-        span = self.storage.data[start : start + self.extent * dtype.itemsize]
-        # Cloned as bytes first: the place in the file need not be aligned for the type.
-        elements = torch.frombuffer(span, dtype=torch.uint8).clone().view(dtype)
-        return elements.as_strided(self.size, self.stride).contiguous()
+        width = dtype.itemsize
+        span = self.storage.data[self.offset * width : (self.offset + self.extent) * width]
+        # Copied as bytes, as the place in the file need not be aligned for the type, and only those that are used: the
+        # extent may be the whole storage, and one storage may lie under every parameter. No element has a stride where
+        # there is one of them; the one in the file may be too large to be counted in bytes.
+        strides = [stride * width if length > 1 else 0 for length, stride in zip(self.size, self.stride, strict=True)]
+        view = torch.frombuffer(span, dtype=torch.uint8).as_strided((*self.size, width), (*strides, 1))
+        elements = view.clone(memory_format=torch.contiguous_format)
+        # A torch.bool that holds another byte than 0 or 1 is undefined.
+        return (elements.ne(0) if dtype == torch.bool else elements.view(dtype)).squeeze(-1)
 
 
 class NumpyType(StandIn):

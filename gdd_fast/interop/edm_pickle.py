@@ -18,16 +18,19 @@ import torch
 
 from gdd_fast.errors import UnsafePickleError, WeightsError
 from gdd_fast.interop._pickle_machine import Constructor, Machine, Reader, StandIn
-from gdd_fast.interop._tensors import NumpyType, PickledTensor, Storage, numpy_scalar
+from gdd_fast.interop._tensors import NumpyType, PickledTensor, Storage, Storages, numpy_scalar
 
 MAX_FILE_BYTES = 8 * 2**30
 MIN_PROTOCOL = 4
 PERSISTENCE_VERSION = 6
-# Bounds on what one network can be, so that shared or circular references cannot unfold into more than the file holds.
+# Bounds on what all networks of a file can be, so that shared or circular references, which cost a file nothing, cannot
+# unfold into more than it holds.
 MAX_MODULES = 10_000
+MAX_MEMBERS = 100_000  # entries of modules' dicts that are looked at
 MAX_TENSORS = 10_000
 MAX_SETTINGS = 10_000
 MAX_DEPTH = 32
+MAX_TEXT = 200  # characters of a dotted name or a setting; EDM's longest have about forty
 # The order in which EDMPrecond and GDDPrecond take their arguments, for files that recorded them by position.
 PRECOND_ARGUMENTS = (
     "img_resolution",
@@ -105,18 +108,37 @@ def _networks(data: memoryview) -> dict[str, PickledNetwork]:
             f"this is a pickle of protocol {start[1]}, as old torch.save checkpoints are; EDM and GDD network pickles "
             f"(.pkl) have protocol {MIN_PROTOCOL} or later"
         )
-    content = Machine(Reader(data), _GLOBALS).load()
+    storages = Constructor(Storages())
+    content = Machine(Reader(data), {**_GLOBALS, "torch.storage._load_from_bytes": storages}).load()
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UnsafePickleError(f"the file holds a {_kind(content)}; a network pickle holds a dict with an entry 'ema'")
     budget = _Budget(tensor_bytes=2 * len(data))
     networks = {}
+    barren: set[int] = set()
     for key, value in content.items():
-        if isinstance(value, Module) and value.class_name is not None and _has_parameters(value):
+        if isinstance(value, Module) and value.class_name is not None and _has_parameters(value, budget, barren):
             networks[key] = _network(key, value, budget)
     if not networks:
         found = ", ".join(f"{key[:40]!a} ({_kind(value)})" for key, value in list(content.items())[:10])
         raise UnsafePickleError(f"the file holds no network; it holds {found or 'nothing'}")
     return networks
+
+
+@dataclass
+class _Budget:
+    """What may still be unfolded from the file, by all that is done with it."""
+
+    tensor_bytes: int
+    tensors: int = MAX_TENSORS
+    modules: int = MAX_MODULES
+    members: int = MAX_MEMBERS
+    settings: int = MAX_SETTINGS
+
+    def spend(self, what: str, count: int = 1) -> None:
+        left = getattr(self, what) - count
+        if left < 0:
+            raise UnsafePickleError(f"the networks in the file unfold into too many {what.replace('_', ' ')}")
+        setattr(self, what, left)
 
 
 class Module(StandIn):
@@ -138,7 +160,7 @@ class Module(StandIn):
                         f"an object in the file has another persistence version than {PERSISTENCE_VERSION}, the one of "
                         "EDM and GDD; it is from another project"
                     )
-                if not name.isidentifier() or not name.isascii() or len(name) > 100:
+                if len(name) > 100 or not name.isidentifier() or not name.isascii():
                     raise UnsafePickleError(f"an object in the file has the class name {name[:100]!a}")
                 return cls(name, state)
         raise UnsafePickleError(
@@ -158,13 +180,14 @@ class Module(StandIn):
             raise UnsafePickleError("the file sets an object's state twice, or to something that is not a dict")
         self.state = state
 
-    def members(self, name: str) -> dict:
+    def members(self, name: str, budget: _Budget) -> dict:
         """`_parameters`, `_buffers` or `_modules`, with the entries that are None left out."""
         members = self.state.get(name)
         if not isinstance(members, dict):
             raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has no dict {name}")
+        budget.spend("members", len(members))
         for key in members:
-            if not isinstance(key, str) or not key or "." in key:
+            if not _is_text(key) or not key or "." in key:
                 raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has a bad name in {name}")
         return {key: value for key, value in members.items() if value is not None}
 
@@ -184,28 +207,11 @@ _GLOBALS: dict[str, Constructor] = {
         "torch.nn.modules.container.ModuleDict": Module.container,
         "torch._utils._rebuild_tensor_v2": PickledTensor.from_arguments,
         "torch._utils._rebuild_parameter": PickledTensor.from_parameter,
-        "torch.storage._load_from_bytes": Storage.from_arguments,
         "numpy.dtype": NumpyType,
         "numpy.core.multiarray.scalar": numpy_scalar,
         "numpy._core.multiarray.scalar": numpy_scalar,
     }.items()
 }
-
-
-@dataclass
-class _Budget:
-    """What may still be unfolded from the file."""
-
-    tensor_bytes: int
-    tensors: int = MAX_TENSORS
-    modules: int = MAX_MODULES
-    settings: int = MAX_SETTINGS
-
-    def spend(self, what: str, count: int = 1) -> None:
-        left = getattr(self, what) - count
-        if left < 0:
-            raise UnsafePickleError(f"the networks in the file unfold into too many {what.replace('_', ' ')}")
-        setattr(self, what, left)
 
 
 def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
@@ -216,20 +222,46 @@ def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
         budget.spend("modules")
         if depth > MAX_DEPTH:
             raise UnsafePickleError(f"the modules of the network are nested more than {MAX_DEPTH} deep")
+        _check_name(prefix)
         yield prefix, module
-        children = [(f"{prefix}{name}.", depth + 1, child) for name, child in module.members("_modules").items()]
-        for name, _, child in children:
-            if not isinstance(child, Module):
-                raise UnsafePickleError(f"module {name[:-1][:200]!a} is a {_kind(child)}")
-        pending.extend(reversed(children))
+        children = _children(module, budget).items()
+        pending.extend([(f"{prefix}{name}.", depth + 1, child) for name, child in children][::-1])
 
 
-def _has_parameters(value: Module) -> bool:
-    """Whether the object is a network; a loss is no module, and an augmentation pipe has buffers alone."""
-    if not isinstance(value.state.get("_modules"), dict):
+def _children(module: Module, budget: _Budget) -> dict[str, Module]:
+    children = module.members("_modules", budget)
+    for name, child in children.items():
+        if not isinstance(child, Module):
+            raise UnsafePickleError(f"module {name!a} is a {_kind(child)}")
+    return children
+
+
+def _check_name(full: str) -> None:
+    if len(full) > MAX_TEXT:
+        raise UnsafePickleError(f"the name {full[:MAX_TEXT]!a}... is longer than {MAX_TEXT} characters")
+
+
+def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
+    """Whether the object is a network; a loss is no module, and an augmentation pipe has buffers alone.
+
+    `barren`: ids of modules known to have no parameter in or below them. A module that is searched in vain is added, so
+    that those shared within the file are searched once.
+    """
+    if not isinstance(root.state.get("_modules"), dict):
         return False
-    budget = _Budget(tensor_bytes=0)
-    return any(module.members("_parameters") for _, module in _modules(value, budget))
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        module = pending.pop()
+        if id(module) in barren or id(module) in seen:
+            continue
+        seen.add(id(module))
+        budget.spend("modules")
+        if module.members("_parameters", budget):
+            return True
+        pending.extend(_children(module, budget).values())
+    barren |= seen
+    return False
 
 
 def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
@@ -238,11 +270,12 @@ def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
         skipped = module.state.get("_non_persistent_buffers_set", set())
         if not isinstance(skipped, set):
             raise UnsafePickleError(f"_non_persistent_buffers_set of a module is a {_kind(skipped)}")
-        parameters = module.members("_parameters")
-        buffers = {name: value for name, value in module.members("_buffers").items() if name not in skipped}
+        parameters = module.members("_parameters", budget)
+        buffers = {name: value for name, value in module.members("_buffers", budget).items() if name not in skipped}
         for name, value in (*parameters.items(), *buffers.items()):
             full = prefix + name
-            shown = ascii(full[:200])
+            _check_name(full)
+            shown = ascii(full)
             if not isinstance(value, PickledTensor):
                 raise UnsafePickleError(f"{key[:40]!a}: {shown} is a {_kind(value)}, not a tensor")
             if full in state:
@@ -271,7 +304,7 @@ def _settings(root: Module, budget: _Budget) -> dict[str, object]:
         )
     positional = dict(zip(PRECOND_ARGUMENTS, arguments, strict=False))
     for name in keywords:
-        if not isinstance(name, str) or name in positional:
+        if not _is_text(name) or name in positional:
             raise UnsafePickleError(
                 f"{root.class_name} was saved with a constructor argument that cannot be: {name!a:.100}"
             )
@@ -281,16 +314,20 @@ def _settings(root: Module, budget: _Budget) -> dict[str, object]:
 def _plain(value: object, name: str, budget: _Budget, depth: int = 0) -> object:
     """The value with tuples as lists; only what JSON has."""
     budget.spend("settings")
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float) or _is_text(value):
         return value
     if depth < MAX_DEPTH and isinstance(value, list | tuple):
         return [_plain(item, name, budget, depth + 1) for item in value]
-    if depth < MAX_DEPTH and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if depth < MAX_DEPTH and isinstance(value, dict) and all(map(_is_text, value)):
         return {key: _plain(item, name, budget, depth + 1) for key, item in value.items()}
     raise UnsafePickleError(
-        f"constructor argument {name[:100]!a} holds a {_kind(value)}, or is nested more than {MAX_DEPTH} deep; "
-        "a network's settings are numbers, strings, lists and dicts"
+        f"constructor argument {name!a} holds a {_kind(value)}, is nested more than {MAX_DEPTH} deep or has a text of "
+        f"more than {MAX_TEXT} characters; a network's settings are numbers, short strings, lists and dicts"
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
 def _kind(value: object) -> str:

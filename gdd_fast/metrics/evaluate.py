@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend
-from gdd_fast.data.dataset import ImageDataset
+from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
 from gdd_fast.inference.generate import SamplerConfig, generate
 from gdd_fast.metrics.features import FeatureExtractor
@@ -59,7 +58,8 @@ def collect(
         features = [extractor(images) for extractor in extractors]
         if not found:
             pairs = zip(extractors, features, strict=True)
-            found = [Statistics(f.shape[1], features=e.name, device=f.device) for e, f in pairs]
+            shape = tuple(images.shape[1:])
+            found = [Statistics(f.shape[1], e.name, f.device, image_shape=shape) for e, f in pairs]
         for statistics, part in zip(found, features, strict=True):
             statistics.update(part)
         if progress is not None:
@@ -71,8 +71,5 @@ def collect(
 
 
 def _image_batches(dataset: ImageDataset, batch: int, max_images: int | None) -> Iterator[Tensor]:
-    indices = None
-    if max_images is not None and max_images < len(dataset):
-        indices = np.sort(np.random.RandomState(0).permutation(len(dataset))[:max_images])
-    for chunk in dataset.chunks(indices):
+    for chunk in dataset.chunks(choose_images(len(dataset), max_images)):
         yield from torch.from_numpy(chunk).split(batch)

@@ -5,6 +5,7 @@ The distance is that of the two Gaussians with these moments (Heusel et al., arX
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,28 @@ import torch
 from gdd_fast.errors import DataError
 from gdd_fast.files import atomic_write
 
+# What NumPy raises on files that are not an .npz of plain arrays.
+_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+
 
 class Statistics:
     """Float64 mean and covariance (N - 1) of a stream of features of `dim` dimensions.
 
     Updated and merged around the running mean (Chan, Golub & LeVeque 1979), so that a mean far from zero costs no
-    digits. `features` names what was measured (`FeatureExtractor.name`); two names that differ are never compared.
+    digits. `features` names what was measured (`FeatureExtractor.name`) and `image_shape` is the `(C, H, W)` of the
+    images it was measured on, None where that is not known; two that differ are never compared: features resize images
+    of any size to their own.
     """
 
-    def __init__(self, dim: int, features: str = "", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        dim: int,
+        features: str = "",
+        device: torch.device | str = "cpu",
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
         self.features = features
+        self.image_shape = image_shape
         self.count: int | None = 0
         """Samples seen; `None` when loaded from a file that does not say."""
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -93,8 +106,9 @@ class Statistics:
         self.count = int(count)
 
     def save(self, path: str | Path) -> None:
-        """Write an npz with `mu`, `sigma` (EDM's form), `n` and `features`. Atomic."""
-        extra = {} if self.count is None else {"n": self.count}
+        """Write an npz with `mu`, `sigma` (EDM's form), `n`, `features` and `image_shape`. Atomic."""
+        known = {"n": self.count, "image_shape": self.image_shape}
+        extra = {name: value for name, value in known.items() if value is not None}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
             np.savez(file, mu=mu, sigma=sigma, features=self.features, **extra)
@@ -104,10 +118,11 @@ class Statistics:
         """Read what `save` wrote, or any npz with `mu` and `sigma`. Raises `DataError` for anything else."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("mu", "sigma", "n", "features") if name in file}
+                names = ("mu", "sigma", "n", "features", "image_shape")
+                arrays = {name: file[name] for name in names if name in file}
         except FileNotFoundError:
             raise DataError(f"no statistics at {path}") from None
-        except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except _READ_ERRORS as error:
             raise DataError(f"{path} is not an npz of statistics: {error}") from None
         return cls._from_arrays(arrays, path)
 
@@ -116,13 +131,21 @@ class Statistics:
         if not {"mu", "sigma"} <= arrays.keys():
             raise DataError(f"{path} holds no statistics: it needs arrays named mu and sigma")
         mu, sigma = arrays["mu"], arrays["sigma"]
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and its covariance")
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
+            raise DataError(
+                f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance"
+            )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise DataError(f"{path}: mu or sigma hold NaN or infinite values")
+        shape = arrays.get("image_shape", np.zeros(3, np.int64))
+        count = arrays.get("n", np.array(2))
+        if (shape.shape, count.shape, shape.dtype.kind, count.dtype.kind) != ((3,), (), "i", "i") or count < 2:
+            raise DataError(f"{path}: n or image_shape are not a number of images, at least 2, and (C, H, W)")
         statistics = cls(len(mu), str(arrays.get("features", "")))
-        statistics.mean.copy_(torch.from_numpy(mu))
-        statistics._scatter.copy_(torch.from_numpy(sigma))
+        if "image_shape" in arrays:
+            statistics.image_shape = tuple(shape.tolist())
+        statistics.mean.copy_(torch.from_numpy(mu.astype(np.float64)))
+        statistics._scatter.copy_(torch.from_numpy(sigma.astype(np.float64)))
         statistics.count = None
         if "n" in arrays:
             statistics.count = int(arrays["n"])
@@ -132,6 +155,8 @@ class Statistics:
     def _check_comparable(self, other: "Statistics") -> None:
         if self.features and other.features and self.features != other.features:
             raise DataError(f"features {self.features!r} and {other.features!r} cannot be compared")
+        if self.image_shape and other.image_shape and self.image_shape != other.image_shape:
+            raise DataError(f"statistics of images {self.image_shape} and {other.image_shape} cannot be compared")
         if self.dim != other.dim:
             raise DataError(f"features of {self.dim} and {other.dim} dimensions cannot be compared")
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
-from gdd_fast.models.arguments import check_choice, check_probabilities, check_resolutions, check_sizes
+from gdd_fast.models.arguments import (
+    check_choice,
+    check_filter,
+    check_probabilities,
+    check_resolutions,
+    check_sizes,
+)
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.modules import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, merge
 from gdd_fast.ops.residual import OPERATOR
@@ -106,12 +112,15 @@ class SongUNet(nn.Module):
             channel_mult_emb=channel_mult_emb,
             channel_mult_noise=channel_mult_noise,
             num_blocks=num_blocks,
+            label_dim=label_dim,
+            augment_dim=augment_dim,
         )
         check_resolutions(attn_resolutions)
         check_probabilities(dropout=dropout, label_dropout=label_dropout)
         check_choice("embedding_type", embedding_type, ("positional", "fourier"))
         check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
         check_choice("decoder_type", decoder_type, ("standard", "skip"))
+        check_filter(resample_filter)
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
@@ -279,6 +288,8 @@ class DhariwalUNet(nn.Module):
             model_channels=model_channels,
             channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks,
+            label_dim=label_dim,
+            augment_dim=augment_dim,
         )
         check_resolutions(attn_resolutions)
         check_probabilities(dropout=dropout, label_dropout=label_dropout)

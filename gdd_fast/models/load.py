@@ -147,7 +147,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{where}: it has no config.json. Give the folder that holds it and model.safetensors.")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
@@ -166,11 +166,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _build(cls: type[EDMPrecond], init: dict[str, Any], state: dict[str, Tensor], where: str) -> EDMPrecond:
-    """A network of `cls` with float32 copies of the tensors of `state`, in evaluation mode."""
+    """A network of `cls` with float32 copies of the tensors of `state`, in evaluation mode.
+
+    The arguments may be anything that a file can hold. The network is laid out without memory for its weights, within
+    the bounds of `gdd_fast.models.arguments`, and gets the file's tensors when they are what it consists of.
+    """
     try:
         with torch.device("meta"):
             net = cls(**init)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise WeightsError(f"{where}: the network cannot be built from its arguments: {error}") from error
     _check_state(net, state, where)
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)

@@ -60,14 +60,14 @@ class EDMPrecond(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-            raise ConfigError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {model_type!r}.")
+            raise ConfigError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {model_type!r:.100}.")
         architecture = ARCHITECTURES[model_type]
         own = {"in_channels", "out_channels"}
         unknown = sorted(set(model_kwargs) - (set(inspect.signature(architecture).parameters) - own))
         if unknown:
-            raise ConfigError(f"{model_type} has no argument {', '.join(unknown)}.")
+            raise ConfigError(f"{model_type} has no argument {', '.join(unknown):.300}.")
         if not isinstance(label_dim, int) or label_dim < 0:
-            raise ConfigError(f"label_dim must be the number of classes, or 0, got {label_dim!r}.")
+            raise ConfigError(f"label_dim must be the number of classes, or 0, got {label_dim!r:.100}.")
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
@@ -197,8 +197,11 @@ def _is_row_each(labels: Tensor, x: Tensor, width: int) -> bool:
 
 def _level(name: str, value: float) -> float:
     if not isinstance(value, int | float) or not value >= 0:
-        raise ConfigError(f"{name} must be a number that is not negative, got {value!r}.")
-    return float(value)
+        raise ConfigError(f"{name} must be a number that is not negative, got {value!r:.100}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is a whole number too large for a noise level, {value!r:.100}.") from None
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -207,4 +210,4 @@ def _plain(name: str, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):
         return list(value)
-    raise ConfigError(f"{name} must be a number, a string or a list of numbers, got {value!r}.")
+    raise ConfigError(f"{name:.100} must be a number, a string or a list of numbers, got {value!r:.100}.")
