@@ -19,6 +19,7 @@ from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
 from gdd_fast.errors import ConfigError, command
+from gdd_fast.files import check_destination
 from gdd_fast.inference.generate import SamplerConfig
 from gdd_fast.inference.seeds import check_class, parse_seeds
 from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
@@ -89,6 +90,8 @@ class EvaluateConfig:
         else:
             _require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
             _require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
+            _require(not self.save_ref.exists(), f"--save-ref {self.save_ref} exists; name another file or move it")
+            check_destination(self.save_ref)
         _require(
             len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}"
         )

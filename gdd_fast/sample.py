@@ -19,6 +19,7 @@ from gdd_fast.cli import parse
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
 from gdd_fast.errors import ConfigError, command
+from gdd_fast.files import check_destination, check_writable
 from gdd_fast.inference.generate import SamplerConfig, generate
 from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.seeds import parse_seeds
@@ -65,8 +66,11 @@ class SampleConfig:
             raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
         if self.out is not None:
             check_output(self.out)
+            check_writable(self.out.absolute().parent)
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise ConfigError(f"--grid is a .png, not {self.grid}")
+        if self.grid is not None:
+            check_destination(self.grid)
         if self.batch < 1:
             raise ConfigError(f"--batch must be at least 1, not {self.batch}")
         if self.generator_device == "cuda" and not torch.cuda.is_available():

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gdd_fast.errors import CheckpointError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import write_tensors
 
 FORMAT = "gdd_fast.checkpoint"
 VERSION = 1
@@ -80,10 +79,11 @@ def save(path: Path, sections: dict[str, dict[str, Tensor]], values: dict[str, A
     tensors = {f"{name}/{key}": t.detach().contiguous() for name, part in sections.items() for key, t in part.items()}
     header = {"format": FORMAT, "version": str(VERSION), "values": json.dumps(values)}
     try:
-        with atomic_write(path) as temporary:
-            save_file(_unshared(tensors), temporary, metadata=header)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written ({error}); an earlier checkpoint there is unharmed") from error
+        write_tensors(path, _unshared(tensors), header)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror or error}); an earlier checkpoint there is unharmed"
+        ) from error
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

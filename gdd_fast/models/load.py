@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import atomic_write, write_tensors
 from gdd_fast.interop import edm_pickle
 from gdd_fast.interop.edm_pickle import PickledNetwork
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
@@ -40,8 +40,7 @@ def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
         path.unlink()  # Never another network's configuration beside these weights, whenever the writing stops.
-    with atomic_write(folder / "model.safetensors") as temporary:
-        safetensors.torch.save_file(state, temporary)
+    write_tensors(folder / "model.safetensors", state)
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
