@@ -251,22 +251,27 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     return changed
 
 
-# What a resumed run may change; everything else is part of the recipe and has to stay.
+# What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
+# path alone: their contents are compared (gdd_fast.distill.contents).
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"data", "teacher"}
 )
+# What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
+ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "precision"})
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The recipe settings in which two `to_dict` configurations differ, as `section.name: old -> new`."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = RESUMABLE, prefix: str = ""
+) -> list[str]:
+    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b and name not in RESUMABLE:
+            found += differences(a, b, ignore, f"{prefix}{name}.")
+        elif a != b and name not in ignore:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found
 

@@ -106,6 +106,13 @@ class RunOutput:
             self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss")}, refresh=False)
         return line
 
+    def changes(self, images: int, changes: list[str]) -> None:
+        """Print and write that settings are others from `images` images on."""
+        self.say(f"Settings that have changed: {'; '.join(changes)}.")
+        if self._enabled:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"images": images, "changed": changes}) + "\n")
+
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._enabled:

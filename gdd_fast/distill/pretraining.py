@@ -18,6 +18,7 @@ from gdd_fast.data import BatchStream, load_data
 from gdd_fast.distill.adam_ema import AdamEma
 from gdd_fast.distill.batches import chunks, split_batch
 from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.distill.contents import dataset_digest
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.ema import Ema
 from gdd_fast.distill.optim import StepGuard
@@ -125,10 +126,13 @@ def denoising_loss(net: nn.Module, images: Tensor, labels: Tensor | None, random
 class Pretraining:
     """The task of `loop.run` that trains a teacher."""
 
+    remedy = "a lower --lr, or with --precision fp32,"
+
     def __init__(self, config: PretrainConfig, world: World) -> None:
         config.validate()
         self.config, self.world = config, world
         dataset = load_data(config.data, use_labels=config.cond)
+        self.contents = {"data": dataset_digest(dataset)}
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
         net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)
