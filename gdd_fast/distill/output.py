@@ -149,6 +149,8 @@ def _drop_lines_after(path: Path, images: int) -> None:
 
 def _images_of(line: str) -> float:
     try:
-        return json.loads(line)["images"] if line.endswith("\n") else math.inf
+        entry = json.loads(line) if line.endswith("\n") else {}
+        # changed settings come after the state of so many images: they are dropped with the work that they were for
+        return entry["images"] + (0.5 if "changed" in entry else 0)
     except (ValueError, KeyError, TypeError):
         return math.inf
