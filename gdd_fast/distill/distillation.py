@@ -137,8 +137,11 @@ class Distillation:
         return self.heads(self.features(images), labels)
 
     def _fakes(self, labels: Tensor | None) -> Tensor:
-        z = torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
-        return one_step(self.generator, z, labels)
+        return one_step(self.generator, self._draw(), labels)
+
+    def _draw(self) -> Tensor:
+        """The latents of the next micro-batch."""
+        return torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
 
     def _shape(self, images: int) -> tuple[int, int, int, int]:
         net = self.generator
