@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
-from gdd_fast.config import check_values
+from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
 from gdd_fast.distill.adam_ema import AdamEma
 from gdd_fast.distill.batches import chunks, split_batch
@@ -105,9 +105,10 @@ class PretrainConfig:
         for name in (*positive, "max_skipped_steps", "model_channels", "num_blocks"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "seed", "dropout"):
+        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+        check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")
         if self.dropout >= 1:
