@@ -15,6 +15,9 @@ from gdd_fast.errors import ConfigError, require
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
 
+MAX_SEED = 2**63 - 1
+MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
+MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
 
 
@@ -65,7 +68,9 @@ class DiscriminatorConfig:
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
     class_embedding: Literal["imagenet", "learned"] = "imagenet"
-    """Conditional heads: the frozen ImageNet class embedding of EfficientNet-lite0, or one learned from scratch."""
+    """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
+    scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
+    The public code has neither: it loads a table of its own, 1,000 x 320, and trains it on."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
@@ -98,7 +103,7 @@ class RunConfig:
     batch_gpu: int | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest."""
     seed: int = 0
-    """Of the data order, the latents, the heads and the random projection."""
+    """Of the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
@@ -148,7 +153,7 @@ class TrainConfig:
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
         require(self.total_images >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
         require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
-        require(run.seed >= 0, f"--seed cannot be negative, not {run.seed}")
+        check_seed(run.seed)
         require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
         require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
@@ -159,6 +164,15 @@ class TrainConfig:
         require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
         require(self.generator.ema_rampup >= 0, "--ema-rampup cannot be negative")
         require(loss.r1_gamma >= 0 and loss.r1_interval >= 0, "--r1-gamma and --r1-interval cannot be negative")
+        require(
+            0 < self.discriminator.head_width <= MAX_HEAD_WIDTH,
+            f"--head-width must be positive and at most {MAX_HEAD_WIDTH}, not {self.discriminator.head_width}",
+        )
+        resolution = self.discriminator.disc_resolution
+        require(
+            1 <= resolution <= MAX_DISC_RESOLUTION,
+            f"--disc-resolution must be from 1 to {MAX_DISC_RESOLUTION}, not {resolution}",
+        )
         require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
         require(
             len(set(self.discriminator.backbones)) == len(self.discriminator.backbones), "--backbones names one twice"
@@ -179,6 +193,11 @@ class TrainConfig:
             require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
             paths[name] = Path(path)
         return paths
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` for a seed that torch's generators do not take."""
+    require(0 <= seed <= MAX_SEED, f"--seed must be from 0 to {MAX_SEED}, not {seed}")
 
 
 def _flag(name: str) -> str:
@@ -246,22 +265,27 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     return changed
 
 
-# What a resumed run may change; everything else is part of the recipe and has to stay.
+# What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
+# path alone: their contents are compared (gdd_fast.distill.contents).
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"data", "teacher"}
 )
+# What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
+ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "precision"})
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The recipe settings in which two `to_dict` configurations differ, as `section.name: old -> new`."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = RESUMABLE, prefix: str = ""
+) -> list[str]:
+    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b and name not in RESUMABLE:
+            found += differences(a, b, ignore, f"{prefix}{name}.")
+        elif a != b and name not in ignore:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 import tyro
 
 from gdd_fast.errors import ConfigError, WeightsError, command
-from gdd_fast.files import atomic_write
+from gdd_fast.files import atomic_write, check_destination, check_writable, write_tensors
 from gdd_fast.interop import edm_pickle
 from gdd_fast.models.load import RUN_GENERATOR, load_network, network_from_pickle, save_network
 from gdd_fast.models.precond import EDMPrecond
@@ -54,6 +53,7 @@ class ConvertConfig:
                 raise ConfigError(f"{destination} exists and is a {kind}: give another destination")
             if not self.overwrite and (self.to_state_dict or any(destination.iterdir())):
                 raise ConfigError(f"{destination} exists: give another destination, or --overwrite to replace it")
+        (check_destination if self.to_state_dict else check_writable)(destination)
 
 
 def convert(config: ConvertConfig) -> EDMPrecond:
@@ -68,11 +68,15 @@ def convert(config: ConvertConfig) -> EDMPrecond:
         save_network(net, config.destination, dtype=getattr(torch, config.dtype))
         return net
     state = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
-    with atomic_write(config.destination) as temporary:
-        if config.destination.suffix.lower() == ".pt":
-            torch.save(state, temporary)
-        else:
-            safetensors.torch.save_file(state, temporary)
+    if config.destination.suffix.lower() == ".pt":
+        with atomic_write(config.destination) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)  # a file of Python's, whose errors say what the system has answered
+            except RuntimeError as error:
+                # torch's own complaint, about the archive that it could therefore not close
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    else:
+        write_tensors(config.destination, state)
     return net
 
 

@@ -4,9 +4,8 @@ Distances compare only at the same features, the same number of generated images
 """
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
 from gdd_fast.errors import ConfigError, command, require
+from gdd_fast.files import check_destination
 from gdd_fast.inference.generate import SamplerConfig
 from gdd_fast.inference.seeds import check_class, parse_seeds
 from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
@@ -91,6 +91,8 @@ class EvaluateConfig:
         else:
             require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
             require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
+            require(not self.save_ref.exists(), f"--save-ref {self.save_ref} exists; name another file or move it")
+            check_destination(self.save_ref)
         require(len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}")
         if self.ref is not None or self.save_ref is not None:
             require(
@@ -104,7 +106,7 @@ class EvaluateConfig:
             self.generator_device == "cpu" or torch.cuda.is_available(),
             "--generator-device cuda: there is no usable CUDA device; use cpu",
         )
-        _check_sampler(self.sampler)
+        self.sampler.validate()
 
     def _refuse_unused(self) -> None:
         """Raise `ConfigError` for an option that would have no effect."""
@@ -218,19 +220,6 @@ def _check_same_form(
             f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
             "compare images of one form (python -m gdd_fast.prepare resizes)"
         )
-
-
-def _check_sampler(sampler: SamplerConfig) -> None:
-    """Raise `ConfigError` for settings that cannot work, or that a sampler of one step would ignore."""
-    for option in fields(sampler):
-        flag, value = f"--{option.name.replace('_', '-')}", getattr(sampler, option.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
-        require(
-            sampler.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
-            f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
-        )
-    sampler.validate()
 
 
 def _bar(total: int, what: str) -> tqdm:

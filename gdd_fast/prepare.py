@@ -12,6 +12,7 @@ from gdd_fast.data.convert import convert
 from gdd_fast.data.sources import Labels, Split, open_source
 from gdd_fast.data.transform import Transform
 from gdd_fast.errors import ConfigError, command
+from gdd_fast.files import check_destination
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def prepare(config: PrepareConfig) -> None:
     """Write the data set and print a line about it; raises `GddFastError` before anything is written if it cannot."""
     if config.dest.exists() and not config.overwrite:
         raise ConfigError(f"{config.dest} exists; --overwrite replaces it")
+    check_destination(config.dest)
     source = open_source(config.source, config.split, config.labels)
     with tqdm(desc=source.kind, unit="img", disable=None) as bar:
 

@@ -22,6 +22,7 @@ from gdd_fast.cli import parse
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.parts import teacher_path
 from gdd_fast.errors import ConfigError, command
+from gdd_fast.files import check_destination, check_writable
 from gdd_fast.inference.engines import Engine, choose_engine
 from gdd_fast.inference.generate import Batch, SamplerConfig, launch, to_host
 from gdd_fast.inference.grid import save_grid
@@ -73,10 +74,14 @@ class SampleConfig:
             raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
         if self.out is not None and not part_folder(self.out).exists():
             check_output(self.out)
+        if self.out is not None:
+            check_writable(self.out.absolute().parent)
         if self.engine != "auto" and self.sampler.sampler != "one-step":
             raise ConfigError(f"--engine {self.engine} is for the sampler one-step, not {self.sampler.sampler}")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise ConfigError(f"--grid is a .png, not {self.grid}")
+        if self.grid is not None:
+            check_destination(self.grid)
         if self.batch < 1:
             raise ConfigError(f"--batch must be at least 1, not {self.batch}")
         if self.generator_device == "cuda" and not torch.cuda.is_available():

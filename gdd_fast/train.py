@@ -42,11 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = read(sys.argv[1:] if arguments is None else arguments)
     config = asked.config
     # imported late: --help needs no torch
-    from gdd_fast.distill import dry_run, parts, report
-    from gdd_fast.distill.run import distill
+    from gdd_fast.distill import dry_run, report
+    from gdd_fast.distill.distributed import is_main
+    from gdd_fast.distill.run import distill, preflight
 
     if asked.dry_run:
-        print(dry_run.describe(config, parts.build(config)))
+        shown = dry_run.describe(config, preflight(config))
+        if is_main():
+            print(shown)
         return
     result = distill(config)
     if result.signal:

@@ -24,15 +24,25 @@ def vgg_state():
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """The hub cannot be reached, and records what it was asked for."""
+    """The hub cannot be reached, and records what it was asked for: the cache by names, the hub by the address."""
     asked = []
 
-    def download(repository, filename, **_):
-        asked.append((repository, filename))
-        raise LocalEntryNotFoundError("no connection and nothing in the cache\nmany more lines")
+    def download(repository, filename, local_files_only=False):
+        asked.append((repository, filename, local_files_only))
+        raise LocalEntryNotFoundError("nothing in the cache")
+
+    def metadata(url, timeout):
+        assert 0 < timeout <= 10
+        asked.append(url)
+        raise NoConnection("no connection\nmany more lines")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     return asked
+
+
+class NoConnection(Exception):
+    """Of the HTTP library, and no OSError."""
 
 
 def test_lite0_comes_from_its_package(no_hub):
@@ -52,7 +62,9 @@ def test_without_a_connection_the_error_says_what_to_fetch_and_where_to_put_it(n
     with pytest.raises(WeightsError) as error:
         load_backbone_weights(name)
     message = str(error.value)
-    assert no_hub == [(HUB_REPOSITORIES[name], "model.safetensors")]
+    repository = HUB_REPOSITORIES[name]
+    assert no_hub[0] == (repository, "model.safetensors", True)
+    assert no_hub[1].endswith(f"{repository}/resolve/main/model.safetensors") and len(no_hub) == 2
     assert f"huggingface.co/{HUB_REPOSITORIES[name]}" in message
     assert f"--backbone-weights {name}=" in message
     assert "model.safetensors" in message
@@ -62,9 +74,24 @@ def test_without_a_connection_the_error_says_what_to_fetch_and_where_to_put_it(n
 def test_hub_file_is_read_and_its_classifier_dropped(monkeypatch, tmp_path, vgg_state):
     path = tmp_path / "model.safetensors"
     save_file({**vgg_state, "pre_logits.fc1.weight": torch.zeros(2), "head.fc.weight": torch.zeros(2)}, path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, filename: str(path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, local_files_only: str(path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("it is in the cache"))
     weights = load_backbone_weights("vgg16")
     assert weights.keys() == vgg_state.keys()
+
+
+def test_a_file_that_is_not_in_the_cache_is_fetched(monkeypatch, tmp_path, vgg_state):
+    path = tmp_path / "model.safetensors"
+    save_file(vgg_state, path)
+
+    def download(repository, filename, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing in the cache")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    assert load_backbone_weights("vgg16").keys() == vgg_state.keys()
 
 
 @pytest.mark.parametrize(

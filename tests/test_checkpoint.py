@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gdd_fast.distill import checkpoint
-from gdd_fast.distill.checkpoint import Checkpoint, load, optimizer_tensors, optimizer_values, save
+from gdd_fast.distill.checkpoint import Checkpoint, load, load_values, optimizer_tensors, optimizer_values, save
 from gdd_fast.distill.optim import make_adam
 from gdd_fast.errors import CheckpointError
 
@@ -52,6 +52,27 @@ def test_everything_comes_back(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
+def test_an_optimizer_goes_on_with_its_own_learning_rate(tmp_path):
+    """A run that diverged goes on with a lower one: the checkpoint's moments, the command's rate."""
+    net, optimizer = trained()
+    write(tmp_path / "c.safetensors", net, optimizer)
+    other = make_adam(net.parameters(), 1e-3)
+    load(tmp_path / "c.safetensors").load_optimizer("adam", other)
+    before = [p.detach().clone() for p in net.parameters()]
+    train(net, other, 1)
+    assert other.param_groups[0]["lr"] == 1e-3
+    largest = max((p - b).abs().max().item() for p, b in zip(net.parameters(), before, strict=True))
+    assert 1e-5 < largest < 5e-3  # one step of Adam is about the rate: 1e-2 without
+
+
+def test_the_values_can_be_read_alone(tmp_path):
+    write(tmp_path / "c", *trained(), {"images": 12})
+    assert load_values(tmp_path / "c") == load(tmp_path / "c").values
+    (tmp_path / "c").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_values(tmp_path / "c")
+
+
 def test_tensors_that_share_memory_are_saved_apart(tmp_path):
     one = torch.arange(6.0)
     save(tmp_path / "c", {"a": {"x": one, "y": one[2:]}, "b": {"x": one}}, {})
@@ -64,11 +85,11 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
     save(path, {"a": {"x": torch.zeros(3)}}, {"images": 1})
 
-    def crash(tensors, file, metadata):
+    def crash(tensors, file, metadata=None):
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(safetensors.torch, "save_file", crash)
     with pytest.raises(CheckpointError, match="No space left"):
         save(path, {"a": {"x": torch.ones(3)}}, {"images": 2})
     assert load(path).values == {"images": 1} and os.listdir(tmp_path) == [path.name]

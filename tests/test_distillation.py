@@ -85,6 +85,30 @@ def test_frozen_weights_stay_to_the_bit_and_the_others_move(make):
     assert all(torch.equal(t, backbones[k]) for k, t in task.features.state_dict().items())
 
 
+def test_iterations_in_bfloat16_are_those_in_float32_but_for_rounding(inputs, tmp_path):
+    """The presets' precision: weights, moments and averages stay float32, losses and the way weights go are alike."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(inputs, run_dir=tmp_path / precision, g_precision=precision)
+        task = Distillation(config, parts.build(config), ALONE)
+        before = {name: p.detach().clone() for name, p in task.generator.named_parameters()}
+        iterate(task, 3)  # the third with its R1 step
+        assert task.generator.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert not any(guard.skipped for guard in task._guards().values())
+        assert all(t.dtype == torch.float32 for name, t in tensors(task).items() if "optimizer" in name)
+        for net in (task.generator, task.ema.net):
+            assert all(p.dtype == torch.float32 and p.isfinite().all() for p in net.parameters())
+        moved = torch.cat(
+            [(p - before[n]).detach().flatten() for n, p in task.generator.named_parameters() if p.requires_grad]
+        )
+        found[precision] = task.averages.take(), moved
+    losses, moved = zip(found["fp32"], found["bf16"], strict=True)
+    assert losses[0].keys() >= {"loss_g", "loss_d", "r1_penalty"}
+    assert losses[0] == pytest.approx(losses[1], rel=0.1, abs=0.05)  # R1 is a square, after two steps of the heads
+    assert losses[0] != losses[1]
+    assert F.cosine_similarity(*moved, dim=0).item() > 0.8  # Adam's first steps have the size of the rate: signs decide
+
+
 def test_each_step_moves_only_its_own_network(make):
     task = make()
     images, labels = next(task.stream)

@@ -95,6 +95,59 @@ def test_two_processes(tmp_path, monkeypatch):
     assert len(set(one["seen"] + two["seen"])) == 24
 
 
+# One G step and one D step of a batch of 8, whose images and latents are the same however they are shared out. The
+# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass.
+STEPS = """
+import pathlib, sys
+import torch
+from tiny_run import tiny_config, tiny_task
+from gdd_fast.distill.distributed import join
+
+folder, name, batch_gpu, reduction = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+with join("cpu") as world:
+    config = tiny_config(folder, batch=8, batch_gpu=batch_gpu, logit_reduction=reduction)
+    task = tiny_task(config, world)
+    latents = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))[world.rank :: world.size]
+    parts = iter([*latents.split(task.micro_batch)] * 2)
+    task._draw = lambda: next(parts)
+    task.heads.eval()
+    images, labels = next(task.stream)
+    found = {"images": [image for image in images]}
+    for guard, step in ((task.g_guard, lambda: task.generator_step(labels)),
+                        (task.d_guard, lambda: task.discriminator_step(images.float() / 127.5 - 1, labels))):
+        keep = guard.optimizer.step
+        def remember(*, skipped, keep=keep, guard=guard):
+            found[guard.name] = [p.grad.clone() for p in guard.optimizer.param_groups[0]["params"]]
+            return keep(skipped=skipped)
+        guard.optimizer.step = remember
+        step()
+    found["weights"] = [p.detach() for net in (task.generator, task.heads, task.ema.net) for p in net.parameters()]
+    torch.save(found, folder / f"{name}{world.rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(("reduction", "factor"), [("heads", 1), ("rows", 2)])
+def test_two_processes_with_micro_batches_take_the_steps_of_one(tmp_path, reduction, factor):
+    """`rows` sums over the images of a process, so that two processes have half the gradient; Adam undoes a factor."""
+    write_inputs(tmp_path)
+    (tmp_path / "steps.py").write_text(STEPS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    alone = [sys.executable, tmp_path / "steps.py", tmp_path, "alone", "8", reduction]
+    subprocess.run(alone, env=environment, check=True)
+    code, _, err = finished(torchrun(tmp_path / "steps.py", tmp_path, "shared", "2", reduction))
+    assert code == 0, err
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("alone0", "shared0", "shared1"))
+    seen = sorted(image.numpy().tobytes() for image in one["images"])
+    assert seen == sorted(image.numpy().tobytes() for image in first["images"] + second["images"])
+    for name in ("generator", "discriminator"):
+        scale = max(gradient.abs().max().item() for gradient in one[name])
+        assert scale > 0
+        for whole, part, other in zip(one[name], first[name], second[name], strict=True):
+            assert torch.equal(part, other)
+            torch.testing.assert_close(factor * part, whole, rtol=1e-3, atol=1e-5 * scale)
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
 def test_training_with_torchrun_resumes_alone(tmp_path):
     write_inputs(tmp_path)
     flags = tiny_flags(tmp_path, duration_mimg=12e-6)

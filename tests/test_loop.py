@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_run import ALONE
 
-from gdd_fast.distill import output, signals
-from gdd_fast.distill.loop import CHECKPOINT, Outcome, Schedule, run
+from gdd_fast.distill import checkpoint, output, signals
+from gdd_fast.distill.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
 from gdd_fast.distill.output import Averages
 from gdd_fast.errors import CheckpointError, DivergedError
 
@@ -22,8 +22,10 @@ class Counting:
     """Adds up the numbers of its iterations."""
 
     batch = 10
+    remedy = "a lower --x"
 
-    def __init__(self, at=None):
+    def __init__(self, at=None, contents=None):
+        self.contents = contents or {"data": "a"}
         self.averages = Averages()
         self.sum = torch.zeros(())
         self.at = at or {}
@@ -128,15 +130,45 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path):
     assert found == [Outcome(20, 20)]
 
 
-def test_divergence_saves_first(tmp_path):
-    def diverge():
-        raise DivergedError("too many")
+def diverge():
+    raise DivergedError("too many")
 
+
+def test_a_run_that_diverges_goes_on_from_the_checkpoint_before(tmp_path):
+    schedule, config = Schedule(100, 10, 50), {**CONFIG, "g_lr": 1.0}
     task = Counting(at={70: diverge})
-    with pytest.raises(DivergedError):
-        run(task, tmp_path, CONFIG, Schedule(100, 50, 1000), ALONE)
-    assert task.closed == 1
-    assert run(Counting(), tmp_path, CONFIG, Schedule(100, 50, 1000), ALONE) == Outcome(100, 30)
+    with pytest.raises(DivergedError, match=r"too many\. .*diverged.* with a lower --x .* checkpoint of 50 images"):
+        run(task, tmp_path, config, schedule, ALONE)
+    assert task.closed == 1 and task.exports == 1
+    assert checkpoint.load_values(tmp_path / DIVERGED)["images"] == 70
+    assert checkpoint.load_values(tmp_path / CHECKPOINT)["images"] == 50
+    again = Counting()
+    assert run(again, tmp_path, {**config, "g_lr": 0.5}, schedule, ALONE) == Outcome(100, 50)
+    assert again.sum == 450
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100]
+    assert lines(tmp_path)[5] == {"images": 50, "changed": ["g_lr: 1.0 -> 0.5"]}
+    assert json.loads((tmp_path / "config.json").read_text())["g_lr"] == 0.5
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_begins_again(tmp_path):
+    with pytest.raises(DivergedError, match="begins again"):
+        run(Counting(at={20: diverge}), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE)
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert run(Counting(), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE) == Outcome(100, 100)
+
+
+def test_learning_rates_of_a_finished_run_do_not_change(tmp_path):
+    config = {**CONFIG, "g_lr": 1.0}
+    run(Counting(), tmp_path, config, Schedule(20, 10, 10), ALONE)
+    with pytest.raises(CheckpointError, match=r"a finished run with other settings \(g_lr: 1.0 -> 0.5\)"):
+        run(Counting(), tmp_path, {**config, "g_lr": 0.5}, Schedule(20, 10, 10), ALONE)
+
+
+def test_other_contents_do_not_resume(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    for total in (20, 40):
+        with pytest.raises(CheckpointError, match=r"another --data: its path may change, its content may not; choose"):
+            run(Counting(contents={"data": "b"}), tmp_path, CONFIG, Schedule(total, 10, 10), ALONE)
 
 
 def test_an_error_closes_the_task(tmp_path):

@@ -192,7 +192,8 @@ def test_an_existing_set_is_replaced_only_when_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resolution", "0"], "--resolution must be at least 1"),
+        (["--resolution", "0"], "--resolution must be from 1 to 16384"),
+        (["--resolution", "100000000"], "--resolution must be from 1 to 16384"),
         (["--max-images", "0"], "--max-images must be at least 1"),
         (["--pad-to", "16"], "larger than --pad-to 16"),
         (["--resolution", "20", "--filter", "box"], "not a whole factor"),

@@ -141,6 +141,7 @@ def test_the_command_makes_a_teacher(inputs, tmp_path, capsys):
         ({"lr": float("nan")}, "--lr must be finite"),
         ({"arch": "unet"}, "--arch is one of"),
         ({"seed": -1}, "--seed"),
+        ({"seed": 2**64}, "--seed must be from 0 to 9223372036854775807"),
     ],
 )
 def test_settings_that_cannot_work(inputs, tmp_path, settings, message):

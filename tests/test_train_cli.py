@@ -64,6 +64,8 @@ def test_without_data_or_teacher(capsys, tmp_path):
         ({"device": "cuda:99"}, "cuda:99"),
         ({"device": "tpu"}, "--device"),
         ({"device": "meta"}, "--device"),
+        ({"seed": 2**64}, "--seed must be from 0"),
+        ({"head_width": 1e6}, "--head-width"),
         ({"batch_gpu": 3}, "--batch-gpu 3 does not divide"),
         ({"backend": "cuda"}, "backend 'cuda' cannot run here"),
         ({"evaluate_images": 8, "evaluate_data": "no.zip"}, "no.zip"),
@@ -177,6 +179,10 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_resumes(inputs, tmp_path, 
     shown = capsys.readouterr()
     assert f"Resuming {tmp_path / 'run'} at {images:,}" in shown.out + shown.err
     assert checkpoint.load(tmp_path / "run" / loop.CHECKPOINT).values["images"] == images + BATCH
+
+
+def test_the_largest_seed(inputs, tmp_path):
+    main(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6, seed=2**63 - 1))
 
 
 def test_the_global_state_of_torch_is_put_back(inputs, tmp_path):

@@ -12,6 +12,7 @@ Color = Literal["auto", "gray", "rgb"]
 Crop = Literal["none", "center"]
 Filter = Literal["lanczos", "box"]
 
+MAX_SIZE = 1 << 14  # pixels: beyond, a single image takes gigabytes
 _GRAY_MODES = {"1", "L", "LA"}
 _COLOR_MODES = {"RGB", "RGBA", "P", "CMYK", "YCbCr"}
 
@@ -34,8 +35,8 @@ class Transform:
     def __post_init__(self):
         for name in ("resolution", "pad_to"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            if value is not None and not 1 <= value <= MAX_SIZE:
+                raise ConfigError(f"--{name.replace('_', '-')} must be from 1 to {MAX_SIZE}, not {value}")
 
     def __call__(self, image: Image.Image, name: str) -> np.ndarray:
         """`image` as uint8 (C, R, R); `DataError` naming `name` when these settings do not make it a square image."""

@@ -3,18 +3,19 @@
 A single file replaced by a rename is either the old state or the new one, never a mixture. Nothing is pickled.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gdd_fast.errors import CheckpointError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import write_tensors
 
 FORMAT = "gdd_fast.checkpoint"
 VERSION = 1
@@ -40,18 +41,24 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
 
     def load_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`."""
+        """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`, but for its learning rate.
+
+        That stays as it is: a run may go on with another one. Raises `CheckpointError` if the parameters differ.
+        """
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in self.section(name).items():
             index, _, entry = key.partition("/")
             state.setdefault(int(index), {})[entry] = tensor
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        rates = [group["lr"] for group in optimizer.param_groups]
         try:
             for index, entries in state.items():
                 entries.update({entry: _laid_out_as(params[index], t) for entry, t in entries.items() if t.ndim})
             optimizer.load_state_dict({"state": state, "param_groups": self.values[name]})
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
@@ -80,10 +87,11 @@ def save(path: Path, sections: dict[str, dict[str, Tensor]], values: dict[str, A
     tensors = {f"{name}/{key}": t.detach().contiguous() for name, part in sections.items() for key, t in part.items()}
     header = {"format": FORMAT, "version": str(VERSION), "values": json.dumps(values)}
     try:
-        with atomic_write(path) as temporary:
-            save_file(_unshared(tensors), temporary, metadata=header)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written ({error}); an earlier checkpoint there is unharmed") from error
+        write_tensors(path, _unshared(tensors), header)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror or error}); an earlier checkpoint there is unharmed"
+        ) from error
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,17 +105,28 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint; raises `CheckpointError` if it is not one, is damaged, or is of a newer version."""
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint to the CPU; raises `CheckpointError` if it is not one, is damaged, or of a newer version."""
+    with _opened(path) as (file, values):
+        return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, values)  # noqa: SIM118
+
+
+def load_values(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint alone, without reading its tensors; raises as `load`."""
+    with _opened(path) as (_, values):
+        return values
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
     advice = "; move it away to start the run from the beginning"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is not a checkpoint of a training run{advice}")
             if int(header["version"]) > VERSION:
                 raise CheckpointError(f"{path} has format version {header['version']}; this gdd_fast reads {VERSION}")
-            values = json.loads(header["values"])
-            return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, values)  # noqa: SIM118
+            yield file, json.loads(header["values"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}){advice}") from error

@@ -34,6 +34,8 @@ GRID_SEEDS = range(64)
 class Distillation:
     """The task of `loop.run` that turns a teacher into a one-step generator."""
 
+    remedy = "a lower --g-lr and --d-lr, or with --g-precision fp32 --d-precision fp32,"
+
     def __init__(self, config: TrainConfig, parts: Parts, world: World) -> None:
         run, device = config.run, world.device
         self.config, self.world, self.batch = config, world, run.batch
@@ -47,6 +49,7 @@ class Distillation:
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
         self.operators = parts.operators
+        self.contents = parts.contents
         backend = parts.operators["adam_ema"]
         g_optimizer = make_adam(
             self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
@@ -134,8 +137,11 @@ class Distillation:
         return self.heads(self.features(images), labels)
 
     def _fakes(self, labels: Tensor | None) -> Tensor:
-        z = torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
-        return one_step(self.generator, z, labels)
+        return one_step(self.generator, self._draw(), labels)
+
+    def _draw(self) -> Tensor:
+        """The latents of the next micro-batch."""
+        return torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
 
     def _shape(self, images: int) -> tuple[int, int, int, int]:
         net = self.generator

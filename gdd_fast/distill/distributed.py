@@ -82,6 +82,29 @@ def pick_device(option: str) -> torch.device:
     return device
 
 
+def world_size() -> int:
+    """The number of processes that torchrun started, 1 without it. Raises `ConfigError` as `join`."""
+    launched = _launched()
+    return 1 if launched is None else launched[1]
+
+
+def is_main() -> bool:
+    """Whether this process is the one of its run that writes and prints. Raises `ConfigError` as `join`."""
+    launched = _launched()
+    return launched is None or launched[0] == 0
+
+
+def _launched() -> tuple[int, int, int] | None:
+    """Rank, size and local rank as torchrun sets them; None in a process that it did not start."""
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if len(missing) == len(_TORCHRUN):
+        return None
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
+    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
+    return rank, size, local
+
+
 @contextlib.contextmanager
 def join(option: str) -> Iterator[World]:
     """Enter the world torchrun started this process in, or a world of one; leave it at the end.
@@ -89,15 +112,13 @@ def join(option: str) -> Iterator[World]:
     Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's.
     """
     device = pick_device(option)
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    if len(missing) == len(_TORCHRUN):
+    launched = _launched()
+    if launched is None:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         yield World(0, 1, device)
         return
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
-    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
+    rank, size, local = launched
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)

@@ -3,7 +3,7 @@
 import json
 
 from gdd_fast.backend import summary
-from gdd_fast.config import TrainConfig, to_dict
+from gdd_fast.config import TrainConfig, override, to_dict
 from gdd_fast.distill.parts import Parts
 
 
@@ -14,7 +14,7 @@ def describe(config: TrainConfig, parts: Parts) -> str:
     heads = sum(p.numel() for p in parts.heads.parameters() if p.requires_grad)
     return "\n".join(
         [
-            json.dumps(to_dict(config), indent=2),
+            json.dumps(to_dict(override(config, run_dir=config.run_dir)), indent=2),
             "",
             f"Data: {dataset.name}, {len(dataset):,} images, {dataset.channels} x {dataset.resolution}^2, "
             f"{dataset.label_dim} classes",

@@ -72,10 +72,7 @@ class StepGuard:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
         """
         if self.skipped_in_row >= self.limit:
-            raise DivergedError(
-                f"{self.limit} {self.name} steps in a row had gradients that were not finite. The state is saved; "
-                "lower the learning rate or use --g-precision fp32 --d-precision fp32"
-            )
+            raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._world.average_(p.grad for p in params)

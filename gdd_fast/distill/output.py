@@ -106,6 +106,13 @@ class RunOutput:
             self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss")}, refresh=False)
         return line
 
+    def changes(self, images: int, changes: list[str]) -> None:
+        """Print and write that settings are others from `images` images on."""
+        self.say(f"Settings that have changed: {'; '.join(changes)}.")
+        if self._enabled:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"images": images, "changed": changes}) + "\n")
+
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._enabled:
@@ -142,6 +149,8 @@ def _drop_lines_after(path: Path, images: int) -> None:
 
 def _images_of(line: str) -> float:
     try:
-        return json.loads(line)["images"] if line.endswith("\n") else math.inf
+        entry = json.loads(line) if line.endswith("\n") else {}
+        # changed settings come after the state of so many images: they are dropped with the work that they were for
+        return entry["images"] + (0.5 if "changed" in entry else 0)
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -9,13 +9,14 @@ from torch import Tensor
 from gdd_fast.backend import plan
 from gdd_fast.config import DEMO, Precision, TrainConfig
 from gdd_fast.data import ImageDataset, load_data
+from gdd_fast.distill.contents import dataset_digest
 from gdd_fast.distill.distributed import pick_device
 from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
-from gdd_fast.models.load import as_generator, load_generator
+from gdd_fast.models.load import as_generator, load_generator, network_digest
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
@@ -36,6 +37,8 @@ class Parts:
     features: ProjectedFeatures
     heads: DiscriminatorHeads
     operators: dict[str, str]
+    contents: dict[str, str]
+    """Digests of what was given as --data and --teacher."""
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -53,9 +56,11 @@ def build(config: TrainConfig) -> Parts:
     device = pick_device(config.run.device).type
     plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
     dataset = load_data(config.data.data, use_labels=config.data.cond)
-    generator = as_generator(load_teacher(config.generator.teacher))
+    teacher = load_teacher(config.generator.teacher)
+    generator = as_generator(teacher)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
+    contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
     # last, as these may have to be downloaded
     weights = {
         name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
@@ -65,7 +70,7 @@ def build(config: TrainConfig) -> Parts:
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
     operators = choose_backend(config.run.backend, device, [generator, features, heads], OPERATORS)
-    return Parts(dataset, generator, frozen, features, heads, operators)
+    return Parts(dataset, generator, frozen, features, heads, operators, contents)
 
 
 def teacher_path(name: str) -> Path:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
-from gdd_fast.config import check_values
+from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
 from gdd_fast.distill.adam_ema import AdamEma
 from gdd_fast.distill.batches import chunks, split_batch
 from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.distill.contents import dataset_digest
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.ema import Ema
 from gdd_fast.distill.optim import StepGuard
@@ -104,9 +105,10 @@ class PretrainConfig:
         for name in (*positive, "max_skipped_steps", "model_channels", "num_blocks"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "seed", "dropout"):
+        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+        check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")
         if self.dropout >= 1:
@@ -125,10 +127,13 @@ def denoising_loss(net: nn.Module, images: Tensor, labels: Tensor | None, random
 class Pretraining:
     """The task of `loop.run` that trains a teacher."""
 
+    remedy = "a lower --lr, or with --precision fp32,"
+
     def __init__(self, config: PretrainConfig, world: World) -> None:
         config.validate()
         self.config, self.world = config, world
         dataset = load_data(config.data, use_labels=config.cond)
+        self.contents = {"data": dataset_digest(dataset)}
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
         net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)

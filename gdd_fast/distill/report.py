@@ -12,6 +12,7 @@ from tqdm import tqdm
 from gdd_fast.backend import Backend
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import load_data
+from gdd_fast.distill.contents import dataset_digest
 from gdd_fast.distill.parts import load_teacher, teacher_path
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
@@ -45,17 +46,19 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
         build_extractor(name, **_options(config, name))
 
 
-def read(config: TrainConfig, trained_images: int) -> dict[str, dict[str, float]] | None:
+def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
     """The distances that `write` has left in the run folder; None if there are none of this very measurement."""
     path = config.run_dir / REPORT
     if not path.is_file():
         return None
     report = json.loads(path.read_text())
-    return report["distances"] if report.get("measured") == _measured(config, trained_images) else None
+    return report["distances"] if report.get("measured") == _measured(config, contents, trained_images) else None
 
 
-def write(config: TrainConfig, device: torch.device, trained_images: int) -> dict[str, dict[str, float]]:
-    """Measure, and write report.json and comparison.png to the run folder.
+def write(
+    config: TrainConfig, contents: dict[str, str], device: torch.device, trained_images: int
+) -> dict[str, dict[str, float]]:
+    """Measure, and write report.json and comparison.png to the run folder; `contents` as of `parts.Parts`.
 
     Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`.
     Returns distances by row and feature.
@@ -92,7 +95,7 @@ def write(config: TrainConfig, device: torch.device, trained_images: int) -> dic
         "reference_images": len(reference_set),
         "distances": rows,
         "teacher_is_stored": bool(stored),
-        "measured": _measured(config, trained_images),
+        "measured": _measured(config, contents, trained_images),
     }
     with atomic_write(config.run_dir / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
@@ -129,12 +132,13 @@ def _evaluate_data(config: TrainConfig) -> str:
     return config.run.evaluate_data or config.data.data
 
 
-def _measured(config: TrainConfig, trained_images: int) -> dict[str, Any]:
+def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, Any]:
     """What a report is valid for."""
     return {
         "trained_images": trained_images,
         "evaluate_images": config.run.evaluate_images,
-        "evaluate_data": _evaluate_data(config),
+        "evaluate_data": dataset_digest(load_data(_evaluate_data(config))),
+        "teacher": contents["teacher"],
     }
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from gdd_fast.config import TrainConfig, to_dict
 from gdd_fast.distill import loop, parts, precision, report
+from gdd_fast.distill.batches import split_batch
 from gdd_fast.distill.distillation import Distillation
-from gdd_fast.distill.distributed import join
+from gdd_fast.distill.distributed import join, world_size
+from gdd_fast.distill.parts import Parts
 from gdd_fast.files import check_writable
 from gdd_fast.models.load import RUN_GENERATOR
 
@@ -29,6 +31,22 @@ class Result:
     """Frechet distances by network and feature; None without `evaluate_images`, on other ranks, and if stopped."""
 
 
+def preflight(config: TrainConfig) -> Parts:
+    """The parts of a run, once everything is checked that could keep the run from its end. Writes nothing.
+
+    Raises:
+        GddFastError: bad input.
+    """
+    config.validate()
+    check_writable(config.run_dir)
+    split_batch(config.run.batch, config.run.batch_gpu, world_size())
+    built = parts.build(config)
+    if config.run.evaluate_images:
+        report.check(config, built.generator)
+    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images)
+    return built
+
+
 def distill(config: TrainConfig) -> Result:
     """Distil `config`'s teacher into a one-step generator, from the checkpoint in `config.run_dir` if there is one.
 
@@ -38,17 +56,14 @@ def distill(config: TrainConfig) -> Result:
     Raises:
         GddFastError: bad input, before anything is written; or gradients that stopped being finite (`DivergedError`).
     """
-    check_writable(config.run_dir)
-    built = parts.build(config)
-    if config.run.evaluate_images:
-        report.check(config, built.generator)
+    built = preflight(config)
     schedule = loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
     with join(config.run.device) as world, precision.allow_tf32(config):
         task = Distillation(config, built, world)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
-        distances = None if outcome.new_images else report.read(config, outcome.images)
-        distances = distances or report.write(config, world.device, outcome.images)
+        distances = None if outcome.new_images else report.read(config, built.contents, outcome.images)
+        distances = distances or report.write(config, built.contents, world.device, outcome.images)
     generator = config.run_dir / RUN_GENERATOR
     return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)

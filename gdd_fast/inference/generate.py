@@ -3,19 +3,18 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from gdd_fast.backend import Backend
-from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.errors import ConfigError, WeightsError, require
 from gdd_fast.inference import sampler
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.seeds import SeedStreams, check_class
 from gdd_fast.ops.to_uint8 import to_uint8
 
-Network = torch.nn.Module | OneStepGenerator
 Network = torch.nn.Module | OneStepGenerator
 SamplerName = Literal["one-step", "heun"]
 
@@ -44,9 +43,17 @@ class SamplerConfig:
     """Standard deviation of the noise that is added."""
 
     def validate(self) -> None:
-        """Raise `ConfigError` for settings that cannot work."""
+        """Raise `ConfigError` for settings that cannot work, or that a sampler of one step would ignore."""
         if self.sampler not in get_args(SamplerName):
             raise ConfigError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(get_args(SamplerName))}")
+        for option in fields(self):
+            flag, value = f"--{option.name.replace('_', '-')}", getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
+            require(
+                self.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
+                f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
+            )
         if self.s_churn < 0:
             raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
         sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)

@@ -11,6 +11,7 @@ from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbones import BACKBONES, fit_weights
 
 HUB_FILE = "model.safetensors"
+_HUB_SECONDS = 10.0
 HUB_REPOSITORIES = {
     "vgg16_bn": "timm/vgg16_bn.tv_in1k",
     "vgg16": "timm/vgg16.tv_in1k",
@@ -96,15 +97,30 @@ def _rename_by_order(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _hub_file(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    """The weights in the Hugging Face hub's local cache, or from the hub, which is asked once whether it is there."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = HUB_REPOSITORIES[name]
     try:
-        return Path(hf_hub_download(repository, HUB_FILE))
-    except (HfHubHTTPError, OSError) as error:  # OSError covers no network and nothing in the cache
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(
-            f"the ImageNet weights of {name} are not here and could not be fetched ({reason}). Download {HUB_FILE} "
-            f"from https://huggingface.co/{repository} and pass --backbone-weights {name}=path/to/{HUB_FILE}"
-        ) from None
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # then it has to be fetched
+    try:
+        # hf_hub_download by itself asks again and again for half a minute, and says so
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, HUB_FILE), timeout=_HUB_SECONDS)
+    except Exception as error:  # of whatever library the hub's client sends its requests with; it has changed
+        raise _not_fetched(name, error) from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
+    except (HfHubHTTPError, OSError) as error:
+        raise _not_fetched(name, error) from None
+
+
+def _not_fetched(name: str, error: Exception) -> WeightsError:
+    repository = HUB_REPOSITORIES[name]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return WeightsError(
+        f"the ImageNet weights of {name} are not here and could not be fetched ({reason}). Download {HUB_FILE} "
+        f"from https://huggingface.co/{repository} and pass --backbone-weights {name}=path/to/{HUB_FILE}"
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import atomic_write, write_tensors
 from gdd_fast.interop import edm_pickle
 from gdd_fast.interop.edm_pickle import PickledNetwork
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
@@ -41,8 +41,7 @@ def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
         path.unlink()  # Never another network's configuration beside these weights, whenever the writing stops.
-    with atomic_write(folder / "model.safetensors") as temporary:
-        safetensors.torch.save_file(state, temporary)
+    write_tensors(folder / "model.safetensors", state)
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
@@ -116,7 +115,8 @@ def load_generator(
 
 def network_digest(net: EDMPrecond) -> str:
     """SHA-256 of the weights and the configuration but for the compute type: alike where the function is."""
-    digest = hashlib.sha256(json.dumps({**net.init_config(), "dtype": None}, sort_keys=True).encode())
+    kind = {"class": type(net).__name__, **net.init_config(), "dtype": None}
+    digest = hashlib.sha256(json.dumps(kind, sort_keys=True).encode())
     for name, tensor in net.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
