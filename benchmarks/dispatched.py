@@ -97,7 +97,7 @@ def plain_pytorch() -> Iterator[None]:
         mock.patch.object(group_norm_silu, "group_norm_silu", without_backend(group_norm_silu.group_norm_silu_ref)),
         mock.patch.object(residual, "residual", without_backend(residual_ref)),
         mock.patch.object(modules, "resample2d", without_backend(resample2d_ref)),
-        mock.patch.object(modules, "frozen_conv2d", conv2d),
+        mock.patch.object(modules, "frozen_conv2d", without_backend(conv2d)),
         mock.patch.object(unet_block, "attention", without_backend(attention_ref)),
     ):
         yield

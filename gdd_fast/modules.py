@@ -154,7 +154,7 @@ class Conv2d(nn.Module):
         if self.weight.requires_grad:
             return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x.dtype), padding=padding)
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
-        return frozen_conv2d(x, weight, bias, padding=padding)
+        return frozen_conv2d(x, weight, bias, padding=padding, backend=self.backend)
 
     def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight is None or self.padding or self.up or self.down:
@@ -191,7 +191,7 @@ class QkvConv2d(Conv2d):
         if self.weight.requires_grad:
             return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
-        return frozen_conv2d(x, self._blocks(weight), bias)
+        return frozen_conv2d(x, self._blocks(weight), bias, backend=self.backend)
 
     def _blocks(self, parameter: Tensor) -> Tensor:
         """(3 C, ...) from (head, channel, qkv) to (qkv, head, channel)."""

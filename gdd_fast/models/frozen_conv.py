@@ -38,7 +38,7 @@ class FrozenConv2d(nn.Conv2d):
             return y if activation is None else F.relu(y) if activation == "relu" else F.relu6(y)
         weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x), pad)
         if activation is None:
-            return frozen_conv2d(x, weight, self.bias, *geometry)
+            return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)
         return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)
 
 

@@ -2,7 +2,9 @@
 
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
 weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
-as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend.
+as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend for a run. On a CPU
+the extension, where it is built, does autograd's part: in Python that costs 0.1 ms a call, forward and backward, which
+is more than many a small convolution takes.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Operator
+from gdd_fast.backend import Backend, Operator, has_extension
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("frozen_conv2d", fused=frozenset())
@@ -45,6 +47,7 @@ def frozen_conv2d(
     padding: Size2 = 0,
     dilation: Size2 = 1,
     groups: int = 1,
+    backend: Backend = "auto",
 ) -> Tensor:
     """`F.conv2d` for a weight without gradient; differentiable in x and bias.
 
@@ -54,6 +57,8 @@ def frozen_conv2d(
             every call if it has another; `FrozenWeight` does that once.
         bias: (K,) or None, trainable or not, cast likewise.
         stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
+        backend: that of the layer. "torch" keeps autograd's part in Python; with any other the extension does it on a
+            CPU, if it is built. The results are the same bits.
 
     Returns:
         (N, K, H', W') in the compute type.
@@ -63,6 +68,8 @@ def frozen_conv2d(
             the weight requires a gradient, which it would not get.
     """
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
+    if backend != "torch" and x.is_cpu and not torch.compiler.is_compiling() and has_extension():
+        return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
 
 
@@ -81,7 +88,12 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
     dtype = compute_dtype(x)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # a `to` that does nothing still costs a microsecond
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -107,7 +119,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     """The library's convolution."""
     stride, padding, dilation, groups = g
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    return torch.ops.aten.convolution.default(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 class _Convolution(torch.autograd.Function):
@@ -141,7 +153,7 @@ class _InputGradient(torch.autograd.Function):
         # written, keeps channels_last, where a broadcast scalar would lose it.
         x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
         needed = (True, False, False)
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, needed
         )[0]
 

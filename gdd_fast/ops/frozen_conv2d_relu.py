@@ -50,7 +50,7 @@ def frozen_conv2d_relu_ref(
     activation: Activation = "relu",
 ) -> Tensor:
     """The definition; arguments as of `frozen_conv2d_relu`. PyTorch keeps the result for backward."""
-    y = frozen_conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y = frozen_conv2d(x, weight, bias, stride, padding, dilation, groups, backend="torch")
     return F.relu(y) if activation == "relu" else F.relu6(y)
 
 
@@ -71,7 +71,8 @@ def frozen_conv2d_relu(
         x, weight, bias, stride, padding, dilation, groups: as of `frozen_conv2d`; fold a frozen batch norm into weight
             and bias first.
         activation: "relu" or "relu6", the clamp to [0, 6].
-        backend: "auto", "torch", "triton" or "cpp": who packs the bits. The convolution is always the library's.
+        backend: "auto", "torch", "triton" or "cpp": who packs the bits; "cpp" does autograd's part too. The convolution
+            is always the library's.
 
     Returns:
         (N, K, H', W') in the compute type.
@@ -88,6 +89,8 @@ def frozen_conv2d_relu(
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
+    if chosen == "cpp" and not torch.compiler.is_compiling():
+        return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, chosen)
     return convolve(x, weight, bias, g).clamp_(0, None if ceiling == math.inf else ceiling)
