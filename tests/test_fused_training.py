@@ -289,8 +289,9 @@ def distill(make, kind: str, images: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         generator, judge = generator.double(), judge.double()
     trained = [p for net in (generator, judge) for p in net.parameters() if p.requires_grad]
     before = torch.cat([p.detach().double().flatten() for p in trained])
+    # GDD's Adam but for eps: gradients that are zero but for rounding, as of biases before batch norms, stay without effect
     g_adam, d_adam = (
-        torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.0, 0.99))
+        torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.0, 0.99), eps=1e-4)
         for net, lr in ((generator, 1e-4), (judge, 1e-3))
     )
     numbers = torch.Generator().manual_seed(1)
@@ -316,7 +317,7 @@ def distill(make, kind: str, images: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     [
         pytest.param(lambda: (Stack(16), Judge()), (1, 3, 4, 4), id="narrow blocks"),
         pytest.param(lambda: (Stack(256), Judge()), (2, 3, 8, 8), id="blocks of real width", marks=pytest.mark.slow),
-        pytest.param(lambda: (Demo(), DemoJudge()), (1, 1, 16, 16), id="demo", marks=pytest.mark.slow),
+        pytest.param(lambda: (Demo(), DemoJudge()), (2, 1, 16, 16), id="demo", marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_of_distillation(make, images):

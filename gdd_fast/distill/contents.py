@@ -1,6 +1,7 @@
 """What a run is made from, told by content: a file may move or be packed anew, and is still the same.
 
-`gdd_fast.models.load.network_digest` does the same for a network. A run resumes only with the teacher and the images that it began with, and a report holds only for those it measured.
+A run resumes only with the teacher and the images that it began with, and a report holds only for those it measured.
+`gdd_fast.models.load.network_digest` is the same for a network.
 """
 
 import hashlib
