@@ -289,7 +289,7 @@ def distill(make, kind: str, images: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         generator, judge = generator.double(), judge.double()
     trained = [p for net in (generator, judge) for p in net.parameters() if p.requires_grad]
     before = torch.cat([p.detach().double().flatten() for p in trained])
-    # GDD's Adam but for eps: gradients that are zero but for rounding, as of biases before batch norms, stay without effect
+    # GDD's Adam but for eps: gradients that are zero but for rounding (biases before batch norms) stay without effect
     g_adam, d_adam = (
         torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.0, 0.99), eps=1e-4)
         for net, lr in ((generator, 1e-4), (judge, 1e-3))
