@@ -12,7 +12,7 @@ With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its 
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
 where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
-definition.
+definition. "cpp" has the backward of channels_last maps; that of contiguous ones is plain PyTorch's.
 """
 
 from typing import Literal
