@@ -106,7 +106,7 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
     def residual(*arguments, statistics: bool, backend: str) -> Tensor:
         return residual_ref(*arguments)
 
-    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, **options) -> Tensor:
+    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, backend: str, **options) -> Tensor:
         return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry, **options)
 
     def conv2d_relu(*arguments, activation: str, backend: str) -> Tensor:

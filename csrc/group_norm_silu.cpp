@@ -1,4 +1,5 @@
-// gdd_fast_C::group_norm_silu: checks, the outputs, the schema. Its definition is in gdd_fast/ops/group_norm_silu.py.
+// gdd_fast_C::group_norm_silu and its backward: checks, the outputs, the schemas. Their definitions are in
+// gdd_fast/ops/group_norm_silu.py.
 #include "group_norm_silu.h"
 
 #include <ATen/ops/empty.h>
@@ -34,38 +35,78 @@ NormRows rows(const std::optional<at::Tensor>& t, int64_t images, int64_t channe
   return {t->const_data_ptr<float>(), t->size(0) == 1 ? 0 : t->stride(0)};
 }
 
+// What a call normalises and with what; `second` is of no channels where there is no skip.
+GroupNormSilu described(const at::Tensor& x, const NormMap& first, const NormMap& second, int64_t groups,
+                        const at::Tensor& weight, const at::Tensor& bias, double eps,
+                        const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+                        const std::optional<at::Tensor>& shift, bool silu, bool channels_last) {
+  const at::Tensor& skip = second.map;
+  TORCH_CHECK_VALUE(skip.scalar_type() == x.scalar_type() && skip.size(0) == x.size(0) && skip.size(2) == x.size(2) &&
+                        skip.size(3) == x.size(3),
+                    "group_norm_silu: x and skip must match but in channels");
+  const int64_t images = x.size(0), channels = first.channels + second.channels, pixels = x.size(2) * x.size(3);
+  TORCH_CHECK_VALUE(groups > 0 && channels > 0 && channels % groups == 0 && pixels > 0, "group_norm_silu: ", channels,
+                    " channels of ", pixels, " pixels cannot be normalised in ", groups, " groups");
+  return {images,
+          channels,
+          pixels,
+          groups,
+          eps,
+          silu,
+          channels_last,
+          parameter(weight, channels, "weight"),
+          parameter(bias, channels, "bias"),
+          rows(add, images, channels, "add"),
+          rows(scale, images, channels, "scale"),
+          rows(shift, images, channels, "shift")};
+}
+
+NormMap skip_map(const at::Tensor& x, const std::optional<at::Tensor>& skip, bool channels_last) {
+  return skip.has_value() ? norm_map(*skip, channels_last, "skip") : NormMap{x, 0, 0, 0, 0};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups, const at::Tensor& weight,
     const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, bool silu, bool channels_last) {
-  const NormMap first = norm_map(x, channels_last, "x");
-  const NormMap second = skip.has_value() ? norm_map(*skip, channels_last, "skip") : NormMap{x, 0, 0, 0, 0};
-  TORCH_CHECK_VALUE(!skip.has_value() || (skip->scalar_type() == x.scalar_type() && skip->size(0) == x.size(0) &&
-                                          skip->size(2) == x.size(2) && skip->size(3) == x.size(3)),
-                    "group_norm_silu: x and skip must match but in channels");
-  const int64_t images = x.size(0), channels = first.channels + second.channels, pixels = x.size(2) * x.size(3);
-  TORCH_CHECK_VALUE(groups > 0 && channels > 0 && channels % groups == 0 && pixels > 0, "group_norm_silu: ", channels,
-                    " channels of ", pixels, " pixels cannot be normalised in ", groups, " groups");
-  const GroupNormSilu g{images,
-                        channels,
-                        pixels,
-                        groups,
-                        eps,
-                        silu,
-                        channels_last,
-                        parameter(weight, channels, "weight"),
-                        parameter(bias, channels, "bias"),
-                        rows(add, images, channels, "add"),
-                        rows(scale, images, channels, "scale"),
-                        rows(shift, images, channels, "shift")};
+  const NormMap first = norm_map(x, channels_last, "x"), second = skip_map(x, skip, channels_last);
+  const GroupNormSilu g =
+      described(x, first, second, groups, weight, bias, eps, add, scale, shift, silu, channels_last);
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  at::Tensor y = at::empty({images, channels, x.size(2), x.size(3)}, x.options().memory_format(format));
-  at::Tensor mean = at::empty({images, groups}, x.options().dtype(at::kFloat));
-  at::Tensor rstd = at::empty({images, groups}, x.options().dtype(at::kFloat));
-  if (images != 0) cpu::group_norm_silu(g, first, second, y, mean, rstd);
+  at::Tensor y = at::empty({g.images, g.channels, x.size(2), x.size(3)}, x.options().memory_format(format));
+  at::Tensor mean = at::empty({g.images, groups}, x.options().dtype(at::kFloat));
+  at::Tensor rstd = at::empty({g.images, groups}, x.options().dtype(at::kFloat));
+  if (g.images != 0) cpu::group_norm_silu(g, first, second, y, mean, rstd);
   return {y, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_backward(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight,
+    const at::Tensor& bias, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, const at::Tensor& mean, const at::Tensor& rstd, bool silu) {
+  const NormMap first = norm_map(x, true, "x"), second = skip_map(x, skip, true), given = norm_map(dy, true, "dy");
+  TORCH_CHECK_VALUE(mean.dim() == 2 && mean.size(0) == x.size(0) && mean.sizes() == rstd.sizes(),
+                    "group_norm_silu_backward: mean and rstd must be (N, groups)");
+  for (const auto& t : {mean, rstd}) {
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous(),
+                      "group_norm_silu_backward: mean and rstd must be float32 and contiguous");
+  }
+  const GroupNormSilu g = described(x, first, second, mean.size(1), weight, bias, 0, add, scale, shift, silu, true);
+  TORCH_CHECK_VALUE(dy.scalar_type() == x.scalar_type() && dy.size(0) == g.images && given.channels == g.channels &&
+                        dy.size(2) == x.size(2) && dy.size(3) == x.size(3),
+                    "group_norm_silu_backward: dy does not match the result");
+  const auto like = [&](const NormMap& map) {
+    return at::empty({g.images, map.channels, x.size(2), x.size(3)},
+                     x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  };
+  at::Tensor dx = like(first), dskip = like(second);
+  // memory of its own for each: an operator's results may not be views of one another
+  std::vector<at::Tensor> by_image;
+  for (int i = 0; i < 5; i++) by_image.push_back(at::empty({g.images, g.channels}, x.options().dtype(at::kFloat)));
+  if (g.images != 0) cpu::group_norm_silu_backward(g, given, first, second, mean, rstd, dx, dskip, by_image);
+  return {dx, dskip, by_image};
 }
 
 }  // namespace gdd_fast
@@ -74,6 +115,12 @@ TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
   m.def(
       "group_norm_silu(Tensor x, Tensor? skip, int groups, Tensor weight, Tensor bias, float eps, Tensor? add, "
       "Tensor? scale, Tensor? shift, bool silu, bool channels_last) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_silu_backward(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? add, "
+      "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, bool silu) -> (Tensor dx, Tensor dskip, Tensor[] rows)");
 }
 
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) { m.impl("group_norm_silu", &gdd_fast::group_norm_silu); }
+TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {
+  m.impl("group_norm_silu", &gdd_fast::group_norm_silu);
+  m.impl("group_norm_silu_backward", &gdd_fast::group_norm_silu_backward);
+}

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace gdd_fast {
 
@@ -32,10 +33,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, bool silu, bool channels_last);
 
+// The gradients of x and of skip (of no channels without one), and float32 (5, N, C): those of weight, bias, add, scale
+// and shift, each by image. Only of channels_last maps; dy may be a slice.
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_backward(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight,
+    const at::Tensor& bias, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, const at::Tensor& mean, const at::Tensor& rstd, bool silu);
+
 namespace cpu {
 // skip.channels is 0 without one. y is dense; mean and rstd are float32 (N, groups).
 void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, at::Tensor& mean,
                      at::Tensor& rstd);
+void group_norm_silu_backward(const GroupNormSilu& g, const NormMap& dy, const NormMap& x, const NormMap& skip,
+                              const at::Tensor& mean, const at::Tensor& rstd, at::Tensor& dx, at::Tensor& dskip,
+                              const std::vector<at::Tensor>& rows);
 }  // namespace cpu
 
 }  // namespace gdd_fast

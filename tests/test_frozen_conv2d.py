@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gdd_fast.backend import has_extension
 from gdd_fast.errors import InputError
 from gdd_fast.models.frozen_conv import FrozenConv2d
 from gdd_fast.modules import Conv2d
@@ -22,6 +23,15 @@ CASES = [
     ((2, 4, 9, 9), (6, 2, 3, 3), (2, 1), (1, 0), 2, 2),
     ((1, 1, 5, 5), (3, 1, 2, 2), 1, 0, 1, 1),
 ]
+
+
+@pytest.fixture(autouse=True, params=["extension", "python"])
+def autograd(request, monkeypatch):
+    """Who does autograd's part, which no result depends on."""
+    if request.param == "python":
+        monkeypatch.setattr("gdd_fast.ops.frozen_conv2d.has_extension", lambda: False)
+    elif not has_extension():
+        pytest.skip("the extension gdd_fast._C is not built")
 
 
 def operands(shape, weight_shape, dtype=torch.float32, layout=CONTIGUOUS):

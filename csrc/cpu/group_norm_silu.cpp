@@ -9,61 +9,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "cpu/floats.h"
+#include "cpu/silu.h"
 #include "cpu/simd.h"
 
 namespace gdd_fast::cpu {
 namespace {
 
 constexpr int64_t kRun = 64;      // values summed in float32
-constexpr float kLimit = 87.0f;   // of exponents
 constexpr int64_t kLanes = 16;    // sums side by side, where pixels are innermost
 constexpr int64_t kGrain = 8192;  // values below which a second thread does not pay
-
-GDD_FAST_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-GDD_FAST_INLINE float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// exp(x), x clipped to +-limit = 87, where it and 1 + exp(x) are normal numbers, to about a unit in the last place: 2^k
-// times a polynomial in the rest of x / ln 2, as in Cephes. Plain arithmetic, which GCC turns into vectors; it makes
-// three loops of one, slower by half, where it knows what the limit is.
-GDD_FAST_INLINE float exponential(float x, float limit) {
-  x = x < -limit ? -limit : x;
-  x = x > limit ? limit : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest whole number
-  const float k = shifted - 12582912.0f;
-  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
-}
-
-// x / (1 + exp(-x)). The reciprocal is a guess from the exponent and three steps of Newton's, each of which squares the
-// error: several times faster than dividing, and within a unit or two in the last place.
-GDD_FAST_INLINE float silu_of(float x, float limit) {
-  const float d = 1.0f + exponential(-x, limit);
-  float r = float_of(0x7ef311c7u - bits_of(d));
-  r = r * (2.0f - d * r);
-  r = r * (2.0f - d * r);
-  r = r * (2.0f - d * r);
-  return x * r;
-}
 
 // sum[c] += x[p, c], or its squared distance from centre[c], over `pixels` pixels of `count` neighbouring values each.
 template <bool Squares, typename T>

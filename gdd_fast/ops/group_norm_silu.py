@@ -12,7 +12,7 @@ With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its 
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
 where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
-definition.
+definition. "cpp" has the backward of channels_last maps; that of contiguous ones is plain PyTorch's.
 """
 
 from typing import Literal
@@ -265,6 +265,8 @@ def _backward(
     needed: list[bool],
     implementation: str,
 ) -> list[Tensor]:
+    if implementation == "cpp" and x.shape[0] and dense_format(x) == torch.channels_last:
+        return _backward_cpp(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
     if implementation != "triton" or x.shape[0] == 0:
         return _backward_torch(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
     from gdd_fast.kernels import group_norm_silu as kernels
@@ -317,6 +319,36 @@ def _forward_cpp(
     rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     return torch.ops.gdd_fast_C.group_norm_silu(*maps, num_groups, weight, bias, eps, *rows, silu, channels_last)
+
+
+def _backward_cpp(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    """For channels_last maps; contiguous ones are left to the definition."""
+    maps = [None if t is None else _innermost_channels(t) for t in (dy, x, skip)]
+    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
+    parameters = weight.float().contiguous(), bias.float().contiguous()
+    dx, dskip, by_image = torch.ops.gdd_fast_C.group_norm_silu_backward(*maps, *parameters, *rows, mean, rstd, silu)
+    per_sample = [gradient if need else None for gradient, need in zip(by_image, needed[2:], strict=True)]
+    inputs = (weight, bias, add, scale, shift)
+    return _gradients(dx if needed[0] else None, dskip if needed[1] else None, per_sample, inputs)
+
+
+def _innermost_channels(x: Tensor) -> Tensor:
+    """x itself if its channels lie side by side and its pixels are evenly spaced, else a channels_last copy."""
+    x = evenly_spaced(x)
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
 def _rows(row: Tensor | None) -> Tensor | None:
