@@ -74,6 +74,8 @@ class SampleConfig:
             raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
         if self.out is not None and not part_folder(self.out).exists():
             check_output(self.out)
+            if self.out.is_file():
+                raise ConfigError(f"--out {self.out} exists and is not written over; name another file or move it away")
         if self.out is not None:
             check_writable(self.out.absolute().parent)
         if self.engine != "auto" and self.sampler.sampler != "one-step":

@@ -15,6 +15,7 @@ It is read once. An architecture without an entry runs by rule, as sm_80 and sm_
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def _architecture(device: torch.device) -> str:
 
 def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """Let `launcher` run with its first tensor's GPU as the current one, which is where Triton launches."""
+
+    @functools.wraps(launcher)
+    def launched(x: torch.Tensor, *arguments, **keywords):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return launcher(x, *arguments, **keywords)
+        with torch.cuda.device(x.device):
+            return launcher(x, *arguments, **keywords)
+
+    return launched
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration
+from ._launch import configuration, on_its_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -138,6 +138,7 @@ def backward_kv_kernel(
     _store(dqkv + 2 * STRIDE_J, dv, columns, tokens, 3 * C, D, STRIDE_C)
 
 
+@on_its_device
 def attention(qkv: Tensor, heads: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """channels_last qkv (N, 3 C, H, W) -> y (N, C, H, W) channels_last, and base-2 log-sums (N, heads, H * W)."""
     n, packed, h, w = qkv.shape
@@ -150,6 +151,7 @@ def attention(qkv: Tensor, heads: int, interleaved: bool) -> tuple[Tensor, Tenso
     return y, lse
 
 
+@on_its_device
 def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: int, interleaved: bool) -> Tensor:
     """The gradient of qkv, channels_last as all arguments are."""
     n, _, h, w = qkv.shape

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration
+from ._launch import configuration, on_its_device
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def mask_bits_kernel(dy_ptr, bits_ptr, dx_ptr, size, BLOCK: tl.constexpr):
     tl.store(dx_ptr + i, tl.where(blocked != 0, tl.zeros_like(dy), dy), inside)
 
 
+@on_its_device
 def relu_bits_(y: Tensor, ceiling: float) -> Tensor:
     """Clamp dense y to [0, ceiling] in place (infinity: no ceiling) -> bits, uint8 (ceil(numel / 8),)."""
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8, device=y.device)
@@ -57,6 +58,7 @@ def relu_bits_(y: Tensor, ceiling: float) -> Tensor:
     return bits
 
 
+@on_its_device
 def mask_bits(dy: Tensor, bits: Tensor) -> Tensor:
     """Dense dy, zero where its bit is 1, in a new tensor of the same strides."""
     dx = torch.empty_like(dy)

@@ -24,7 +24,7 @@ from ._channels import (
     store_statistics,
     tile_pointers,
 )
-from ._launch import configuration, pixel_stride, programs_wanted
+from ._launch import configuration, on_its_device, pixel_stride, programs_wanted
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
 
@@ -393,6 +393,7 @@ class Plan:
         return {"GROUP": group, "CHANNELS": t.channels, "BLOCK_C": t.block_c, "BLOCK_S": t.block_s, **self.options}
 
 
+@on_its_device
 def statistics(x: Tensor, parts: int) -> Tensor:
     """The statistics (see _channels.py) of x (N, C, H, W), whose pixels are evenly spaced, over `parts` runs."""
     n, c, h, w = x.shape
@@ -406,6 +407,7 @@ def statistics(x: Tensor, parts: int) -> Tensor:
     return out
 
 
+@on_its_device
 def forward(
     x: Tensor,
     skip: Tensor | None,
@@ -447,6 +449,7 @@ def forward(
     return mean, rstd
 
 
+@on_its_device
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration
+from ._launch import configuration, on_its_device
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK
         tl.store(dx_ptr + first + ((i // 2) * W + i % 2) * C, dx, inside)
 
 
+@on_its_device
 def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dense x (N, C, H, W), contiguous or channels_last -> maxima and uint8 places (N, C, H // 2, W // 2)."""
     n, c, h, w = x.shape
@@ -69,6 +70,7 @@ def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, places
 
 
+@on_its_device
 def max_pool2x2_backward(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """Dense dy and places, both channels_last or not -> the gradient of an input of `height` x `width`, likewise."""
     n, c = dy.shape[:2]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._channels import store_statistics, tile_pointers, welford_reduce, welford_update
-from ._launch import configuration, pixel_stride
+from ._launch import configuration, on_its_device, pixel_stride
 from ._tiles import ceil_div, tile
 
 
@@ -52,6 +52,7 @@ def residual_kernel(
         store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2)
 
 
+@on_its_device
 def residual(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, y: Tensor, statistics: Tensor | None) -> None:
     """Fill y (N, C, H, W), and statistics (N, parts, 2, C) if given. Pixels of all three tensors are evenly spaced."""
     n, c, height, width = y.shape

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration
+from ._launch import configuration, on_its_device
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def to_uint8_kernel(
     tl.store(y_ptr + n * image_size + i, y.to(tl.int32).to(tl.uint8), inside)
 
 
+@on_its_device
 def to_uint8(x: Tensor) -> Tensor:
     """x (N, C, H, W) whose pixels are evenly spaced -> uint8 (N, H, W, C), contiguous."""
     n, c, h, w = x.shape

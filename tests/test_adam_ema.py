@@ -149,11 +149,23 @@ def test_survives_a_checkpoint_file(tmp_path, backend):
     save_checkpoint(path, {"o": optimizer_tensors(optimizer)}, {"o": optimizer_values(optimizer)})
     saved: Checkpoint = load_checkpoint(path)
     again = copy.deepcopy(params)
-    restored = AdamEma(again, lr=1.0, backend=backend)
+    restored = AdamEma(again, lr=1e-2, backend=backend)  # the rate is the run's to say
     saved.load_optimizer("o", restored)
     for p, o in ((params, optimizer), (again, restored)):
         fused_steps(o, p, 2, 0, first=2)
     assert_close(again, params, rtol=0, atol=0)
+
+
+@BACKENDS
+def test_written_tensors_show_it(backend):
+    """Casts of weights are kept by the weights' version: of averages too, or sample grids would be of old weights."""
+    params = parameters(backend)
+    averages = {p: p.detach().clone() for p in params}
+    optimizer = AdamEma(params, lr=1e-2, averages=averages, backend=backend)
+    optimizer.average_weight.fill_(0.5)
+    before = [t._version for t in (*params, *averages.values())]
+    fused_steps(optimizer, params, 1, 0)
+    assert all(t._version > b for t, b in zip((*params, *averages.values()), before, strict=True))
 
 
 @BACKENDS

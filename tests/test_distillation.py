@@ -304,7 +304,7 @@ def test_too_many_of_them_stop_the_run_with_the_state_saved(make):
     poison(task, float("inf"))
     with pytest.raises(DivergedError, match="2 generator steps"):
         loop.run(task, task.config.run_dir, to_dict(task.config), schedule_of(task.config), ALONE)
-    saved = checkpoint.load(task.config.run_dir / loop.CHECKPOINT)
+    saved = checkpoint.load(task.config.run_dir / loop.DIVERGED)
     assert saved.values["images"] == 2 * BATCH and saved.values["skipped"] == {"g": 2, "d": 0, "r1": 0}
     assert all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())
 

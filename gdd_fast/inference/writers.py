@@ -68,8 +68,6 @@ def check_output(path: str | Path) -> None:
     if path.suffix.lower() in (".zip", ".npz"):
         if path.is_dir():
             raise ConfigError(f"--out {path} is a folder; name a file, or leave the suffix out")
-        if path.exists():
-            raise ConfigError(f"--out {path} exists and is not written over; name another file or move it away")
     elif path.suffix.lower() in _NOT_A_FOLDER:
         raise ConfigError(f"--out {path}: images are written as a .zip, an .npz or a folder, not {path.suffix}")
     elif path.exists() and not path.is_dir():

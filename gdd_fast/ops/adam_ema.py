@@ -112,6 +112,10 @@ def adam_ema_(
     ):
         if t.dtype != dtype or t.numel() != 1:
             raise InputError(f"adam_ema_: {name} must be one {dtype} number, not {t.dtype} {tuple(t.shape)}")
+        if params and t.device != params[0].device:
+            raise InputError(f"adam_ema_: {name} is on {t.device}, the parameters on {params[0].device}")
+    if any(p.device != params[0].device for p in params):
+        raise InputError("adam_ema_: the parameters must all be on one device")
     grads = [
         g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params, strict=True)
     ]
@@ -148,6 +152,10 @@ def _adam_ema_(params: list[Tensor], *arguments) -> None:
         adam_ema_ref_(params, *arguments)
     else:
         torch.ops.gdd_fast_C.adam_ema_(params, *arguments)
+        # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the
+        # casts of frozen weights do, goes by their version.
+        _, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, *_ = arguments
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, *copies, step, skipped])
 
 
 @torch.library.register_fake("gdd_fast::adam_ema_")

@@ -87,6 +87,9 @@ def resample2d(
             f"resample2d: add must be {x.dtype} {(*x.shape[:2], *size)} like the result, not {add.dtype} "
             f"{tuple(add.shape)}"
         )
+    for name, t in (("the filter", kernel), ("add", add)):
+        if t is not None and t.device != x.device:
+            raise InputError(f"resample2d: {name} is on {t.device}, x on {x.device}")
     return torch.ops.gdd_fast.resample2d(
         x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale, box, backend
     )
