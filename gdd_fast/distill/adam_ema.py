@@ -111,7 +111,7 @@ class AdamEma(torch.optim.Optimizer):
 
     def _start(self, params: list[nn.Parameter]) -> None:
         """Make the state of parameters that have none; all share one count."""
-        started = [p for p in params if self.state[p]]
+        started = [p for p in params if p in self.state]
         if len(started) not in (0, len(params)) or (started and len(self.state) != len(params)):
             raise ConfigError(
                 "AdamEma counts the steps of all parameters together, and some had no gradient in this step or an "
