@@ -100,7 +100,7 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
 def test_saving_over_another_network_never_mixes_the_two(
     net: EDMPrecond, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     other = EDMPrecond(SIZE, 3, **SMALL["adm"])
