@@ -153,11 +153,7 @@ class OneStepGenerator:
         latents, drawn = self.draw(n, seeds, generator)
         own = labels is None
         images = self.run(latents, drawn if own else labels, check_classes=not own)
-        if not bool(images.isfinite().all()):
-            raise WeightsError(
-                "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
-                "(try bfloat16 or float32)"
-            )
+        check_finite(images)
         return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
 
     def draw(
@@ -232,6 +228,16 @@ class OneStepGenerator:
         if check_classes and n and not bool(((labels >= 0) & (labels < self.label_dim)).all()):
             raise InputError(f"classes are 0 to {self.label_dim - 1}, not {labels.tolist()}")
         return labels.long()
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """`images` themselves, or WeightsError if a value is not finite. Waits for them."""
+    if not bool(images.isfinite().all()):
+        raise WeightsError(
+            "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
+            "(try bfloat16 or float32)"
+        )
+    return images
 
 
 def _device(device: torch.device | str) -> torch.device:
