@@ -82,7 +82,8 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
         from gdd_fast.inference.one_step import OneStepGenerator
 
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
-        return lambda: generator.run(z, labels)
+        classes = None if labels is None else labels.argmax(1)  # as its users name them
+        return lambda: generator.run(z, classes)
 
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {

@@ -5,6 +5,7 @@ same whatever the settings, so that the gradients of a step can be compared. Fie
 that the waterfall of roofline.py switches on one after the other.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,12 +67,11 @@ class Setup:
         """The preset's network with random weights; of the demo's, the bundled teacher's architecture."""
         if self.preset.startswith(DEMO):
             from gdd_fast.distill.parts import BUNDLED_TEACHER
-            from gdd_fast.models.load import as_generator, load_generator
 
-            teacher = as_generator(load_generator(BUNDLED_TEACHER)).init_config() | {"dtype": "float32"}
-            return peers.randomized(
-                lambda: GDDPrecond(**{k: v for k, v in teacher.items() if k != "sigma_eps"}), device
-            )
+            init = json.loads((BUNDLED_TEACHER / "config.json").read_text())["init"]  # weights would need safetensors
+            init |= {"dtype": "float32", "augment_dim": 0, "dropout": 0.0, "label_dropout": 0.0}
+            del init["sigma_eps"]
+            return peers.randomized(lambda: GDDPrecond(**init), device)
         return peers.make_generator(_NETWORKS[self.preset.split("-")[0]], device)
 
 

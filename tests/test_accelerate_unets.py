@@ -281,6 +281,21 @@ def test_weights_that_change_are_seen_by_the_packed_ones(diffusers):
     assert (after - before).norm() > 0.1 * before.norm()
 
 
+def test_averages_copied_into_trained_weights_are_seen(diffusers):
+    net = accelerate(unet(diffusers, CONFIGS["ddpm"]))
+    kept = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+        before = DENOISE(net, *INPUTS)
+        packed = [name for name in kept if any(layer in name for layer in ("to_q", "to_k", "to_v"))]
+        average = diffusers.training_utils.EMAModel([kept[name] for name in packed])
+        average.copy_to([net.get_parameter(name) for name in packed])  # through .data
+        after = DENOISE(net, *INPUTS)
+        torch.testing.assert_close(after, DENOISE(restore(net), *INPUTS), rtol=1e-4, atol=1e-4)
+    assert (after - before).norm() > 1e-3 * before.norm()
+
+
 @BACKENDS
 def test_a_pipeline_draws_the_same_images(diffusers, backend, tmp_path):
     pipe = diffusers.DDPMPipeline(unet(diffusers, CONFIGS["ddpm"]), diffusers.DDPMScheduler())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from edm_reference import SIZE, SMALL, fill
 
-from gdd_fast.errors import ConfigError, InputError
+from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.models.load import save_network
 from gdd_fast.models.precond import GDDPrecond
@@ -80,3 +80,20 @@ def test_mistakes_are_one_error(pipe):
         pipe(3, generator=[generator()])
     with pytest.raises(ConfigError, match="a network of gdd_fast"):
         OneStepPipeline.from_generator(torch.nn.Linear(1, 1))
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(pipe, tmp_path):
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="pt").images
+    want = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    for half in (OneStepPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16), pipe.to(torch.bfloat16)):
+        assert half.engine().dtype == torch.bfloat16
+        assert 0 < (draw(half) - want).abs().max() < 0.1
+    assert OneStepPipeline.from_pretrained(tmp_path).engine().dtype == torch.float32
+
+
+def test_a_broken_network_is_an_error(pipe):
+    with torch.no_grad():
+        next(pipe.model.parameters()).fill_(torch.nan)
+    with pytest.raises(WeightsError, match="NaN"):
+        pipe(1)

@@ -1,11 +1,15 @@
 """Engines: which one runs where, and the cache of graphs with the capture replaced."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from gdd_fast.errors import BackendError, ConfigError
-from gdd_fast.inference.engines import GraphCache, choose_engine, make_engine
+from gdd_fast.inference.engines import CudaCapture, GraphCache, choose_engine, make_engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
@@ -78,3 +82,43 @@ def test_a_capture_that_fails_is_tried_again() -> None:
     assert torch.equal(cache(torch.ones(2, 2), None), torch.ones(2, 2))
     with pytest.raises(ConfigError, match="at least 1"):
         GraphCache(add, capture, limit=0)
+
+
+def test_threads_take_turns() -> None:
+    captured = []
+
+    def capture(network, latents: Tensor, rows: Tensor | None):
+        captured.append(len(latents))
+        static = latents.clone()  # as a graph's, shared by all its replays
+
+        def replay(latents: Tensor, rows: Tensor | None) -> Tensor:
+            static.copy_(latents)
+            time.sleep(1e-3)
+            return static.clone()
+
+        return replay
+
+    cache = GraphCache(add, capture)
+    inputs = [torch.full((1 + i % 2, 2), float(i)) for i in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda x: cache(x, None), inputs))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, results, strict=True))
+    assert sorted(captured) == [1, 2]
+
+
+def test_a_memory_pool_is_used_while_one_of_its_graphs_lives() -> None:
+    names = ("device", "Stream", "Event", "CUDAGraph", "graph", "stream", "current_stream", "graph_pool_handle")
+    with mock.patch.multiple("torch.cuda", **{name: mock.MagicMock() for name in names}):
+        torch.cuda.graph_pool_handle.side_effect = [(0, i) for i in range(9)]
+        pools = lambda: [call.kwargs["pool"][1] for call in torch.cuda.graph.call_args_list]
+        capture = CudaCapture(GPU)
+        torch.cuda.graph.side_effect = RuntimeError("out of memory")
+        with pytest.raises(RuntimeError, match="memory"):
+            capture(add, torch.zeros(1, 2), None)
+        torch.cuda.graph.side_effect = None
+        torch.cuda.graph.return_value = mock.MagicMock(__exit__=mock.Mock(return_value=None))
+        kept = [capture(add, torch.zeros(n, 2), None) for n in (1, 2)]
+        assert pools() == [0, 1, 1]
+        kept.clear()
+        capture(add, torch.zeros(3, 2), None)
+        assert pools() == [0, 1, 1, 2]

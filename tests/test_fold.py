@@ -133,6 +133,14 @@ def test_soft_labels(name: str) -> None:
     assert error(run(folded, latents(), soft), plain(net, latents(), soft).double()) <= 1e-5
 
 
+def test_soft_labels_never_leave_their_device() -> None:
+    net = network("adm_cond")
+    _, conditioning = fold(net, make_target(CPU, torch.float32), SIGMA)
+    rows = conditioning(torch.empty(3, net.label_dim, device="meta"))
+    assert (rows.device.type, rows.shape) == ("meta", (3, conditioning.table.shape[1]))
+    assert conditioning(torch.eye(net.label_dim)).device == CPU
+
+
 def test_every_class_has_its_row() -> None:
     net = network("adm_cond")
     _, conditioning = fold(net, make_target(CPU, torch.float32), SIGMA)

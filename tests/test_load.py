@@ -100,12 +100,12 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
 def test_saving_over_another_network_never_mixes_the_two(
     net: EDMPrecond, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     other = EDMPrecond(SIZE, 3, **SMALL["adm"])
     with monkeypatch.context() as patch:
-        patch.setattr(load.safetensors.torch, "save_file", interrupted)
+        patch.setattr("safetensors.torch.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_network(net, folder)
         assert_same(load_network(folder), net)  # the same network: what was there is untouched

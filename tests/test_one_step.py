@@ -1,5 +1,6 @@
 """OneStepGenerator: images of seeds and labels, whatever the batch; what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from edm_reference import SIZE, SMALL, fill
@@ -7,6 +8,7 @@ from edm_reference import SIZE, SMALL, fill
 import gdd_fast
 from benchmarks.exactness import TEACHER, compare
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
+from gdd_fast.inference.generate import generate
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.sampler import one_step
 from gdd_fast.inference.seeds import latents
@@ -161,3 +163,68 @@ def test_other_mistakes(conditional, tmp_path) -> None:
     broken.model.map_layer0.weight.fill_(float("nan"))
     with pytest.raises(WeightsError, match="NaN"):
         OneStepGenerator.from_network(broken)(1, seeds=[0])
+
+
+def test_autocast_is_without_effect() -> None:
+    want = OneStepGenerator.from_network(tiny(5))(2, 3, seeds=[0, 1], output="float")
+    with torch.autocast("cpu", torch.bfloat16):
+        generator = OneStepGenerator.from_network(tiny(5))
+        assert torch.equal(generator(2, 3, seeds=[0, 1], output="float"), want)
+        soft = torch.eye(5)[[3, 3]]
+        torch.testing.assert_close(generator(2, soft, seeds=[0, 1], output="float"), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n": True},
+        {"n": 2.0},
+        {"n": "2"},
+        {"seeds": 5},
+        {"seeds": "ab"},
+        {"seeds": [1.7, 2]},
+        {"seeds": [True, False]},
+        {"labels": "cat"},
+        {"labels": ["cat", "dog"]},
+        {"labels": [1, None]},
+        {"labels": [[1], [2, 3]]},
+        {"labels": [1 << 70, 0]},
+        {"labels": True},
+        {"labels": 1.5},
+        {"labels": torch.zeros(2, dtype=torch.complex64)},
+    ],
+)
+def test_what_is_no_number_is_refused_in_a_sentence(conditional, arguments) -> None:
+    with pytest.raises(InputError, match="must be"):
+        conditional(**{"n": 2, **arguments})
+
+
+def test_numpys_numbers_are_numbers(conditional) -> None:
+    want = conditional(2, 3, [0, 1])
+    assert torch.equal(conditional(np.int64(2), np.int64(3), np.arange(2)), want)
+    assert torch.equal(conditional(2, np.array([3, 3]), torch.arange(2)), want)
+    assert torch.equal(conditional(2, torch.tensor([3, 3]), [0, 1]), want)
+
+
+def test_other_networks_and_devices_are_refused() -> None:
+    with pytest.raises(InputError, match="accelerate"):
+        OneStepGenerator.from_network(torch.nn.Conv2d(3, 3, 3))
+    for device in ("mps", "meta", "gpu", 1.5):
+        with pytest.raises(ConfigError, match="device"):
+            OneStepGenerator.from_network(tiny(), device=device)
+
+
+def test_classes_of_its_own_are_not_looked_at(conditional, monkeypatch) -> None:
+    """Looking waits for the GPU, and a batch could not be computed ahead."""
+    want = conditional(2, seeds=[0, 1])
+    checked = []
+    original = OneStepGenerator._labels
+    monkeypatch.setattr(
+        OneStepGenerator,
+        "_labels",
+        lambda self, labels, n, check: checked.append(check) or original(self, labels, n, check),
+    )
+    assert torch.equal(conditional(2, seeds=[0, 1]), want)
+    list(generate(conditional, [0, 1], class_index=2))
+    conditional(2, 3)
+    assert checked == [False, False, True]

@@ -111,6 +111,29 @@ def test_a_folder_whose_joining_was_interrupted(tmp_path, monkeypatch):
     assert content(path) == content(tmp_path / "whole" / "out")
 
 
+@OUTPUTS
+def test_what_was_put_at_the_output_meanwhile_is_kept(tmp_path, name):
+    path = tmp_path / name
+    mine = path if path.suffix else path / "mine.png"
+
+    def fill():
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_bytes(b"mine")
+
+    write(path, stop=4)
+    fill()
+    with pytest.raises(ConfigError, match=r"exists|not empty"):
+        write(path)  # before anything is computed
+    mine.unlink()
+    with pytest.raises(ConfigError, match=r"exists|not empty"), resume_writer(path, SEEDS, RUN) as writer:
+        writer.put(SEEDS[4:], images(SEEDS[4:]), classes(SEEDS[4:]))
+        fill()
+    assert content(path) == {"mine.png": b"mine"} if not path.suffix else path.read_bytes() == b"mine"
+    mine.unlink()
+    assert write(path) == len(SEEDS), "nothing is lost"
+    assert not part_folder(path).exists()
+
+
 def test_images_half_put_are_not_kept(tmp_path, monkeypatch):
     path = tmp_path / "out.zip"
     write(path, stop=4)

@@ -8,7 +8,6 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from gdd_fast.data.classes import MAX_CLASSES
 from gdd_fast.data.containers import LABEL_FILE
@@ -45,6 +44,8 @@ def write_dataset(path: Path, items: Iterable[Item]) -> None:
 
 
 def _write_zip(path: Path, items: Iterator[Item]) -> None:
+    from PIL import Image
+
     labels = []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for index, (image, label) in enumerate(items):

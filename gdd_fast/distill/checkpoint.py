@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gdd_fast.errors import CheckpointError
@@ -118,7 +117,9 @@ def load_values(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    from safetensors import SafetensorError, safe_open
+
     advice = "; move it away to start the run from the beginning"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

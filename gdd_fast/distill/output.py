@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gdd_fast.files import atomic_write
 
@@ -51,6 +50,8 @@ class RunOutput:
     """
 
     def __init__(self, run_dir: Path, total: int, start: int, *, unit: str = "img", enabled: bool = True) -> None:
+        from tqdm import tqdm
+
         self._enabled = enabled
         self._path = run_dir / "metrics.jsonl"
         self._bar = tqdm(
@@ -127,6 +128,8 @@ class RunOutput:
 @contextlib.contextmanager
 def reading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading the data set, to be called with (images done, images in all); shown if it takes a while."""
+    from tqdm import tqdm
+
     with tqdm(desc="Reading images", unit="img", delay=2, disable=not enabled, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:

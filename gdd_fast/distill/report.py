@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from gdd_fast.backend import Backend
 from gdd_fast.config import TrainConfig
@@ -73,6 +72,8 @@ def write(
     backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
     stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
     work = len(reference_set) + images * (2 if stored else 3)
+    from tqdm import tqdm
+
     with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
         reference = dataset_statistics(reference_set, extractors, progress=bar.update)
 

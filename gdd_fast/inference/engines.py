@@ -3,9 +3,11 @@
 A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. They are captured
 on first use, after a warm-up outside the graph (kernels are loaded, compiled and chosen then, which a capture forbids),
 and the ones used least recently are given up beyond a limit. All share one memory pool: they never run at the same
-time, and what one leaves there is copied out before the next.
+time, and what one leaves there is copied out before the next. Threads take turns.
 """
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal, Protocol, get_args
@@ -55,7 +57,10 @@ def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Net
 
 
 class GraphCache:
-    """A network that is captured once for every batch size, of which the last `limit` used are kept."""
+    """A network that is captured once for every batch size, of which the last `limit` used are kept.
+
+    One thread at a time: a graph's inputs and images lie in memory that all its replays share.
+    """
 
     def __init__(self, network: Network, capture: Capture, limit: int = MAX_GRAPHS) -> None:
         if limit < 1:
@@ -64,15 +69,17 @@ class GraphCache:
         self.capture = capture
         self.limit = limit
         self.graphs: OrderedDict[int, Network] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, latents: Tensor, rows: Tensor | None) -> Tensor:
         batch = len(latents)
-        if batch not in self.graphs:
-            while len(self.graphs) >= self.limit:
-                self.graphs.popitem(last=False)  # before the capture, which can then use its memory
-            self.graphs[batch] = self.capture(self.network, latents, rows)
-        self.graphs.move_to_end(batch)
-        return self.graphs[batch](latents, rows)
+        with self._lock:
+            if batch not in self.graphs:
+                while len(self.graphs) >= self.limit:
+                    self.graphs.popitem(last=False)  # before the capture, which can then use its memory
+                self.graphs[batch] = self.capture(self.network, latents, rows)
+            self.graphs.move_to_end(batch)
+            return self.graphs[batch](latents, rows)
 
 
 class CudaCapture:
@@ -81,9 +88,10 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
-            self.pool = torch.cuda.graph_pool_handle()
             self.stream = torch.cuda.Stream()
             self.idle = torch.cuda.Event()  # after the last replay and the copy of its result
+        self.pool: tuple[int, int] | None = None
+        self._alive: weakref.WeakSet[Network] = weakref.WeakSet()
 
     def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network:
         latents, rows = latents.clone(), None if rows is None else rows.clone()
@@ -92,6 +100,8 @@ class CudaCapture:
             with torch.cuda.stream(self.stream):
                 for _ in range(_WARM_UP):
                     network(latents, rows)
+            if not self._alive:  # a pool ends with its last graph, also with one whose capture failed
+                self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads may go on calling CUDA: they copy images while this one captures
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -109,4 +119,5 @@ class CudaCapture:
                 self.idle.record()
             return result
 
+        self._alive.add(replay)
         return replay

@@ -48,14 +48,15 @@ SIGMA = 80.0
 class Conditioning(nn.Module):
     """What a label does to a folded network: its rows, float32 (N, sum of row_sizes).
 
-    Rows of classes come from a table; those of soft labels are computed anew, on the CPU, from a copy of the embedding
-    and affine layers.
+    Rows of classes come from a table; those of soft labels are computed anew, on the device, from a copy of the
+    embedding and affine layers that is brought there for the first of them.
     """
 
     def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float, device: torch.device) -> None:
         super().__init__()
         self.embedding = _Embedding(net, blocks, sigma)
         self.table = nn.Buffer(torch.cat(self.embedding(torch.eye(net.label_dim)), 1).to(device))
+        self._here: _Embedding | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -64,33 +65,65 @@ class Conditioning(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
         if labels.is_floating_point():
-            return torch.cat(self.embedding(labels.cpu()), 1).to(self.table.device)
+            if self._here is None or self._here.device != labels.device:
+                self._here = self.embedding.to(labels.device)
+            return torch.cat(self._here(labels), 1)
         return self.table.index_select(0, labels)
 
 
 class _Embedding:
-    """Labels -> rows of every block, on the CPU; a copy of what of `net` that takes."""
+    """Labels -> rows of every block; a copy of what of `net` that takes, on the CPU until `to` another device.
+
+    The waves of the noise level are the network's own, in float32. What follows is computed in float64, of which no
+    setting such as TF32 takes bits away, from weights that are kept as they are.
+    """
 
     def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float) -> None:
         model = net.model
         # everything but the convolutions
         left_out = {id(layer): nn.Identity() for name, layer in model.named_children() if not name.startswith("map_")}
         self.model = copy.deepcopy(model, left_out).cpu().float().eval()
-        self.noise = torch.tensor([sigma], dtype=torch.float32).log() / 4
-        self.affines = [[_f64(t) for t in (block.affine.weight, block.affine.bias)] for block in blocks]
+        with torch.no_grad():
+            waves = self.model.map_noise(torch.tensor([sigma], dtype=torch.float32).log() / 4)
+        self.model.map_noise = _Constant(waves.double())
+        affines = [(block.affine.weight, block.affine.bias, block.conv0.bias) for block in blocks]
+        self.affines = [[t.detach().to("cpu", copy=True) for t in affine] for affine in affines]
         self.adaptive = [block.adaptive_scale for block in blocks]
-        self.offsets = [_f64(block.conv0.bias) for block in blocks]
         self.sizes = [block.out_channels for block in blocks for _ in range(2 if block.adaptive_scale else 1)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.map_noise.value.device
+
+    def to(self, device: torch.device) -> "_Embedding":
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).to(device)
+        twin.affines = [[t.to(device) for t in affine] for affine in self.affines]
+        return twin
 
     @torch.no_grad()
     def __call__(self, labels: Tensor | None) -> list[Tensor]:
         """float32 (N, C) for each of `sizes`: the offset before norm1, with conv0's bias, or its scale and shift."""
-        emb = self.model.embed(self.noise, labels, None, batch=1 if labels is None else len(labels)).double()
+        noise = self.model.map_noise.value
+        labels = None if labels is None else labels.double()
+        emb = self.model.embed(noise, labels, None, batch=1 if labels is None else len(labels))
         rows = []
-        for (weight, bias), adaptive, offset in zip(self.affines, self.adaptive, self.offsets, strict=True):
+        for affine, adaptive in zip(self.affines, self.adaptive, strict=True):
+            weight, bias, offset = (t.double() for t in affine)
             row = torch.addmm(bias, emb, weight.t())
             rows += [part.float() for part in (row.chunk(2, 1) if adaptive else (row + offset,))]
         return rows
+
+
+class _Constant(nn.Module):
+    """`value`, whatever it is given."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Buffer(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
 
 
 def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedUNet, Conditioning | None]:

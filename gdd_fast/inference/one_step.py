@@ -15,10 +15,12 @@ split over processes changes it. The order of draws is EDM's (Karras et al., arX
 the latent before the label.
 """
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ class OneStepGenerator:
         sigma: float = SIGMA,
     ) -> None:
         """As `from_network`."""
+        if not isinstance(network, EDMPrecond):
+            raise InputError(
+                f"a OneStepGenerator is made of a network of gdd_fast, not {type(network).__name__}: load one with "
+                "gdd_fast.load_generator, or make this one faster with gdd_fast.accelerate"
+            )
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
         self.network = network
         self.device = _device(own if device is None else device)
@@ -67,7 +74,8 @@ class OneStepGenerator:
         self.label_dim: int = network.label_dim
         self.engine = choose_engine(engine, self.device)
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
-        self.folded, self.conditioning = fold(network, target, sigma)
+        with torch.autocast("cpu", enabled=False):
+            self.folded, self.conditioning = fold(network, target, sigma)
         self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
         self._run = make_engine(self.engine, self.folded, self.device)
 
@@ -113,7 +121,7 @@ class OneStepGenerator:
         """A generator with the weights `net` has now; `net` is read, not changed, and kept as `.network`.
 
         By default on the device of `net` and in its compute type. `sigma` is the noise level of the one evaluation.
-        The rest, and what it raises, as `from_pretrained`.
+        The rest, and what it raises, as `from_pretrained`; InputError if `net` is none of gdd_fast's networks.
         """
         return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, sigma=sigma)
 
@@ -143,24 +151,24 @@ class OneStepGenerator:
         if output not in get_args(Output):
             raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
         latents, drawn = self.draw(n, seeds, generator)
-        images = self.run(latents, drawn if labels is None else labels)
-        if not bool(images.isfinite().all()):
-            raise WeightsError(
-                "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
-                "(try bfloat16 or float32)"
-            )
+        own = labels is None
+        images = self.run(latents, drawn if own else labels, check_classes=not own)
+        check_finite(images)
         return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
 
     def draw(
         self, n: int, seeds: Sequence[int] | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Latents float32 (n, C, H, W) and classes int64 (n,), None without classes, as `__call__` draws them."""
-        if not isinstance(n, int) or n < 0:
-            raise InputError(f"n must be a whole number of images, not {n!r}")
+        number = _whole(n)
+        if number is None or number < 0:
+            raise InputError(f"n must be a whole number of images, not {n!r:.100}")
+        n = number
         shape = (self.img_channels, self.img_resolution, self.img_resolution)
         if seeds is not None:
             if generator is not None:
                 raise InputError("give seeds or a generator, not both")
+            seeds = _seeds(seeds)
             if len(seeds) != n:
                 raise InputError(f"{n} images take {n} seeds, not {len(seeds)}")
             streams = SeedStreams(seeds, self.device)
@@ -173,24 +181,27 @@ class OneStepGenerator:
             classes = torch.randint(self.label_dim, (n,), generator=generator, device=device).to(self.device)
         return latents.to(self.device), classes
 
-    def run(self, latents: Tensor, labels: Labels | None = None) -> Tensor:
+    def run(self, latents: Tensor, labels: Labels | None = None, *, check_classes: bool = True) -> Tensor:
         """Images float32 (N, C, H, W) of standard normal latents float32 (N, C, H, W), unclipped and unchecked.
 
         `labels` as in `__call__`; None stands for zeros, "no class", as in the plain network. The result is the
-        caller's: no later call writes to it.
+        caller's: no later call writes to it. Autocast is without effect: `dtype` alone decides.
+
+        That classes are in range is checked by looking at them, which on a GPU waits for all that was asked of it.
+        `check_classes=False` leaves that out: for classes that are known to be; others then fail on the device.
         """
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise InputError(f"latents must be (N, {', '.join(map(str, expected))}), not {tuple(latents.shape)}")
-        labels = self._labels(labels, len(latents))
+        labels = self._labels(labels, len(latents), check_classes)
         latents = latents.to(self.device, torch.float32)
         if not len(latents):
             return latents
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             rows = None if self.conditioning is None else self.conditioning(labels)
             return self._run(latents, rows)
 
-    def _labels(self, labels: Labels | None, n: int) -> Tensor | None:
+    def _labels(self, labels: Labels | None, n: int, check_classes: bool) -> Tensor | None:
         """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
         if self.label_dim == 0:
             if labels is None or (isinstance(labels, Tensor) and labels.shape[-1:] == (0,)):
@@ -198,26 +209,64 @@ class OneStepGenerator:
             raise InputError("the network is without classes: leave labels out")
         if labels is None:
             return torch.zeros(n, self.label_dim, device=self.device)
-        if isinstance(labels, int):
-            labels = [labels] * n
-        labels = torch.as_tensor(labels, device=self.device)
+        if not isinstance(labels, Tensor) and (label := _whole(labels)) is not None:
+            labels = [label] * n
+        try:
+            labels = torch.as_tensor(labels, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(labels, Tensor):
+                raise  # it could not be copied there
+            raise InputError(f"labels must be numbers of classes, not {labels!r:.100}") from error
         if labels.is_floating_point() and tuple(labels.shape) == (n, self.label_dim):
             return labels.float()
-        if labels.dtype == torch.bool or labels.is_floating_point() or tuple(labels.shape) != (n,):
+        whole = not (labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex())
+        if not whole or tuple(labels.shape) != (n,):
             raise InputError(
                 f"labels must be a class, {n} classes, or floating ({n}, {self.label_dim}); "
                 f"not {labels.dtype} {tuple(labels.shape)}"
             )
-        if n and not bool(((labels >= 0) & (labels < self.label_dim)).all()):
+        if check_classes and n and not bool(((labels >= 0) & (labels < self.label_dim)).all()):
             raise InputError(f"classes are 0 to {self.label_dim - 1}, not {labels.tolist()}")
         return labels.long()
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """`images` themselves, or WeightsError if a value is not finite. Waits for them."""
+    if not bool(images.isfinite().all()):
+        raise WeightsError(
+            "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
+            "(try bfloat16 or float32)"
+        )
+    return images
 
 
 def _device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device {device!r} is none that PyTorch knows: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device}: nothing here was written for it; give cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device}: there is no usable CUDA device; use cpu")
     return device
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of Python's, NumPy's or PyTorch's as an int; None for anything else, truth values among it."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _seeds(seeds: Sequence[int]) -> list[int]:
+    try:
+        numbers = [_whole(seed) for seed in seeds]
+    except TypeError:
+        numbers = [None]
+    if None in numbers:
+        raise InputError(f"seeds must be a sequence of whole numbers, such as range(16), not {seeds!r:.100}")
+    return numbers

@@ -3,7 +3,8 @@
 Until a run is whole, its images lie in parts beside the output, in a folder `.<name>.part`: each part is a small output
 of the same kind (a zip, an npz, a folder), and `run.json` says what run they are of. A part is closed every minute, and
 when the run is interrupted; a part that was not closed is not counted. Parts hold a beginning of the seeds, in order,
-so where to go on is their number. At the end they become one, under the output's name, and the folder goes.
+so where to go on is their number. At the end they become one, under the output's name, and the folder goes. A folder
+cannot appear at once: `run.json` then says that the joining has begun, and only so may the output hold images already.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from gdd_fast.inference.writers import ImageWriter, check_output, open_writer
 
 PART_SECONDS = 60.0
 _RUN, _LABELS = "run.json", "dataset.json"
+_JOINING = "joining"
 
 
 class ResumableWriter:
@@ -109,13 +111,14 @@ def resume_writer(
 
     The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears at
     `path`, and what was put is kept for the next call with the same arguments.
-    Raises `ConfigError`, before anything is created, for a path that cannot be written, and for parts of another run.
+    Raises `ConfigError`, before anything is created, for a path that cannot be written, and for parts of another run;
+    and at the end, with the parts kept, for a path that has been filled meanwhile.
     """
     path = Path(path)
     folder = check_resumable(path, run)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / _RUN) as temporary:
-        temporary.write_text(_text(run))
+    joining = _is_joining(folder)
+    _write_run(folder, run, joining)
     for leftover in folder.iterdir():
         if leftover.name != _RUN and leftover.stem not in {part.stem for part in _closed_parts(folder)}:
             _remove(leftover)
@@ -127,6 +130,9 @@ def resume_writer(
         raise
     writer.close_part()
     if writer.done == len(writer.seeds):
+        if not joining:
+            check_output(path)  # whoever has filled it meanwhile keeps it
+            _write_run(folder, run, joining=True)
         _join(writer.parts, path)
         shutil.rmtree(folder)
 
@@ -150,6 +156,8 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
         except ValueError as error:
             raise ConfigError(f"{folder / _RUN} is damaged ({error}); delete the folder to start again") from error
         now = json.loads(_text(run))
+        if not before.pop(_JOINING, False):
+            check_output(path)
         if before != now:
             changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
             raise ConfigError(
@@ -157,6 +165,16 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
                 "or name another --out"
             )
     return folder
+
+
+def _is_joining(folder: Path) -> bool:
+    path = folder / _RUN
+    return path.is_file() and bool(json.loads(path.read_text()).get(_JOINING, False))
+
+
+def _write_run(folder: Path, run: Mapping[str, Any], joining: bool) -> None:
+    with atomic_write(folder / _RUN) as temporary:
+        temporary.write_text(_text({**run, _JOINING: True} if joining else run))
 
 
 def _text(run: Mapping[str, Any]) -> str:

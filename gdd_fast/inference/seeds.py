@@ -87,7 +87,10 @@ class SeedStreams:
     def _stack(self, draws: list[torch.Tensor], empty: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if not draws:
             return torch.empty(tuple(empty), dtype=dtype, device=self.device)
-        return torch.stack(draws).to(self.device)
+        stacked = torch.stack(draws)
+        if self.device.type == "cuda" and not stacked.is_cuda:
+            stacked = stacked.pin_memory()  # a copy out of other memory would wait for all that the GPU has to do
+        return stacked.to(self.device, non_blocking=True)
 
 
 def latents(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError, InputError
-from gdd_fast.inference.one_step import OneStepGenerator
+from gdd_fast.inference.one_step import OneStepGenerator, check_finite
 from gdd_fast.models.load import PRECONDS, load_generator
 from gdd_fast.models.precond import EDMPrecond
 
@@ -93,6 +93,7 @@ class OneStepPipeline(DiffusionPipeline):
 
         Raises:
             InputError: arguments that do not fit together or the network.
+            WeightsError: the network returns values that are not finite.
         """
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type must be one of {', '.join(get_args(OutputType))}, not {output_type!r}")
@@ -105,7 +106,8 @@ class OneStepPipeline(DiffusionPipeline):
             rows = [engine.draw(1, generator=one) for one in generator]
             latents = torch.cat([row for row, _ in rows])
             drawn = torch.cat([label for _, label in rows]) if engine.label_dim else None
-        images = engine.run(latents, drawn if class_labels is None else class_labels)
+        own = class_labels is None
+        images = check_finite(engine.run(latents, drawn if own else class_labels, check_classes=not own))
         result: Any = (images / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             result = result.permute(0, 2, 3, 1).cpu().numpy()
@@ -117,7 +119,9 @@ class OneStepPipeline(DiffusionPipeline):
     def engine(self) -> OneStepGenerator:
         """The network made fast, again after it has moved, changed its dtype or got other weights."""
         network, device = self.model.network, self._execution_device
-        key = (device, network.dtype, *((id(t), t._version) for t in network.state_dict(keep_vars=True).values()))
+        stored = self.model.dtype  # what `to` and `from_pretrained(torch_dtype=...)` ask for is written in the weights
+        dtype = network.dtype if stored == torch.float32 else stored
+        key = (device, dtype, *((id(t), t._version) for t in network.state_dict(keep_vars=True).values()))
         if self._engine is None or self._engine[0] != key:
-            self._engine = key, OneStepGenerator.from_network(network, device=device)
+            self._engine = key, OneStepGenerator.from_network(network, device=device, dtype=dtype)
         return self._engine[1]

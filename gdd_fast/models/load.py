@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -56,9 +54,12 @@ def load_network(folder: str | Path, device: torch.device | str | None = None) -
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} has no model.safetensors: the network was not saved completely; save it again.")
+    from safetensors import SafetensorError  # a network from elsewhere runs without that library
+    from safetensors.torch import load_file
+
     try:
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}): the file is damaged; copy or make it again.") from error
     return _build(PRECONDS[config["precond"]], config["init"], state, str(folder)).to(device)
 

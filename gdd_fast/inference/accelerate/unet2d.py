@@ -111,16 +111,22 @@ def _plan_resnet(plan: Plan, block: nn.Module) -> None:
 
 
 class Packed:
-    """The weights and biases of the query, key and value side by side, made again when one changes."""
+    """The weights and biases of the query, key and value side by side, made again when one changes.
+
+    Kept only while all are frozen. What is trained is also what averages such as diffusers' EMAModel write to through
+    `.data`, of which a tensor's version says nothing; it is put together in every call.
+    """
 
     def __init__(self) -> None:
         self._made: tuple[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, Tensor | None]] | None = None
 
     def __call__(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
         sources = tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+        trained = any(t.requires_grad for t in sources)
         passing = torch.compiler.is_compiling() or capturing(sources[0]) or any(t.is_inference() for t in sources)
-        if differentiable or passing:
+        if trained:
+            self._made = None
+        if trained or passing:
             return self._pack(layers)
         key = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
         made = self._made
