@@ -20,6 +20,10 @@ COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
 
+GRAPHS = ("graph", "max-autotune")
+"""Peers that replay a CUDA graph: its memory is allocated at capture, so a count around a call sees none of it."""
+
+
 class UnavailableError(Exception):
     """A peer that cannot run here: a package or a device that is not there."""
 
@@ -83,6 +87,10 @@ def _check(bench: Bench, peer: str, outputs: Any) -> None:
     bench.checks.get(peer, bench.check)(outputs)
 
 
+def _peak(peer: str, call: Call, device: torch.device) -> int | None:
+    return None if any(name in peer for name in GRAPHS) else peak_bytes(call, device)
+
+
 def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None) -> Row:
     """The row of a timed peer."""
     return Row(
@@ -113,7 +121,7 @@ def measure_peer(
         timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
         _check(bench, peer, outputs)
         del outputs
-        return row_of(case, bench, peer, timing, peak_bytes(call, device))
+        return row_of(case, bench, peer, timing, _peak(peer, call, device))
     except UnavailableError:
         return None
     except torch.OutOfMemoryError:

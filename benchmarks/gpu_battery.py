@@ -167,8 +167,10 @@ def begin(
     """The file a battery fills: the machine and its rates anew; rows of parts that are not `fresh` are kept."""
     described = machine.describe(device)
     described["commit"] = commit or described["commit"]
+    if "error" in (described["extension"] or {}):
+        notes = {**notes, "extension problem": described["extension"]["error"]}
     results = Results.continued(path, described, machine.rates(device, seconds=seconds))
-    for key in ("running", "cut_off", "died"):
+    for key in ("running", "cut_off", "died", "extension problem"):
         results.notes.pop(key, None)
     for part in fresh:
         results.notes.get("done", {}).pop(part, None)
@@ -204,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build = "as it was" if args.no_build else build_extension(device, min(_BUILD_SECONDS, args.budget_s / 3))
     say(f"extension: {build}")
     begin(path, device, {"extension": build}, parts, 0.05 if args.smoke else 0.3, args.commit)
+    if problem := Results.load(path).notes.get("extension problem"):
+        say(f"the extension cannot be used, its rows will say so: {problem}")
     for part in [p for p in SHARES if p in parts]:
         left = deadline - time.time() - _GRACE_SECONDS
         if left < 5:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import gpu_battery, peers, roofline, tune, waterfall
-from benchmarks.case import Bench, Case
+from benchmarks.case import Bench, Case, Effort, measure_case
 from benchmarks.flops import count_flops
-from benchmarks.layers import attention_calls, backbone_calls, resample_calls
+from benchmarks.layers import ConvCall, PoolCall, attention_calls, backbone_calls, resample_calls
 from benchmarks.operator_cases import operator_cases
+from benchmarks.operator_problems import conv_problem, pool_problem
+from benchmarks.operators import operator_case
 from benchmarks.results import Results, Row
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
 from benchmarks.training_cases import Batch
+from gdd_fast import backend
+from gdd_fast.errors import BackendError
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 
@@ -205,6 +210,34 @@ def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(m
     assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
     assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
     assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+@pytest.fixture
+def stale_extension(monkeypatch):
+    def stale():
+        raise BackendError("gdd_fast._C is stale")
+
+    monkeypatch.setattr(backend, "extension", stale)
+
+
+def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_path, stale_extension):
+    path = tmp_path / "b.json"
+    gpu_battery.begin(path, CPU, {}, [], 0.001, None)
+    found = Results.load(path)
+    assert "stale" in found.machine["extension"]["error"] and found.rates["copy"] > 0
+    (case,) = [c for c in operator_cases(False) if c.group == "residual forward"][:1]
+    rows = {r.peer: r.failure for r in measure_case(case, CPU, Effort(0.001, least=1))}
+    assert rows["official"] is rows["stock"] is None and "stale" in rows["gdd_fast:cpp"]
+
+
+def test_bytes_of_backward_are_what_it_reads():
+    """A ReLU's convolution needs a bit an output, pooling a byte; neither its input again."""
+    conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
+    x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
+    bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)
+    assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
+    bench = operator_case("p", "p", partial(pool_problem, PoolCall(4, 8), 2, torch.float32), backward=True).build(CPU)
+    assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, tables
+from benchmarks import case, compare, tables
 from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.checks import Accuracy, Closeness, MismatchError, poisoned
 from benchmarks.results import Results, Row, format_seconds
@@ -98,8 +98,8 @@ def test_a_peer_that_is_wrong_gets_no_time_and_the_others_do():
         "large": no_memory,
         "right": lambda: x.clone,
     }
-    case = Case("g", "c", lambda device: Bench(peers, Closeness(x, 1e-6).check, bytes=64))
-    found = {row.peer: row for row in measure_case(case, CPU, QUICK)}
+    work = Case("g", "c", lambda device: Bench(peers, Closeness(x, 1e-6).check, bytes=64))
+    found = {row.peer: row for row in measure_case(work, CPU, QUICK)}
     assert list(found) == ["unwritten", "later", "raises", "large", "right"]
     assert all(found[p].wall is None and found[p].failure for p in list(found)[:-1])
     assert "NaN" in found["unwritten"].failure and found["large"].failure == OUT_OF_MEMORY
@@ -112,8 +112,8 @@ def test_a_case_that_cannot_be_built_is_a_row():
 
 
 def test_without_effort_peers_are_checked_and_none_is_timed():
-    case = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
-    assert list(measure_case(case, CPU, Effort(0.0))) == []
+    work = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
+    assert list(measure_case(work, CPU, Effort(0.0))) == []
 
 
 def test_results_survive_a_file_and_replace_rows_of_the_same_key(tmp_path):
@@ -185,6 +185,29 @@ def test_tables_show_every_row_and_how_ours_compares():
     assert "| generator, n | 4 s | 2 s | 3 s | 1 s | 2.00 x |" in short
     assert "residual" not in short and "wrong: a/b" in long and long.count("| generator |") == 4
     assert "No GPU has been measured" in short and "No GPU has been measured" in long
+
+
+def test_tables_without_a_record_speak_of_no_figure():
+    for page in (tables.readme, tables.docs):
+        assert "No figure has been recorded yet" in page([]) and "every figure" not in page([])
+
+
+def test_tables_name_the_commit_of_kept_rows_and_never_compare_across_commits():
+    kept = row("stock", (2, 2, 2), bytes=10**8, extra={"commit": "older"})
+    record = results(kept, row(bytes=10**8))
+    short, long = tables.readme([record]), tables.docs([record])
+    assert "2 s (at commit older)" in short and " x |" not in short
+    assert "stock (at commit older)" in long and "kept from an earlier run" in long and "same run" not in long
+    assert " 10 %" in long and " 5 %" not in long  # of ours alone: the rates are not of the kept row's run
+    assert "earlier run" not in tables.docs([results(row())])
+
+
+@pytest.mark.parametrize("peer", ["graph", "gdd_fast graph", "OneStepGenerator:graph", "max-autotune"])
+def test_peers_in_graphs_have_no_peak(peer, monkeypatch):
+    monkeypatch.setattr(case, "peak_bytes", lambda call, device: 7)
+    bench = Bench({peer: lambda: lambda: torch.ones(1), "stock": lambda: lambda: torch.ones(1)}, lambda outputs: None)
+    found = {r.peer: r.peak_bytes for r in measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)}
+    assert found == {peer: None, "stock": 7}
 
 
 def test_tables_replace_what_is_between_the_markers(tmp_path):
