@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checks import MismatchError, poisoned, tensors
+from benchmarks.checks import MismatchError, UncheckedError, poisoned, tensors
 from benchmarks.results import Row
 from benchmarks.timing import Call, Timing, measure, peak_bytes
 
@@ -46,6 +46,8 @@ class Bench:
     like: list[torch.Tensor] = field(default_factory=list)
     """Tensors of the outputs' sizes, to poison the memory that they will get."""
     checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By peer, what its row says beside the times, such as how far it could be compared."""
     keep: Any = None
     """What has to live as long as the case, such as a temporary folder."""
 
@@ -104,6 +106,7 @@ def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None
         precision=bench.precision,
         images=bench.images,
         peak_bytes=peak,
+        extra=dict(bench.extra.get(peer, {})),
     )
 
 
@@ -128,6 +131,8 @@ def measure_peer(
         return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
     except MismatchError as error:
         return Row(case.group, case.name, peer, failure=f"wrong: {error}")
+    except UncheckedError as error:
+        return Row(case.group, case.name, peer, failure=f"unchecked: {error}")
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:

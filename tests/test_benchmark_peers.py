@@ -225,7 +225,7 @@ def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_pat
     gpu_battery.begin(path, CPU, {}, [], 0.001, None)
     found = Results.load(path)
     assert "stale" in found.machine["extension"]["error"] and found.rates["copy"] > 0
-    (case,) = [c for c in operator_cases(False) if c.group == "residual forward"][:1]
+    (case,) = [c for c in operator_cases(False) if c.group == "group_norm_silu forward"][:1]
     rows = {r.peer: r.failure for r in measure_case(case, CPU, Effort(0.001, least=1))}
     assert rows["official"] is rows["stock"] is None and "stale" in rows["gdd_fast:cpp"]
 
