@@ -6,6 +6,7 @@ training steps in the norm of every gradient by itself.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 _POISON_BYTES = 1 << 30
+_ORDER, _MANY = 8.0, 16
 
 
 class MismatchError(Exception):
@@ -111,7 +113,8 @@ class Gradients:
 
     A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
     Where that would allow more than `most`, its value says nothing (rounding has been amplified), and its norm alone
-    is compared: it has to be within a factor of two of plain PyTorch's. Gradients that are a millionth of the largest
+    is compared: it has to be of the order of plain PyTorch's (a factor of `_ORDER`), and not zero if the gradient has
+    but a few elements, whose norm is noise too. Gradients that are a millionth of the largest
     or less are rounding themselves and are held against that size.
     """
 
@@ -121,7 +124,7 @@ class Gradients:
         least = max(1e-6 * max(norms, default=0.0), 1e-30)
         self._scales = [max(norm, least) for norm in norms]
         found = [t.detach().float() for t in tensors(eager)]
-        self._eager_norms = [max(float(t.norm()), least) for t in found]
+        self._eager_norms = [float(t.norm()) for t in found]
         self._limits = [max(floor, FACTOR * error) for error in self._errors(found)]
         self._most = most
         self.in_value = sum(limit <= most for limit in self._limits)
@@ -141,8 +144,9 @@ class Gradients:
                         f"gradient {index} differs by {error:.3g} of its norm, and at most {limit:.3g} is allowed"
                     )
                 continue
-            norm, eager = max(float(found[index].norm()), self._scales[index] * 1e-3), self._eager_norms[index]
-            if not eager / FACTOR <= norm <= FACTOR * eager:
+            norm, eager = float(found[index].norm()), self._eager_norms[index]
+            low, high = (eager / _ORDER, eager * _ORDER) if found[index].numel() >= _MANY else (0.0, math.inf)
+            if (norm == 0.0) != (eager == 0.0) or not low <= norm <= high:
                 raise MismatchError(f"gradient {index} has norm {norm:.3g}, and plain PyTorch's has {eager:.3g}")
 
     def require_values(self) -> None:

@@ -2,6 +2,7 @@
 convolutions and pooling are called with, collected by hooks while the networks run on the meta device.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ class PoolCall:
     resolution: int
 
 
-def resample_calls() -> list[ResampleCall]:
+@functools.cache
+def resample_calls() -> tuple[ResampleCall, ...]:
     """Every distinct call in the generators, in order of first appearance."""
     found: list[ResampleCall] = []
 
@@ -83,10 +85,11 @@ def resample_calls() -> list[ResampleCall]:
 
     for name in NETWORKS:
         _run_hooked(build(name), call, lambda m: m.register_forward_pre_hook(hook) if isinstance(m, Conv2d) else None)
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def residual_calls() -> list[ResidualCall]:
+@functools.cache
+def residual_calls() -> tuple[ResidualCall, ...]:
     """Every distinct call at the end of the generators' blocks, in order of first appearance."""
     found: list[ResidualCall] = []
 
@@ -96,10 +99,11 @@ def residual_calls() -> list[ResidualCall]:
 
     for name in NETWORKS:
         _run_hooked(build(name), call, lambda m: m.register_forward_hook(hook) if isinstance(m, UNetBlock) else None)
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def attention_calls() -> list[AttentionCall]:
+@functools.cache
+def attention_calls() -> tuple[AttentionCall, ...]:
     """Every distinct call in the generators, in order of first appearance."""
     found: list[AttentionCall] = []
 
@@ -113,10 +117,11 @@ def attention_calls() -> list[AttentionCall]:
 
     for name in NETWORKS:
         _run_hooked(build(name), call, attach)
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def backbone_calls() -> tuple[list[ConvCall], list[PoolCall]]:
+@functools.cache
+def backbone_calls() -> tuple[tuple[ConvCall, ...], tuple[PoolCall, ...]]:
     """Every distinct frozen convolution with an activation, and pooling, in the folded backbones."""
     convolutions: list[ConvCall] = []
     pools: list[PoolCall] = []
@@ -139,7 +144,7 @@ def backbone_calls() -> tuple[list[ConvCall], list[PoolCall]]:
         with torch.device("meta"):
             net = fold_batch_norm(build_backbone(name, None, resolution))
         _run_hooked(net, lambda n, r=resolution: n(torch.empty((1, 3, r, r), device="meta")), attach)
-    return list(dict.fromkeys(convolutions)), list(dict.fromkeys(pools))
+    return tuple(dict.fromkeys(convolutions)), tuple(dict.fromkeys(pools))
 
 
 def _run_hooked(net: nn.Module, run: Callable[[Any], Any], attach: Callable[[nn.Module], Any]) -> None:

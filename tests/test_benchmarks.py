@@ -80,7 +80,7 @@ def test_closeness_allows_twice_the_error_of_eager():
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.8])
-@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda g: 3 * g, lambda g: g * float("nan")])
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda g: 20 * g, lambda g: g * float("nan")])
 def test_one_wrong_gradient_of_many_is_found_however_large_the_others_and_bad_eager_is(wrong, noise):
     torch.manual_seed(0)
     truth = [torch.randn(1000) * size for size in (1e3, 1.0, 1e-2)]
