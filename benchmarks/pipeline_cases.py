@@ -43,8 +43,8 @@ def pipeline_cases(full: bool) -> list[Case]:
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
         Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
-        Case("import", "in a new process", _import),
         Case("training run", "demo", _run),
+        Case("import", "in a new process", _import),
     ]
 
 

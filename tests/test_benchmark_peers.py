@@ -6,18 +6,22 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import gpu_battery, peers, roofline, tune, waterfall
 from benchmarks.case import Bench, Case, Effort, measure_case
+from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
 from benchmarks.layers import ConvCall, PoolCall, attention_calls, backbone_calls, resample_calls
 from benchmarks.operator_cases import operator_cases
 from benchmarks.operator_problems import conv_problem, pool_problem
 from benchmarks.operators import operator_case
+from benchmarks.pipeline_cases import pipeline_cases, read_images
 from benchmarks.results import Results, Row
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
@@ -159,6 +163,40 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
     gpu_battery.run_part("ops", options)
     again = Results.load(path)
     assert again.rows[:3] == found.rows and again.rows[3].case == "d"  # times untouched: they were not taken anew
+
+
+def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
+    pipelines = {c.group for c in gpu_battery.cases_of("pipelines", False)}
+    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
+    checked = {c.group for c in gpu_battery.cases_of("correctness", False)}
+    assert {"to_uint8 forward", "generator", "adam and average", "attention forward+backward"} <= checked
+    assert "attention forward" not in checked and list(gpu_battery.SHARES)[-1] == "tune"
+
+
+def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
+    weight = torch.ones(3, requires_grad=True)
+    adam = torch.optim.Adam([weight], fused=True)
+    weight.grad = torch.tensor([1.0, float("inf"), 1.0])
+    peers.step_if_finite(adam, [weight.grad])
+    assert weight.tolist() == [1, 1, 1] and not float(adam.state[weight]["step"])
+    weight.grad = torch.ones(3)
+    peers.step_if_finite(adam, [weight.grad])
+    assert (weight < 1).all() and float(adam.state[weight]["step"]) == 1
+
+
+def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
+    case = pipeline_cases(False)[0]
+    assert case.group == "sampling to disk"
+    bench = case.build(CPU)
+    path = bench.peers["gdd_fast"]()()
+    bench.check(path)
+    for name, image in (("few", None), ("wrong", np.zeros_like(read_images(path)[0]))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for index in range(bench.images if image is not None else 1):
+            Image.fromarray(read_images(path)[0] if image is None else image).save(folder / f"{index:06d}.png")
+        with pytest.raises(MismatchError, match="images" if image is None else "levels"):
+            bench.check(folder)
 
 
 def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
