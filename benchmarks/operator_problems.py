@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.layers import AttentionCall, ConvCall, PoolCall, ResampleCall, ResidualCall
+from benchmarks.layers import ConvCall, ResampleCall
 from benchmarks.operators import Problem, fused_peers, nchw, package
-from benchmarks.shapes import NormCall
+from benchmarks.shapes import AttentionCall, MapCall, NormCall
 from gdd_fast.modules import resample_kernel
 from gdd_fast.ops import (
     attention,
@@ -92,7 +92,7 @@ def norm_problem(layer: NormCall, batch: int, dtype: torch.dtype, device: torch.
     )
 
 
-def residual_problem(layer: ResidualCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def residual_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """(h + skip) * sqrt(1/2), as NCSN++ ends its blocks."""
     h, skip = (_map(batch, layer.channels, layer.resolution, dtype, device) for _ in range(2))
     scale = math.sqrt(0.5)
@@ -138,7 +138,7 @@ def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device
 def attention_problem(layer: AttentionCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Attention on the packed qkv of EDM's networks."""
     qkv = _map(batch, 3 * layer.channels, layer.resolution, dtype, device)
-    heads = layer.num_heads
+    heads = layer.heads
 
     def ours(qkv, *, backend) -> Tensor:
         return attention.attention(qkv, heads, backend=backend)
@@ -199,7 +199,7 @@ def conv_problem(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.
     return Problem({"x": x, "weight": weight, "bias": bias}, stock, peers | fused, ("x",), saved_bytes=saved)
 
 
-def pool_problem(layer: PoolCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Max pooling over 2x2 windows."""
     x = _map(batch, layer.channels, layer.resolution, dtype, device)
 

@@ -17,12 +17,13 @@ from benchmarks import gpu_battery, peers, roofline, tune, waterfall
 from benchmarks.case import Bench, Case, Effort, measure_case
 from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
-from benchmarks.layers import ConvCall, PoolCall, attention_calls, backbone_calls, resample_calls
+from benchmarks.layers import ConvCall, attention_calls, convolution_calls, pool_calls, resample_calls
 from benchmarks.operator_cases import operator_cases
 from benchmarks.operator_problems import conv_problem, pool_problem
 from benchmarks.operators import operator_case
 from benchmarks.pipeline_cases import pipeline_cases, read_images
 from benchmarks.results import Results, Row
+from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
 from benchmarks.training_cases import Batch
@@ -79,9 +80,9 @@ def test_flops_are_counted_through_second_derivatives():
 
 
 def test_layers_of_the_networks():
-    assert {(c.channels, c.resolution) for c in attention_calls() if c.num_heads == 1} == {(256, 16), (256, 8)}
+    assert {(c.channels, c.resolution) for c in attention_calls() if c.heads == 1} == {(256, 16), (256, 8)}
     assert any(c.up and len(c.taps) == 4 for c in resample_calls())
-    convolutions, pools = backbone_calls()
+    convolutions, pools = convolution_calls(), pool_calls()
     assert [p.resolution for p in pools] == [224, 112, 56, 28]
     assert any(c.groups > 1 for c in convolutions) and any(c.activation == "relu" for c in convolutions)
 
@@ -274,7 +275,7 @@ def test_bytes_of_backward_are_what_it_reads():
     x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
     bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
-    bench = operator_case("p", "p", partial(pool_problem, PoolCall(4, 8), 2, torch.float32), backward=True).build(CPU)
+    bench = operator_case("p", "p", partial(pool_problem, MapCall(4, 8), 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
