@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.case import Bench, Case
 from benchmarks.checks import Accuracy
 from benchmarks.operators import fused_peers
@@ -62,8 +63,8 @@ def _bench(level: int, device: torch.device) -> Bench:
     makers = {"official": _loop_step, "stock": _fused_step}
     makers |= fused_peers(OPERATOR, device, _our_step)
     count = sum(p.numel() for p in start)
-    peers = {name: partial(peer, make) for name, make in makers.items()}
-    return Bench(peers, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device")
+    prepared = {name: partial(peer, make) for name, make in makers.items()}
+    return Bench(prepared, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device")
 
 
 def _loop_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
@@ -87,9 +88,8 @@ def _fused_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor
 
     @torch.no_grad()
     def step() -> None:
-        if torch.stack(torch._foreach_norm(grads, ord=float("inf"))).isfinite().all():
-            optimizer.step()
-            torch._foreach_lerp_(averages, params, WEIGHT)
+        peers.step_if_finite(optimizer, grads)
+        torch._foreach_lerp_(averages, params, WEIGHT)
 
     return step
 

@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.checks import MismatchError, poisoned, tensors
+from benchmarks.checks import MismatchError, UncheckedError, poisoned, tensors
 from benchmarks.results import Row
 from benchmarks.timing import Call, Timing, measure, peak_bytes
 
 OUT_OF_MEMORY = "out of memory"
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
+
+
+GRAPHS = ("graph", "max-autotune")
+"""Peers that replay a CUDA graph: its memory is allocated at capture, so a count around a call sees none of it."""
 
 
 class UnavailableError(Exception):
@@ -42,6 +46,8 @@ class Bench:
     like: list[torch.Tensor] = field(default_factory=list)
     """Tensors of the outputs' sizes, to poison the memory that they will get."""
     checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By peer, what its row says beside the times, such as how far it could be compared."""
     keep: Any = None
     """What has to live as long as the case, such as a temporary folder."""
 
@@ -83,6 +89,10 @@ def _check(bench: Bench, peer: str, outputs: Any) -> None:
     bench.checks.get(peer, bench.check)(outputs)
 
 
+def _peak(peer: str, call: Call, device: torch.device) -> int | None:
+    return None if any(name in peer for name in GRAPHS) else peak_bytes(call, device)
+
+
 def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None) -> Row:
     """The row of a timed peer."""
     return Row(
@@ -96,6 +106,7 @@ def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None
         precision=bench.precision,
         images=bench.images,
         peak_bytes=peak,
+        extra=dict(bench.extra.get(peer, {})),
     )
 
 
@@ -113,13 +124,15 @@ def measure_peer(
         timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
         _check(bench, peer, outputs)
         del outputs
-        return row_of(case, bench, peer, timing, peak_bytes(call, device))
+        return row_of(case, bench, peer, timing, _peak(peer, call, device))
     except UnavailableError:
         return None
     except torch.OutOfMemoryError:
         return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
     except MismatchError as error:
         return Row(case.group, case.name, peer, failure=f"wrong: {error}")
+    except UncheckedError as error:
+        return Row(case.group, case.name, peer, failure=f"unchecked: {error}")
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:

@@ -1,11 +1,12 @@
 """Whether outputs may be timed at all: compared with the definition, on memory that was poisoned before.
 
 Operators obey the rule of tests/parity.py: an error of at most twice that of eager PyTorch in the same type, both
-against float64, for every output and gradient. Networks and training steps obey the same rule in norm, against the
-float32 definition.
+against float64, for every output and gradient. Networks obey the same rule in norm, against the float32 definition, and
+training steps in the norm of every gradient by itself.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,15 @@ from torch import Tensor
 
 FACTOR = 2.0
 _POISON_BYTES = 1 << 30
+_ORDER, _MANY = 8.0, 16
 
 
 class MismatchError(Exception):
     """Outputs that differ from the definition's by more than they may."""
+
+
+class UncheckedError(Exception):
+    """Outputs that nothing sharp can be said of here: plain PyTorch itself is too far from the definition."""
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -100,6 +106,61 @@ class Closeness:
         error = self.error(outputs)
         if not error <= self._limit:
             raise MismatchError(f"differs by {error:.3g} of the norm, and at most {self._limit:.3g} is allowed")
+
+
+class Gradients:
+    """The rule for training steps: each gradient by itself, against the definition's in float32.
+
+    A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
+    Where that would allow more than `most`, its value says nothing (rounding has been amplified), and its norm alone
+    is compared: it has to be of the order of plain PyTorch's (a factor of `_ORDER`), and not zero if the gradient has
+    but a few elements, whose norm is noise too. Gradients that are a millionth of the largest
+    or less are rounding themselves and are held against that size.
+    """
+
+    def __init__(self, expected: Any, floor: float, eager: Any, *, most: float = 0.3) -> None:
+        self._expected = [t.detach().float().clone() for t in tensors(expected)]
+        norms = [float(t.norm()) for t in self._expected]
+        least = max(1e-6 * max(norms, default=0.0), 1e-30)
+        self._scales = [max(norm, least) for norm in norms]
+        found = [t.detach().float() for t in tensors(eager)]
+        self._eager_norms = [float(t.norm()) for t in found]
+        self._limits = [max(floor, FACTOR * error) for error in self._errors(found)]
+        self._most = most
+        self.in_value = sum(limit <= most for limit in self._limits)
+        """How many of the gradients are compared in value."""
+
+    def __len__(self) -> int:
+        return len(self._expected)
+
+    def check(self, outputs: Any) -> None:
+        """Raise MismatchError unless every gradient is close enough."""
+        found = [t.detach().float() for t in tensors(outputs)]
+        for index, error in enumerate(self._errors(found)):
+            limit = self._limits[index]
+            if limit <= self._most:
+                if not error <= limit:
+                    raise MismatchError(
+                        f"gradient {index} differs by {error:.3g} of its norm, and at most {limit:.3g} is allowed"
+                    )
+                continue
+            norm, eager = float(found[index].norm()), self._eager_norms[index]
+            low, high = (eager / _ORDER, eager * _ORDER) if found[index].numel() >= _MANY else (0.0, math.inf)
+            if (norm == 0.0) != (eager == 0.0) or not low <= norm <= high:
+                raise MismatchError(f"gradient {index} has norm {norm:.3g}, and plain PyTorch's has {eager:.3g}")
+
+    def require_values(self) -> None:
+        """Raise UncheckedError if fewer than half of the gradients can be compared in value."""
+        if 2 * self.in_value < len(self):
+            raise UncheckedError(
+                f"of {len(self)} gradients {len(self) - self.in_value} may differ by more than {self._most:g} of "
+                "their norm in plain PyTorch already"
+            )
+
+    def _errors(self, found: list[Tensor]) -> list[float]:
+        _check_alike([t.shape for t in found], [t.shape for t in self._expected])
+        parts = zip(found, self._expected, self._scales, strict=True)
+        return [float((a - b).norm()) / scale for a, b, scale in parts]
 
 
 def _check_alike(found: list[Any], expected: list[Any]) -> None:

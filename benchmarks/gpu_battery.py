@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu_battery`: everything worth knowing of one GPU machine, in a given time.
 
-    python -m benchmarks.gpu_battery                            build, check, then ops, inference, train, tune
+    python -m benchmarks.gpu_battery                            build, check, then all the parts
     python -m benchmarks.gpu_battery --only ops,tune            some parts; rows of the others are kept
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 
@@ -28,12 +28,12 @@ from benchmarks.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> its share of the time that is left when it starts, were all to be run; the last one gets what remains.
-SHARES = {"correctness": 0.18, "inference": 0.25, "train": 0.35, "ops": 0.6, "tune": 1.0}
+SHARES = {"correctness": 0.18, "inference": 0.25, "train": 0.35, "ops": 0.6, "pipelines": 0.5, "tune": 1.0}
 _BUILD_SECONDS = 170
 _GRACE_SECONDS = 25  # for the row in progress when a part's time is up
 _RESTARTS = 4
 _DIED = 3
-_SECONDS = {"inference": 0.4, "train": 1.5, "ops": 0.12}
+_SECONDS = {"inference": 0.4, "train": 1.5, "ops": 0.12, "pipelines": 0.3}
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,17 @@ class Options:
 
 def cases_of(part: str, smoke: bool) -> list[Case]:
     """The cases of a part, the most important first; `smoke`: a few small ones."""
-    from benchmarks.network_cases import network_cases
+    from benchmarks.network_cases import generator_case, network_cases
     from benchmarks.operator_cases import operator_cases
+    from benchmarks.pipeline_cases import pipeline_cases
     from benchmarks.training_cases import training_cases
 
+    if part == "pipelines":
+        return pipeline_cases(False)[:3] if smoke else pipeline_cases(True)
+    if part == "correctness" and not smoke:
+        # both directions cover a forward alone; bytes have no backward; a generator's peers are the engines
+        operators = [c for c in operator_cases(True) if not c.group.endswith(" forward") or "to_uint8" in c.group]
+        return [*operators, generator_case("ncsnpp-32", 16, torch.bfloat16)]
     if part in ("ops", "correctness"):
         cases = operator_cases(not smoke)
         return cases[:9] if smoke else [c for c in cases if part == "ops" or "forward+backward" in c.group]
@@ -168,8 +175,10 @@ def begin(
     """The file a battery fills: the machine and its rates anew; rows of parts that are not `fresh` are kept."""
     described = machine.describe(device)
     described["commit"] = commit or described["commit"]
+    if "error" in (described["extension"] or {}):
+        notes = {**notes, "extension problem": described["extension"]["error"]}
     results = Results.continued(path, described, machine.rates(device, seconds=seconds))
-    for key in ("running", "cut_off", "died"):
+    for key in ("running", "cut_off", "died", "extension problem"):
         results.notes.pop(key, None)
     for part in fresh:
         results.notes.get("done", {}).pop(part, None)
@@ -205,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build = "as it was" if args.no_build else build_extension(device, min(_BUILD_SECONDS, args.budget_s / 3))
     say(f"extension: {build}")
     begin(path, device, {"extension": build}, parts, 0.05 if args.smoke else 0.3, args.commit)
+    if problem := Results.load(path).notes.get("extension problem"):
+        say(f"the extension cannot be used, its rows will say so: {problem}")
     for part in [p for p in SHARES if p in parts]:
         left = deadline - time.time() - _GRACE_SECONDS
         if left < 5:

@@ -1,7 +1,8 @@
-"""More layers of the real networks, beside those of shapes.py: what resampling, residuals, attention, frozen
-convolutions and pooling are called with, collected by hooks while the networks run on the meta device.
+"""More layers of the real networks: resampling and frozen convolutions, collected as those of shapes.py are, by hooks
+while the networks run on the meta device. The rest is what shapes.py has collected.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.checks import tensors
-from benchmarks.shapes import NETWORKS, build, call
+from benchmarks.shapes import NETWORKS, AttentionCall, MapCall, build, call, layers
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
-from gdd_fast.models.backbones.vgg import MaxPool2x2
 from gdd_fast.models.frozen_conv import FrozenConv2d
-from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.modules import Conv2d
 
 BACKBONES = (("vgg16_bn", 224), ("tf_efficientnet_lite0", 224))
@@ -33,15 +31,6 @@ class ResampleCall:
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """One call of attention, less the batch: `channels` of the output."""
-
-    channels: int
-    resolution: int
-    num_heads: int
-
-
-@dataclass(frozen=True)
 class ConvCall:
     """One frozen convolution with a ReLU, less the batch: `size` is the weight's."""
 
@@ -53,23 +42,8 @@ class ConvCall:
     activation: str
 
 
-@dataclass(frozen=True)
-class ResidualCall:
-    """One call of residual, less the batch."""
-
-    channels: int
-    resolution: int
-
-
-@dataclass(frozen=True)
-class PoolCall:
-    """One call of max_pool2x2, less the batch."""
-
-    channels: int
-    resolution: int
-
-
-def resample_calls() -> list[ResampleCall]:
+@functools.cache
+def resample_calls() -> tuple[ResampleCall, ...]:
     """Every distinct call in the generators, in order of first appearance."""
     found: list[ResampleCall] = []
 
@@ -83,43 +57,28 @@ def resample_calls() -> list[ResampleCall]:
 
     for name in NETWORKS:
         _run_hooked(build(name), call, lambda m: m.register_forward_pre_hook(hook) if isinstance(m, Conv2d) else None)
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def residual_calls() -> list[ResidualCall]:
+def residual_calls() -> tuple[MapCall, ...]:
     """Every distinct call at the end of the generators' blocks, in order of first appearance."""
-    found: list[ResidualCall] = []
-
-    def hook(_block: UNetBlock, _inputs: Any, outputs: Any) -> None:
-        y = tensors(outputs)[0]  # statistics may follow
-        found.append(ResidualCall(y.shape[1], y.shape[2]))
-
-    for name in NETWORKS:
-        _run_hooked(build(name), call, lambda m: m.register_forward_hook(hook) if isinstance(m, UNetBlock) else None)
-    return list(dict.fromkeys(found))
+    return layers().residuals
 
 
-def attention_calls() -> list[AttentionCall]:
+def attention_calls() -> tuple[AttentionCall, ...]:
     """Every distinct call in the generators, in order of first appearance."""
-    found: list[AttentionCall] = []
-
-    def hook(block: UNetBlock, _inputs: Any, outputs: Any) -> None:
-        y = tensors(outputs)[0]
-        found.append(AttentionCall(y.shape[1], y.shape[2], block.num_heads))
-
-    def attach(module: nn.Module) -> Any:
-        attends = isinstance(module, UNetBlock) and module.num_heads
-        return module.register_forward_hook(hook) if attends else None
-
-    for name in NETWORKS:
-        _run_hooked(build(name), call, attach)
-    return list(dict.fromkeys(found))
+    return layers().attentions
 
 
-def backbone_calls() -> tuple[list[ConvCall], list[PoolCall]]:
-    """Every distinct frozen convolution with an activation, and pooling, in the folded backbones."""
+def pool_calls() -> tuple[MapCall, ...]:
+    """Every distinct pooling in the backbones, in order of first appearance."""
+    return layers().pools
+
+
+@functools.cache
+def convolution_calls() -> tuple[ConvCall, ...]:
+    """Every distinct frozen convolution with an activation in the folded backbones."""
     convolutions: list[ConvCall] = []
-    pools: list[PoolCall] = []
 
     def convolution(layer: FrozenConv2d, inputs: tuple[Any, ...]) -> None:
         if len(inputs) > 1 and inputs[1] is not None:
@@ -127,19 +86,14 @@ def backbone_calls() -> tuple[list[ConvCall], list[PoolCall]]:
             geometry = (layer.stride[0], layer.padding[0], layer.groups)
             convolutions.append(ConvCall(size, x.shape[2], *geometry, inputs[1]))
 
-    def pool(_layer: MaxPool2x2, inputs: tuple[Tensor]) -> None:
-        pools.append(PoolCall(inputs[0].shape[1], inputs[0].shape[2]))
-
     def attach(module: nn.Module) -> Any:
-        if isinstance(module, FrozenConv2d):
-            return module.register_forward_pre_hook(convolution)
-        return module.register_forward_pre_hook(pool) if isinstance(module, MaxPool2x2) else None
+        return module.register_forward_pre_hook(convolution) if isinstance(module, FrozenConv2d) else None
 
     for name, resolution in BACKBONES:
         with torch.device("meta"):
             net = fold_batch_norm(build_backbone(name, None, resolution))
         _run_hooked(net, lambda n, r=resolution: n(torch.empty((1, 3, r, r), device="meta")), attach)
-    return list(dict.fromkeys(convolutions)), list(dict.fromkeys(pools))
+    return tuple(dict.fromkeys(convolutions))
 
 
 def _run_hooked(net: nn.Module, run: Callable[[Any], Any], attach: Callable[[nn.Module], Any]) -> None:

@@ -1,4 +1,4 @@
-"""The machine a figure was taken on: what it is, what runs on it, and what it can do, measured in the same run."""
+"""The machine a figure was taken on: what it is, what runs on it, and what it can do, measured on it."""
 
 import platform
 import re
@@ -131,9 +131,14 @@ def _nvidia_smi(device: torch.device) -> dict[str, str | None]:
 
 
 def _extension() -> dict[str, Any] | None:
+    """How the extension was built; None without one; `{"error": ...}` for one that cannot be used."""
     from gdd_fast.backend import extension
+    from gdd_fast.errors import GddFastError
 
-    module = extension()
+    try:
+        module = extension()
+    except (GddFastError, ImportError, OSError) as error:  # stale or of another torch: what does not need it still runs
+        return {"error": f"{type(error).__name__}: {error}"}
     return None if module is None else dict(module.build_info())
 
 

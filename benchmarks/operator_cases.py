@@ -10,7 +10,7 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.adam_cases import adam_cases
 from benchmarks.case import Case
-from benchmarks.layers import attention_calls, backbone_calls, resample_calls, residual_calls
+from benchmarks.layers import attention_calls, convolution_calls, pool_calls, resample_calls, residual_calls
 from benchmarks.operators import operator_case
 from benchmarks.shapes import norm_calls
 
@@ -25,7 +25,6 @@ def operator_cases(full: bool) -> list[Case]:
     """
     batch, dtype = (64, torch.bfloat16) if full else (2, torch.float32)
     small = min(batch, 32)
-    convolutions, pools = backbone_calls()
     both, groups = (False, True), []
     compiled: list[Case] = []
     for group, calls, problem, size, directions in (
@@ -33,8 +32,8 @@ def operator_cases(full: bool) -> list[Case]:
         ("residual", residual_calls(), problems.residual_problem, batch, both),
         ("resample2d", resample_calls(), problems.resample_problem, batch, both),
         ("attention", attention_calls(), problems.attention_problem, batch, both),
-        ("frozen_conv2d_relu", convolutions, problems.conv_problem, small, both),
-        ("max_pool2x2", pools, problems.pool_problem, small, both),
+        ("frozen_conv2d_relu", convolution_calls(), problems.conv_problem, small, both),
+        ("max_pool2x2", pool_calls(), problems.pool_problem, small, both),
         ("discriminator_input", [32, 64], problems.input_problem, small, both),
         ("to_uint8", [32, 64], problems.bytes_problem, 16 * batch, (False,)),
     ):
@@ -66,7 +65,7 @@ def _shape(layer: Any) -> str:
         case problems.ResampleCall(channels=channels, resolution=r):
             return f"{channels}x{r}² {'up' if layer.up else 'down'} {len(layer.taps)} taps"
         case problems.AttentionCall(channels=channels, resolution=r):
-            return f"{channels}x{r}² {layer.num_heads} heads"
+            return f"{channels}x{r}² {layer.heads} heads"
     return f"{layer.channels}x{layer.resolution}²"
 
 

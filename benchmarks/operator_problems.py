@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.layers import AttentionCall, ConvCall, PoolCall, ResampleCall, ResidualCall
+from benchmarks.layers import ConvCall, ResampleCall
 from benchmarks.operators import Problem, fused_peers, nchw, package
-from benchmarks.shapes import NormCall
+from benchmarks.shapes import AttentionCall, MapCall, NormCall
 from gdd_fast.modules import resample_kernel
 from gdd_fast.ops import (
     attention,
@@ -92,7 +92,7 @@ def norm_problem(layer: NormCall, batch: int, dtype: torch.dtype, device: torch.
     )
 
 
-def residual_problem(layer: ResidualCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def residual_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """(h + skip) * sqrt(1/2), as NCSN++ ends its blocks."""
     h, skip = (_map(batch, layer.channels, layer.resolution, dtype, device) for _ in range(2))
     scale = math.sqrt(0.5)
@@ -105,7 +105,7 @@ def residual_problem(layer: ResidualCall, batch: int, dtype: torch.dtype, device
 
     peers = {"official": nchw(lambda **t: stock(**t)), "stock": stock}
     fused = fused_peers(residual.OPERATOR, device, ours)
-    return Problem({"h": h, "skip": skip}, stock, peers | fused, ("h", "skip"), linear=True)
+    return Problem({"h": h, "skip": skip}, stock, peers | fused, ("h", "skip"), saved_bytes=0)
 
 
 def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -132,13 +132,13 @@ def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device
 
     peers = {"official": nchw(lambda **t: stock(**t, box=False)), "stock": stock}
     fused = fused_peers(resample2d.OPERATOR, device, ours)
-    return Problem({"x": x}, stock, peers | fused, ("x",), linear=True, extra={"diffusers": diffusers})
+    return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=0, extra={"diffusers": diffusers})
 
 
 def attention_problem(layer: AttentionCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Attention on the packed qkv of EDM's networks."""
     qkv = _map(batch, 3 * layer.channels, layer.resolution, dtype, device)
-    heads = layer.num_heads
+    heads = layer.heads
 
     def ours(qkv, *, backend) -> Tensor:
         return attention.attention(qkv, heads, backend=backend)
@@ -192,10 +192,14 @@ def conv_problem(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.
 
     peers = {"official": nchw(lambda **t: stock(**t)), "stock": stock}
     fused = fused_peers(frozen_conv2d_relu.OPERATOR, device, ours)
-    return Problem({"x": x, "weight": weight, "bias": bias}, stock, peers | fused, ("x",))
+    side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
+    # backward needs the weight, and of each output whether it was cut off: a bit
+    mask = -(-batch * out_channels * side * side // 8)
+    saved = weight.numel() * weight.element_size() + 2 * mask
+    return Problem({"x": x, "weight": weight, "bias": bias}, stock, peers | fused, ("x",), saved_bytes=saved)
 
 
-def pool_problem(layer: PoolCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Max pooling over 2x2 windows."""
     x = _map(batch, layer.channels, layer.resolution, dtype, device)
 
@@ -206,7 +210,9 @@ def pool_problem(layer: PoolCall, batch: int, dtype: torch.dtype, device: torch.
         return max_pool2x2.max_pool2x2(x, backend=backend)
 
     peers = {"official": nchw(lambda x: stock(x)), "stock": stock}
-    return Problem({"x": x}, stock, peers | fused_peers(max_pool2x2.OPERATOR, device, ours), ("x",))
+    fused = fused_peers(max_pool2x2.OPERATOR, device, ours)
+    # backward needs the place of each maximum, a byte an output
+    return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=2 * (x.numel() // 4))
 
 
 def input_problem(resolution: int, batch: int, dtype: torch.dtype, device: torch.device, size: int = 224) -> Problem:
@@ -234,7 +240,7 @@ def input_problem(resolution: int, batch: int, dtype: torch.dtype, device: torch
 
     peers = {"official": nchw(official), "stock": stock}
     fused = fused_peers(discriminator_input.OPERATOR, device, ours)
-    return Problem({"x": x}, stock, peers | fused, ("x",), linear=True)
+    return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=0)
 
 
 def bytes_problem(resolution: int, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -16,6 +16,7 @@ from benchmarks.checks import FACTOR, Accuracy, tensors
 from benchmarks.flops import count_flops
 from benchmarks.timing import Call
 from gdd_fast.backend import Operator, obstacle
+from gdd_fast.errors import BackendError
 
 Function = Callable[..., Any]
 
@@ -25,15 +26,16 @@ class Problem:
     """One operator on one set of inputs.
 
     `definition(**inputs)` is in plain PyTorch and takes any floating type; each peer takes the same inputs. `extra`
-    peers need a package, and raise UnavailableError when they are asked for. `linear` operators need nothing of the
-    forward pass for backward.
+    peers need a package, and raise UnavailableError when they are asked for. `saved_bytes` is what
+    backward moves of the forward pass at the least: None for all inputs read again, 0 for linear operators; a mask that
+    forward writes and backward reads counts twice.
     """
 
     inputs: dict[str, Tensor | None]
     definition: Function
     peers: dict[str, Function]
     differentiable: tuple[str, ...] = ()
-    linear: bool = False
+    saved_bytes: int | None = None
     extra: dict[str, Callable[[], Function]] = field(default_factory=dict)
 
 
@@ -43,8 +45,20 @@ Build = Callable[[torch.device], Problem]
 def fused_peers(operator: Operator, device: torch.device, call: Callable[..., Any]) -> dict[str, Function]:
     """`call(..., backend=b)` for every fused implementation of `operator` that can run on `device` at full speed."""
     interpreted = {"triton"} if device.type != "cuda" else set()  # Triton's interpreter is no peer
-    usable = [b for b in sorted(operator.fused - interpreted) if obstacle(operator, b, device.type) is None]
-    return {f"gdd_fast:{b}": partial(call, backend=b) for b in usable}
+    found: dict[str, Function] = {}
+    for backend in sorted(operator.fused - interpreted):
+        try:
+            usable = obstacle(operator, backend, device.type) is None
+        except BackendError as error:  # a stale extension: its peer says so in its row, and the others run
+            found[f"gdd_fast:{backend}"] = partial(_refuse, error)
+            continue
+        if usable:
+            found[f"gdd_fast:{backend}"] = partial(call, backend=backend)
+    return found
+
+
+def _refuse(error: BackendError, *_args: Any, **_kwargs: Any) -> Any:
+    raise error
 
 
 def nchw(function: Function) -> Function:
@@ -107,12 +121,13 @@ def _run(function: Function, inputs: dict[str, Any], names: Sequence[str], cotan
 
 
 def _bytes(problem: Problem, inputs: list[Tensor], outputs: list[Tensor], names: Sequence[str]) -> int:
-    """Each input read once and each output written once, per pass; backward reads what it needs of the forward pass."""
+    """Each input read once and each output written once, per pass, and what backward needs of the forward pass."""
     forward = _size(inputs) + _size(outputs)
     if not names:
         return forward
     gradients = _size([problem.inputs[n] for n in names])
-    return forward + _size(outputs) + gradients + (0 if problem.linear else _size(inputs))
+    saved = _size(inputs) if problem.saved_bytes is None else problem.saved_bytes
+    return forward + _size(outputs) + gradients + saved
 
 
 def _size(some: Iterable[Tensor]) -> int:

@@ -174,6 +174,16 @@ def under_tf32(call: Call, allowed: bool) -> Call:
     return run
 
 
+def step_if_finite(adam: torch.optim.Adam, gradients: Sequence[Tensor]) -> None:
+    """One step of a fused Adam that changes nothing if a gradient is not finite, decided on the device.
+
+    As torch.amp.GradScaler tells the optimizer; the host waits for nothing.
+    """
+    finite = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).isfinite().all()
+    adam.found_inf = finite.logical_not().float()
+    adam.step()
+
+
 def graphed(call: Call) -> Call:
     """`call` captured in a CUDA graph; the outputs are the graph's own memory, written anew by every replay."""
     stream = torch.cuda.Stream()

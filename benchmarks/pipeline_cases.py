@@ -1,12 +1,13 @@
 """Cases of what surrounds the networks: images from and to disk, Frechet statistics, imports, a run's iteration."""
 
+import copy
 import io
 import math
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,19 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.case import Bench, Case, UnavailableError
-from benchmarks.checks import Closeness, MismatchError
+from benchmarks.checks import FACTOR, Closeness, MismatchError
 from benchmarks.machine import ROOT
+from benchmarks.network_cases import cast_convolutions
 from benchmarks.operators import package
+from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.timing import Call
 from benchmarks.training import Setup
+from gdd_fast.inference.sampler import one_step
 
 _IMPORTS = {"python": "pass", "torch": "import torch", "gdd_fast": "import gdd_fast"}
+_COMPARED = 16
+_PUBLIC_WORKERS = 1
+"""Loader processes: what the public training command starts unless told otherwise (`--workers`)."""
 _IMPORTS["gdd_fast sampling"] = "import gdd_fast.inference.generate"
 
 
@@ -36,52 +43,90 @@ def pipeline_cases(full: bool) -> list[Case]:
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
         Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
-        Case("import", "in a new process", _import),
         Case("training run", "demo", _run),
+        Case("import", "in a new process", _import),
     ]
 
 
 def _sampling(network: str, count: int, device: torch.device) -> Bench:
-    from gdd_fast.inference.generate import generate
-    from gdd_fast.inference.writers import open_writer
+    """Seeds to PNGs: ours as `python -m gdd_fast.sample` does it, the others with the network of plain PyTorch."""
+    from gdd_fast.inference.generate import launch, to_host
+    from gdd_fast.inference.one_step import OneStepGenerator
+    from gdd_fast.inference.resume import resume_writer
+    from gdd_fast.inference.seeds import SeedStreams
 
     net = Setup("demo", 1).generator(device) if network == "demo" else peers.make_generator(network, device)
-    net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    net.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    net = net.eval().requires_grad_(False)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
-    seeds = range(count)
+    seeds, batch = list(range(count)), min(count, 256)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
 
-    def ours() -> Path:
+    def images_of(model: torch.nn.Module, part: list[int]) -> Tensor:
+        """uint8 (N, H, W, C), as the public code makes them of a seed's latent."""
+        with torch.no_grad():
+            z, labels = SeedStreams(part, device).start(shape, net.label_dim, None)
+            return (one_step(model, z, labels) * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def one_by_one(model: torch.nn.Module, name: str) -> Path:
+        """One image after the other through PIL to a file of its own, between batches."""
+        path = root / name
+        path.mkdir(exist_ok=True)
+        for start in range(0, count, batch):
+            part = seeds[start : start + batch]
+            for seed, image in zip(part, images_of(model, part).cpu().numpy(), strict=True):
+                Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path / f"{seed:06d}.png")
+        return path
+
+    def official() -> Call:
+        model = StockGenerator(net, OFFICIAL, dtype)
+        return peers.under_tf32(lambda: one_by_one(model, "official"), False)
+
+    def stock() -> Call:
+        model = StockGenerator(copy.deepcopy(net), BEST, dtype).to(memory_format=torch.channels_last)
+        cast_convolutions(model, dtype)
+        return peers.under_tf32(lambda: one_by_one(model, "stock"), True)
+
+    def ours() -> Call:
+        generator = OneStepGenerator.from_network(net, device=device, dtype=dtype)
         path = root / "ours.zip"
-        with open_writer(path) as writer:
-            for batch in generate(net, seeds, batch=min(count, 256)):
-                writer.put(batch.seeds, batch.images.cpu(), batch.classes)
-        return path
 
-    def official() -> Path:
-        """One image after the other through PIL, between batches of the same network."""
-        path = root / "official.zip"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for batch in generate(net, seeds, batch=min(count, 256)):
-                for seed, image in zip(batch.seeds, batch.images.cpu().numpy(), strict=True):
-                    buffer = io.BytesIO()
-                    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
-                    archive.writestr(f"{seed:06d}.png", buffer.getvalue())
-        return path
+        def call() -> Path:
+            path.unlink(missing_ok=True)
+            with resume_writer(path, seeds, {"network": network}) as writer:
+                for part in to_host(launch(generator, seeds, batch=batch)):
+                    writer.put(part.seeds, part.images, part.classes)
+            return path
 
-    first = next(iter(generate(net, [0], batch=1)))
-    expected = first.images[0].cpu().numpy().astype(int)
+        return call
+
+    few = seeds[:_COMPARED]
+    with peers.tf32(False):
+        expected = images_of(StockGenerator(net, OFFICIAL, torch.float32), few).float()
+        eager = images_of(StockGenerator(net, BEST, dtype), few).float()
+    # of 256 levels, on average; rounding to bytes alone may move a level
+    limit = 0.05 + FACTOR * float((eager - expected).abs().mean())
 
     def check(path: Path) -> None:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if name.endswith(".png"))
-            image = np.asarray(Image.open(io.BytesIO(archive.read(names[0])))).reshape(expected.shape).astype(int)
-        # a batch of another size may round otherwise, by one step of 256
-        if len(names) != count or abs(image - expected).max() > 8:
-            raise MismatchError(f"{len(names)} of {count} images, the first off by {abs(image - expected).max()}")
+        found = read_images(path)
+        if len(found) != count:
+            raise MismatchError(f"{len(found)} of {count} images")
+        images = torch.from_numpy(np.stack(found[: len(few)])).reshape(expected.shape).float().to(device)
+        error = float((images - expected).abs().mean())
+        if not error <= limit:
+            raise MismatchError(f"off by {error:.3g} levels on average, and at most {limit:.3g} are allowed")
 
-    return Bench({"official": lambda: official, "gdd_fast": lambda: ours}, check, images=count, keep=folder)
+    return Bench({"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, keep=folder)
+
+
+def read_images(path: Path) -> list[np.ndarray]:
+    """The PNGs of a zip or a folder, by name."""
+    if path.is_dir():
+        return [np.asarray(Image.open(name)) for name in sorted(path.rglob("*.png"))]
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        return [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
 
 
 def _distance(dim: int, device: torch.device) -> Bench:
@@ -147,27 +192,30 @@ def _data(batch: int, device: torch.device) -> Bench:
         return lambda: next(batches)[0]
 
     class Zip(torch.utils.data.Dataset):
-        """As public code reads it: one PIL image an item, kept open between items."""
+        """As public code reads it: one PIL image an item; each loader process opens the file once."""
 
         def __init__(self) -> None:
-            self.archive = zipfile.ZipFile(path)
-            self.names = sorted(name for name in self.archive.namelist() if name.endswith(".png"))
+            self.archive: zipfile.ZipFile | None = None
+            with zipfile.ZipFile(path) as archive:
+                self.names = sorted(name for name in archive.namelist() if name.endswith(".png"))
 
         def __len__(self) -> int:
             return len(self.names)
 
         def __getitem__(self, index: int) -> np.ndarray:
+            self.archive = self.archive or zipfile.ZipFile(path)
             return np.array(Image.open(io.BytesIO(self.archive.read(self.names[index])))).transpose(2, 0, 1)
 
     def official() -> Call:
-        dataset = Zip()
+        dataset, order = Zip(), np.random.default_rng(0)
 
-        def batches():
+        def endless() -> Iterator[int]:
             while True:
-                yield from torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True)
+                yield from order.permutation(len(dataset)).tolist()
 
-        endless = batches()
-        return lambda: next(endless).to(device)
+        options = {"num_workers": _PUBLIC_WORKERS, "prefetch_factor": 2, "pin_memory": device.type == "cuda"}
+        batches = iter(torch.utils.data.DataLoader(dataset, batch, sampler=endless(), **options))
+        return lambda: next(batches).to(device)
 
     def check(images: Tensor) -> None:
         if images.shape != (batch, 3, 32, 32) or images.dtype != torch.uint8 or images.device.type != device.type:

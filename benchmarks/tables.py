@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADLINES = ("generator", "iteration", "G step", "D step", "R1 step", "sampling to disk", "adam and average")
 """Groups that the README shows."""
+_NO_RECORD = "No figure has been recorded yet."
 _NO_GPU = "No GPU has been measured yet: every figure here is of a CPU."
 
 
@@ -26,7 +27,7 @@ def load_all(folder: Path = FOLDER) -> list[Results]:
 
 def readme(records: Sequence[Results]) -> str:
     """The short tables: one line a case, its peers side by side, and how many times faster ours is than `stock`."""
-    parts = [] if any(r.machine["type"] == "cuda" for r in records) else [_NO_GPU]
+    parts = _preface(records)
     for record in records:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
         if cases:
@@ -36,10 +37,17 @@ def readme(records: Sequence[Results]) -> str:
 
 def docs(records: Sequence[Results]) -> str:
     """Every row of every record."""
-    parts = [] if any(r.machine["type"] == "cuda" for r in records) else [_NO_GPU]
+    parts = _preface(records)
     for record in records:
         parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record), _long_table(record)]
     return "\n\n".join(parts)
+
+
+def _preface(records: Sequence[Results]) -> list[str]:
+    """What a reader has to know before the first figure."""
+    if not any(record.rows for record in records):
+        return [_NO_RECORD]
+    return [] if any(r.machine["type"] == "cuda" for r in records) else [_NO_GPU]
 
 
 def _cases(record: Results) -> list[list[Row]]:
@@ -59,7 +67,18 @@ def _machine_line(record: Results) -> str:
 def _rates_line(record: Results) -> str:
     rates = record.rates
     products = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.items() if k != "copy")
-    return f"Measured in the same run: copy {rates['copy'] / 1e9:.4g} GB/s (read and written); products {products}."
+    line = f"This machine's rates, measured at commit {record.machine['commit'] or 'unknown'}: "
+    line += f"copy {rates['copy'] / 1e9:.4g} GB/s (read and written); products {products}."
+    if any(_other_commit(row) for row in record.rows):
+        line += (
+            " Rows that name another commit were kept from an earlier run; their shares of these rates are not shown."
+        )
+    return line
+
+
+def _other_commit(row: Row) -> str:
+    """ " (at commit abc)" for a row that was kept from a run of another commit; else nothing."""
+    return f" (at commit {row.extra['commit'] or 'unknown'})" if "commit" in row.extra else ""
 
 
 def _short_table(cases: list[list[Row]]) -> str:
@@ -70,14 +89,21 @@ def _short_table(cases: list[list[Row]]) -> str:
         stock = _best(rows, lambda p: p == "stock")
         ready = _best(rows, lambda p: p in ("compile", "max-autotune", "graph"))
         ours = _best(rows, lambda p: "gdd_fast" in p or p.startswith("OneStepGenerator"))
-        gain = f"{stock / ours:.2f} x" if stock and ours else "-"
-        times = " | ".join(format_seconds(t) for t in (official, stock, ready, ours))
+        # times of two commits are no comparison
+        alike = len({row.extra.get("commit", ...) for row in rows if row.seconds is not None}) == 1
+        gain = f"{stock.seconds / ours.seconds:.2f} x" if alike and stock and ours else "-"
+        times = " | ".join(_short_time(row) for row in (official, stock, ready, ours))
         lines.append(f"| {rows[0].group}, {rows[0].case} | {times} | {gain} |")
     return "\n".join(lines)
 
 
-def _best(rows: list[Row], wanted: Callable[[str], bool]) -> float | None:
-    return min((row.seconds for row in rows if wanted(row.peer) and row.seconds is not None), default=None)
+def _short_time(row: Row | None) -> str:
+    return "-" if row is None else format_seconds(row.seconds) + _other_commit(row)
+
+
+def _best(rows: list[Row], wanted: Callable[[str], bool]) -> Row | None:
+    timed = (row for row in rows if wanted(row.peer) and row.seconds is not None)
+    return min(timed, key=lambda row: row.seconds, default=None)
 
 
 def _long_table(record: Results) -> str:
@@ -85,14 +111,17 @@ def _long_table(record: Results) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in record.rows:
         if row.failure:
-            cells = [row.group, row.case, row.peer, row.failure.replace("|", "/"), *[""] * 6]
+            cells = [row.group, row.case, row.peer + _other_commit(row), row.failure.replace("|", "/"), *[""] * 6]
         else:
             low, _, high = row.times
             rate = f"{row.images / row.seconds:.4g}" if row.images and row.seconds else ""
-            cells = [row.group, row.case, row.peer, format_seconds(row.seconds)]
+            # the rates are of this record's run, and say nothing of a row that another one took
+            shares = (row.copy_fraction(record.rates), row.matmul_fraction(record.rates))
+            shares = (None, None) if _other_commit(row) else shares
+            cells = [row.group, row.case, row.peer + _other_commit(row), format_seconds(row.seconds)]
             cells += [f"{format_seconds(low)} to {format_seconds(high)}"]
-            cells += [format_seconds(row.host[1]) if row.host else "", _percent(row.copy_fraction(record.rates))]
-            cells += [_percent(row.matmul_fraction(record.rates)), rate]
+            cells += [format_seconds(row.host[1]) if row.host else "", _percent(shares[0])]
+            cells += [_percent(shares[1]), rate]
             cells += [f"{row.peak_bytes / 1e6:.4g}" if row.peak_bytes is not None else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -199,10 +199,9 @@ def _update(kind: str, weights: list[Tensor], lr: float, *, averaged: bool) -> C
         @torch.no_grad()
         def fused() -> None:
             gradients = [w.grad for w in weights if w.grad is not None]
-            if torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).isfinite().all():
-                adam.step()
-                if averages:
-                    torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
+            peers.step_if_finite(adam, gradients)
+            if averages:
+                torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
 
         return fused
     adam = torch.optim.Adam(weights, **options, foreach=False)

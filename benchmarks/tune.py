@@ -18,7 +18,7 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.case import Case, describe_error
 from benchmarks.checks import MismatchError
-from benchmarks.layers import backbone_calls, residual_calls
+from benchmarks.layers import convolution_calls, pool_calls, residual_calls
 from benchmarks.operators import operator_case
 from benchmarks.results import Results
 from benchmarks.shapes import norm_calls
@@ -64,7 +64,7 @@ def using(entry: str, architecture: str, options: Options) -> Iterator[None]:
 def entries(smoke: bool) -> dict[str, list[Case]]:
     """The entries that can be tuned, with the cases each is judged by: three layers, small to large."""
     batch, dtype = (1, torch.float32) if smoke else (64, torch.bfloat16)
-    norms, residuals, (convolutions, pools) = norm_calls(), residual_calls(), backbone_calls()
+    norms, residuals, convolutions, pools = norm_calls(), residual_calls(), convolution_calls(), pool_calls()
 
     def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
         chosen = [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]

@@ -4,21 +4,31 @@ import itertools
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import gpu_battery, peers, roofline, tune, waterfall
-from benchmarks.case import Bench, Case
+from benchmarks.case import Bench, Case, Effort, measure_case
+from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
-from benchmarks.layers import attention_calls, backbone_calls, resample_calls
+from benchmarks.layers import ConvCall, attention_calls, convolution_calls, pool_calls, resample_calls
 from benchmarks.operator_cases import operator_cases
+from benchmarks.operator_problems import conv_problem, pool_problem
+from benchmarks.operators import operator_case
+from benchmarks.pipeline_cases import pipeline_cases, read_images
 from benchmarks.results import Results, Row
+from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
 from benchmarks.training_cases import Batch
+from gdd_fast import backend
+from gdd_fast.errors import BackendError
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 
@@ -70,9 +80,9 @@ def test_flops_are_counted_through_second_derivatives():
 
 
 def test_layers_of_the_networks():
-    assert {(c.channels, c.resolution) for c in attention_calls() if c.num_heads == 1} == {(256, 16), (256, 8)}
+    assert {(c.channels, c.resolution) for c in attention_calls() if c.heads == 1} == {(256, 16), (256, 8)}
     assert any(c.up and len(c.taps) == 4 for c in resample_calls())
-    convolutions, pools = backbone_calls()
+    convolutions, pools = convolution_calls(), pool_calls()
     assert [p.resolution for p in pools] == [224, 112, 56, 28]
     assert any(c.groups > 1 for c in convolutions) and any(c.activation == "relu" for c in convolutions)
 
@@ -156,6 +166,40 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
     assert again.rows[:3] == found.rows and again.rows[3].case == "d"  # times untouched: they were not taken anew
 
 
+def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
+    pipelines = {c.group for c in gpu_battery.cases_of("pipelines", False)}
+    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
+    checked = {c.group for c in gpu_battery.cases_of("correctness", False)}
+    assert {"to_uint8 forward", "generator", "adam and average", "attention forward+backward"} <= checked
+    assert "attention forward" not in checked and list(gpu_battery.SHARES)[-1] == "tune"
+
+
+def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
+    weight = torch.ones(3, requires_grad=True)
+    adam = torch.optim.Adam([weight], fused=True)
+    weight.grad = torch.tensor([1.0, float("inf"), 1.0])
+    peers.step_if_finite(adam, [weight.grad])
+    assert weight.tolist() == [1, 1, 1] and not float(adam.state[weight]["step"])
+    weight.grad = torch.ones(3)
+    peers.step_if_finite(adam, [weight.grad])
+    assert (weight < 1).all() and float(adam.state[weight]["step"]) == 1
+
+
+def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
+    case = pipeline_cases(False)[0]
+    assert case.group == "sampling to disk"
+    bench = case.build(CPU)
+    path = bench.peers["gdd_fast"]()()
+    bench.check(path)
+    for name, image in (("few", None), ("wrong", np.zeros_like(read_images(path)[0]))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for index in range(bench.images if image is not None else 1):
+            Image.fromarray(read_images(path)[0] if image is None else image).save(folder / f"{index:06d}.png")
+        with pytest.raises(MismatchError, match="images" if image is None else "levels"):
+            bench.check(folder)
+
+
 def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
     path = battery_file(tmp_path)
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: [fake_case("a")])
@@ -205,6 +249,34 @@ def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(m
     assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
     assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
     assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+@pytest.fixture
+def stale_extension(monkeypatch):
+    def stale():
+        raise BackendError("gdd_fast._C is stale")
+
+    monkeypatch.setattr(backend, "extension", stale)
+
+
+def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_path, stale_extension):
+    path = tmp_path / "b.json"
+    gpu_battery.begin(path, CPU, {}, [], 0.001, None)
+    found = Results.load(path)
+    assert "stale" in found.machine["extension"]["error"] and found.rates["copy"] > 0
+    (case,) = [c for c in operator_cases(False) if c.group == "group_norm_silu forward"][:1]
+    rows = {r.peer: r.failure for r in measure_case(case, CPU, Effort(0.001, least=1))}
+    assert rows["official"] is rows["stock"] is None and "stale" in rows["gdd_fast:cpp"]
+
+
+def test_bytes_of_backward_are_what_it_reads():
+    """A ReLU's convolution needs a bit an output, pooling a byte; neither its input again."""
+    conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
+    x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
+    bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)
+    assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
+    bench = operator_case("p", "p", partial(pool_problem, MapCall(4, 8), 2, torch.float32), backward=True).build(CPU)
+    assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
 @pytest.mark.slow

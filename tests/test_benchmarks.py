@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, tables
+from benchmarks import case, compare, tables
 from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
-from benchmarks.checks import Accuracy, Closeness, MismatchError, poisoned
+from benchmarks.checks import Accuracy, Closeness, Gradients, MismatchError, UncheckedError, poisoned
 from benchmarks.results import Results, Row, format_seconds
 from benchmarks.timing import Quantiles, Sampler, measure
 
@@ -79,6 +79,30 @@ def test_closeness_allows_twice_the_error_of_eager():
         Closeness([truth], 1e-3, [truth * 9]).check([truth * 0])  # however bad eager is
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.8])
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda g: 20 * g, lambda g: g * float("nan")])
+def test_one_wrong_gradient_of_many_is_found_however_large_the_others_and_bad_eager_is(wrong, noise):
+    torch.manual_seed(0)
+    truth = [torch.randn(1000) * size for size in (1e3, 1.0, 1e-2)]
+    eager, fine = ([t + noise * t.norm() * torch.randn(1000) / 1000**0.5 for t in truth] for _ in range(2))
+    rule = Gradients(truth, 0.1, eager)
+    rule.check(fine)
+    for index in range(3):
+        with pytest.raises(MismatchError, match=f"gradient {index}"):
+            rule.check([wrong(g) if i == index else g for i, g in enumerate(fine)])
+    assert rule.in_value == (3 if noise < 0.1 else 0)
+
+
+def test_a_step_whose_gradients_cannot_be_compared_gets_no_time():
+    truth = [torch.randn(100) for _ in range(3)]
+    rule = Gradients(truth, 0.1, [torch.randn(100) for _ in range(3)])
+    bench = Bench({"p": lambda: rule.require_values()}, lambda outputs: None)
+    (only,) = measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)
+    assert only.failure.startswith("unchecked") and only.wall is None
+    with pytest.raises(UncheckedError):
+        rule.require_values()
+
+
 def test_a_peer_that_is_wrong_gets_no_time_and_the_others_do():
     """Also one that goes wrong later, one that raises, one without memory and one that is not there."""
     x = torch.rand(8)
@@ -98,8 +122,8 @@ def test_a_peer_that_is_wrong_gets_no_time_and_the_others_do():
         "large": no_memory,
         "right": lambda: x.clone,
     }
-    case = Case("g", "c", lambda device: Bench(peers, Closeness(x, 1e-6).check, bytes=64))
-    found = {row.peer: row for row in measure_case(case, CPU, QUICK)}
+    work = Case("g", "c", lambda device: Bench(peers, Closeness(x, 1e-6).check, bytes=64))
+    found = {row.peer: row for row in measure_case(work, CPU, QUICK)}
     assert list(found) == ["unwritten", "later", "raises", "large", "right"]
     assert all(found[p].wall is None and found[p].failure for p in list(found)[:-1])
     assert "NaN" in found["unwritten"].failure and found["large"].failure == OUT_OF_MEMORY
@@ -112,8 +136,8 @@ def test_a_case_that_cannot_be_built_is_a_row():
 
 
 def test_without_effort_peers_are_checked_and_none_is_timed():
-    case = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
-    assert list(measure_case(case, CPU, Effort(0.0))) == []
+    work = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
+    assert list(measure_case(work, CPU, Effort(0.0))) == []
 
 
 def test_results_survive_a_file_and_replace_rows_of_the_same_key(tmp_path):
@@ -185,6 +209,29 @@ def test_tables_show_every_row_and_how_ours_compares():
     assert "| generator, n | 4 s | 2 s | 3 s | 1 s | 2.00 x |" in short
     assert "residual" not in short and "wrong: a/b" in long and long.count("| generator |") == 4
     assert "No GPU has been measured" in short and "No GPU has been measured" in long
+
+
+def test_tables_without_a_record_speak_of_no_figure():
+    for page in (tables.readme, tables.docs):
+        assert "No figure has been recorded yet" in page([]) and "every figure" not in page([])
+
+
+def test_tables_name_the_commit_of_kept_rows_and_never_compare_across_commits():
+    kept = row("stock", (2, 2, 2), bytes=10**8, extra={"commit": "older"})
+    record = results(kept, row(bytes=10**8))
+    short, long = tables.readme([record]), tables.docs([record])
+    assert "2 s (at commit older)" in short and " x |" not in short
+    assert "stock (at commit older)" in long and "kept from an earlier run" in long and "same run" not in long
+    assert " 10 %" in long and " 5 %" not in long  # of ours alone: the rates are not of the kept row's run
+    assert "earlier run" not in tables.docs([results(row())])
+
+
+@pytest.mark.parametrize("peer", ["graph", "gdd_fast graph", "OneStepGenerator:graph", "max-autotune"])
+def test_peers_in_graphs_have_no_peak(peer, monkeypatch):
+    monkeypatch.setattr(case, "peak_bytes", lambda call, device: 7)
+    bench = Bench({peer: lambda: lambda: torch.ones(1), "stock": lambda: lambda: torch.ones(1)}, lambda outputs: None)
+    found = {r.peer: r.peak_bytes for r in measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)}
+    assert found == {peer: None, "stock": 7}
 
 
 def test_tables_replace_what_is_between_the_markers(tmp_path):
