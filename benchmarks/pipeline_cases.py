@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks import peers
@@ -71,6 +70,8 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
 
     def one_by_one(model: torch.nn.Module, name: str) -> Path:
         """One image after the other through PIL to a file of its own, between batches."""
+        from PIL import Image
+
         path = root / name
         path.mkdir(exist_ok=True)
         for start in range(0, count, batch):
@@ -122,6 +123,8 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
 
 def read_images(path: Path) -> list[np.ndarray]:
     """The PNGs of a zip or a folder, by name."""
+    from PIL import Image
+
     if path.is_dir():
         return [np.asarray(Image.open(name)) for name in sorted(path.rglob("*.png"))]
     with zipfile.ZipFile(path) as archive:
@@ -203,6 +206,8 @@ def _data(batch: int, device: torch.device) -> Bench:
             return len(self.names)
 
         def __getitem__(self, index: int) -> np.ndarray:
+            from PIL import Image
+
             self.archive = self.archive or zipfile.ZipFile(path)
             return np.array(Image.open(io.BytesIO(self.archive.read(self.names[index])))).transpose(2, 0, 1)
 

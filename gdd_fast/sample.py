@@ -29,7 +29,7 @@ from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.resume import check_resumable, part_folder, resume_writer
 from gdd_fast.inference.seeds import check_class, parse_seeds
-from gdd_fast.inference.writers import check_output
+from gdd_fast.inference.writers import check_new_output
 from gdd_fast.models.load import load_generator, network_digest
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
@@ -73,9 +73,7 @@ class SampleConfig:
         if self.out is None and self.grid is None:
             raise ConfigError("nowhere to put the images: pass --out PATH, --grid PATH, or both")
         if self.out is not None and not part_folder(self.out).exists():
-            check_output(self.out)
-            if self.out.is_file():
-                raise ConfigError(f"--out {self.out} exists and is not written over; name another file or move it away")
+            check_new_output(self.out)
         if self.out is not None:
             check_writable(self.out.absolute().parent)
         if self.engine != "auto" and self.sampler.sampler != "one-step":

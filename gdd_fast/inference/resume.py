@@ -22,7 +22,7 @@ import torch
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
-from gdd_fast.inference.writers import ImageWriter, check_output, open_writer
+from gdd_fast.inference.writers import ImageWriter, check_new_output, open_writer
 
 PART_SECONDS = 60.0
 _RUN, _LABELS = "run.json", "dataset.json"
@@ -131,7 +131,7 @@ def resume_writer(
     writer.close_part()
     if writer.done == len(writer.seeds):
         if not joining:
-            check_output(path)  # whoever has filled it meanwhile keeps it
+            check_new_output(path)  # whoever has filled it meanwhile keeps it
             _write_run(folder, run, joining=True)
         _join(writer.parts, path)
         shutil.rmtree(folder)
@@ -147,7 +147,7 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
     path = Path(path)
     folder = part_folder(path)
     if not (folder / _RUN).is_file():
-        check_output(path)
+        check_new_output(path)
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
     else:
@@ -157,7 +157,7 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
             raise ConfigError(f"{folder / _RUN} is damaged ({error}); delete the folder to start again") from error
         now = json.loads(_text(run))
         if not before.pop(_JOINING, False):
-            check_output(path)
+            check_new_output(path)
         if before != now:
             changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
             raise ConfigError(

@@ -76,6 +76,13 @@ def check_output(path: str | Path) -> None:
         raise ConfigError(f"--out {path} is not empty; name a new folder, so that no older image stays among the new")
 
 
+def check_new_output(path: str | Path) -> None:
+    """`check_output`, and raise `ConfigError` for a file that is there already; touches nothing."""
+    check_output(path)
+    if Path(path).is_file():
+        raise ConfigError(f"--out {path} exists and is not written over; name another file or move it away")
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """uint8 `(H, W, C)`, C 1 or 3, as the bytes of a PNG file."""
     buffer = io.BytesIO()
