@@ -28,10 +28,9 @@ from benchmarks.shapes import NETWORKS
 from gdd_fast import modules
 from gdd_fast.inference.fold import SIGMA, Conditioning, fold, make_target
 from gdd_fast.inference.folded import FoldedUNet
-from gdd_fast.models import unet_block
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.ops import group_norm_silu, residual
-from gdd_fast.ops.attention import attention_ref
+from gdd_fast.ops.attention import Order, attention_ref
 from gdd_fast.ops.resample2d import resample2d_ref
 
 EDM = {"ncsnpp-32": (978, 592), "adm-64": (1709, 840)}
@@ -81,24 +80,31 @@ def count(function: Callable[..., Tensor], *inputs: Tensor | None) -> Count:
 def plain_pytorch() -> Iterator[None]:
     """Networks called in this block run the definition of every operator, seen by the dispatcher one by one."""
 
-    def without_backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments, backend=None, **options):
-            return function(*arguments, **options)
+    def norm(*arguments, statistics=None, backend: str, **options) -> Tensor:
+        return group_norm_silu.group_norm_silu_ref(*arguments, **options)
 
-        return call
+    def merged(*arguments, statistics: bool = False, backend: str) -> Tensor:
+        return residual.residual_ref(*arguments)
 
-    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0) -> Tensor:
+    def resample(*arguments, backend: str, **options) -> Tensor:
+        return resample2d_ref(*arguments, **options)
+
+    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0, backend: str = "") -> Tensor:
         return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=padding)
 
-    def residual_ref(h: Tensor, skip: Tensor, *, scale: float) -> Tensor:
-        return residual.residual_ref(h, skip, scale=scale)
+    def attend(qkv: Tensor, num_heads: int, order: Order, backend: str) -> Tensor:
+        return attention_ref(qkv, num_heads, order)
+
+    def never_fused(norm: modules.GroupNorm, x: Tensor | modules.Pair) -> bool:
+        return False
 
     with (
-        mock.patch.object(group_norm_silu, "group_norm_silu", without_backend(group_norm_silu.group_norm_silu_ref)),
-        mock.patch.object(residual, "residual", without_backend(residual_ref)),
-        mock.patch.object(modules, "resample2d", without_backend(resample2d_ref)),
-        mock.patch.object(modules, "frozen_conv2d", without_backend(conv2d)),
-        mock.patch.object(unet_block, "attention", without_backend(attention_ref)),
+        mock.patch.object(group_norm_silu, "group_norm_silu", norm),
+        mock.patch.object(modules.GroupNorm, "is_fused", never_fused),
+        mock.patch.object(residual, "residual", merged),
+        mock.patch.object(modules, "resample2d", resample),
+        mock.patch.object(modules, "frozen_conv2d", conv2d),
+        mock.patch.object(modules, "attention", attend),
     ):
         yield
 
