@@ -197,7 +197,8 @@ def test_an_image_that_goes_bad_later_is_one_clear_error(tmp_path, workers):
 def test_workers_end_with_the_stream_and_survive_an_interrupt(zip_path):
     before = set(multiprocessing.active_children())
     stream = BatchStream(open_dataset(zip_path), 5, seed=0, memory_limit=0, workers=2)
-    next(stream)
+    for _ in range(2):
+        next(stream)  # one of each worker, which has then started and leaves signals to its parent
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:  # what a terminal's Ctrl-C does, apart from the parent
