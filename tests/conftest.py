@@ -20,3 +20,25 @@ def canary(tmp_path):
     path = tmp_path / "canary"
     yield path
     assert not path.exists()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with the teacher and the data of tiny_run.py."""
+    from tiny_run import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """One thread, so that a sum is the same sum everywhere; no TensorBoard, whose import takes seconds."""
+    from gdd_fast.distill import output
+
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

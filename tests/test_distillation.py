@@ -10,27 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from gdd_fast.config import to_dict
-from gdd_fast.distill import checkpoint, loop, output, parts
+from gdd_fast.distill import checkpoint, loop, parts
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.errors import DivergedError
 from gdd_fast.models.load import load_generator
 
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    """One thread, so that a sum is the same sum everywhere; no TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 @pytest.fixture(scope="module")

@@ -6,31 +6,17 @@ import math
 
 import pytest
 import torch
-from tiny_run import ALONE, write_inputs
+from tiny_run import ALONE
 from torch import nn
 
 from gdd_fast.config import to_dict
-from gdd_fast.distill import loop, output
+from gdd_fast.distill import loop
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining, denoising_loss
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.load import as_generator, load_generator
 from gdd_fast.pretrain import main
 
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def config_of(inputs, run_dir, **settings):

@@ -5,11 +5,11 @@ import pkgutil
 
 import pytest
 import torch
-from tiny_run import ALONE, BATCH, tiny_config, tiny_task, write_inputs
+from tiny_run import ALONE, BATCH, tiny_config, tiny_task
 
 import gdd_fast.ops
 from gdd_fast.backend import Operator, obstacle, plan, summary
-from gdd_fast.distill import dry_run, output, parts
+from gdd_fast.distill import dry_run, parts
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.errors import BackendError
@@ -17,27 +17,13 @@ from gdd_fast.evaluate import main as evaluate
 from gdd_fast.modules import choose_backend, operators_of
 from gdd_fast.sample import main as sample
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 CPP, NEITHER = Operator("a", fused=frozenset({"cpp"})), Operator("d", fused=frozenset())
 TRITON, BOTH = Operator("b", fused=frozenset({"triton"})), Operator("c", fused=frozenset({"cpp", "triton"}))
 needs_extension = pytest.mark.skipif(
     obstacle(CPP, "cpp", "cpu") is not None, reason="the extension gdd_fast._C is not built"
 )
-
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @needs_extension

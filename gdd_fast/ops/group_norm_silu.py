@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops import _group_norm_torch as definition
 from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
@@ -219,7 +220,7 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "torch" or x.shape[0] == 0:
-        return _forward_torch(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+        return definition.forward(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     if implementation == "cpp":
         return _forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     from gdd_fast.kernels import group_norm_silu as kernels
@@ -268,7 +269,7 @@ def _backward(
     if implementation == "cpp" and x.shape[0] and dense_format(x) == torch.channels_last:
         return _backward_cpp(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
     if implementation != "triton" or x.shape[0] == 0:
-        return _backward_torch(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
+        return definition.backward(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
     from gdd_fast.kernels import group_norm_silu as kernels
 
     n, c = x.shape[0], weight.shape[0]
@@ -288,7 +289,7 @@ def _backward(
         silu,
         *(dx, dskip, dadd, dweight, dbias, dscale, dshift),
     )
-    return _gradients(dx, dskip, per_sample, (weight, bias, add, scale, shift))
+    return definition.gradients(dx, dskip, per_sample, (weight, bias, add, scale, shift))
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu_backward")
@@ -342,7 +343,7 @@ def _backward_cpp(
     dx, dskip, by_image = torch.ops.gdd_fast_C.group_norm_silu_backward(*maps, *parameters, *rows, mean, rstd, silu)
     per_sample = [gradient if need else None for gradient, need in zip(by_image, needed[2:], strict=True)]
     inputs = (weight, bias, add, scale, shift)
-    return _gradients(dx if needed[0] else None, dskip if needed[1] else None, per_sample, inputs)
+    return definition.gradients(dx if needed[0] else None, dskip if needed[1] else None, per_sample, inputs)
 
 
 def _innermost_channels(x: Tensor) -> Tensor:
@@ -354,106 +355,6 @@ def _innermost_channels(x: Tensor) -> Tensor:
 def _rows(row: Tensor | None) -> Tensor | None:
     """(N, C) or (1, C) with contiguous rows, which is all the kernels need."""
     return row if row is None or row.stride(1) == 1 else row.contiguous()
-
-
-def _gradients(
-    dx: Tensor | None, dskip: Tensor | None, rows: list[Tensor | None], inputs: tuple[Tensor | None, ...]
-) -> list[Tensor]:
-    """What the backward operator returns; `rows` are the gradients of `inputs`, some still (N, C) of what is (C,)."""
-    summed = []
-    for gradient, like in zip(rows, inputs, strict=True):
-        if gradient is not None:
-            if gradient.shape != like.shape:
-                gradient = gradient.sum(0, keepdim=like.dim() == 2)
-            summed.append(gradient.to(like.dtype))
-    return [g for g in (dx, dskip) if g is not None] + summed
-
-
-# --- in plain torch, saving no more than the fused implementations do
-
-
-def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
-    """u, dense, in the dtype that is computed in."""
-    dtype, memory_format = compute_dtype(x), dense_format(x)
-    u = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
-    u = u if add is None else u + add.to(dtype)[:, :, None, None]
-    return _laid_out(u, memory_format)
-
-
-def _laid_out(u: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """u in `memory_format` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
-    _, c, h, w = u.shape
-    strides = (c * h * w, 1, c * w, c) if memory_format is torch.channels_last else (c * h * w, h * w, w, 1)
-    u = u.contiguous(memory_format=memory_format)
-    return u if u.stride() == strides else u.as_strided(u.shape, strides)
-
-
-def _forward_torch(
-    x: Tensor,
-    skip: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    u = _joined(x, skip, add)
-    n, c, h, w = u.shape
-    y, mean, rstd = torch.native_group_norm(u, weight.to(u.dtype), bias.to(u.dtype), n, c, h * w, num_groups, eps)
-    if scale is not None:
-        y = y * (scale.to(u.dtype)[:, :, None, None] + 1)
-    if shift is not None:
-        y = y + shift.to(u.dtype)[:, :, None, None]
-    if silu:
-        y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=dense_format(x)), mean, rstd
-
-
-def _backward_torch(
-    dy: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    needed: list[bool],
-) -> list[Tensor]:
-    need_x, need_skip, need_weight, need_bias, need_add, need_scale, need_shift = needed
-    u = _joined(x, skip, add)
-    n, c, h, w = u.shape
-    weight_, factor = weight.to(u.dtype), None if scale is None else scale.to(u.dtype)[:, :, None, None] + 1
-    dt = _laid_out(dy.to(u.dtype), dense_format(x))
-    if silu or need_scale:
-        a = rstd.repeat_interleave(c // rstd.shape[1], 1) * weight_
-        centre = mean.repeat_interleave(c // mean.shape[1], 1)
-        z = torch.addcmul(bias.to(u.dtype)[:, None, None], u - centre[:, :, None, None], a[:, :, None, None])
-    if silu:
-        t = z if factor is None else z * factor
-        t = t if shift is None else t + shift.to(u.dtype)[:, :, None, None]
-        dt = torch.ops.aten.silu_backward(dt, t)
-    dshift = dt.sum((2, 3)) if need_shift else None
-    dscale = (dt * z).sum((2, 3)) if need_scale else None
-    dz = dt if factor is None else dt * factor
-    mask = [True, need_weight, need_bias]  # on CPU torch crashes on channels_last memory if told to leave du out
-    du, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        dz, u, mean, rstd, weight_, n, c, h * w, mean.shape[1], mask
-    )
-    dadd = du.sum((2, 3)) if need_add else None
-    # of a pair each gets memory of its own: an operator's results may not be views of one another
-    dx, dskip = (
-        du[:, part].to(t.dtype, copy=skip is not None, memory_format=dense_format(t)) if need else None
-        for part, t, need in ((slice(x.shape[1]), x, need_x), (slice(x.shape[1], None), skip, need_skip))
-    )
-    rows = [dweight if need_weight else None, dbias if need_bias else None, dadd, dscale, dshift]
-    return _gradients(dx, dskip, rows, (weight, bias, add, scale, shift))
 
 
 # --- autograd

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import evenly_spaced
 
 OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
 
@@ -55,9 +56,9 @@ def _to_uint8(x: Tensor, backend: Backend) -> Tensor:
         case "triton":
             from gdd_fast.kernels import to_uint8 as kernels
 
-            return kernels.to_uint8(_evenly_spaced(x))
+            return kernels.to_uint8(evenly_spaced(x))
         case "cuda" | "cpp":
-            return torch.ops.gdd_fast_C.to_uint8(_evenly_spaced(x))
+            return torch.ops.gdd_fast_C.to_uint8(evenly_spaced(x))
         case _:
             return to_uint8_ref(x)
 
@@ -66,10 +67,3 @@ def _to_uint8(x: Tensor, backend: Backend) -> Tensor:
 def _(x: Tensor, backend: Backend) -> Tensor:
     n, c, h, w = x.shape
     return x.new_empty((n, h, w, c), dtype=torch.uint8)
-
-
-def _evenly_spaced(x: Tensor) -> Tensor:
-    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy."""
-    _, _, h, w = x.shape
-    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
-    return x if even else x.contiguous()
