@@ -20,6 +20,7 @@ import runpy
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -52,19 +53,41 @@ def extension_obstacle() -> str | None:
     return None
 
 
+def find_toolkit() -> None:
+    """Set CUDA_HOME, if it is not set, to the toolkit of the nvcc on the PATH.
+
+    torch takes the folder above that nvcc's for it, which is wrong where nvcc is a link or a script that calls the real
+    one: then compiling works and linking does not find the runtime library. nvcc itself knows where it lives.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    steps = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    if top := re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE):
+        os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
+
+
 def cuda_obstacle() -> str | None:
     """Why the CUDA operators cannot be built, or None. A GPU is not asked for: wheels are built without one."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    find_toolkit()
+    from torch.utils.cpp_extension import CUDA_HOME
+
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)"
     text = subprocess.run([Path(CUDA_HOME, "bin", "nvcc"), "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.", text)
     if found is None or found[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc is CUDA {found[1] if found else '?'} and torch is CUDA {torch.version.cuda}"
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart"]
+        compiler = os.environ.get("CXX", "c++").split()
+        command = [*compiler, "-shared", "-x", "c++", os.devnull, *libraries, "-o", f"{folder}/empty.so"]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            return f"the linker finds no libcudart.so in {CUDA_HOME} (set CUDA_HOME to the whole CUDA toolkit)"
     return None
 
 
@@ -108,9 +131,10 @@ def extension() -> dict:
     cuda_setting = switch("GDD_FAST_CUDA", "auto", ("auto", "0", "1"))
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError:
         return {"ext_modules": [Extension("gdd_fast._C", cxx_sources)], "cmdclass": {"build_ext": TorchIsMissing}}
+    with_cuda = decide("GDD_FAST_CUDA", cuda_setting, cuda_obstacle())
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         """Tells the build what it is made of, in a header of its own, so that a change recompiles one file more."""
@@ -126,7 +150,6 @@ def extension() -> dict:
                 module.depends.append(str(header))
             super().build_extensions()
 
-    with_cuda = decide("GDD_FAST_CUDA", cuda_setting, cuda_obstacle())
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES) if with_cuda else ""
     optimise = ["-O0", "-g"] if switch("GDD_FAST_DEBUG", "0", ("0", "1")) == "1" else ["-O3", "-g0"]
     # a fused multiply-add rounds once where torch's own kernels round twice: results would differ in the last bit

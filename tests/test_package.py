@@ -150,6 +150,23 @@ def test_a_switch_that_cannot_be_obeyed_is_refused(variables, message):
     assert message in done.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_the_toolkit_is_found_behind_a_script_called_nvcc(tmp_path):
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
+    script.chmod(0o755)
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py')['find_toolkit']()\n"
+        "import os; print(os.environ['CUDA_HOME'])"
+    )
+    path = f"{script.parent}:{os.environ['PATH']}"
+    out = run(sys.executable, "-c", code, cwd=ROOT, GDD_FAST_EXT="0", CUDA_HOME="", CUDA_PATH="", PATH=path)
+    home = Path(out.split()[-1])
+    assert (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file()
+
+
 def test_metadata_needs_no_torch_and_the_build_says_that_it_does(checkout):
     without_torch = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', *sys.argv[1:]]; "
     code = without_torch + "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
