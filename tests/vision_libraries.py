@@ -11,7 +11,7 @@ if torch.version.cuda is None:
     for _name in ("nms", "qnms"):
         _declarations.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import timm  # noqa: E402
-import torchvision  # noqa: E402
+import timm
+import torchvision
 
 __all__ = ["timm", "torchvision"]
