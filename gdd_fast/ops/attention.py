@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
@@ -94,7 +94,12 @@ def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") 
 def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
     if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
         backend = "triton"
-    return resolve(backend, OPERATOR, qkv.device.type)
+    return _implementation(backend, qkv.device.type)
+
+
+@constant_when_compiled
+def _implementation(backend: Backend, device: str) -> str:
+    return resolve(backend, OPERATOR, device)
 
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:

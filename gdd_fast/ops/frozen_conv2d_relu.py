@@ -108,7 +108,9 @@ class _ConvolutionRelu(torch.autograd.Function):
     ) -> Tensor:
         y = convolve(x, weight, bias, g)
         ctx.out_format = memory_format(y)
-        y = y.contiguous(memory_format=ctx.out_format)
+        if not y.is_contiguous(memory_format=ctx.out_format):
+            # not at every call: where that is y itself, torch 2.11 compiles what changes it below to a wrong gradient
+            y = y.contiguous(memory_format=ctx.out_format)
         bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, backend)
         ctx.save_for_backward(weight, bits)
         ctx.shape, ctx.format, ctx.geometry, ctx.backend = x.shape, memory_format(x), g, backend
