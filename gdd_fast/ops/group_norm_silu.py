@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
-from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
+from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
@@ -222,26 +223,9 @@ def _forward(
     if implementation == "torch" or x.shape[0] == 0:
         return definition.forward(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     if implementation == "cpp":
-        return _forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
-    from gdd_fast.kernels import group_norm_silu as kernels
-
-    x, skip = evenly_spaced(x), None if skip is None else evenly_spaced(skip)
-    y = empty_map(x, weight.shape[0])
-    mean, rstd = kernels.forward(
-        x,
-        skip,
-        num_groups,
-        weight.contiguous(),
-        bias.contiguous(),
-        eps,
-        *(_rows(t) for t in (add, scale, shift)),
-        x_statistics,
-        skip_statistics,
-        silu,
-        y,
-        statistics_parts(x.shape[2] * x.shape[3]),
-    )
-    return y, mean, rstd
+        return fused.forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+    statistics = (x_statistics, skip_statistics)
+    return fused.forward_triton(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, statistics)
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu")
@@ -266,30 +250,12 @@ def _backward(
     needed: list[bool],
     implementation: str,
 ) -> list[Tensor]:
+    arguments = (dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
     if implementation == "cpp" and x.shape[0] and dense_format(x) == torch.channels_last:
-        return _backward_cpp(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    if implementation != "triton" or x.shape[0] == 0:
-        return definition.backward(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    from gdd_fast.kernels import group_norm_silu as kernels
-
-    n, c = x.shape[0], weight.shape[0]
-    per_sample = [x.new_empty((n, c), dtype=torch.float32) if need else None for need in needed[2:]]
-    dweight, dbias, dadd, dscale, dshift = per_sample
-    dx = empty_map(x, x.shape[1]) if needed[0] else None
-    dskip = empty_map(skip, skip.shape[1]) if needed[1] else None
-    kernels.backward(
-        evenly_spaced(dy),
-        evenly_spaced(x),
-        None if skip is None else evenly_spaced(skip),
-        weight.contiguous(),
-        bias.contiguous(),
-        *(_rows(t) for t in (add, scale, shift)),
-        mean,
-        rstd,
-        silu,
-        *(dx, dskip, dadd, dweight, dbias, dscale, dshift),
-    )
-    return definition.gradients(dx, dskip, per_sample, (weight, bias, add, scale, shift))
+        return fused.backward_cpp(*arguments)
+    if implementation == "triton" and x.shape[0]:
+        return fused.backward_triton(*arguments)
+    return definition.backward(*arguments)
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu_backward")
@@ -297,64 +263,6 @@ def _(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed, im
     maps = [empty_map(t, t.shape[1]) for t, need in zip((x, skip), needed, strict=False) if need]
     rows = [t.new_empty(t.shape) for t, need in zip((weight, bias, add, scale, shift), needed[2:], strict=True) if need]
     return maps + rows
-
-
-def _forward_cpp(
-    x: Tensor,
-    skip: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    memory_format = dense_format(x)
-    channels_last = memory_format == torch.channels_last
-    # what lies side by side: channels, or pixels, which are in a column where the image is one pixel wide
-    innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
-    maps = [None if t is None else evenly_spaced(t) for t in (x, skip)]
-    maps = [t if t is None or t.stride(innermost) == 1 else t.contiguous(memory_format=memory_format) for t in maps]
-    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    return torch.ops.gdd_fast_C.group_norm_silu(*maps, num_groups, weight, bias, eps, *rows, silu, channels_last)
-
-
-def _backward_cpp(
-    dy: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    needed: list[bool],
-) -> list[Tensor]:
-    """For channels_last maps; contiguous ones are left to the definition."""
-    maps = [None if t is None else _innermost_channels(t) for t in (dy, x, skip)]
-    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
-    parameters = weight.float().contiguous(), bias.float().contiguous()
-    dx, dskip, by_image = torch.ops.gdd_fast_C.group_norm_silu_backward(*maps, *parameters, *rows, mean, rstd, silu)
-    per_sample = [gradient if need else None for gradient, need in zip(by_image, needed[2:], strict=True)]
-    inputs = (weight, bias, add, scale, shift)
-    return definition.gradients(dx if needed[0] else None, dskip if needed[1] else None, per_sample, inputs)
-
-
-def _innermost_channels(x: Tensor) -> Tensor:
-    """x itself if its channels lie side by side and its pixels are evenly spaced, else a channels_last copy."""
-    x = evenly_spaced(x)
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-
-
-def _rows(row: Tensor | None) -> Tensor | None:
-    """(N, C) or (1, C) with contiguous rows, which is all the kernels need."""
-    return row if row is None or row.stride(1) == 1 else row.contiguous()
 
 
 # --- autograd
