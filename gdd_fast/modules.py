@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend, Operator, plan
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.ops import group_norm_silu, residual
+from gdd_fast.ops._maps import autocast_dtype, memory_format
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
 from gdd_fast.ops.attention import attention
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
 
@@ -153,7 +154,7 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
             return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x.dtype), padding=padding)
-        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding, backend=self.backend)
 
     def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,7 +191,7 @@ class QkvConv2d(Conv2d):
         bias = self._blocks(self.bias)
         if self.weight.requires_grad:
             return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
-        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, self._blocks(weight), bias, backend=self.backend)
 
     def _blocks(self, parameter: Tensor) -> Tensor:

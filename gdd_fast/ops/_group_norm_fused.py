@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.ops._group_norm_torch import gradients
-from gdd_fast.ops._maps import dense_format, empty_map, evenly_spaced, statistics_parts
+from gdd_fast.ops._maps import empty_map, evenly_spaced, memory_format, statistics_parts
 
 
 def forward_triton(
@@ -93,12 +93,12 @@ def forward_cpp(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    memory_format = dense_format(x)
-    channels_last = memory_format == torch.channels_last
+    layout = memory_format(x)
+    channels_last = layout == torch.channels_last
     # what lies side by side: channels, or pixels, which are in a column where the image is one pixel wide
     innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
     maps = [None if t is None else evenly_spaced(t) for t in (x, skip)]
-    maps = [t if t is None or t.stride(innermost) == 1 else t.contiguous(memory_format=memory_format) for t in maps]
+    maps = [t if t is None or t.stride(innermost) == 1 else t.contiguous(memory_format=layout) for t in maps]
     rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     return torch.ops.gdd_fast_C.group_norm_silu(*maps, num_groups, weight, bias, eps, *rows, silu, channels_last)

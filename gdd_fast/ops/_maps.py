@@ -13,25 +13,35 @@ def evenly_spaced(x: Tensor) -> Tensor:
     return x if even else x.contiguous()
 
 
-def dense_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of results made from x: channels_last if its channels are innermost, else contiguous.
 
     Unlike torch's own rule this looks through slices of a channels_last tensor, which are most of a U-Net's gradients.
+    Where both formats are the same memory, x's strides decide as they do for torch: a map of one channel is contiguous,
+    and one of a single pixel is channels_last if it was laid out so, with a step from pixel to pixel of all channels.
     """
-    _, c, h, w = x.shape
-    innermost = x.stride(1) == 1 and c > 1 and not (h == 1 and w == 1)
+    innermost = x.shape[1] > 1 and x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
     return torch.channels_last if innermost else torch.contiguous_format
 
 
 def empty_map(x: Tensor, channels: int) -> Tensor:
-    """An uninitialised map (N, channels, H, W) in x's dtype and `dense_format`."""
+    """An uninitialised map (N, channels, H, W) in x's dtype and `memory_format`."""
     n, _, h, w = x.shape
-    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=dense_format(x))
+    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What is computed in: float32, or float64 for float64."""
+    """What sums and products of x are computed in: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x takes and gives: autocast's type where autocast is on, else x's own."""
+    device = x.device.type
+    # float64 stays: autocast leaves it alone
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def statistics_parts(pixels: int) -> int:

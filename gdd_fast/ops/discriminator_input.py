@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import memory_format
 
 OPERATOR = Operator("discriminator_input", fused=frozenset({"cuda", "cpp"}))
 
@@ -130,7 +131,7 @@ def _(dys, scale, channels, height, width, dtype, channels_last, backend) -> Ten
 def _setup_forward(ctx, inputs, output) -> None:
     x, ctx.scale, _, _, _, ctx.backend = inputs
     ctx.shape, ctx.dtype = x.shape[1:], x.dtype
-    ctx.channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
+    ctx.channels_last = memory_format(x) == torch.channels_last
 
 
 def _backward(ctx, dys: list[Tensor | None]):

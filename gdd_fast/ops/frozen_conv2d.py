@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, has_extension
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import autocast_dtype, memory_format
 
 OPERATOR = Operator("frozen_conv2d", fused=frozenset())
 
@@ -87,7 +88,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
             raise InputError(f"{name}: {what} is on {tensor.device}, x on {x.device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
-    dtype = compute_dtype(x)
+    dtype = autocast_dtype(x)
     return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
 
 
@@ -96,24 +97,10 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in: autocast's type where autocast is on, else x's own."""
-    device = x.device.type
-    # float64 stays: autocast leaves it alone
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
     """The numbers that describe a convolution, every pair spelled out."""
     pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
     return (*pairs, groups)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if x's channels are innermost, as in slices of channels_last tensors too; else contiguous."""
-    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:

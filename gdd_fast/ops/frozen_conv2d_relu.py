@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import ConfigError
+from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
     Size2,
@@ -24,7 +25,6 @@ from gdd_fast.ops.frozen_conv2d import (
     frozen_conv2d,
     geometry,
     input_gradient,
-    memory_format,
     prepare,
 )
 

@@ -25,7 +25,7 @@ from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
-from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map
+from gdd_fast.ops._maps import DTYPES, compute_dtype, empty_map, memory_format
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
@@ -251,7 +251,7 @@ def _backward(
     implementation: str,
 ) -> list[Tensor]:
     arguments = (dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    if implementation == "cpp" and x.shape[0] and dense_format(x) == torch.channels_last:
+    if implementation == "cpp" and x.shape[0] and memory_format(x) == torch.channels_last:
         return fused.backward_cpp(*arguments)
     if implementation == "triton" and x.shape[0]:
         return fused.backward_triton(*arguments)

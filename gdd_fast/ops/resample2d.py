@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import DTYPES, memory_format
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def resample2d_ref(
@@ -116,22 +115,22 @@ def _resample2d(
     box: bool,
     backend: Backend,
 ) -> Tensor:
-    memory_format = _memory_format(x)
+    layout = memory_format(x)
     if resolve(backend, OPERATOR, x.device.type) == "torch":
         y = _ref(x, kernel, add, up, padding, (height, width), gain, scale, box)
-        return y.contiguous(memory_format=memory_format)
-    dense = 1 if memory_format == torch.channels_last else 3
+        return y.contiguous(memory_format=layout)
+    dense = 1 if layout == torch.channels_last else 3
     if x.stride(dense) != 1:
-        x = x.contiguous(memory_format=memory_format)
+        x = x.contiguous(memory_format=layout)
     if add is not None:
-        add = add.contiguous(memory_format=memory_format)
-    channels_last = memory_format == torch.channels_last
+        add = add.contiguous(memory_format=layout)
+    channels_last = layout == torch.channels_last
     return torch.ops.gdd_fast_C.resample2d(x, kernel, add, up, padding, height, width, gain, scale, channels_last)
 
 
 @torch.library.register_fake("gdd_fast::resample2d")
 def _(x, kernel, add, up, padding, height, width, gain, scale, box, backend) -> Tensor:
-    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -160,12 +159,6 @@ def _size(x: Tensor, kernel: Tensor, up: bool, padding: int) -> tuple[int, int]:
     if up:
         return 2 * (x.shape[2] - 1) + k - 2 * padding, 2 * (x.shape[3] - 1) + k - 2 * padding
     return (x.shape[2] + 2 * padding - k) // 2 + 1, (x.shape[3] + 2 * padding - k) // 2 + 1
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Of the result: channels_last if the channels of x lie side by side, as they also do in a slice of channels."""
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _ref(

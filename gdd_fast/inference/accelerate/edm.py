@@ -24,7 +24,8 @@ from gdd_fast.models.edm import DhariwalUNet, SongUNet
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.modules import Conv2d, GroupNorm, Linear
 from gdd_fast.ops import attention, group_norm_silu, residual
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops._maps import autocast_dtype, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE
 from gdd_fast.ops.resample2d import resample2d
 
@@ -98,7 +99,7 @@ class FastConv(Fast):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
             return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
-        weight = self._gdd_fast.weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._gdd_fast.weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding)
 
 
