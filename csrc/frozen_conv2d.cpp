@@ -33,7 +33,7 @@ Geometry geometry(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayR
 
 // As memory_format in gdd_fast/ops/_maps.py.
 at::MemoryFormat format_of(const at::Tensor& x) {
-  const bool innermost = x.size(1) > 1 && x.stride(1) == 1 && (x.stride(2) != 1 || x.stride(3) != 1);
+  const bool innermost = x.stride(1) == 1 && (x.stride(2) != 1 || x.stride(3) != 1);
   return innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 

@@ -59,7 +59,7 @@ def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK
 def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dense x (N, C, H, W), contiguous or channels_last -> maxima and uint8 places (N, C, H // 2, W // 2)."""
     n, c, h, w = x.shape
-    layout = torch.channels_last if x.stride(1) == 1 and c > 1 else torch.contiguous_format
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
     places = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():

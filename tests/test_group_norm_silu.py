@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from benchmarks.shapes import norm_calls
 from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.group_norm_silu import OPERATOR, group_norm_silu, group_norm_silu_ref
 from gdd_fast.ops.residual import residual
 from parity import assert_as_accurate_as_torch, backends, device_for
@@ -157,6 +158,7 @@ def test_any_memory_layout_of_input_and_gradient(name, backend):
     strange, dense = change(x.detach()).requires_grad_(), change(x.detach()).contiguous().requires_grad_()
     y, want = case.fused(strange, *rest), case.ref(dense, *rest)
     torch.testing.assert_close(y, want)
+    assert y.is_contiguous(memory_format=memory_format(strange))
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
     got = torch.autograd.grad(y, [strange, *rest], change(dy))
     wanted = torch.autograd.grad(want, [dense, *rest], change(dy).contiguous())
@@ -199,6 +201,19 @@ def test_samples_more_than_two_to_the_31_elements_apart(backend):
     got = torch.autograd.grad(y, inputs, dy)
     for a, b in zip(got, torch.autograd.grad(want, case.inputs, y.detach()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+def test_tiles_two_to_the_32_elements_apart(backend):
+    """Pixels 2^20 elements apart and more of them than a tile holds, in a batch that is not split over programs."""
+    if device_for(backend) == "cuda":
+        pytest.skip("takes the memory that a CPU only promises")
+    dense = torch.randn((1, 1, 4097, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float16)
+    memory = torch.empty(2**32 + 1, dtype=torch.float16)
+    x = memory.as_strided(dense.shape, (1, 1, 2**20, 1)).copy_(dense).expand(8, 1, 4097, 1)
+    weight, bias = torch.full((1,), 1.5), torch.ones(1)
+    got = group_norm_silu(x, 1, weight, bias, backend=backend)
+    torch.testing.assert_close(got, group_norm_silu_ref(dense, 1, weight, bias).expand(x.shape), rtol=2e-3, atol=2e-3)
 
 
 @BACKENDS
@@ -292,6 +307,8 @@ def test_registration(backend):
     op = torch.ops.gdd_fast.group_norm_silu.default
     arguments = (x, skip, 2, weight, bias, 1e-5, add, scale, shift, None, None, True, backend)
     opcheck(op, arguments)
+    rows_apart = torch.zeros(2, 4, 3, 6, device=x.device).contiguous(memory_format=torch.channels_last)[..., :3]
+    opcheck(op, (rows_apart, *arguments[1:]), test_utils=("test_schema", "test_faketensor"))
     _, mean, rstd = op(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
     tensors = [t.detach() for t in (torch.ones(2, 6, 3, 3, device=x.device), *case.inputs)]
     for needed in ([True] * 7, [False, True, False, True, True, False, False]):

@@ -6,22 +6,23 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def evenly_spaced(x: Tensor) -> Tensor:
-    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy."""
-    _, _, h, w = x.shape
-    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
-    return x if even else x.contiguous()
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of results made from x: channels_last if its channels are innermost, else contiguous.
 
     Unlike torch's own rule this looks through slices of a channels_last tensor, which are most of a U-Net's gradients.
-    Where both formats are the same memory, x's strides decide as they do for torch: a map of one channel is contiguous,
-    and one of a single pixel is channels_last if it was laid out so, with a step from pixel to pixel of all channels.
+    Where both formats are the same memory, in maps of one channel or one pixel, x's strides say how it was laid out, as
+    they do for torch's convolutions.
     """
-    innermost = x.shape[1] > 1 and x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
+    innermost = x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
     return torch.channels_last if innermost else torch.contiguous_format
+
+
+def evenly_spaced(x: Tensor) -> Tensor:
+    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy in
+    its `memory_format`."""
+    _, _, h, w = x.shape
+    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
+    return x if even else x.contiguous(memory_format=memory_format(x))
 
 
 def empty_map(x: Tensor, channels: int) -> Tensor:
