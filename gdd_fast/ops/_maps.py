@@ -36,6 +36,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype); a `to` that does nothing still costs a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of x takes and gives: autocast's type where autocast is on, else x's own."""
     device = x.device.type

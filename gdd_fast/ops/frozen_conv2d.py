@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, has_extension
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import autocast_dtype, memory_format
+from gdd_fast.ops._maps import autocast_dtype, cast, memory_format
 
 OPERATOR = Operator("frozen_conv2d", fused=frozenset())
 
@@ -69,6 +69,8 @@ def frozen_conv2d(
             the weight requires a gradient, which it would not get.
     """
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
     if backend != "torch" and x.is_cpu and not torch.compiler.is_compiling() and has_extension():
         return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
@@ -89,12 +91,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
     dtype = autocast_dtype(x)
-    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # a `to` that does nothing still costs a microsecond
-    return x if x.dtype == dtype else x.to(dtype)
+    return cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:

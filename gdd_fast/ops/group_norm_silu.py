@@ -25,11 +25,14 @@ from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
-from gdd_fast.ops._maps import DTYPES, compute_dtype, empty_map, memory_format
+from gdd_fast.ops._maps import DTYPES, cast, compute_dtype, empty_map, memory_format
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
 Activation = Literal["silu"] | None
+
+# Values of a float32 map from which "cpp" was measured to be faster than plain PyTorch, without and with `scale`.
+_LEAST_VALUES = {False: 2**19, True: 2**17}
 
 
 def group_norm_silu_ref(
@@ -47,17 +50,17 @@ def group_norm_silu_ref(
     """The definition; arguments as of `group_norm_silu`."""
     x = torch.cat(x, 1) if isinstance(x, tuple) else x
     dtype = compute_dtype(x)
-    y = x.to(dtype)
+    y = cast(x, dtype)
     if add is not None:
-        y = y + add.to(dtype)[:, :, None, None]
-    y = F.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
+        y = y + cast(add, dtype)[:, :, None, None]
+    y = F.group_norm(y, num_groups, cast(weight, dtype), cast(bias, dtype), eps)
     if scale is not None:
-        y = y * (scale.to(dtype)[:, :, None, None] + 1)
+        y = y * (cast(scale, dtype)[:, :, None, None] + 1)
     if shift is not None:
-        y = y + shift.to(dtype)[:, :, None, None]
+        y = y + cast(shift, dtype)[:, :, None, None]
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype)
+    return cast(y, x.dtype)
 
 
 def group_norm_silu(
@@ -87,7 +90,8 @@ def group_norm_silu(
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
             them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend. On a CPU "auto"
+            computes small float32 maps as plain PyTorch does, which is faster there and keeps more for backward.
 
     Returns:
         (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
@@ -100,8 +104,9 @@ def group_norm_silu(
     given = statistics if isinstance(statistics, tuple) else (statistics, None)
     _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
     implementation = chosen(pair[0], backend)
-    if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
-        # a compiler fuses the definition itself, and without gradients there is nothing to save
+    # a compiler fuses the definition itself, and without gradients there is nothing to save
+    plain = implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled())
+    if plain or (backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
         return group_norm_silu_ref(
             x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
         )
@@ -120,6 +125,12 @@ def chosen(x: Tensor, backend: Backend = "auto") -> str:
             raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
         return "torch"
     return implementation
+
+
+def _is_small(x: Tensor, skip: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether plain PyTorch, which saves more, takes no longer than "cpp" for these maps; docs/cpu_operators.md."""
+    values = x.numel() if skip is None else x.numel() + skip.numel()
+    return x.dtype == torch.float32 and values < _LEAST_VALUES[scale is not None]
 
 
 @constant_when_compiled
