@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from benchmarks.shapes import norm_calls
+from gdd_fast.backend import has_extension
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.group_norm_silu import OPERATOR, group_norm_silu, group_norm_silu_ref
@@ -214,6 +215,23 @@ def test_tiles_two_to_the_32_elements_apart(backend):
     weight, bias = torch.full((1,), 1.5), torch.ones(1)
     got = group_norm_silu(x, 1, weight, bias, backend=backend)
     torch.testing.assert_close(got, group_norm_silu_ref(dense, 1, weight, bias).expand(x.shape), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not has_extension(), reason="the extension gdd_fast._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_leaves_small_float32_maps_on_a_cpu_to_pytorch(dtype):
+    """Where autograd's part in Python costs more than fusing gains."""
+
+    def fused(shape: tuple[int, ...], rows: tuple[str, ...] = (), **options) -> bool:
+        case = Case(shape, 2, dtype=dtype, rows=rows)
+        y = case.call(group_norm_silu, *case.inputs, **options)
+        torch.testing.assert_close(y, case.ref(*case.inputs), rtol=0.02, atol=0.02)
+        return "group_norm_silu" in y.grad_fn.name()
+
+    small, medium, large = (1, 32, 16, 16), (2, 64, 64, 32), (2, 64, 64, 64)
+    wide = dtype == torch.float32
+    assert fused(small) is fused(medium) is (not wide)
+    assert fused(large) and fused(medium, ("scale", "shift")) and fused(small, backend="cpp")
 
 
 @BACKENDS
