@@ -223,7 +223,7 @@ def test_auto_leaves_small_float32_maps_on_a_cpu_to_pytorch(dtype):
     """Where autograd's part in Python costs more than fusing gains."""
 
     def fused(shape: tuple[int, ...], rows: tuple[str, ...] = (), **options) -> bool:
-        case = Case(shape, 2, dtype=dtype, rows=rows)
+        case = Case(shape, 2, dtype=dtype, rows=rows, backend="cpp")
         y = case.call(group_norm_silu, *case.inputs, **options)
         torch.testing.assert_close(y, case.ref(*case.inputs), rtol=0.02, atol=0.02)
         return "group_norm_silu" in y.grad_fn.name()
