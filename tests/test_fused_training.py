@@ -114,7 +114,7 @@ def test_block_compiles_without_graph_breaks(name, fused):
 @pytest.mark.parametrize("name", ["ncsn pair", "adm"])
 def test_block_is_captured_in_a_cuda_graph(name, monkeypatch):
     """Forward and backward; a replay on other numbers gives what running gives."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # ours are; its convolutions' gradients need not be
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # what is compared to the bit must repeat
     run, inputs = block_call(name, fuse(BLOCKS[name]()))
     inputs = [t.requires_grad_() for t in inputs]
 
