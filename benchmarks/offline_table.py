@@ -172,7 +172,7 @@ def _code(module: str, seen: set[str]) -> list[str]:
             found += _code(node.module, seen)
         elif isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
             documented = node.body[:1] if ast.get_docstring(node) else []
-            skipped = {line for text in documented for line in range(text.lineno, text.end_lineno + 1)}
+            skipped = {line for doc in documented for line in range(doc.lineno, doc.end_lineno + 1)}
             found += _tokens(text, range(node.decorator_list[0].lineno, node.end_lineno + 1), skipped)
         elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):
             found += _tokens(text, range(node.lineno, node.end_lineno + 1))
