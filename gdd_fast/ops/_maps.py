@@ -44,8 +44,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of x takes and gives: autocast's type where autocast is on, else x's own."""
     device = x.device.type
-    # float64 stays: autocast leaves it alone
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    # float64 stays: autocast leaves it alone; torch 2.11 does not compile is_autocast_available
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
