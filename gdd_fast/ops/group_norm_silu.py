@@ -164,29 +164,27 @@ def _check(
                 f"group_norm_silu: the second tensor of a pair must match the first but in channels, "
                 f"{x.dtype} ({n}, *, {h}, {w}), not {skip.dtype} {tuple(skip.shape)}"
             )
+        _check_device("skip", skip, x)
         channels.append(skip.shape[1])
         c += skip.shape[1]
     if num_groups < 1 or c % num_groups or c == 0:
         raise InputError(f"group_norm_silu: {c} channels do not divide into {num_groups} groups")
-    for name, tensor, rows in (
-        ("weight", weight, None),
-        ("bias", bias, None),
-        ("add", add, (1, n)),
-        ("scale", scale, (1, n)),
-        ("shift", shift, (1, n)),
+    rows = (n, c), (1, c)
+    for name, tensor, fits in (
+        ("weight", weight, ((c,),)),
+        ("bias", bias, ((c,),)),
+        ("add", add, rows),
+        ("scale", scale, rows),
+        ("shift", shift, rows),
     ):
         if tensor is None:
             continue
-        fits = tensor.shape == (c,) if rows is None else tensor.dim() == 2 and tensor.shape[1] == c
-        if not fits or (rows is not None and tensor.shape[0] not in rows):
-            want = f"({c},)" if rows is None else f"({n}, {c}) or (1, {c})"
+        if tensor.shape not in fits:
+            want = " or ".join(map(str, fits))
             raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
-    others = {"skip": skip, "weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
-    for name, tensor in (others | dict(zip(("statistics", "skip's statistics"), statistics, strict=True))).items():
-        if tensor is not None and tensor.device != x.device:
-            raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
+        _check_device(name, tensor, x)
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
     for tensor, width in zip(statistics, channels, strict=False):
@@ -197,6 +195,12 @@ def _check(
                 f"group_norm_silu: statistics must be {compute_dtype(x)} ({n}, *, 2, {width}), "
                 f"not {tensor.dtype} {tuple(tensor.shape)}"
             )
+        _check_device("statistics", tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
 
 
 # --- the operators as torch.library knows them
