@@ -8,7 +8,7 @@ from benchmarks.saved_bytes import CASES, measure, plain_pytorch, saved_bytes
 from gdd_fast.backend import obstacle
 from gdd_fast.models.frozen_conv import FrozenConv2d
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.modules import Init, set_backend
+from gdd_fast.modules import Init
 from gdd_fast.ops.frozen_conv2d_relu import OPERATOR
 
 
@@ -31,7 +31,6 @@ def test_stock_builds_the_concatenation_and_keeps_every_step_of_a_norm():
     block = UNetBlock(64, 32, 4, init=Init(), init_zero=Init()).requires_grad_(False)
     x = torch.zeros(1, 32, 8, 8, requires_grad=True)
     pair, emb = (x, torch.zeros(1, 32, 8, 8)), torch.zeros(1, 4)
-    set_backend(block, "torch")
     width = 4 * 64 * 32  # bytes of 32 channels
     ours = saved_bytes(block, (pair, emb))
     assert 3 * width <= ours < 3.5 * width  # the pair and conv0's result
@@ -49,7 +48,7 @@ def test_stock_builds_the_concatenation_and_keeps_every_step_of_a_norm():
     ],
 )
 def test_generators_meet_the_target(case):
-    stock, ours = measure(case, "torch")
+    stock, ours = measure(case)
     assert ours <= (case.target or 40) / 100 * stock
 
 

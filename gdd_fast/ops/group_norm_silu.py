@@ -31,7 +31,8 @@ OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
 Activation = Literal["silu"] | None
 
-# Values of a float32 map from which "cpp" was measured to be faster than plain PyTorch, without and with `scale`.
+# Values of a float32 map from which "cpp" was measured to be faster than plain PyTorch, without gradients, without and
+# with `scale`.
 _LEAST_VALUES = {False: 2**19, True: 2**17}
 
 
@@ -90,8 +91,8 @@ def group_norm_silu(
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
             them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend. On a CPU "auto"
-            computes small float32 maps as plain PyTorch does, which is faster there and keeps more for backward.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend. On a CPU and
+            without gradients "auto" computes small float32 maps as plain PyTorch does, which is faster there.
 
     Returns:
         (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
@@ -104,9 +105,10 @@ def group_norm_silu(
     given = statistics if isinstance(statistics, tuple) else (statistics, None)
     _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
     implementation = chosen(pair[0], backend)
+    keeps = torch.is_grad_enabled()
     # a compiler fuses the definition itself, and without gradients there is nothing to save
-    plain = implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled())
-    if plain or (backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
+    plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
+    if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
         return group_norm_silu_ref(
             x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
         )
@@ -128,7 +130,7 @@ def chosen(x: Tensor, backend: Backend = "auto") -> str:
 
 
 def _is_small(x: Tensor, skip: Tensor | None, scale: Tensor | None) -> bool:
-    """Whether plain PyTorch, which saves more, takes no longer than "cpp" for these maps; docs/cpu_operators.md."""
+    """Whether plain PyTorch takes no longer than "cpp" for these maps, forward; docs/cpu_operators.md."""
     values = x.numel() if skip is None else x.numel() + skip.numel()
     return x.dtype == torch.float32 and values < _LEAST_VALUES[scale is not None]
 
