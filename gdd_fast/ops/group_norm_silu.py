@@ -12,7 +12,8 @@ With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its 
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
 where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
-definition. "cpp" has the backward of channels_last maps; that of contiguous ones is plain PyTorch's.
+definition. "cpp" has the backward of channels_last maps, and autograd's part of it; that of contiguous ones is plain
+PyTorch's.
 """
 
 from typing import Literal
@@ -113,6 +114,11 @@ def group_norm_silu(
             x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
         )
     silu = activation == "silu"
+    eager = implementation == "cpp" and keeps and not torch.compiler.is_compiling()
+    if eager and memory_format(pair[0]) is torch.channels_last:
+        # the same kernels; autograd in Python takes longer than a small map
+        op = torch.ops.gdd_fast_C.group_norm_silu_differentiable.default
+        return op(*pair, num_groups, weight, bias, eps, add, scale, shift, silu)
     op = torch.ops.gdd_fast.group_norm_silu.default
     return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
 
