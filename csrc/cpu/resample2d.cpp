@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/floats.h"
@@ -16,6 +17,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
+constexpr int kTaps = 64;          // at most, along one dimension
 constexpr int64_t kGrain = 32768;  // multiply-adds below which a second thread does not pay
 
 // Images of `width` pixels a row, `numbers` a pixel, side by side; y and add are dense.
@@ -145,7 +147,7 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
                               T* y) {
   constexpr int kCount = Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
-  Real<T> tap[Taps > 0 ? Taps : 64];  // a copy, out of reach of the stores to y
+  Real<T> tap[Taps > 0 ? Taps : kTaps];  // a copy, out of reach of the stores to y
   for (int k = 0; k < taps; k++) tap[k] = m.horizontal[k];
   const int64_t c = m.numbers, p = m.padding;
   if constexpr (!Up) {
@@ -173,7 +175,7 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
 template <int Taps, bool Up, typename T>
 GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum,
                                Real<T>* row) {
-  constexpr int kRows = Taps == 0 ? 64 : Up ? Taps / 2 : Taps;
+  constexpr int kRows = Taps == 0 ? kTaps : Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
   const bool dense = m.stride_w == m.numbers || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
@@ -221,20 +223,34 @@ GDD_FAST_RESAMPLE(double)
 GDD_FAST_RESAMPLE(at::BFloat16)
 GDD_FAST_RESAMPLE(at::Half)
 
-// The filter as a column times a row: sums over its rows and columns, of which the row's are divided by the total.
+// The filter as a column times a row, if it is one within the rounding of its own numbers: sums over its rows and
+// columns, of which the row's are divided by the total. Signs are those of the row and the column through the largest
+// tap, so that nothing cancels; without negative taps these are plain sums, exact for the usual filters.
 struct Factors {
   std::vector<double> vertical, horizontal;
+  bool exist;
 
-  Factors(const double* kernel, int taps) : vertical(taps), horizontal(taps) {
-    double total = 0, largest = 0;
-    for (int k = 0; k < taps * taps; k++) {
-      vertical[k / taps] += kernel[k], horizontal[k % taps] += kernel[k], total += kernel[k];
-      largest = std::max(largest, std::abs(kernel[k]));
+  explicit Factors(const at::Tensor& kernel) : vertical(kernel.size(3)), horizontal(kernel.size(3)) {
+    const at::Tensor filter = kernel.to(at::kDouble).contiguous();
+    const double* k = filter.const_data_ptr<double>();
+    const int64_t taps = kernel.size(3), count = taps * taps;
+    const auto smaller = [](double a, double b) { return std::abs(a) < std::abs(b); };
+    const int64_t largest = std::max_element(k, k + count, smaller) - k;
+    const int64_t row = largest / taps * taps, column = largest % taps;
+    double total = 0;
+    for (int64_t at = 0; at < count; at++) {
+      const double across = std::copysign(1., k[row + at % taps]), down = std::copysign(1., k[at - at % taps + column]);
+      vertical[at / taps] += across * k[at];
+      horizontal[at % taps] += down * k[at];
+      total += across * down * k[at];
     }
     for (double& h : horizontal) h /= total;
-    for (int k = 0; k < taps * taps; k++) {
-      const double error = std::abs(vertical[k / taps] * horizontal[k % taps] - kernel[k]);
-      TORCH_CHECK_VALUE(error <= 1e-3 * largest, "resample2d: the filter must be separable: a column times a row");
+    const bool wide = kernel.scalar_type() == at::kDouble;
+    const double allowed = 4 * std::abs(k[largest]) *
+                           (wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
+    exist = true;
+    for (int64_t at = 0; at < count; at++) {
+      exist &= std::abs(vertical[at / taps] * horizontal[at % taps] - k[at]) <= allowed;  // NaN: not
     }
   }
 };
@@ -278,10 +294,12 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
 
 }  // namespace
 
+bool resample2d_takes(const at::Tensor& kernel) { return kernel.size(3) <= kTaps && Factors(kernel).exist; }
+
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
-  const at::Tensor filter = kernel.to(at::kDouble).contiguous();
-  const Factors factors(filter.const_data_ptr<double>(), r.taps);
+  const Factors factors(kernel);
+  TORCH_CHECK_VALUE(r.taps <= kTaps && factors.exist, "resample2d: on the CPU the filter must be a column times a row");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
     resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
                        add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());

@@ -11,9 +11,9 @@ namespace gdd_fast::cuda {
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor filter = kernel.to(x.device(), at::kFloat).contiguous();
+  const at::Tensor filter = kernel.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   const auto launch = [&]<typename T>() {
-    return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<float>(),
+    return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<Real<T>>(),
                              add.has_value() ? static_cast<const T*>(add->const_data_ptr()) : nullptr,
                              static_cast<T*>(y.mutable_data_ptr()), r, c10::cuda::getCurrentCUDAStream());
   };

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
-from gdd_fast.errors import InputError
+from gdd_fast.errors import BackendError, InputError
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
 
@@ -53,7 +53,9 @@ def resample2d(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
             either along the batch or the channels, are read where they lie; anything else is copied once first.
-        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even.
+        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even. The CPU operator ("cpp")
+            takes filters with K up to 64 that are a column times a row, as EDM's are, to within the rounding of
+            their numbers; "auto" runs the definition for any other.
         up: double the resolution instead of halving it.
         padding: width p of the border of zeros, in pixels of the larger image; K / 2 - 1 doubles or halves exactly.
         add: like the result; copied first if its memory format is another.
@@ -66,8 +68,8 @@ def resample2d(
         Differentiable in x and add, any number of times.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or an image smaller than the filter.
-        BackendError: the backend asked for cannot run here.
+        InputError: shapes or dtypes that do not fit, an image smaller than the filter, a filter that wants a gradient.
+        BackendError: the backend asked for cannot run here, or not with this filter.
     """
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise InputError(f"resample2d: x must be (N, C, H, W) and floating, not {x.dtype} {tuple(x.shape)}")
@@ -77,6 +79,8 @@ def resample2d(
             f"resample2d: the filter must be (1, 1, K, K) with K even and the padding in [0, K), "
             f"not {tuple(kernel.shape)} with padding {padding}"
         )
+    if not kernel.is_floating_point() or kernel.requires_grad:
+        raise InputError("resample2d: the filter must be floating and without gradient: pass filter.detach()")
     if box and (k != 2 or padding):
         raise InputError("resample2d: box is for a filter of 2 x 2 taps without padding")
     height, width = size = _size(x, kernel, up, padding)
@@ -117,7 +121,7 @@ def _resample2d(
     backend: Backend,
 ) -> Tensor:
     memory_format = _memory_format(x)
-    if resolve(backend, OPERATOR, x.device.type) == "torch":
+    if _runs(backend, kernel, x.device.type) == "torch":
         y = _ref(x, kernel, add, up, padding, (height, width), gain, scale, box)
         return y.contiguous(memory_format=memory_format)
     dense = 1 if memory_format == torch.channels_last else 3
@@ -153,6 +157,19 @@ def _backward(ctx, dy: Tensor):
 
 
 torch.library.register_autograd("gdd_fast::resample2d", _backward, setup_context=_setup_context)
+
+
+def _runs(backend: Backend, kernel: Tensor, device: str) -> str:
+    """`resolve`, but for what depends on the filter: the CPU operator takes no other than separable ones."""
+    chosen = resolve(backend, OPERATOR, device)
+    if chosen != "cpp" or torch.ops.gdd_fast_C.resample2d_takes(kernel):
+        return chosen
+    if backend == "auto":
+        return "torch"
+    raise BackendError(
+        "resample2d: backend 'cpp' takes filters of at most 64 x 64 taps that are a column times a row, and this "
+        f"{kernel.shape[2]} x {kernel.shape[3]} filter is not one: use backend 'auto' or 'torch'"
+    )
 
 
 def _size(x: Tensor, kernel: Tensor, up: bool, padding: int) -> tuple[int, int]:
