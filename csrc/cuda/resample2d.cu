@@ -3,6 +3,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 #include "cuda/resample2d.cuh"
 #include "ops.h"
 
@@ -11,6 +13,8 @@ namespace gdd_fast::cuda {
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const c10::cuda::CUDAGuard guard(x.device());
+  TORCH_CHECK_VALUE(std::max(r.height * r.width, r.out_height * r.out_width) * r.channels <= INT32_MAX,
+                    "resample2d: images of 2^31 numbers and more are too large: use backend='torch'");
   const at::Tensor filter = kernel.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   const auto launch = [&]<typename T>() {
     return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<Real<T>>(),

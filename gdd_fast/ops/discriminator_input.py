@@ -70,8 +70,11 @@ def discriminator_input(
         raise InputError(
             f"discriminator_input: scale and shift: three numbers for each of 1 to {MAX_BACKBONES} backbones"
         )
-    if not 1 <= size < 2**15:
-        raise InputError(f"discriminator_input: size must be from 1 to {2**15 - 1}, not {size}")
+    if not 1 <= size < 2**15 or max(x.shape[2:]) >= 2**16:
+        raise InputError(
+            f"discriminator_input: size must be from 1 to {2**15 - 1} and the sides of images below {2**16}, "
+            f"not {size} and {tuple(x.shape[2:])}"
+        )
     backend = "torch" if double else backend
     return torch.ops.gdd_fast.discriminator_input(x, _flat(scale), _flat(shift), size, dtype, backend)
 

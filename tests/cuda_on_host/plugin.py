@@ -24,7 +24,7 @@ SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow
 
 def rewrite(text: str) -> str:
     """CUDA as C++: launches become calls, limits of the launchers may be lowered, large arguments are not copied."""
-    text = re.sub(r"__launch_bounds__\(\w+\)", "", text)
+    text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", text)
     kernels = re.findall(r"__global__[^;{]*?(\w+)\(.*?\n}\n", text, re.S)
     bodies = re.findall(r"__global__.*?\n}\n", text, re.S)
     synchronising = [name for name, body in zip(kernels, bodies, strict=True) if "__syncthreads" in body]
