@@ -47,7 +47,8 @@ void discriminator_input(const DiscriminatorInput& d, const at::Tensor& x, std::
 void discriminator_input_backward(const DiscriminatorInput& d, at::TensorList dys, at::Tensor& dx);
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                at::TensorList averages, at::TensorList copies, at::Tensor& step, at::Tensor& skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, at::Tensor& found, at::ArrayRef<AdamGroup> groups);
+               const at::Tensor& lr, const at::Tensor& average_weight, at::Tensor& found,
+               at::ArrayRef<AdamGroup> groups);
 }  // namespace cuda
 #endif
 

@@ -175,8 +175,8 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
         return tensors.empty() ? nullptr : tensors[c.tensor].mutable_data_ptr<float>() + c.first;
       };
       float* p = at(params);
-      update(factors[c.group], p, grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs), at(exp_avg_sqs), at(averages),
-             c.count);
+      update(factors[c.group], p, grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs), at(exp_avg_sqs),
+             at(averages), c.count);
       if (copies.empty()) continue;
       const at::Tensor& low = copies[c.tensor];
       if (low.scalar_type() == at::kBFloat16) {

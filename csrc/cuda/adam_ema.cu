@@ -43,7 +43,8 @@ std::vector<Tensors<Copy>> batches_of(at::TensorList params, at::TensorList grad
 
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                at::TensorList averages, at::TensorList copies, at::Tensor& step, at::Tensor& skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, at::Tensor& found, at::ArrayRef<AdamGroup> groups) {
+               const at::Tensor& lr, const at::Tensor& average_weight, at::Tensor& found,
+               at::ArrayRef<AdamGroup> groups) {
   const c10::cuda::CUDAGuard guard(params[0].device());
   const AdamState state{found.mutable_data_ptr<int>(), step.mutable_data_ptr<float>(),
                         skipped.mutable_data_ptr<int64_t>(), lr.const_data_ptr<double>(),

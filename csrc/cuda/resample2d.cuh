@@ -8,8 +8,8 @@
 
 namespace gdd_fast::cuda {
 
-// Along one dimension, the outputs that a thread makes and their inputs: those at `first`, `first + direction`, ... Going
-// up, outputs `out` and `out + 1` have the same inputs: one takes the filter's even taps, the other its odd ones.
+// Along one dimension, the outputs that a thread makes and their inputs: those at `first`, `first + direction`, ...
+// Going up, outputs `out` and `out + 1` have the same inputs: one takes the filter's even taps, the other its odd ones.
 template <bool Up>
 struct Inputs {
   static constexpr int kOutputs = Up ? 2 : 1, direction = Up ? -1 : 1;
