@@ -267,7 +267,7 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
   const int64_t size = r.out_height * r.out_width * numbers;
   const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
   at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
-    std::vector<R> sum((before + r.width + after) * numbers), row(r.channels_last ? 0 : r.out_width);
+    std::vector<R> sum((before + r.width + after) * numbers), row(numbers > 1 ? 0 : r.out_width);
     while (begin < end) {
       const int64_t image = begin / r.out_height, first = begin % r.out_height;
       const int64_t last = std::min(r.out_height, first + end - begin);
