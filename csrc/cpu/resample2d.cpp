@@ -211,11 +211,73 @@ GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t 
   }
 }
 
+// Going up in channels_last memory: 2 x 2 output pixels have the same Count x Count inputs, which are read once.
+// `column` and `row` are the filter's factors for the first and the second output of the two.
+template <int Count, typename T>
+struct Block {
+  const T *in[Count][Count], *add[4];
+  T* out[4];
+  Real<T> column[2][Count], row[2][Count], scale;
+};
+
+template <int Count, bool Add, typename T>
+GDD_FAST_INLINE void make_block(const Block<Count, T>& block, int64_t n) {
+  const Block<Count, T> b = block;  // a copy, out of reach of the stores
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> sums[2][Count];
+    for (int t = 0; t < Count; t++) {
+      for (int u = 0; u < 2; u++) sums[u][t] = b.column[u][0] * widen(b.in[0][t][i]);
+      for (int s = 1; s < Count; s++) {
+        for (int u = 0; u < 2; u++) sums[u][t] += b.column[u][s] * widen(b.in[s][t][i]);
+      }
+    }
+    for (int k = 0; k < 4; k++) {
+      Real<T> sum = b.row[k % 2][0] * sums[k / 2][0];
+      for (int t = 1; t < Count; t++) sum += b.row[k % 2][t] * sums[k / 2][t];
+      if constexpr (Add) sum += widen(b.add[k][i]);
+      b.out[k][i] = narrow<T>(sum * b.scale);
+    }
+  }
+}
+
+// Blocks of rows `begin` to `end` - 1: block u makes the rows 2 u - padding % 2 and the next. `spare` has room for two
+// pixels: zeros, which stand for what is outside of x and add, and what is outside of y.
+template <int Count, typename T>
+GDD_FAST_INLINE void make_blocks(const Images<T>& m, int64_t begin, int64_t end, T* spare) {
+  const int64_t c = m.numbers, odd = m.padding % 2, shift = m.padding / 2;
+  const T* const zeros = spare;
+  Block<Count, T> b;
+  b.scale = m.scale;
+  for (int k = 0; k < 2 * Count; k++) b.column[k % 2][k / 2] = m.vertical[k], b.row[k % 2][k / 2] = m.horizontal[k];
+  for (int64_t u = begin; u < end; u++) {
+    for (int64_t v = 0; v < (m.out_width + odd + 1) / 2; v++) {
+      for (int64_t s = 0; s < Count; s++) {
+        for (int64_t t = 0; t < Count; t++) {
+          const int64_t i = u + shift - s, j = v + shift - t;
+          const bool inside = i >= 0 && i < m.height && j >= 0 && j < m.width;
+          b.in[s][t] = inside ? m.x + i * m.stride_h + j * m.stride_w : zeros;
+        }
+      }
+      for (int64_t k = 0; k < 4; k++) {
+        const int64_t i = 2 * u - odd + k / 2, j = 2 * v - odd + k % 2;
+        const bool inside = i >= 0 && i < m.out_height && j >= 0 && j < m.out_width;
+        b.add[k] = inside && m.add ? m.add + (i * m.out_width + j) * c : zeros;
+        b.out[k] = inside ? m.y + (i * m.out_width + j) * c : spare + c;
+      }
+      m.add ? make_block<Count, true>(b, c) : make_block<Count, false>(b, c);
+    }
+  }
+}
+
 // target_clones takes no templates, hence one overload a type
 #define GDD_FAST_RESAMPLE(T)                                                                                    \
   GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum, \
                          Real<T>* row) {                                                                        \
     make_rows_of_any_size<T>(m, up, begin, end, before, sum, row);                                              \
+  }                                                                                                             \
+  GDD_FAST_SIMD void run_blocks(const Images<T>& m, int64_t begin, int64_t end, T* spare) {                     \
+    m.taps == 2 ? make_blocks<1>(m, begin, end, spare) : make_blocks<2>(m, begin, end, spare);                  \
   }
 
 GDD_FAST_RESAMPLE(float)
@@ -262,33 +324,51 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
   std::vector<R> horizontal(factors.horizontal.begin(), factors.horizontal.end());
   for (R& v : vertical) v *= static_cast<R>(r.gain);
   const int64_t numbers = r.channels_last ? r.channels : 1, planes = r.channels_last ? 1 : r.channels;
+  const int64_t size = r.out_height * r.out_width * numbers;
+  const auto image_at = [&](int64_t image) {
+    return Images<T>{x + image / planes * r.stride_n + image % planes * r.stride_c,
+                     add ? add + image * size : nullptr,
+                     y + image * size,
+                     r.height,
+                     r.width,
+                     numbers,
+                     r.stride_h,
+                     r.stride_w,
+                     r.out_height,
+                     r.out_width,
+                     r.taps,
+                     r.padding,
+                     vertical.data(),
+                     horizontal.data(),
+                     static_cast<R>(r.scale)};
+  };
+  // function(image, first row, last row) for `rows` rows an image of `work` multiply-adds each
+  const auto for_rows = [&](int64_t rows, int64_t work, const auto& make) {
+    at::parallel_for(0, r.images * planes * rows, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+      auto run_rows = make();
+      while (begin < end) {
+        const int64_t first = begin % rows, last = std::min(rows, first + end - begin);
+        run_rows(image_at(begin / rows), first, last);
+        begin += last - first;
+      }
+    });
+  };
+  const int64_t work = r.out_width * numbers * r.taps;
+  if (r.up && numbers > 1 && r.taps <= 4) {
+    return for_rows((r.out_height + r.padding % 2 + 1) / 2, 2 * work, [&] {
+      return [spare = std::vector<T>(2 * numbers)](const Images<T>& m, int64_t first, int64_t last) mutable {
+        run_blocks(m, first, last, spare.data());
+      };
+    });
+  }
   // zeros on both sides of a row, as many pixels as the filter can reach over
   const int64_t before = r.up ? r.taps / 2 - 1 : r.padding, after = r.up ? r.taps / 2 : r.padding;
-  const int64_t size = r.out_height * r.out_width * numbers;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
-  at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
-    std::vector<R> sum((before + r.width + after) * numbers), row(numbers > 1 ? 0 : r.out_width);
-    while (begin < end) {
-      const int64_t image = begin / r.out_height, first = begin % r.out_height;
-      const int64_t last = std::min(r.out_height, first + end - begin);
-      const Images<T> m{x + image / planes * r.stride_n + image % planes * r.stride_c,
-                        add ? add + image * size : nullptr,
-                        y + image * size,
-                        r.height,
-                        r.width,
-                        numbers,
-                        r.stride_h,
-                        r.stride_w,
-                        r.out_height,
-                        r.out_width,
-                        r.taps,
-                        r.padding,
-                        vertical.data(),
-                        horizontal.data(),
-                        static_cast<R>(r.scale)};
-      run(m, r.up, first, last, before, sum.data(), row.data());
-      begin += last - first;
-    }
+  for_rows(r.out_height, work, [&] {
+    return
+        [&, sum = std::vector<R>((before + r.width + after) * numbers),
+         row = std::vector<R>(numbers > 1 ? 0 : r.out_width)](const Images<T>& m, int64_t first, int64_t last) mutable {
+          run(m, r.up, first, last, before, sum.data(), row.data());
+        };
   });
 }
 
