@@ -15,7 +15,7 @@ void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(std::max(r.height * r.width, r.out_height * r.out_width) * r.channels <= INT32_MAX,
                     "resample2d: images of 2^31 numbers and more are too large: use backend='torch'");
-  const at::Tensor filter = kernel.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  const at::Tensor filter = kernel.to(x.device(), x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   const auto launch = [&]<typename T>() {
     return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<Real<T>>(),
                              add.has_value() ? static_cast<const T*>(add->const_data_ptr()) : nullptr,
