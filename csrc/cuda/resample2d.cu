@@ -13,9 +13,10 @@ namespace gdd_fast::cuda {
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK_VALUE(std::max(r.height * r.width, r.out_height * r.out_width) * r.channels <= INT32_MAX,
+  TORCH_CHECK_VALUE(std::max(r.height * r.width, r.out_height * r.out_width) * r.channels < int64_t{1} << 31,
                     "resample2d: images of 2^31 numbers and more are too large: use backend='torch'");
-  const at::Tensor filter = kernel.to(x.device(), x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  const at::Tensor filter =
+      kernel.to(x.device(), x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   const auto launch = [&]<typename T>() {
     return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<Real<T>>(),
                              add.has_value() ? static_cast<const T*>(add->const_data_ptr()) : nullptr,
