@@ -11,7 +11,7 @@ names equal EDM's (Karras et al., arXiv 2206.00364), so that its weights load un
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, plan
-from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.errors import BackendError, ConfigError, WeightsError
 from gdd_fast.ops import group_norm_silu, residual
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
 from gdd_fast.ops.attention import attention
@@ -334,15 +334,37 @@ class PositionalEmbedding(nn.Module):
         return _waves(torch.outer(x, (1e-4**exponents).to(x.dtype)), self.sin_first)
 
 
-class FourierEmbedding(nn.Module):
-    """Sines and cosines of random frequencies, drawn once from N(0, 16^2): (N,) -> (N, num_channels)."""
+class KeepsFrequencies:
+    """Mixin of a module with the buffer `freqs`, which stays as precise as it is when the module is cast.
+
+    Phases are some hundreds of radians: of frequencies rounded to bfloat16 they would be wrong by half a turn.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        freqs = self.freqs
+        module = super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < freqs.dtype.itemsize:
+            self.freqs = freqs.to(self.freqs.device)
+        return module
+
+
+class FourierEmbedding(KeepsFrequencies, nn.Module):
+    """Sines and cosines of random frequencies, drawn once from N(0, 16^2): (N,) -> (N, num_channels).
+
+    The frequencies stay float32 whatever the network is cast to; others raise WeightsError.
+    """
 
     def __init__(self, num_channels: int, *, sin_first: bool = False) -> None:
         super().__init__()
         self.sin_first = sin_first
-        self.register_buffer("freqs", torch.randn(num_channels // 2) * 16)
+        self.register_buffer("freqs", torch.randn(num_channels // 2, dtype=torch.float32) * 16)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.freqs.dtype in (torch.bfloat16, torch.float16):
+            raise WeightsError(
+                f"the embedding's frequencies are {self.freqs.dtype}, too coarse for the noise level: load the weights "
+                "in float32 and cast the network afterwards, which leaves the frequencies as they are"
+            )
         return _waves(torch.outer(x, (math.tau * self.freqs).to(x.dtype)), self.sin_first)
 
 
