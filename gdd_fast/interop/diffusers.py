@@ -63,9 +63,9 @@ class GeneratorModel(ModelMixin, ConfigMixin):
     ) -> "GeneratorModel":
         """As diffusers', with weights in `dtype`, which it also calls `torch_dtype`.
 
-        They are read in float32 and cast by the network, which keeps its embedding's frequencies out of that.
+        They are read as they are stored and cast by the network, which keeps its embedding's frequencies out of that.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, torch_dtype=torch.float32, **options)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         dtype = torch_dtype if dtype is None else dtype
         if dtype is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype)  # a tuple with output_loading_info=True
