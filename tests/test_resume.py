@@ -139,9 +139,8 @@ def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:
     with os.fdopen(reader) as pipe:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
-    assert (os.waitstatus_to_exitcode(status), bool(answer)) == (
-        (0, True) if fatal is None else (-signal.SIGKILL, False)
-    )
+    expected = (0, True) if fatal is None else (-signal.SIGKILL, False)
+    assert (os.waitstatus_to_exitcode(status), bool(answer)) == expected
     return int(answer or 0)
 
 

@@ -29,7 +29,7 @@ from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.inference.engines import Engine, choose_engine, make_engine
 from gdd_fast.inference.fold import SIGMA, fold, make_target
 from gdd_fast.inference.seeds import SeedStreams
-from gdd_fast.models.load import load_generator
+from gdd_fast.interop import hub
 from gdd_fast.models.precond import EDMPrecond, compute_dtype
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -88,24 +88,29 @@ class OneStepGenerator:
         dtype: torch.dtype | str | None = None,
         engine: Engine = "auto",
         backend: Backend = "auto",
+        **hub_options: Any,
     ) -> "OneStepGenerator":
-        """A generator from an EDM or GDD .pkl, a network folder or a training run folder (its EMA generator).
+        """A generator from an EDM or GDD .pkl, a network folder, a training run folder (its EMA generator), or a
+        repository of the Hugging Face Hub that holds a network folder, such as "user/name".
 
         Args:
-            path: where it is.
+            path: where it is; what exists as a path is no repository.
             device: where to compute; by default a GPU if there is one.
             dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with.
             engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
             backend: of the fused operators, see gdd_fast.backend.
+            hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.
 
         Raises:
-            WeightsError: there is no network at `path`, or it is broken.
+            WeightsError: there is no network at `path` or in the repository, the Hub cannot be reached, or the network
+                is broken.
             ConfigError: an unknown dtype, device or engine.
             BackendError: an engine or backend asked for by name cannot run here.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load_generator(path), device=device, dtype=dtype, engine=engine, backend=backend)
+        net = hub.from_pretrained(path, **hub_options)
+        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend)
 
     @classmethod
     def from_network(

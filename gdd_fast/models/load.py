@@ -26,7 +26,8 @@ RUN_GENERATOR = "generator_ema"
 def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`.
 
-    Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically. The configuration goes last, so a folder that has one is complete.
+    Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.
+    The configuration goes last, so a folder that has one is complete.
     """
     folder = Path(folder)
     kind = next((name for name, cls in PRECONDS.items() if type(net) is cls), None)
@@ -65,12 +66,6 @@ def load_network(folder: str | Path, device: torch.device | str | None = None) -
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}): the file is damaged; copy or make it again.") from error
-    for name, tensor in state.items():
-        if name.endswith(".freqs") and tensor.dtype in (torch.bfloat16, torch.float16):
-            raise WeightsError(
-                f"{folder}: {name} is stored in {tensor.dtype}, too coarse for frequencies: store the network again "
-                "with save_network, which keeps them in float32."
-            )
     return _build(PRECONDS[config["precond"]], config["init"], state, str(folder)).to(device)
 
 
