@@ -31,7 +31,8 @@ def empty_map(x: Tensor, channels: int) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What is computed in: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    # torch.promote_types says the same, through the dispatcher, which a norm that takes 10 us on a GPU would feel
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def statistics_parts(pixels: int) -> int:

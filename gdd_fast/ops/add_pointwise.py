@@ -1,7 +1,7 @@
-"""`y += W x` for every pixel: a 1x1 convolution that accumulates into a map, as a matrix product does by itself.
+"""`W x + b` for every pixel, and `y += W x`: 1x1 convolutions as the matrix products that they are in channels_last.
 
-For inference: it writes to `y` and has no gradient. It spares the projections on a U-Net's skip paths a map of their
-own and a pass to add it.
+For inference: without gradients. A product adds its bias, or what is in `y`, on the way, where libraries' convolutions
+on a GPU take a pass over the map for that.
 """
 
 import torch
@@ -12,6 +12,29 @@ from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
+
+
+def pointwise_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition; arguments as of `pointwise`."""
+    return F.conv2d(x, weight, bias)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of `x` (N, C, H, W) with `weight` (C', C, 1, 1) and `bias` (C',), all of one floating dtype.
+
+    Where x is channels_last, this is one matrix product, and the result is channels_last; in other memory formats, a
+    convolution.
+
+    Raises:
+        InputError: shapes or dtypes do not fit.
+    """
+    c = x.shape[1] if x.dim() == 4 else None
+    if weight.dim() != 4 or weight.shape[1:] != (c, 1, 1) or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias) if t is not None)
+        raise InputError(f"pointwise: x, weight and bias do not fit: {shapes}")
+    if not all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+        raise InputError(f"pointwise: x, weight and bias must be of one dtype, x is {x.dtype}")
+    return torch.ops.gdd_fast.pointwise(x, weight, bias)
 
 
 def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -43,6 +66,26 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
             f"add_pointwise_: y, x and weight must be of one dtype, not {y.dtype}, {x.dtype}, {weight.dtype}"
         )
     torch.ops.gdd_fast.add_pointwise_(y, x, weight)
+
+
+torch.library.define("gdd_fast::pointwise", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("gdd_fast::pointwise", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight, bias)
+    n, _, h, w = x.shape
+    rows = F.linear(_pixels(x), weight.flatten(1), bias)
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("gdd_fast::pointwise")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight, bias)
+    n, _, h, w = x.shape
+    return x.new_empty((n, h, w, weight.shape[0])).permute(0, 3, 1, 2)
 
 
 torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tensor weight) -> ()")
