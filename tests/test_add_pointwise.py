@@ -37,6 +37,9 @@ def test_a_convolution_is_as_accurate_as_torchs(dtype: torch.dtype, layout: torc
     y = pointwise(x, weight, *bias)
     assert y.is_contiguous(memory_format=layout)
     assert_as_accurate_as_torch(pointwise, pointwise_ref, [x, weight, *bias])
+    pair = lambda function: lambda x, skip, weight, *bias: function((x, skip), weight, *bias)
+    skip, weight = tensors(dtype, layout)[0], torch.linspace(-1, 1, 12 * 19).reshape(12, 19, 1, 1).to(dtype)
+    assert_as_accurate_as_torch(pair(pointwise), pair(pointwise_ref), [x, skip, weight, *bias])
 
 
 def test_as_torch_library_knows_it() -> None:
@@ -44,7 +47,8 @@ def test_as_torch_library_knows_it() -> None:
     for layout in (torch.channels_last, torch.contiguous_format):
         _, x, weight = tensors(torch.float32, layout)
         for bias in (None, torch.ones(12)):
-            opcheck(torch.ops.gdd_fast.pointwise.default, (x, weight, bias))
+            opcheck(torch.ops.gdd_fast.pointwise.default, (x, None, weight, bias))
+            opcheck(torch.ops.gdd_fast.pointwise.default, (x, x + 1, torch.cat([weight, weight], 1), bias))
 
 
 def test_what_does_not_fit() -> None:
@@ -52,6 +56,6 @@ def test_what_does_not_fit() -> None:
     for arguments in ((y, x, weight[:, :6]), (y[:1], x, weight), (y, x, weight.half())):
         with pytest.raises(InputError, match="add_pointwise_"):
             add_pointwise_(*arguments)
-    for arguments in ((x, weight[:, :6]), (x, weight, weight), (x, weight.half()), (x[0], weight)):
+    for arguments in ((x, weight[:, :6]), (x, weight, weight), (x, weight.half()), (x[0], weight), ((x, x), weight)):
         with pytest.raises(InputError, match="pointwise: x"):
             pointwise(*arguments)

@@ -45,13 +45,18 @@ class Target:
     late_bias: bool
 
     @property
+    def pointwise(self) -> bool:
+        """Whether 1x1 convolutions are matrix products."""
+        return self.convolve == "plain" and self.late_bias
+
+    @property
     def statistics(self) -> bool:
         """Whether residuals take the statistics of their results: both that and the norms are fused."""
         return self.norm == "triton" and self.residual == "triton"
 
 
 class Convolution(nn.Module):
-    """A convolution of step 1 with constant weights.
+    """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
 
     Args:
         weight: (out, in, K, K), any floating dtype; cast once.
@@ -66,7 +71,7 @@ class Convolution(nn.Module):
         self.bias = None if bias is None else nn.Buffer(bias.to(**options))
         self.padding = padding
         self.traced = target.convolve == "traced"
-        self.pointwise = target.convolve == "plain" and target.late_bias and weight.shape[2:] == (1, 1) and not padding
+        self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
         self.packed: Tensor | None = None
         if target.convolve == "packed":
             # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
@@ -74,7 +79,7 @@ class Convolution(nn.Module):
         else:
             self.weight = nn.Buffer(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
         if self.packed is None:
@@ -185,29 +190,34 @@ class Identity(nn.Module):
 class Projection(nn.Module):
     """End of a residual branch whose skip path is a 1x1 convolution, of a tensor, downsampled first, or a pair.
 
-    The scale of the end is in all weights. The bias of both paths is in `merge`, which then adds the projection to the
-    branch; without `merge`, it is in the branch's last convolution, and the projection accumulates into the branch.
+    The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
     """
 
-    def __init__(self, convs: list[Convolution], resample: Resampling | None, merge: Merge | None) -> None:
+    def __init__(self, convs: list[Convolution], resample: Resampling | None) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
+        self.resample = resample
+
+    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, None]:
+        if self.resample is not None:
+            x = self.resample(x)
+        for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
+            h = conv.add_to(h, part)
+        return h, None
+
+
+class MergedProjection(nn.Module):
+    """`Projection` with a map of its own, which a fused residual adds to the branch: no more memory is moved, the bias
+    of both is added on the way, and the result has its statistics."""
+
+    def __init__(self, conv: Convolution, resample: Resampling | None, merge: Merge) -> None:
+        super().__init__()
+        self.conv = conv
         self.resample = resample
         self.merge = merge
 
     def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
-        if self.resample is not None:
-            x = self.resample(x)
-        parts = list(zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True))
-        if self.merge is None:
-            for conv, part in parts:
-                h = conv.add_to(h, part)
-            return h, None
-        (conv, part), *rest = parts
-        y = conv(part)
-        for conv, part in rest:
-            y = conv.add_to(y, part)
-        return self.merge(h, y)
+        return self.merge(h, self.conv(x if self.resample is None else self.resample(x)))
 
 
 class Resampled(nn.Module):
@@ -268,7 +278,7 @@ class Block(nn.Module):
         conv0: Convolution,
         norm1: Norm,
         conv1: Convolution,
-        skip: Identity | Merge | Projection | Resampled,
+        skip: Identity | Merge | Projection | MergedProjection | Resampled,
         attention: Attention | None,
         condition: Literal["add", "scale_shift"] | None,
         paired: bool,

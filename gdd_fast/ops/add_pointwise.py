@@ -13,28 +13,34 @@ from gdd_fast.errors import InputError
 
 OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
 
+Pair = tuple[Tensor, Tensor]
 
-def pointwise_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def pointwise_ref(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition; arguments as of `pointwise`."""
-    return F.conv2d(x, weight, bias)
+    return F.conv2d(torch.cat(x, 1) if isinstance(x, tuple) else x, weight, bias)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of `x` (N, C, H, W) with `weight` (C', C, 1, 1) and `bias` (C',), all of one floating dtype.
 
-    Where x is channels_last, this is one matrix product, and the result is channels_last; in other memory formats, a
-    convolution.
+    A pair (x, skip) stands for `torch.cat([x, skip], 1)`, which is not built. Where all maps are channels_last, this is
+    a matrix product for each, the second added to the first by itself, and the result is channels_last; in other memory
+    formats, convolutions, and the result is contiguous.
 
     Raises:
         InputError: shapes or dtypes do not fit.
     """
-    c = x.shape[1] if x.dim() == 4 else None
-    if weight.dim() != 4 or weight.shape[1:] != (c, 1, 1) or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias) if t is not None)
+    x, skip = x if isinstance(x, tuple) else (x, None)
+    maps = [x] if skip is None else [x, skip]
+    fits = all(t.dim() == 4 and (t.shape[0], *t.shape[2:]) == (x.shape[0], *x.shape[2:]) for t in maps)
+    fits = fits and weight.dim() == 4 and weight.shape[1:] == (sum(t.shape[1] for t in maps), 1, 1)
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (*maps, weight, bias) if t is not None)
         raise InputError(f"pointwise: x, weight and bias do not fit: {shapes}")
-    if not all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+    if not all(t is None or t.dtype == x.dtype for t in (skip, weight, bias)):
         raise InputError(f"pointwise: x, weight and bias must be of one dtype, x is {x.dtype}")
-    return torch.ops.gdd_fast.pointwise(x, weight, bias)
+    return torch.ops.gdd_fast.pointwise(x, skip, weight, bias)
 
 
 def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -68,24 +74,32 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
     torch.ops.gdd_fast.add_pointwise_(y, x, weight)
 
 
-torch.library.define("gdd_fast::pointwise", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("gdd_fast::pointwise", "(Tensor x, Tensor? skip, Tensor weight, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl("gdd_fast::pointwise", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight, bias)
-    n, _, h, w = x.shape
-    rows = F.linear(_pixels(x), weight.flatten(1), bias)
+def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, c, h, w = x.shape
+    if not _channels_last(x, skip):
+        y = F.conv2d(x, weight[:, :c], bias)
+        return (y if skip is None else y.add_(F.conv2d(skip, weight[:, c:]))).contiguous()
+    weight = weight.flatten(1)
+    rows = F.linear(_pixels(x), weight[:, :c], bias)
+    if skip is not None:
+        torch.addmm(rows, _pixels(skip), weight[:, c:].t(), out=rows)
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 @torch.library.register_fake("gdd_fast::pointwise")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight, bias)
+def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
+    if not _channels_last(x, skip):
+        return x.new_empty((n, weight.shape[0], h, w))
     return x.new_empty((n, h, w, weight.shape[0])).permute(0, 3, 1, 2)
+
+
+def _channels_last(*maps: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in maps)
 
 
 torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tensor weight) -> ()")
@@ -93,7 +107,7 @@ torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tenso
 
 @torch.library.impl("gdd_fast::add_pointwise_", "CompositeExplicitAutograd")
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y)):
+    if not _channels_last(x, y):
         y.add_(F.conv2d(x, weight))
         return
     rows = _pixels(y)
