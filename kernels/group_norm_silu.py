@@ -437,6 +437,8 @@ def forward(
             x_statistics = statistics(x, statistics_parts)
         if skip is not None and skip_statistics is None:
             skip_statistics = statistics(skip, statistics_parts)
+    elif x_statistics is None:
+        skip_statistics = None  # two maps of a network: not worth a kernel compiled for the skip's alone
     x_parts = 0 if x_statistics is None else x_statistics.shape[1]
     skip_parts = 0 if skip_statistics is None else skip_statistics.shape[1]
     forward_kernel[(plan.blocks * plan.parts,)](
