@@ -1,8 +1,8 @@
 """`python -m benchmarks.exactness`: the engine's images against the plain network's, in levels of a byte.
 
 Both make the same seeds from the same weights; the plain network computes in float32 and in the engine's compute type.
-The numbers are the largest difference over all pixels, and the share of values that differ at all. Without paths, it
-compares the bundled teacher.
+The numbers are the largest difference over all pixels, and the shares of values that differ at all and by more than
+two levels. Without paths, it compares the bundled teacher.
 
 The last line is the verdict. The status is 1 if the engine and the plain network of its compute type are further apart
 than LIMITS allows in any of the comparisons.
@@ -29,19 +29,21 @@ of two levels falls to either side, however small the difference."""
 
 
 class Difference:
-    """Of bytes: the largest, and how many there are."""
+    """Of bytes: the largest, how many there are, and how many of more than two levels."""
 
     def __init__(self) -> None:
-        self.largest = self.differing = self.values = 0
+        self.largest = self.differing = self.visible = self.values = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
         levels = (a.int() - b.int()).abs()
         self.largest = max(self.largest, int(levels.max()))
         self.differing += int(levels.count_nonzero())
+        self.visible += int((levels > 2).count_nonzero())
         self.values += levels.numel()
 
     def __str__(self) -> str:
-        return f"{self.largest:>3} levels, {100 * self.differing / max(self.values, 1):6.2f} % of values"
+        share, visible = (100 * number / max(self.values, 1) for number in (self.differing, self.visible))
+        return f"{self.largest:>3} levels, {share:6.2f} % of values, {visible:.4f} % by more than 2"
 
 
 def batches(net: EDMPrecond, images: int, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
