@@ -1,4 +1,4 @@
-"""Engines: which one runs where, and the cache of graphs with the capture replaced."""
+"""Engines: which one runs where, the cache of graphs, the rules of a capture and of copies to the host, without a GPU."""
 
 import contextlib
 import time
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.inference.engines import CudaCapture, GraphCache, choose_engine, make_engine
+from gdd_fast.inference.generate import Batch, to_host
 from gdd_fast.inference.one_step import _device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
@@ -228,6 +229,40 @@ def test_what_is_given_up_is_freed() -> None:
         assert len(capture._alive) == 2, "by reference counting alone, at once"
         del cache
         assert not capture._alive
+
+
+def test_copies_to_the_host_are_waited_for_when_their_turn_comes() -> None:
+    log: list[str] = []
+
+    class Pinned:
+        def __init__(self, shape, *, dtype, pin_memory: bool) -> None:
+            assert pin_memory
+
+        def copy_(self, source: SimpleNamespace, *, non_blocking: bool) -> "Pinned":
+            assert non_blocking
+            log.append(f"copy {source.name}")
+            return self
+
+    def event() -> SimpleNamespace:
+        number = sum(entry.startswith("record") for entry in log)
+        return SimpleNamespace(
+            record=lambda stream: log.append(f"record {number} on {stream}"),
+            synchronize=lambda: log.append(f"wait for {number}"),
+        )
+
+    on_gpu = lambda name: SimpleNamespace(name=name, is_cuda=True, shape=(1,), dtype=torch.uint8, device="cuda:1")
+    batches = (Batch([i], on_gpu(f"images {i}"), None, on_gpu(f"finite {i}")) for i in range(3))
+    with (
+        mock.patch("torch.empty", Pinned),
+        mock.patch("torch.cuda.Event", event),
+        mock.patch("torch.cuda.current_stream", lambda device: f"the stream of {device}"),
+    ):
+        for batch in to_host(batches, ahead=1):
+            assert isinstance(batch.images, Pinned) and batch.classes is None
+            log.append(f"use {batch.seeds[0]}")
+    copies = [[f"copy images {i}", f"copy finite {i}", f"record {i} on the stream of cuda:1"] for i in range(3)]
+    uses = [[f"wait for {i}", f"use {i}"] for i in range(3)]
+    assert log == [*copies[0], *copies[1], *uses[0], *copies[2], *uses[1], *uses[2]]
 
 
 def test_a_device_has_a_number(monkeypatch) -> None:
