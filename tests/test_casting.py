@@ -83,6 +83,21 @@ def test_an_accelerated_network_of_edms_code(dtype, backend) -> None:
     assert type(restore(net).map_noise) is edm_style.FourierEmbedding
 
 
+def test_other_modules_with_frequencies_are_left() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("freqs", torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, None] * self.freqs
+
+    net = nn.Sequential(Rotary(), nn.Linear(4, 4))
+    _, report = accelerate(net, report=True)
+    assert not report.replaced
+    assert net.half()[0].freqs.dtype == torch.float16
+
+
 @HALVES
 @pytest.mark.parametrize("name", ["ddpm", "filters"])
 @torch.no_grad()

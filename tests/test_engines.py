@@ -1,4 +1,4 @@
-"""Engines: which one runs where, the cache of graphs, the rules of a capture and of copies to the host, without a GPU."""
+"""Engines: which one runs where, the cache of graphs, the rules of captures and of copies to the host."""
 
 import contextlib
 import time

@@ -9,6 +9,7 @@ and by computing in a trial what is expected of it.
     block           `group_norm_silu`, `attention` on the packed qkv, `residual`
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,11 +49,17 @@ def decide(plan: Plan) -> None:
             inputs = lambda generator, width=module.in_features: [torch.randn(2, width, generator=generator)]
             plan.try_to_replace(module, FastLinear, None, "one operator in place of two", inputs, module.bias is None)
         elif _is_fourier(module):
-            plan.replace(module, FastFourier, None, "its frequencies stay in float32 when the network is cast")
+            inputs = lambda generator: [torch.randn(2, generator=generator)]
+            note = "its frequencies stay in float32 when the network is cast"
+            plan.try_to_replace(module, FastFourier, None, note, inputs, ())
 
 
 class FastFourier(KeepsFrequencies, Fast):
     """EDM's embedding of the noise level by random frequencies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = torch.outer(x, (math.tau * self.freqs).to(x.dtype))
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 def _is_fourier(module: nn.Module) -> bool:
