@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,24 @@ from gdd_fast.inference.sampler import one_step
 
 FLOOR = 1e-3
 """A relative error in norm that is never too large; beyond it, twice plain PyTorch's in the same type is."""
+Kind = Literal["ready", "compiled", "both"]
+"""Which peers of a generator: those that are ready at once, those that torch.compile takes minutes for, or both."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _BLOCKS = {"ncsnpp-32": ("enc.16x16_block1", "dec.32x32_block0"), "adm-64": ("enc.32x32_block1",)}
 
 
 def network_cases(full: bool) -> list[Case]:
-    """On a CPU NCSN++ 32 at batch 1, a block and lite0; `full` has more batches and networks, and torch.compile."""
+    """On a CPU NCSN++ 32 at batch 1 and 4, a block and lite0; `full` has more batches and networks, and torch.compile.
+
+    The last case compiles, on either.
+    """
     if not full:
         return [
             generator_case("ncsnpp-32", 1, torch.float32),
             generator_case("ncsnpp-32", 1, torch.bfloat16),
             block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
+            generator_case("ncsnpp-32", 4, torch.bfloat16, kind="both"),
         ]
     bf16, backbones = torch.bfloat16, ("vgg16_bn", "tf_efficientnet_lite0")
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
@@ -43,15 +49,15 @@ def network_cases(full: bool) -> list[Case]:
     # these take minutes to get ready, so they come last
     cases += [block_case(*block, 64, bf16, compiled=True) for block in blocks]
     cases += [backbone_case(name, 64, bf16, compiled=True) for name in backbones]
-    return cases + [generator_case("ncsnpp-32", n, bf16, compiled=True) for n in (256, 1)]
+    return cases + [generator_case("ncsnpp-32", n, bf16, kind="compiled") for n in (256, 1)]
 
 
-def generator_case(name: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
-    """One-step sampling, latents to float images; `compiled` has the peers that are compiled, and no others."""
-    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", partial(_generator, name, batch, dtype, compiled))
+def generator_case(name: str, batch: int, dtype: torch.dtype, *, kind: Kind = "ready") -> Case:
+    """One-step sampling, latents to float images. On a CPU a half-precision case has the best of float32 beside it."""
+    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", partial(_generator, name, batch, dtype, kind))
 
 
-def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> Bench:
+def _generator(name: str, batch: int, dtype: torch.dtype, kind: Kind, device: torch.device) -> Bench:
     net = peers.make_generator(name, device).requires_grad_(False)
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     labels = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim] if net.label_dim else None
@@ -66,9 +72,9 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
 
         return call
 
-    def stock(mode: str | None = None) -> Call:
-        model = StockGenerator(copy.deepcopy(net), BEST, dtype).to(memory_format=torch.channels_last)
-        cast_convolutions(model, dtype)
+    def stock(mode: str | None = None, own: torch.dtype = dtype) -> Call:
+        model = StockGenerator(copy.deepcopy(net), BEST, own).to(memory_format=torch.channels_last)
+        cast_convolutions(model, own)
         return peers.under_tf32(
             sampling(model if mode is None else torch.compile(model, **_compile_options(mode))), True
         )
@@ -97,14 +103,23 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
         makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
-    if compiled:
-        makers = {mode: partial(stock, mode) for mode in COMPILED}
-        makers |= {"OneStepGenerator:compile": partial(engine, "compile")} if engines else {}
+    elif dtype != torch.float32:
+        makers["stock fp32"] = partial(stock, None, torch.float32)
+    slow = {mode: partial(stock, mode) for mode in COMPILED[: 1 + gpu]}
+    if engines and gpu:
+        slow["OneStepGenerator:compile"] = partial(engine, "compile")
+    makers = {"ready": makers, "compiled": slow, "both": makers | slow}[kind]
     weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
     with torch.no_grad():
         flops = count_flops(lambda: _meta_generator(name, batch))
     return Bench(
-        makers, check.check, bytes=weights + 2 * 4 * z.numel(), flops=flops, images=batch, precision=_NAMES[dtype]
+        makers,
+        check.check,
+        bytes=weights + 2 * 4 * z.numel(),
+        flops=flops,
+        images=batch,
+        precision=_NAMES[dtype],
+        precisions={"stock fp32": "fp32"},
     )
 
 
@@ -240,7 +255,8 @@ def _backbone(
     if compiled:
         makers = {"compile": partial(stock, True)}
     shapes = (name, batch, resolution)
-    return Bench(makers, check.check, flops=count_flops(lambda: _meta_backbone(*shapes)), precision=_NAMES[dtype])
+    flops, precisions = count_flops(lambda: _meta_backbone(*shapes)), {"official fp32": "fp32"}
+    return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions=precisions)
 
 
 def _meta_backbone(name: str, batch: int, resolution: int) -> None:

@@ -1,4 +1,7 @@
-"""Which operator is measured on what: the distinct layers of the real networks, by batch and type."""
+"""Which operator is measured on what: the distinct layers of the real networks, by batch and type.
+
+On a CPU, moreover, what docs/cpu_operators.md speaks of: the extension's operators at the shapes stated there.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +13,14 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.adam_cases import adam_cases
 from benchmarks.case import Case
-from benchmarks.layers import attention_calls, convolution_calls, pool_calls, resample_calls, residual_calls
+from benchmarks.layers import (
+    ResampleCall,
+    attention_calls,
+    convolution_calls,
+    pool_calls,
+    resample_calls,
+    residual_calls,
+)
 from benchmarks.operators import operator_case
 from benchmarks.shapes import norm_calls
 
@@ -46,9 +56,27 @@ def operator_cases(full: bool) -> list[Case]:
             if full and layer is calls[0]:
                 compiled += [operator_case(group, name, build, backward=b, compiled=True) for b in directions]
         groups.append(cases)
-    groups.append(adam_cases(full))
+    groups.append(adam_cases())
     turns = itertools.zip_longest(*groups)
-    return [case for turn in turns for case in turn if case is not None] + compiled
+    return [case for turn in turns for case in turn if case is not None] + (compiled if full else stated_cases())
+
+
+def stated_cases() -> list[Case]:
+    """The extension's operators on a CPU, in every type and memory format that they have code of their own for."""
+    cases = []
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    for dtype, (layout, form) in itertools.product((torch.float32, torch.bfloat16), layouts.items()):
+        for up, taps in itertools.product((True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))):
+            layer = ResampleCall(256, 32, up, taps, len(taps) // 2 - 1)
+            build = partial(problems.resample_problem, layer, 8, dtype, layout=form, diffusers=False)
+            name = f"8x{_shape(layer)} {_NAMES[dtype]} {layout}"
+            cases.append(operator_case("resample2d", name, build, backward=False))
+    for dtype, backward in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        build = partial(problems.input_problem, 32, 8, dtype)
+        name = f"8x{_shape(32)} {_NAMES[dtype]}"
+        cases.append(operator_case("discriminator_input", name, build, backward=backward))
+    build = partial(problems.bytes_problem, 64, 64, torch.float32)
+    return [*cases, operator_case("to_uint8", f"64x{_shape(64)} fp32", build, backward=False)]
 
 
 def _shape(layer: Any) -> str:

@@ -118,7 +118,9 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
         if not error <= limit:
             raise MismatchError(f"off by {error:.3g} levels on average, and at most {limit:.3g} are allowed")
 
-    return Bench({"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, keep=folder)
+    return Bench(
+        {"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, counts_memory=False, keep=folder
+    )
 
 
 def read_images(path: Path) -> list[np.ndarray]:
@@ -229,7 +231,7 @@ def _data(batch: int, device: torch.device) -> Bench:
             raise MismatchError("the images are not those of the file")
 
     ours = {"gdd_fast streamed": partial(stream, 0), "gdd_fast in memory": partial(stream, 1 << 30)}
-    return Bench({"official": official, **ours}, check, images=batch, keep=folder)
+    return Bench({"official": official, **ours}, check, images=batch, counts_memory=False, keep=folder)
 
 
 def _import(device: torch.device) -> Bench:
@@ -240,7 +242,7 @@ def _import(device: torch.device) -> Bench:
         if done.returncode:
             raise MismatchError(done.stderr.strip().splitlines()[-1])
 
-    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check)
+    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check, counts_memory=False)
 
 
 def _run(device: torch.device) -> Bench:
