@@ -150,6 +150,7 @@ def measure_peer(
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:
+        call = None  # what it holds can be given back
         if is_compiled(peer) or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
             release(device, compiled=is_compiled(peer))
 

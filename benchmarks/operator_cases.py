@@ -30,9 +30,17 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def operator_cases(full: bool) -> list[Case]:
     """All cases: on a CPU a sample in fp32 at batch 2, `full` every shape in bf16 at batch 64 (backbones: 32).
 
-    The operators take turns, so that a run that is cut off has seen something of each. `full` ends with torch.compile
-    at the first shape of each operator.
+    The operators take turns, so that a run that is cut off has seen something of each.
     """
+    return _in_turns(full)[0]
+
+
+def compiled_cases() -> list[Case]:
+    """The peer torch.compile alone, at the first of the `full` shapes of each operator."""
+    return _in_turns(True)[1]
+
+
+def _in_turns(full: bool) -> tuple[list[Case], list[Case]]:
     batch, dtype = (64, torch.bfloat16) if full else (2, torch.float32)
     small = min(batch, 32)
     both, groups = (False, True), []
@@ -58,7 +66,8 @@ def operator_cases(full: bool) -> list[Case]:
         groups.append(cases)
     groups.append(adam_cases())
     turns = itertools.zip_longest(*groups)
-    return [case for turn in turns for case in turn if case is not None] + (compiled if full else stated_cases())
+    cases = [case for turn in turns for case in turn if case is not None]
+    return (cases if full else cases + stated_cases()), compiled
 
 
 def stated_cases() -> list[Case]:

@@ -165,11 +165,19 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def under_tf32(call: Call, allowed: bool) -> Call:
-    """`call` with the switch set around each call."""
+    """`call` with the switch set around each call, and cuDNN choosing its algorithms by trying them.
+
+    The public code asks for the latter, and so does whoever wants the best of plain PyTorch.
+    """
 
     def run() -> Any:
-        with tf32(allowed):
-            return call()
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            with tf32(allowed):
+                return call()
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     return run
 

@@ -39,16 +39,17 @@ def pipeline_cases(full: bool) -> list[Case]:
     network, images, dim = ("ncsnpp-32", 1024, 2048) if full else ("demo", 64, 256)
     return [
         Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
-        Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
-        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
         Case("training run", "demo", _run),
+        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("import", "in a new process", _import),
+        Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
     ]
 
 
 def _sampling(network: str, count: int, device: torch.device) -> Bench:
     """Seeds to PNGs: ours as `python -m gdd_fast.sample` does it, the others with the network of plain PyTorch."""
+    package("PIL.Image")  # reads what was written
     from gdd_fast.inference.generate import launch, to_host
     from gdd_fast.inference.one_step import OneStepGenerator
     from gdd_fast.inference.resume import resume_writer
@@ -183,6 +184,7 @@ def _statistics(count: int, dim: int, device: torch.device) -> Bench:
 
 
 def _data(batch: int, device: torch.device) -> Bench:
+    package("PIL.Image")  # writes what is read
     from gdd_fast.data import BatchStream, open_dataset, write_edm_zip
 
     folder = tempfile.TemporaryDirectory()

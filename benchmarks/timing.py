@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], Any]
 
 _LONG = 0.02
+_VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
 _SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
 _FLUSH_CPU = 16 << 20
 _FLUSH_GPU_CACHES = 4  # times the L2
@@ -82,9 +83,9 @@ class Sampler:
         self._queued = False
 
     def warm_up(self, seconds: float = 0.1, least: int = 2) -> float:
-        """Call at least `least` times and for `seconds`; returns the shortest wall time seen, in seconds."""
+        """Call at least `least` times and for `seconds`, or once if that takes a second; the shortest time in s."""
         shortest, start, calls = math.inf, time.perf_counter(), 0
-        while calls < least or time.perf_counter() - start < seconds:
+        while calls == 0 or (shortest < _VERY_LONG and (calls < least or time.perf_counter() - start < seconds)):
             wall, host, _ = self._from_idle()
             shortest, calls = min(shortest, wall), calls + 1
             self._host_estimate = host
