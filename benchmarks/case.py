@@ -184,6 +184,14 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
+def computes(device: torch.device) -> bool:
+    """Whether the device still does: after a fault in a kernel, nothing runs on it in this process."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except RuntimeError:
+        return False
+
+
 def release(device: torch.device, *, compiled: bool = False) -> None:
     """Give the device back what the last peer took, compiled code and captured graphs too."""
     gc.collect()

@@ -4,10 +4,10 @@
     python -m benchmarks.gpu_battery --only tune,compiled       some parts; rows of the others are kept
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 
-Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs in
-a process of its own, the first in several at once, with a share of what is left of `--budget-s`, and saves after every
-row: what cuts it off costs the row in progress. A process that dies (a fault in a kernel ends a CUDA process for good)
-is started again behind the case that killed it. What failed is listed at the end by operator, shape, peer and error.
+Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs
+in a process of its own, the first in several at once, with a share of what is left of `--budget-s`, and saves after
+every row: what cuts it off costs the row in progress. A process that dies (a fault in a kernel ends a CUDA process for
+good) is started again behind the case that killed it. What failed is listed at the end by operator, shape, peer, error.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.battery_parts import DEFAULT, PARTS, cases_of
-from benchmarks.case import OUT_OF_MEMORY, Effort, measure_case
+from benchmarks.case import OUT_OF_MEMORY, Effort, computes, measure_case
 from benchmarks.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,8 +61,7 @@ def run_part(part: str, options: Options) -> int:
     if part == "tune":
         from benchmarks.tune import tune
 
-        tune(results, path, device, options.left, smoke=options.smoke)
-        return 0
+        return 0 if tune(results, path, device, options.left, smoke=options.smoke) else _DIED
     seconds = PARTS[part].seconds
     effort = Effort(min(seconds, 0.02) if options.smoke else seconds, least=3)
     checked = results.notes.setdefault("correctness", {"checked": 0, "failures": []})
@@ -82,7 +81,7 @@ def run_part(part: str, options: Options) -> int:
             else:
                 results.add([row])
             results.save(path)
-            if row.failure and row.failure != OUT_OF_MEMORY and not _alive(device):
+            if row.failure and row.failure != OUT_OF_MEMORY and not computes(device):
                 _finish(results, path, part, number)
                 return _DIED
         checked["checked"] += part == "correctness"
@@ -99,14 +98,6 @@ def _finish(results: Results, path: Path, part: str, number: int) -> None:
     results.notes["done"][part].append(number)
     results.notes.pop("running", None)
     results.save(path)
-
-
-def _alive(device: torch.device) -> bool:
-    """Whether the device still computes: after a fault in a kernel, nothing does in this process."""
-    try:
-        return float(torch.ones(1, device=device).sum()) == 1.0
-    except RuntimeError:
-        return False
 
 
 def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
@@ -143,7 +134,7 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
 
 
 def supervise_together(part: str, options: Options, say: Callable[[str], None], processes: int) -> None:
-    """`supervise` for so many processes at once, each with its turn of the cases and a file that is merged at the end."""
+    """`supervise` for so many processes at once, each with its turn of the cases and a file, merged at the end."""
     path = Path(options.out)
     base = Results.load(path)
     turns = [
