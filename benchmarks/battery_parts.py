@@ -82,7 +82,7 @@ def _correctness(smoke: bool) -> list[Case]:
     from benchmarks.training_cases import training_case
 
     if smoke:
-        return [case for case in operator_cases(False)[:9] if "forward+backward" in case.group]
+        return operator_cases(False)[:9]
     operators = [c for c in operator_cases(True) if not c.group.endswith(" forward") or "to_uint8" in c.group]
     bf16, first = torch.bfloat16, 2 * PARTS["correctness"].processes
     # the largest batch of the largest network is checked where it is timed, alone on the GPU

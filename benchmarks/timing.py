@@ -7,13 +7,15 @@ wall time), one with the queue filled beforehand (device time between two events
 than `_LONG` seconds are timed once a round; launch latency does not matter there.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -194,7 +196,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def _profiled_peak(call: Call) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         outputs = call()
     del outputs
     held = peak = 0
@@ -203,6 +205,20 @@ def _profiled_peak(call: Call) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler writes there whenever it starts and stops, past Python, and cannot be told not to."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @functools.cache
