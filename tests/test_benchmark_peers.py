@@ -1,6 +1,7 @@
 """What the benchmarks compare with is the same function, and the battery survives what it measures."""
 
 import itertools
+import json
 import subprocess
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import gpu_battery, peers, roofline, tune, waterfall
+from benchmarks.battery_parts import DEFAULT, PARTS, cases_of
 from benchmarks.case import Bench, Case, Effort, measure_case
 from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
@@ -155,9 +157,11 @@ def fake_case(name, *, fails=False):
 def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, monkeypatch):
     path = battery_file(tmp_path)
     cases = [fake_case("a"), fake_case("b", fails=True), fake_case("c")]
+    cases.append(cases[0])  # the same name again, as of a case whose other peers have to be compiled: it runs too
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
     options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
     assert gpu_battery.run_part("ops", options) == 0
+    assert Results.load(path).notes["done"]["ops"] == [0, 1, 2, 3]
     found = Results.load(path)
     assert [(r.case, bool(r.failure)) for r in found.rows] == [("a", False), ("b", True), ("c", False)]
     cases.append(fake_case("d"))
@@ -167,11 +171,39 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
 
 
 def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
-    pipelines = {c.group for c in gpu_battery.cases_of("pipelines", False)}
+    pipelines = {c.group for c in cases_of("pipelines", False)}
     assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
-    checked = {c.group for c in gpu_battery.cases_of("correctness", False)}
-    assert {"to_uint8 forward", "generator", "adam and average", "attention forward+backward"} <= checked
-    assert "attention forward" not in checked and list(gpu_battery.SHARES)[-1] == "tune"
+    checked = {c.group for c in cases_of("correctness", False)}
+    assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
+    assert "attention forward" not in checked and list(PARTS)[0] == "correctness"
+
+
+def test_what_has_to_be_compiled_is_a_part_of_its_own():
+    for part in ("inference", "train", "ops"):
+        names = [(c.group, c.name) for c in cases_of(part, False)]
+        assert len(set(names)) == len(names)
+    compiled = {(c.group, c.name) for c in cases_of("compiled", False)}
+    assert compiled <= {(c.group, c.name) for part in ("inference", "train", "ops") for c in cases_of(part, False)}
+    assert "compiled" not in DEFAULT and set(DEFAULT) < set(PARTS)
+
+
+def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case(name, fails=name == "c") for name in "abcde"]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+
+    def here(command, **options):
+        return subprocess.CompletedProcess(
+            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+        )
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
+    found = Results.load(path).notes["correctness"]
+    assert found["checked"] == 5 and found["failures"] == ["g | c | -: ValueError: no"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
+    assert any("1 failures" in line for line in gpu_battery.summary(Results.load(path)))
 
 
 def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
@@ -214,14 +246,14 @@ def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp
         started.append(command)
         if len(started) == 1:
             results = Results.load(path)
-            results.notes["running"] = ["ops", "g", "a"]
+            results.notes |= {"running": ["ops", 0, "g", "a"], "done": {"ops": []}}
             results.save(path)
         return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
 
     monkeypatch.setattr(gpu_battery.subprocess, "run", die_once)
     gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
     found = Results.load(path)
-    assert len(started) == 2 and found.notes["done"] == {"ops": ["g-a"]} and "running" not in found.notes
+    assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
     assert [r.failure for r in found.rows] == ["the process ended with status -11"]
 
 
@@ -249,6 +281,34 @@ def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(m
     assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
     assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
     assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+
+    def late(command, **options):
+        results = Results.load(path)
+        results.notes |= {"running": ["compiled", 0, "g", "a"], "done": {"compiled": []}}
+        results.save(path)
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", late)
+    options = gpu_battery.Options("cpu", str(path), True, time.time())
+    gpu_battery.supervise("compiled", options, lambda text: None)
+    found = Results.load(path)
+    assert found.notes["cut_off"] == {"compiled": "g | a"} and found.rows == [] and "died" not in found.notes
+
+
+def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
+    path, tried = battery_file(tmp_path), []
+    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "to_uint8": [], "no such": []})
+    monkeypatch.setattr(tune, "tune_entry", lambda entry, *rest: tried.append(entry) or {"tried": []})
+    monkeypatch.setattr(tune, "computes", lambda device: len(tried) > 1)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert not tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tried == ["residual", "to_uint8"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
 
 
 @pytest.fixture
