@@ -26,7 +26,8 @@ _TENSORS_TOUCHED = 9  # p, m, v, average: read and written; the gradient: read
 
 def adam_cases() -> list[Case]:
     """The parameters of NCSN++ 32 that GDD-I trains, 8.8 M, and all 56.4 M, as GDD trains them."""
-    return [Case("adam and average", f"ncsnpp-32 {name}", partial(_bench, n)) for n, name in ((1, "GDD-I"), (0, "GDD"))]
+    group, build = "adam and average", (partial(_bench, 1), partial(_bench, 0))
+    return [Case(group, "ncsnpp-32 GDD-I", build[0]), Case(group, "ncsnpp-32 GDD", build[1], larger=True)]
 
 
 def _bench(level: int, device: torch.device) -> Bench:

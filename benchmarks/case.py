@@ -64,6 +64,8 @@ class Case:
     group: str
     name: str
     build: Callable[[torch.device], Bench]
+    larger: bool = False
+    """The same as another case but for its size: left out where nothing is timed."""
 
     def __str__(self) -> str:
         return f"{self.group}-{self.name}".replace(" ", "-")

@@ -74,7 +74,7 @@ def generator_case(
     "max-autotune", "OneStepGenerator:compile".
     """
     build = partial(_generator, name, batch, dtype, ready, compiled)
-    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", build)
+    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", build, larger=batch > 1)
 
 
 def _generator(
