@@ -5,10 +5,10 @@ an H200, were it not cut off, by arithmetic: 4.3 TB/s of copies, 400 TFLOP/s of 
 second of one core for a Triton kernel that is not in the cache, 5 s for a process to start.
 
     correctness   127 cases, 125 kernels, float64 definitions (3 TFLOP at 1 TFLOP/s), 6 cases of whole networks:
-                  240 s in one process, 40 in eight
+                  240 s in one process, 50 in six
     inference     9 generators of 7 peers, 5 cases of pieces; 1.6 s a peer, of which 0.5 are timed: 130 s
     train         a case is 5 s of definitions in fp32 and 6 to 8 s a peer: 25 s, 7 cases 175 s
-    ops           257 cases of 5 peers, 0.1 s a peer and 0.2 s a case: 180 s
+    ops           242 cases of 5 peers, 0.1 s a peer and 0.2 s a case: 180 s
     pipelines     60 s, of which plain PyTorch's images to disk take 15 and SciPy's square root of a matrix 40
     tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
     compiled      1 to 2 min a case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
@@ -31,7 +31,7 @@ class Part:
 
 
 PARTS = {
-    "correctness": Part(0.2, processes=8),  # nothing is timed, and kernels are compiled for all that follows
+    "correctness": Part(0.2, processes=6),  # nothing is timed, and kernels are compiled for all that follows
     "inference": Part(0.3, 0.4),
     "train": Part(0.35, 1.0),
     "ops": Part(0.6, 0.06),
@@ -41,6 +41,9 @@ PARTS = {
 }
 DEFAULT = tuple(name for name in PARTS if name != "compiled")
 """The parts of a run that names none."""
+
+PROCESS_BYTES = 20 << 30
+"""What a process checking the largest shape in float64 takes of a GPU, 14 GB, and something to spare."""
 
 _CIFAR = "cifar10-uncond-gdd-i"
 

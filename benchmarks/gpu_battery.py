@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.battery_parts import DEFAULT, PARTS, cases_of
-from benchmarks.case import OUT_OF_MEMORY, Effort, computes, measure_case
+from benchmarks.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
+from benchmarks.case import OUT_OF_MEMORY, Effort, computes, measure_case, release
 from benchmarks.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +164,14 @@ def merge(into: Results, found: Results) -> None:
         into.notes.setdefault("died", []).extend(found.notes["died"])
 
 
+def processes_of(part: str, device: torch.device) -> int:
+    """How many at once: what the part is good for, the cores feed and the GPU's memory holds."""
+    room = PARTS[part].processes
+    if device.type == "cuda":
+        room = min(room, torch.cuda.get_device_properties(device).total_memory // PROCESS_BYTES)
+    return max(min(room, (os.cpu_count() or 1) // 2), 1)
+
+
 def build_extension(device: torch.device, seconds: float) -> str:
     """Build gdd_fast._C in place for this GPU; what came of it. Without nvcc or on a CPU, its C++ alone."""
     environment = dict(os.environ)
@@ -191,6 +199,7 @@ def begin(
     described["commit"] = commit or described["commit"]
     if "error" in (described["extension"] or {}):
         notes = {**notes, "extension problem": described["extension"]["error"]}
+    release(device)  # other processes will want the memory
     results = Results.continued(path, described, rates)
     stale = ["running", "done", "cut_off", "died", "extension problem"]
     stale += [note for note, part in (("correctness", "correctness"), ("tuning", "tune")) if part in fresh]
@@ -250,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         share = 1.0 if part == parts[-1] else PARTS[part].share
         options = Options(args.device, str(path), args.smoke, time.time() + share * left)
-        processes = min(PARTS[part].processes, max((os.cpu_count() or 1) // 2, 1))
+        processes = processes_of(part, device)
         say(f"{part}: {share * left:.0f} s" + (f", {processes} processes" if processes > 1 else ""))
         if processes > 1:
             supervise_together(part, options, say, processes)

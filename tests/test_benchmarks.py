@@ -190,6 +190,13 @@ def test_compare_flags_what_is_worse_beyond_the_noise(tmp_path, capsys, after, s
     assert f"1 compared, {status} worse" in capsys.readouterr().out.replace("2 compared", "1 compared")
 
 
+def test_compare_says_which_rows_are_gone(tmp_path, capsys):
+    results(row(), row("stock")).save(tmp_path / "a.json")
+    results(row()).save(tmp_path / "b.json")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert "1 rows of a.json are not in b.json" in capsys.readouterr().out
+
+
 def test_compare_takes_a_lost_time_for_worse_and_refuses_other_machines(tmp_path):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     results(row()).save(a)
