@@ -2,7 +2,8 @@
 
 A row is slower if its 20 % quantile in B lies above the 80 % quantile in A and its median grew by more than
 `--threshold`; faster, the other way round. A row that failed in B and not in A counts as slower, and so does one whose
-peak memory grew by more than the threshold. How many rows of A are not in B is said, and no regression. Exit status 1 if anything is slower, 2 if the two cannot be compared.
+peak memory grew by more than the threshold. How many rows of A are not in B is said, and is no regression. Exit
+status 1 if anything is slower, 2 if the two cannot be compared.
 """
 
 import argparse
