@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import case, compare, tables, timing
+from benchmarks import case, compare, conftest, tables, timing
 from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.checks import Accuracy, Closeness, Gradients, MismatchError, UncheckedError, poisoned
 from benchmarks.results import Results, Row, format_seconds
@@ -322,6 +323,15 @@ def test_the_committed_pages_agree_with_the_committed_results():
 
 def test_seconds_are_shown_with_a_unit():
     assert [format_seconds(s) for s in (None, 2.5, 0.0123, 4.5e-6)] == ["-", "2.5 s", "12.3 ms", "4.5 us"]
+
+
+@pytest.mark.parametrize(
+    ("device", "full", "is_full"), [("cuda", None, 1), ("cuda", False, 0), ("cpu", None, 0), ("cpu", True, 1)]
+)
+def test_everything_is_measured_on_a_gpu_and_a_sample_on_a_cpu(device, full, is_full):
+    options = {"--full": full, "--bench-device": device}
+    cases = conftest.cases_for("network_case", SimpleNamespace(getoption=options.get))
+    assert any("adm-64" in case.name for case in cases) == is_full
 
 
 def test_pytest_run_keeps_its_rows(tmp_path):
