@@ -38,9 +38,10 @@ def network_cases(full: bool) -> list[Case]:
         ]
     bf16 = torch.bfloat16
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
-    cases += [backbone_case(name, 64, bf16) for name in _BACKBONES]
-    cases += [block_case(*block, 64, bf16) for block in _blocks()]
-    return cases + [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    others = [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    backbones = [backbone_case(name, 64, bf16) for name in _BACKBONES]
+    blocks = [block_case(*block, 64, bf16) for block in _blocks()]
+    return [*cases, *others[:3], *backbones, *blocks, *others[3:]]
 
 
 def compiled_cases() -> list[Case]:

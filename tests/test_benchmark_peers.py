@@ -337,3 +337,14 @@ def test_bytes_of_backward_are_what_it_reads():
     assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
     bench = operator_case("p", "p", partial(pool_problem, MapCall(4, 8), 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
+
+
+def test_switches_of_peers_are_put_back():
+    def switches():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+
+    before = switches()
+    assert peers.under_tf32(switches, True)() == ("high", True, True)
+    with peers.tf32(False):
+        assert switches() == ("highest", False, before[2])
+    assert switches() == before
