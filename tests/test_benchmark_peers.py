@@ -26,7 +26,7 @@ from benchmarks.results import Results, Row
 from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
-from benchmarks.training_cases import Batch
+from benchmarks.training_checks import Batch
 from gdd_fast import backend
 from gdd_fast.errors import BackendError
 from gdd_fast.models.edm import adm, ncsnpp
