@@ -17,7 +17,6 @@ from benchmarks.training_engines import captured
 
 STEPS = ("G step", "D step", "R1 step", "iteration")
 _COMPARED_IMAGES, _COMPARED_ON_CPU = 16, 8
-_GPU_TYPES = (torch.bfloat16, torch.bfloat16)
 
 
 def training_cases(full: bool, steps: tuple[str, ...] = STEPS) -> list[Case]:
@@ -68,17 +67,15 @@ def settings_bench(
     few = replace(setup, batch=min(setup.batch, few))
     reference = Reference(step, few, device)
 
-    def types(settings: Settings) -> Types:
-        return settings.generator_dtype, settings.discriminator_dtype
-
     def check(settings: Settings, outputs: Gradient | None) -> None:
         if outputs is not None:
-            reference.check_step(types(settings), outputs)
+            reference.check_step(Types.of(settings), outputs)
 
     def peer(name: str, settings: Settings) -> Call:
         extra[name]["compared, float32"] = reference.check_in_float32(settings)
-        low = types(settings) if device.type == "cuda" else _GPU_TYPES  # what a CPU computes in fp32 is checked in bf16
-        extra[name][f"compared, {_named(low)}"] = reference.check_in(low, settings)
+        # what a CPU computes in float32 is checked in a GPU's types as well
+        types = Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)
+        extra[name][f"compared, {types}"] = reference.check_in(types, settings)
         training = Training(setup, settings, device)
 
         def prepared(batch: Batch) -> Call:
@@ -100,7 +97,3 @@ def settings_bench(
     precision = "bf16" if device.type == "cuda" else "fp32"
     checks = {name: partial(check, settings) for name, settings in peers.items()}
     return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks, extra=extra)
-
-
-def _named(types: Types) -> str:
-    return " and ".join(str(t).removeprefix("torch.") for t in dict.fromkeys(types))

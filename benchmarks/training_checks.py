@@ -10,6 +10,7 @@ compared as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,8 +65,24 @@ def in_float32(settings: Settings) -> Settings:
     return replace(settings, **wide, tf32=False, engine="eager")
 
 
-Types = tuple[torch.dtype, torch.dtype]
-"""Compute types of generator and discriminator."""
+class Types(NamedTuple):
+    """What is rounded to what: the compute types of generator and discriminator, and whether float32 means TF32."""
+
+    generator: torch.dtype
+    discriminator: torch.dtype
+    tf32: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Types":
+        wide = torch.float32 in (settings.generator_dtype, settings.discriminator_dtype)
+        return cls(settings.generator_dtype, settings.discriminator_dtype, settings.tf32 and wide)
+
+    def __str__(self) -> str:
+        names = [str(t).removeprefix("torch.") for t in dict.fromkeys(self[:2])]
+        return " and ".join([*names, *["TF32"] * self.tf32])
+
+
+FLOAT32 = Types(torch.float32, torch.float32)
 
 
 class Reference:
@@ -96,9 +113,8 @@ class Reference:
     def check_in(self, types: Types, settings: Settings) -> str:
         """The same in `types`, the G step in halves."""
         rules = self._rules_in(types)
-        for rule in rules.values():
-            if isinstance(rule, Gradients) and rule is rules.get("G"):
-                rule.require_values()
+        if "G" in rules:
+            rules["G"].require_values()
         for name, gradients in self._probe(Training(self._setup, _of_types(settings, types), self._device)).items():
             rules[name].check(gradients)
         return _counted(rules)
@@ -109,7 +125,7 @@ class Reference:
         In 16 bits of a G step, and of what follows it in an iteration, no more than the size of every gradient.
         """
         for name, gradients in found.items():
-            if types == (torch.float32, torch.float32):
+            if types == FLOAT32:
                 self._exact[name].check(gradients)
             elif name == "G" or self._step == "iteration":
                 self._sizes_in(types)[name].check_sizes(gradients)
@@ -159,7 +175,8 @@ class Reference:
 
 
 def _of_types(settings: Settings, types: Types) -> Settings:
-    return replace(settings, generator_dtype=types[0], discriminator_dtype=types[1], engine="eager")
+    dtypes = {"generator_dtype": types.generator, "discriminator_dtype": types.discriminator}
+    return replace(settings, **dtypes, tf32=types.tf32, engine="eager")
 
 
 def _copied(gradients: list[Tensor]) -> list[Tensor]:

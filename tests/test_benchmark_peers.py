@@ -3,7 +3,7 @@
 import itertools
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -25,9 +25,11 @@ from benchmarks.pipeline_cases import pipeline_cases, read_images
 from benchmarks.results import Results, Row
 from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
-from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
-from benchmarks.training_checks import Batch
-from gdd_fast import backend
+from benchmarks.training import OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
+from benchmarks.training_cases import settings_for, training_cases
+from benchmarks.training_checks import Batch, Reference, Types, in_float32, step_call
+from benchmarks.training_engines import captured
+from gdd_fast import backend, modules
 from gdd_fast.errors import BackendError
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
@@ -122,6 +124,126 @@ def test_a_training_step_applies_its_gradients_once():
     assert any(g.abs().max() > 0 for g in gradients)
     moved = max(float((w.detach() - b).abs().max()) for w, b in zip(weights, before, strict=True))
     assert 0 < moved <= 1.01 * training.setup.config.generator.g_lr
+
+
+@pytest.fixture(scope="module")
+def generator_step():
+    return Reference("G step", Setup("demo", 4), CPU)
+
+
+BF16 = Types(torch.bfloat16, torch.bfloat16)
+
+
+def test_the_halves_of_a_generator_step_make_the_whole():
+    training = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU)
+    batch = Batch.draw(training)
+    state = [t.clone() for t in training.changing()]
+    upstream = training.image_gradient(training.images(batch.z, None), None)
+    halves = training.weight_gradients(batch.z, None, upstream)
+    torch._foreach_copy_([t.detach() for t in training.changing()], state)
+    for half, whole in zip(halves, training.generator_step(batch.z, None), strict=True):
+        assert_close(half, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
+
+
+def test_ours_is_compared_in_bf16_weight_by_weight(generator_step):
+    assert "138 of 138 gradients of G" in generator_step.check_in(BF16, OUR_SETTINGS)
+    assert "138 of 138 gradients of G" in generator_step.check_in_float32(OUR_SETTINGS)
+
+
+@pytest.mark.parametrize("types", [BF16, Types(torch.float32, torch.float32)], ids=str)
+def test_a_wrong_operator_gives_a_training_step_no_time(generator_step, types, monkeypatch):
+    right = modules.resample2d
+    monkeypatch.setattr(modules, "resample2d", lambda *args, **options: right(*args, **options) * 1.2)
+    with pytest.raises(MismatchError, match="gradient"):
+        generator_step.check_in(types, OUR_SETTINGS)
+
+
+class FakeCuda:
+    """What capturing asks of torch.cuda, noted in order; a capture computes at once, and a replay does nothing."""
+
+    def __init__(self, monkeypatch):
+        self.noted = []
+        for name in ("current_stream", "Stream", "stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, self._noting(name))
+
+    def _noting(self, name):
+        def call(*arguments):
+            self.noted.append(name)
+            return self
+
+        return call
+
+    def wait_stream(self, other):
+        self.noted.append("wait")
+
+    def replay(self):
+        self.noted.append("replay")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.noted.append("end")
+
+
+@pytest.mark.parametrize("step", ["G step", "D step", "iteration"])
+def test_a_captured_step_begins_where_its_warm_up_did(monkeypatch, step):
+    settings = in_float32(STOCK_SETTINGS)
+    expected = Training(Setup("demo", 2), settings, CPU)
+    want = step_call(step, expected, Batch.draw(expected))()
+    training = Training(Setup("demo", 2), replace(settings, engine="graph"), CPU)
+    fake, gradients_before = FakeCuda(monkeypatch), []
+    work = step_call(step, training, Batch.draw(training))
+    replayed = captured(training, lambda: (gradients_before.append(fake.noted[-1]), work())[1])
+    assert gradients_before == ["stream"] * 3 + ["graph"]
+    assert fake.noted.count("wait") == 2 and "replay" not in fake.noted
+    found = replayed()
+    assert fake.noted[-1] == "replay" and training._g_adam.param_groups[0]["capturable"]
+    for name in want:
+        for a, b in zip(found[name], want[name], strict=True):
+            assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-9)
+
+
+def test_peers_of_training_on_a_gpu(monkeypatch):
+    """Stock eager, as a graph, and compiled in a case of its own; R1 differentiates twice and stays eager."""
+    built = {}
+
+    def bench(step, setup, peers, device, compared=None):
+        return built.setdefault((step, compared), {name: s.engine for name, s in peers.items()})
+
+    monkeypatch.setattr("benchmarks.training_cases.settings_bench", bench)
+    gpu, setup = torch.device("cuda"), Setup("cifar10-uncond-gdd-i", 128)
+    for case in training_cases(True):
+        if setup.preset in case.name and "batch 128" in case.name:
+            case.build(gpu)
+    eager = {"official": "eager", "stock": "eager", "gdd_fast": "eager"}
+    both = {"compile": "compile", "max-autotune": "max-autotune"}
+    assert built == {
+        ("R1 step", None): eager,
+        **{(step, None): {**eager, "graph": "graph"} for step in ("iteration", "G step", "D step")},
+        **{(step, 128): both for step in ("iteration", "G step", "D step")},
+    }
+    assert {s.engine for s in settings_for(CPU).values()} == {"eager"}
+
+
+def test_compiled_losses_are_the_losses(monkeypatch):
+    """The calls around the compiler: its modes, and that a new step is announced before each."""
+    asked, steps = [], []
+
+    def compile(function, *, dynamic, mode):
+        asked.append((function.__name__, dynamic, mode))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(asked)))
+    settings = in_float32(STOCK_SETTINGS)
+    eager = Training(Setup("demo", 2), settings, CPU)
+    training = Training(Setup("demo", 2), replace(settings, engine="max-autotune"), CPU)
+    assert asked == [("_generator_loss", False, "max-autotune"), ("_discriminator_loss", False, "max-autotune")]
+    want, found = (step_call("iteration", t, Batch.draw(t))() for t in (eager, training))
+    assert len(steps) == 2
+    for a, b in zip(found["D"], want["D"], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_roofline_page_and_picture(tmp_path):
