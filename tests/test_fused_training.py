@@ -236,8 +236,8 @@ def config_for(folder: Path, net: EDMPrecond, **settings: Any) -> TrainConfig:
 @pytest.mark.skipif(obstacle(TRITON, "triton", DEVICE.type) is not None, reason="no Triton for this device")
 @pytest.mark.slow
 def test_twenty_steps_by_the_triton_kernels(tmp_path):
-    """Without a GPU in the interpreter, hence the smallest network that has all of them."""
-    sizes = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
+    """Without a GPU in the interpreter, hence the smallest network that has all of them: its heads have 16 channels."""
+    sizes = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
     net = noisy(EDMPrecond(4, 1, **ncsnpp(**sizes)))
     twenty = race(config_for(tmp_path, net, batch=2))
     twenty.check(twenty.run("triton"))
