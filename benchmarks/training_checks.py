@@ -4,7 +4,7 @@ The rule is that of parity, gradient by gradient (`checks.Gradients`): at most t
 same types. In bf16 that needs care. Rounding opens and closes ReLUs of the frozen networks, and the gradient that plain
 PyTorch brings back through them to the images differs from float32's by half its norm or more; beside that, any mistake
 of the generator would pass. So the G step is compared in halves, each given what the other makes of it in float32: the
-gradient of the images as a whole, and for float32's gradient of the images that of every weight. The D and R1 steps are
+gradient of the images, and for float32's gradient of the images that of every weight. The D and R1 steps are
 compared as they are.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Closeness, Gradients
+from benchmarks.checks import Gradients
 from benchmarks.training import OFFICIAL_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
 
 FLOOR = 0.1
@@ -99,8 +99,8 @@ class Reference:
         self._image_gradient = self._halves.get("images", [None])[0]
         self._whole = {name: _copied(g) for name, g in self._run(settings)().items()}
         self._exact = self._rules(self._whole, self._run(in_float32(STOCK_SETTINGS))())
-        self._rules_of: dict[Types, dict[str, Gradients | Closeness]] = {}
-        self._sizes_of: dict[Types, dict[str, Gradients | Closeness]] = {}
+        self._rules_of: dict[Types, dict[str, Gradients]] = {}
+        self._sizes_of: dict[Types, dict[str, Gradients]] = {}
 
     def check_in_float32(self, settings: Settings) -> str:
         """Raise MismatchError or UncheckedError unless the step in float32 is right; returns what was compared."""
@@ -149,7 +149,7 @@ class Reference:
             found["R1"] = training.r1_step(real, labels)
         return {name: _copied(gradients) for name, gradients in found.items()}
 
-    def _rules_in(self, types: Types) -> dict[str, "Gradients | Closeness"]:
+    def _rules_in(self, types: Types) -> dict[str, Gradients]:
         """Plain PyTorch is run in `types` once."""
         if types not in self._rules_of:
             plain = _of_types(in_float32(STOCK_SETTINGS), types)
@@ -157,19 +157,17 @@ class Reference:
             self._rules_of[types] = self._rules(self._halves, eager)
         return self._rules_of[types]
 
-    def _sizes_in(self, types: Types) -> dict[str, "Gradients | Closeness"]:
+    def _sizes_in(self, types: Types) -> dict[str, Gradients]:
         if types not in self._sizes_of:
             plain = _of_types(in_float32(STOCK_SETTINGS), types)
             self._sizes_of[types] = self._rules(self._whole, self._run(plain)())
         return self._sizes_of[types]
 
     @staticmethod
-    def _rules(expected: Gradient, eager: Gradient) -> dict[str, "Gradients | Closeness"]:
-        floors = {"G": _FLOOR_OF_WEIGHTS} if "images" in expected else {}
+    def _rules(expected: Gradient, eager: Gradient) -> dict[str, Gradients]:
+        halves = "images" in expected
         return {
-            name: Closeness(gradients, FLOOR, eager[name])
-            if name == "images"
-            else Gradients(gradients, floors.get(name, FLOOR), eager[name])
+            name: Gradients(gradients, _FLOOR_OF_WEIGHTS if halves and name == "G" else FLOOR, eager[name])
             for name, gradients in expected.items()
         }
 
@@ -183,6 +181,6 @@ def _copied(gradients: list[Tensor]) -> list[Tensor]:
     return [g.detach().float().clone() for g in gradients]
 
 
-def _counted(rules: dict[str, "Gradients | Closeness"]) -> str:
+def _counted(rules: dict[str, Gradients]) -> str:
     parts = [f"{rule.in_value} of {len(rule)} gradients of {name}" for name, rule in rules.items() if name != "images"]
     return ", ".join(parts) + " in value"

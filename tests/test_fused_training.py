@@ -246,9 +246,13 @@ def test_twenty_steps_by_the_triton_kernels(tmp_path):
 @needs_extension
 @pytest.mark.slow
 def test_twenty_steps_of_blocks_of_real_width(tmp_path):
-    """NCSN++ as CIFAR-10 has it, 256 channels and every kind of block, on fewer pixels."""
+    """NCSN++ as CIFAR-10 has it, 256 channels and every kind of block, on fewer pixels.
+
+    A step of one size in all of so many weights moves the images further than one of the tiny network: at 1e-5, float32
+    is 5 % of the way off after twenty of them.
+    """
     net = noisy(EDMPrecond(8, 3, **ncsnpp(channel_mult=[2, 2], num_blocks=1, attn_resolutions=[8], dropout=0.0)))
-    twenty = race(config_for(tmp_path, net))
+    twenty = race(override(config_for(tmp_path, net), g_lr=1e-6, d_lr=1e-6))
     twenty.check(twenty.run("auto"))
 
 
