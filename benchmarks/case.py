@@ -19,7 +19,6 @@ OUT_OF_MEMORY = "out of memory"
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
-
 GRAPHS = ("graph", "max-autotune")
 """Peers that replay a CUDA graph: its memory is allocated at capture, so a count around a call sees none of it."""
 
@@ -42,10 +41,16 @@ class Bench:
     flops: int | None = None
     images: int | None = None
     precision: str = "fp32"
+    precisions: dict[str, str] = field(default_factory=dict)
+    """Of peers that compute in another type than the rest."""
     headline: str = "wall"
+    counts_memory: bool = True
+    """Whether the peak of this process's tensors says anything; not where the work is done elsewhere."""
     like: list[torch.Tensor] = field(default_factory=list)
     """Tensors of the outputs' sizes, to poison the memory that they will get."""
     checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
+    """Peers that do less than the work, such as a copy of the input, by the bytes they move: compared with nothing."""
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By peer, what its row says beside the times, such as how far it could be compared."""
     keep: Any = None
@@ -59,6 +64,8 @@ class Case:
     group: str
     name: str
     build: Callable[[torch.device], Bench]
+    larger: bool = False
+    """The same as another case but for its size: left out where nothing is timed."""
 
     def __str__(self) -> str:
         return f"{self.group}-{self.name}".replace(" ", "-")
@@ -66,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a peer is timed. `seconds` 0 checks and takes no time."""
+    """How long a peer is timed. `seconds` 0 checks and takes no time; what takes minutes to compile is left out."""
 
     seconds: float = 0.5
     least: int = 5
@@ -86,11 +93,18 @@ def _check(bench: Bench, peer: str, outputs: Any) -> None:
     for tensor in tensors(outputs):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise MismatchError("an output holds NaN or infinity: memory that is read or left unwritten")
-    bench.checks.get(peer, bench.check)(outputs)
+    if peer not in bench.bounds:
+        bench.checks.get(peer, bench.check)(outputs)
 
 
-def _peak(peer: str, call: Call, device: torch.device) -> int | None:
-    return None if any(name in peer for name in GRAPHS) else peak_bytes(call, device)
+def is_compiled(peer: str) -> bool:
+    """Whether the peer goes through torch.compile."""
+    return any(name in peer for name in COMPILED)
+
+
+def _peak(bench: Bench, peer: str, call: Call, device: torch.device) -> int | None:
+    counted = bench.counts_memory and not any(name in peer for name in GRAPHS)
+    return peak_bytes(call, device) if counted else None
 
 
 def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None) -> Row:
@@ -101,9 +115,9 @@ def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None
         peer,
         **timing.to_json(),
         headline=bench.headline,
-        bytes=bench.bytes,
-        flops=bench.flops,
-        precision=bench.precision,
+        bytes=bench.bounds.get(peer, bench.bytes),
+        flops=None if peer in bench.bounds else bench.flops,
+        precision=bench.precisions.get(peer, bench.precision),
         images=bench.images,
         peak_bytes=peak,
         extra=dict(bench.extra.get(peer, {})),
@@ -117,6 +131,8 @@ def measure_peer(
 
     `timer` is `timing.measure` or stands in for it.
     """
+    if is_compiled(peer) and not effort.seconds:
+        return None
     try:
         call = checked_call(bench, peer, device)
         if not effort.seconds:
@@ -124,7 +140,7 @@ def measure_peer(
         timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
         _check(bench, peer, outputs)
         del outputs
-        return row_of(case, bench, peer, timing, _peak(peer, call, device))
+        return row_of(case, bench, peer, timing, _peak(bench, peer, call, device))
     except UnavailableError:
         return None
     except torch.OutOfMemoryError:
@@ -136,9 +152,9 @@ def measure_peer(
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:
-        compiled = any(name in peer for name in COMPILED)
-        if compiled or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
-            release(device, compiled=compiled)
+        call = None  # what it holds can be given back
+        if is_compiled(peer) or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
+            release(device, compiled=is_compiled(peer))
 
 
 def measure_case(
@@ -168,6 +184,14 @@ def describe_error(error: BaseException) -> str:
     """One line of at most 300 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def computes(device: torch.device) -> bool:
+    """Whether the device still does: after a fault in a kernel, nothing runs on it in this process."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except RuntimeError:
+        return False
 
 
 def release(device: torch.device, *, compiled: bool = False) -> None:

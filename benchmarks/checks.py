@@ -6,7 +6,6 @@ training steps in the norm of every gradient by itself.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 _POISON_BYTES = 1 << 30
-_ORDER, _MANY = 8.0, 16
+_ORDER, _MANY, _NOISE = 8.0, 16, 2.0
 
 
 class MismatchError(Exception):
@@ -109,26 +108,32 @@ class Closeness:
 
 
 class Gradients:
-    """The rule for training steps: each gradient by itself, against the definition's in float32.
+    """The rule for training steps: each gradient by itself and all together, against the definition's in float32.
 
     A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
-    Where that would allow more than `most`, its value says nothing (rounding has been amplified), and its norm alone
-    is compared: it has to be of the order of plain PyTorch's (a factor of `_ORDER`), and not zero if the gradient has
-    but a few elements, whose norm is noise too. Gradients that are a millionth of the largest
-    or less are rounding themselves and are held against that size.
+    Plain PyTorch's is its error of this gradient, or of half of all gradients if that is more: nobody is held to its
+    luck. Where a gradient may be off by more than `most`, its size has to be of the order of plain PyTorch's as well (a
+    factor of `_ORDER`), or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding alone, and
+    the size is all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that are a
+    millionth of the largest or less are rounding themselves and are held against that size.
     """
 
     def __init__(self, expected: Any, floor: float, eager: Any, *, most: float = 0.3) -> None:
         self._expected = [t.detach().float().clone() for t in tensors(expected)]
         norms = [float(t.norm()) for t in self._expected]
-        least = max(1e-6 * max(norms, default=0.0), 1e-30)
-        self._scales = [max(norm, least) for norm in norms]
+        self._least = max(1e-6 * max(norms, default=0.0), 1e-30)
+        self._groups = _groups(self._expected)
         found = [t.detach().float() for t in tensors(eager)]
-        self._eager_norms = [float(t.norm()) for t in found]
-        self._limits = [max(floor, FACTOR * error) for error in self._errors(found)]
+        errors = self._errors(found)
+        typical = sorted(errors)[(len(errors) - 1) // 2] if errors else 0.0
+        self._limits = [max(floor, FACTOR * max(error, typical)) for error in errors]
+        self._eager_norms = [_norm([found[i] for i in group]) for group in self._groups]
         self._most = most
-        self.in_value = sum(limit <= most for limit in self._limits)
-        """How many of the gradients are compared in value."""
+        compared = {
+            i for group, limit in zip(self._groups[:-1], self._limits, strict=False) if limit <= most for i in group
+        }
+        self.in_value = len(compared)
+        """How many of the gradients are compared in value alone."""
 
     def __len__(self) -> int:
         return len(self._expected)
@@ -136,18 +141,21 @@ class Gradients:
     def check(self, outputs: Any) -> None:
         """Raise MismatchError unless every gradient is close enough."""
         found = [t.detach().float() for t in tensors(outputs)]
-        for index, error in enumerate(self._errors(found)):
-            limit = self._limits[index]
-            if limit <= self._most:
-                if not error <= limit:
-                    raise MismatchError(
-                        f"gradient {index} differs by {error:.3g} of its norm, and at most {limit:.3g} is allowed"
-                    )
-                continue
-            norm, eager = float(found[index].norm()), self._eager_norms[index]
-            low, high = (eager / _ORDER, eager * _ORDER) if found[index].numel() >= _MANY else (0.0, math.inf)
-            if (norm == 0.0) != (eager == 0.0) or not low <= norm <= high:
-                raise MismatchError(f"gradient {index} has norm {norm:.3g}, and plain PyTorch's has {eager:.3g}")
+        for group, error, limit in zip(self._groups, self._errors(found), self._limits, strict=True):
+            if limit < _NOISE and not error <= limit:
+                raise MismatchError(
+                    f"{_named(group)} differs by {error:.3g} of its norm, and at most {limit:.3g} is allowed"
+                )
+        self.check_sizes(found, above=self._most)
+
+    def check_sizes(self, outputs: Any, *, above: float = 0.0) -> None:
+        """Raise MismatchError unless the gradients that may be off by more than `above` are of plain PyTorch's size."""
+        found = [t.detach().float() for t in tensors(outputs)]
+        _check_alike([t.shape for t in found], [t.shape for t in self._expected])
+        for group, limit, eager in zip(self._groups, self._limits, self._eager_norms, strict=True):
+            norm = _norm([found[i] for i in group])
+            if limit > above and not (eager / _ORDER <= norm <= eager * _ORDER and (norm == 0.0) == (eager == 0.0)):
+                raise MismatchError(f"{_named(group)} has norm {norm:.3g}, and plain PyTorch's has {eager:.3g}")
 
     def require_values(self) -> None:
         """Raise UncheckedError if fewer than half of the gradients can be compared in value."""
@@ -158,9 +166,24 @@ class Gradients:
             )
 
     def _errors(self, found: list[Tensor]) -> list[float]:
+        """Of every group, relative to its norm."""
         _check_alike([t.shape for t in found], [t.shape for t in self._expected])
-        parts = zip(found, self._expected, self._scales, strict=True)
-        return [float((a - b).norm()) / scale for a, b, scale in parts]
+        errors = []
+        for group in self._groups:
+            difference = _norm([found[i] - self._expected[i] for i in group])
+            errors.append(difference / max(_norm([self._expected[i] for i in group]), self._least))
+        return errors
+
+
+def _groups(gradients: Sequence[Tensor]) -> list[list[int]]:
+    """Each large one by itself, the small ones together; at last all."""
+    small = [i for i, g in enumerate(gradients) if g.numel() < _MANY]
+    large = [[i] for i, g in enumerate(gradients) if g.numel() >= _MANY]
+    return [*large, *([small] if small else []), list(range(len(gradients)))]
+
+
+def _named(group: list[int]) -> str:
+    return f"gradient {group[0]}" if len(group) == 1 else f"what gradients {', '.join(map(str, group))} make together"
 
 
 def _check_alike(found: list[Any], expected: list[Any]) -> None:

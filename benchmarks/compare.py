@@ -2,7 +2,8 @@
 
 A row is slower if its 20 % quantile in B lies above the 80 % quantile in A and its median grew by more than
 `--threshold`; faster, the other way round. A row that failed in B and not in A counts as slower, and so does one whose
-peak memory grew by more than the threshold. Exit status 1 if anything is slower, 2 if the two cannot be compared.
+peak memory grew by more than the threshold. How many rows of A are not in B is said, and is no regression. Exit
+status 1 if anything is slower, 2 if the two cannot be compared.
 """
 
 import argparse
@@ -85,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(change)
     bad = sum(change.regression for change in found)
     print(f"{len(found)} compared, {bad} worse, {sum(c.verdict in ('faster', 'less memory') for c in found)} better")
+    gone = {row.key for row in before.rows if row.times is not None} - {row.key for row in after.rows}
+    if gone:
+        print(f"{len(gone)} rows of {args.before.name} are not in {args.after.name}")
     return 1 if bad else 0
 
 

@@ -1,7 +1,7 @@
 """Options and fixtures of the benchmarks under pytest.
 
-pytest benchmarks/ --benchmark-only              small, for a CPU
-pytest benchmarks/ --benchmark-only --full       every shape, for a GPU
+pytest benchmarks/ --benchmark-only              small on a CPU; on a GPU every shape and what compiles, hours
+pytest benchmarks/ --benchmark-only --small      small there too
 pytest benchmarks/ --benchmark-disable -q        checks alone
 """
 
@@ -28,12 +28,13 @@ CASES = {
 
 _ROWS = pytest.StashKey[list[Row]]()
 _ROUNDS = 3
-_SECONDS = 0.3
+_SECONDS = {"wall": 0.3, "device": 0.12}  # by headline: operators take milliseconds, and there are many
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gdd_fast benchmarks")
-    group.addoption("--full", action="store_true", help="every shape and network; meant for a GPU")
+    group.addoption("--full", action="store_true", default=None, help="every shape and network; default on a GPU")
+    group.addoption("--small", action="store_false", dest="full", help="a sample, in fp32; default on a CPU")
     group.addoption("--bench-device", default=None, help="cpu or cuda; default: a GPU if there is one")
     group.addoption("--record", action="store_true", help="keep the rows in benchmarks/results/<device>.json")
     group.addoption("--record-to", type=Path, default=None, metavar="FILE", help="keep the rows in FILE")
@@ -75,12 +76,14 @@ class Runner:
 
     def __call__(self, case: Case) -> None:
         timed = not self._benchmark.disabled
+        if case.larger and not timed:
+            pytest.skip("a smaller one is checked")
         try:
             bench = case.build(self._device)
         except UnavailableError as error:
             pytest.skip(str(error))
         ours = [name for name in bench.peers if "gdd_fast" in name] or list(bench.peers)
-        effort = Effort(_SECONDS if timed else 0.0, least=_ROUNDS)
+        effort = Effort(_SECONDS[bench.headline] if timed else 0.0, least=_ROUNDS)
         rows = []
         for peer in bench.peers:
             timer = self._drive if timed and peer == ours[0] else measure
@@ -112,9 +115,17 @@ def run_case(benchmark: Any, device: torch.device, record: Callable[[Row], None]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take `operator_case`, `network_case`, ... run once a case."""
     for name in CASES.keys() & set(metafunc.fixturenames):
-        module, function = CASES[name]
-        cases = getattr(importlib.import_module(module), function)(metafunc.config.getoption("--full"))
-        metafunc.parametrize(name, cases, ids=str)
+        metafunc.parametrize(name, cases_for(name, metafunc.config), ids=str)
+
+
+def cases_for(name: str, config: pytest.Config) -> list[Case]:
+    """The cases behind a fixture of `CASES`; the full ones end with those of peers that have to be compiled."""
+    full = config.getoption("--full")
+    full = bench_device(config).type == "cuda" if full is None else full
+    module, function = CASES[name]
+    module = importlib.import_module(module)
+    compiled = getattr(module, "compiled_cases", list)() if full else []
+    return [*getattr(module, function)(full), *compiled]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,12 +1,13 @@
 """`python -m benchmarks.gpu_battery`: everything worth knowing of one GPU machine, in a given time.
 
-    python -m benchmarks.gpu_battery                            build, check, then all the parts
-    python -m benchmarks.gpu_battery --only ops,tune            some parts; rows of the others are kept
+    python -m benchmarks.gpu_battery                            build, check, then all the parts but "compiled"
+    python -m benchmarks.gpu_battery --only tune,compiled       some parts; rows of the others are kept
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 
-Needs the checkout, torch and numpy; no pytest, and nothing is installed. Each part runs in a process of its own, with a
-share of what is left of `--budget-s`, and saves after every row: what cuts it off costs the row in progress. A process
-that dies (a fault in a kernel ends a CUDA process for good) is started again behind the case that killed it.
+Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs
+in a process of its own, the first in several at once, with a share of what is left of `--budget-s`, and saves after
+every row: what cuts it off costs the row in progress. A process that dies (a fault in a kernel ends a CUDA process for
+good) is started again behind the case that killed it. What failed is listed at the end by operator, shape, peer, error.
 """
 
 import argparse
@@ -17,23 +18,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
-from benchmarks.case import OUT_OF_MEMORY, Case, Effort, measure_case
+from benchmarks.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
+from benchmarks.case import OUT_OF_MEMORY, Effort, computes, measure_case, release
 from benchmarks.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-# Part -> its share of the time that is left when it starts, were all to be run; the last one gets what remains.
-SHARES = {"correctness": 0.18, "inference": 0.25, "train": 0.35, "ops": 0.6, "pipelines": 0.5, "tune": 1.0}
 _BUILD_SECONDS = 170
 _GRACE_SECONDS = 25  # for the row in progress when a part's time is up
 _RESTARTS = 4
 _DIED = 3
-_SECONDS = {"inference": 0.4, "train": 1.5, "ops": 0.12, "pipelines": 0.3}
+_LATE = "still busy when its time was up"
 
 
 @dataclass(frozen=True)
@@ -45,31 +46,12 @@ class Options:
     smoke: bool
     deadline: float
     """In seconds of time.time()."""
+    turn: int = 0
+    of: int = 1
+    """It has every `of`-th case, from number `turn` on."""
 
     def left(self) -> float:
         return self.deadline - time.time()
-
-
-def cases_of(part: str, smoke: bool) -> list[Case]:
-    """The cases of a part, the most important first; `smoke`: a few small ones."""
-    from benchmarks.network_cases import generator_case, network_cases
-    from benchmarks.operator_cases import operator_cases
-    from benchmarks.pipeline_cases import pipeline_cases
-    from benchmarks.training_cases import training_cases
-
-    if part == "pipelines":
-        return pipeline_cases(False)[:3] if smoke else pipeline_cases(True)
-    if part == "correctness" and not smoke:
-        # both directions cover a forward alone; bytes have no backward; a generator's peers are the engines
-        operators = [c for c in operator_cases(True) if not c.group.endswith(" forward") or "to_uint8" in c.group]
-        return [*operators, generator_case("ncsnpp-32", 16, torch.bfloat16)]
-    if part in ("ops", "correctness"):
-        cases = operator_cases(not smoke)
-        return cases[:9] if smoke else [c for c in cases if part == "ops" or "forward+backward" in c.group]
-    if part == "inference":
-        cases = network_cases(not smoke)
-        return cases[:1] + cases[2:] if smoke else cases  # one generator is enough
-    return training_cases(not smoke, steps=("iteration",)) if smoke else training_cases(True)
 
 
 def run_part(part: str, options: Options) -> int:
@@ -79,47 +61,43 @@ def run_part(part: str, options: Options) -> int:
     if part == "tune":
         from benchmarks.tune import tune
 
-        tune(results, path, device, options.left, smoke=options.smoke)
-        return 0
-    effort = Effort(0.0) if part == "correctness" else Effort(0.02 if options.smoke else _SECONDS[part], least=3)
+        return 0 if tune(results, path, device, options.left, smoke=options.smoke) else _DIED
+    seconds = PARTS[part].seconds
+    effort = Effort(min(seconds, 0.02) if options.smoke else seconds, least=3)
     checked = results.notes.setdefault("correctness", {"checked": 0, "failures": []})
     done = set(results.notes.setdefault("done", {}).setdefault(part, []))
-    for case in cases_of(part, options.smoke):
-        if str(case) in done:
+    for number, case in list(enumerate(cases_of(part, options.smoke)))[options.turn :: options.of]:
+        if number in done:
             continue
         if options.left() <= 0:
             results.notes.setdefault("cut_off", {})[part] = str(case)
             break
-        results.notes["running"] = [part, case.group, case.name]
+        results.notes["running"] = [part, number, case.group, case.name]
         results.save(path)
         for row in measure_case(case, device, effort, stop=lambda: options.left() <= 0):
             print(f"{row.group} | {row.case} | {row.peer}: {row.failure or f'{row.seconds * 1e3:.4g} ms'}", flush=True)
             if part == "correctness":
-                checked["failures"].append(f"{case}: {row.peer}: {row.failure}")
+                checked["failures"].append(_describe(row))
             else:
                 results.add([row])
-                results.save(path)
-            if row.failure and row.failure != OUT_OF_MEMORY and not _alive(device):
-                _finish(results, path, part, case)
+            results.save(path)
+            if row.failure and row.failure != OUT_OF_MEMORY and not computes(device):
+                _finish(results, path, part, number)
                 return _DIED
         checked["checked"] += part == "correctness"
-        _finish(results, path, part, case)
+        _finish(results, path, part, number)
     results.save(path)
     return 0
 
 
-def _finish(results: Results, path: Path, part: str, case: Case) -> None:
-    results.notes["done"][part].append(str(case))
+def _describe(row: Row) -> str:
+    return f"{row.group} | {row.case} | {row.peer}: {row.failure}"
+
+
+def _finish(results: Results, path: Path, part: str, number: int) -> None:
+    results.notes["done"][part].append(number)
     results.notes.pop("running", None)
     results.save(path)
-
-
-def _alive(device: torch.device) -> bool:
-    """Whether the device still computes: after a fault in a kernel, nothing does in this process."""
-    try:
-        return float(torch.ones(1, device=device).sum()) == 1.0
-    except RuntimeError:
-        return False
 
 
 def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
@@ -130,25 +108,68 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
         try:
             status = subprocess.run(command, cwd=ROOT, timeout=max(options.left(), 0) + _GRACE_SECONDS).returncode
         except subprocess.TimeoutExpired:
-            status = "still busy when its time was up"
-        results = Results.load(path)
-        running = results.notes.pop("running", None)
+            status = _LATE
         if status == 0:
             return
+        results = Results.load(path)
+        running = results.notes.pop("running", None)
         say(f"{part}: process ended with {status} at {running}")
-        results.notes.setdefault("died", []).append([part, str(status), running])
-        if running is not None:  # a hard crash left no row; the next process goes on behind this case
-            case = Case(*running[1:], build=_unbuildable)
-            results.add([Row(*running[1:], "-", failure=f"the process ended with status {status}")])
-            results.notes.setdefault("done", {}).setdefault(part, []).append(str(case))
+        if status == _LATE and running is not None:
+            results.notes.setdefault("cut_off", {})[part] = " | ".join(running[2:])
+        else:
+            results.notes.setdefault("died", []).append([part, str(status), running])
+        if status not in (_LATE, _DIED) and running is not None:  # a crash left no row
+            row = Row(*running[2:], "-", failure=f"the process ended with status {status}")
+            if part == "correctness":
+                results.notes["correctness"]["failures"].append(_describe(row))
+            else:
+                results.add([row])
+            results.notes["done"][part].append(running[1])
         results.save(path)
+        if running is None and status != _DIED and part != "tune":  # it would end in the same way again
+            return
         if options.left() < 5:
             return
         say(f"{part}: started again, {attempt + 1}")
 
 
-def _unbuildable(device: torch.device) -> None:
-    raise RuntimeError("only a name")
+def supervise_together(part: str, options: Options, say: Callable[[str], None], processes: int) -> None:
+    """`supervise` for so many processes at once, each with its turn of the cases and a file, merged at the end."""
+    path = Path(options.out)
+    base = Results.load(path)
+    turns = [
+        replace(options, out=str(path.with_name(f".{path.stem}.{part}{i}.json")), turn=i, of=processes)
+        for i in range(processes)
+    ]
+    for one in turns:
+        Results(base.machine, base.rates).save(Path(one.out))
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda one: supervise(part, one, say), turns))
+    for one in turns:
+        merge(base, Results.load(Path(one.out)))
+        Path(one.out).unlink()
+    base.save(path)
+
+
+def merge(into: Results, found: Results) -> None:
+    """Rows of `found`, and its notes on what was checked, cut off and died."""
+    into.add(found.rows)
+    checked = into.notes.setdefault("correctness", {"checked": 0, "failures": []})
+    own = found.notes.get("correctness", {"checked": 0, "failures": []})
+    checked["checked"] += own["checked"]
+    checked["failures"] += own["failures"]
+    if "cut_off" in found.notes:
+        into.notes.setdefault("cut_off", {}).update(found.notes["cut_off"])
+    if "died" in found.notes:
+        into.notes.setdefault("died", []).extend(found.notes["died"])
+
+
+def processes_of(part: str, device: torch.device) -> int:
+    """How many at once: what the part is good for, the cores feed and the GPU's memory holds."""
+    room = PARTS[part].processes
+    if device.type == "cuda":
+        room = min(room, torch.cuda.get_device_properties(device).total_memory // PROCESS_BYTES)
+    return max(min(room, (os.cpu_count() or 1) // 2), 1)
 
 
 def build_extension(device: torch.device, seconds: float) -> str:
@@ -173,22 +194,37 @@ def begin(
     path: Path, device: torch.device, notes: dict[str, str], fresh: Iterable[str], seconds: float, commit: str | None
 ) -> None:
     """The file a battery fills: the machine and its rates anew; rows of parts that are not `fresh` are kept."""
-    described = machine.describe(device)
+    rates = machine.rates(device, seconds=seconds)
+    described = machine.describe(device)  # behind them, while the clocks are still up
     described["commit"] = commit or described["commit"]
     if "error" in (described["extension"] or {}):
         notes = {**notes, "extension problem": described["extension"]["error"]}
-    results = Results.continued(path, described, machine.rates(device, seconds=seconds))
-    for key in ("running", "cut_off", "died", "extension problem"):
+    release(device)  # other processes will want the memory
+    results = Results.continued(path, described, rates)
+    stale = ["running", "done", "cut_off", "died", "extension problem"]
+    stale += [note for note, part in (("correctness", "correctness"), ("tuning", "tune")) if part in fresh]
+    for key in stale:
         results.notes.pop(key, None)
-    for part in fresh:
-        results.notes.get("done", {}).pop(part, None)
     results.notes |= notes
     results.save(path)
 
 
+def summary(results: Results) -> list[str]:
+    """What did not come out, a line each, and how much did."""
+    notes, failed = results.notes, [row for row in results.rows if row.failure]
+    checked = notes.get("correctness", {"checked": 0, "failures": []})
+    lines = [f"{len(results.rows)} rows, {len(failed)} of them without a time"]
+    lines += [f"  {_describe(row)}" for row in failed]
+    lines.append(f"correctness: {checked['checked']} cases checked, {len(checked['failures'])} failures")
+    lines += [f"  {failure}" for failure in checked["failures"]]
+    lines += [f"{part}: out of time at {case}" for part, case in notes.get("cut_off", {}).items()]
+    lines += [f"{part}: died with status {status} at {running}" for part, status, running in notes.get("died", [])]
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_battery", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", default=",".join(SHARES), help=f"parts, of {','.join(SHARES)}")
+    parser.add_argument("--only", default=",".join(DEFAULT), help=f"parts, of {','.join(PARTS)}")
     parser.add_argument("--budget-s", type=float, default=530.0, help="seconds in all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="a few small cases of every part")
@@ -200,12 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.part:
         return run_part(args.part[0], Options(**json.loads(args.part[1])))
     deadline = time.time() + args.budget_s
-    parts = args.only.split(",")
-    if set(parts) - set(SHARES):
-        parser.error(f"--only takes {', '.join(SHARES)}, not {args.only}")
+    asked = args.only.split(",")
+    if set(asked) - set(PARTS):
+        parser.error(f"--only takes {', '.join(PARTS)}, not {args.only}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no GPU can be used here; --device cpu --smoke is the dry run")
-    device = torch.device(args.device)
+    device, parts = torch.device(args.device), [name for name in PARTS if name in asked]
     path = (args.out or FOLDER / machine.file_name(device)).resolve()
 
     def say(text: str) -> None:
@@ -216,25 +252,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin(path, device, {"extension": build}, parts, 0.05 if args.smoke else 0.3, args.commit)
     if problem := Results.load(path).notes.get("extension problem"):
         say(f"the extension cannot be used, its rows will say so: {problem}")
-    for part in [p for p in SHARES if p in parts]:
+    for part in parts:
         left = deadline - time.time() - _GRACE_SECONDS
         if left < 5:
             say(f"{part}: no time left")
             continue
-        last = part == [p for p in SHARES if p in parts][-1]
-        share = 1.0 if last else SHARES[part]
+        share = 1.0 if part == parts[-1] else PARTS[part].share
         options = Options(args.device, str(path), args.smoke, time.time() + share * left)
-        say(f"{part}: {share * left:.0f} s")
-        supervise(part, options, say)
+        processes = processes_of(part, device)
+        say(f"{part}: {share * left:.0f} s" + (f", {processes} processes" if processes > 1 else ""))
+        if processes > 1:
+            supervise_together(part, options, say, processes)
+        else:
+            supervise(part, options, say)
     results = Results.load(path)
     results.notes.pop("done", None)
     results.save(path)
-    failed = [row for row in results.rows if row.failure]
-    say(f"{len(results.rows)} rows, {len(failed)} of them without a time; {path}")
-    for row in failed:
-        print(f"  {row.group} | {row.case} | {row.peer}: {row.failure}")
-    for failure in results.notes.get("correctness", {}).get("failures", []):
-        print(f"  correctness: {failure}")
+    say(str(path))
+    print("\n".join(summary(results)))
     return 0
 
 

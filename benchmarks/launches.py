@@ -1,14 +1,16 @@
 """What the networks launch: every Triton kernel with the specialisation of its arguments, recorded without a GPU.
 
 The launchers themselves run, on meta tensors, for every layer of the networks (benchmarks/shapes.py), at batches of 1
-to 512, in both compute types and in channels_last memory, in which the networks train and sample. In place of a kernel
-stands a recorder, which notes what Triton would compile for the arguments it is given.
+to 512: in channels_last memory in bfloat16 and float32, in which the networks train and sample, and in float16 and in
+contiguous memory, which other people's networks have (gdd_fast.accelerate). In place of a kernel stands a recorder,
+which notes what Triton would compile for the arguments it is given.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,8 +25,10 @@ from benchmarks.shapes import AttentionCall, Layers, NormCall, ReluCall
 from gdd_fast.ops._maps import statistics_parts
 from tests.offline import TritonCase
 
+OPERATORS = ("group_norm_silu", "residual", "attention", "frozen_conv2d_relu", "max_pool2x2", "to_uint8")
 BATCHES = tuple(2**i for i in range(10))
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
 # By architecture: what programs_wanted answers on an A100 and on an H100 or H200.
 PROGRAMS = {80: 2 * 108, 90: 2 * 132}
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
@@ -32,11 +36,15 @@ _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of a kernel of gdd_fast.kernels.<operator>; `first` names a layer that launches it."""
+    """One specialisation of a kernel of gdd_fast.kernels.<operator>.
+
+    `first` names a layer that launches it, `architectures` are those it is launched on.
+    """
 
     operator: str
     case: TritonCase
     first: str
+    architectures: tuple[int, ...]
 
     @property
     def key(self) -> str:
@@ -79,14 +87,17 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recording(module: ModuleType, programs: int) -> Iterator[list[TritonCase]]:
-    """Kernels of `module` are recorded instead of launched, as on a device that wants `programs` programs."""
+def recording(module: ModuleType, architecture: int) -> Iterator[list[TritonCase]]:
+    """Kernels of `module` are recorded instead of launched, as on a GPU of `architecture` (of PROGRAMS)."""
+    from gdd_fast.kernels._launch import options_on
+
     found: list[TritonCase] = []
     replaced = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
     substitutes = {name: _Recorder(kernel, found) for name, kernel in replaced.items()}
-    if hasattr(module, "programs_wanted"):
-        replaced["programs_wanted"] = module.programs_wanted
-        substitutes["programs_wanted"] = lambda _: programs
+    substitutes["programs_wanted"] = lambda _: PROGRAMS[architecture]
+    substitutes["configuration"] = lambda operator, _, shape=(): options_on(f"sm_{architecture}", operator, shape)
+    substitutes = {name: value for name, value in substitutes.items() if hasattr(module, name)}
+    replaced = {name: getattr(module, name) for name in substitutes}
     try:
         vars(module).update(substitutes)
         yield found
@@ -100,32 +111,36 @@ def launches(layers: Layers, architecture: int) -> dict[str, Launch]:
     Triton must not be interpreting: set TRITON_INTERPRET=0 before it is imported.
     """
     found: dict[str, Launch] = {}
-    for operator, calls, run in (
-        ("group_norm_silu", layers.norms, _norm),
-        ("residual", layers.residuals, _residual),
-        ("attention", layers.attentions, _attention),
-        ("frozen_conv2d_relu", layers.relus, _relu),
-        ("max_pool2x2", layers.pools, _pool),
-        ("to_uint8", layers.images, _to_uint8),
-    ):
+    of = (layers.norms, layers.residuals, layers.attentions, layers.relus, layers.pools, layers.images)
+    runs = (_norm, _residual, _attention, _relu, _pool, _to_uint8)
+    for operator, calls, run in zip(OPERATORS, of, runs, strict=True):
         module = importlib.import_module(f"gdd_fast.kernels.{operator}")
-        for call in calls:
-            for dtype in DTYPES:
-                for batch in BATCHES:
-                    with recording(module, PROGRAMS[architecture]) as cases:
-                        run(module, call, batch, dtype)
-                    for case in cases:
-                        launch = Launch(operator, case, f"{call} {str(dtype)[6:]} batch {batch}")
-                        found.setdefault(launch.key, launch)
+        for layout, dtype, call, batch in itertools.product(LAYOUTS, DTYPES, calls, BATCHES):
+            with recording(module, architecture) as cases:
+                run(module, call, batch, Maps(dtype, layout))
+            where = "" if layout is torch.channels_last else " contiguous"
+            for case in cases:
+                launch = Launch(operator, case, f"{call} {str(dtype)[6:]}{where} batch {batch}", (architecture,))
+                found.setdefault(launch.key, launch)
     return found
 
 
-def _norm(module: ModuleType, call: NormCall, batch: int, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Maps:
+    """What the maps of a call are made of."""
+
+    dtype: torch.dtype
+    layout: torch.memory_format
+
+    def __call__(self, n: int, c: int, size: int) -> Tensor:
+        return torch.empty((n, c, size, size), dtype=self.dtype, device="meta", memory_format=self.layout)
+
+
+def _norm(module: ModuleType, call: NormCall, batch: int, maps: Maps) -> None:
     """Forward with the statistics of none, one or both maps at hand, and backward with every gradient."""
-    maps = [_map(batch, c, call.resolution, dtype) for c in call.channels]
-    x, skip = maps if len(maps) == 2 else (maps[0], None)
+    x, skip, *_ = *(maps(batch, c, call.resolution) for c in call.channels), None
     c = sum(call.channels)
-    y = _map(batch, c, call.resolution, dtype)
+    y = maps(batch, c, call.resolution)
     weight, bias = _rows(2, c)
     add = _rows(batch, c) if call.add else None
     scale, shift = _rows(batch, 2 * c).chunk(2, 1) if call.scale else (None, None)
@@ -141,35 +156,32 @@ def _norm(module: ModuleType, call: NormCall, batch: int, dtype: torch.dtype) ->
         module.backward(y, x, skip, weight, bias, add, scale, shift, mean, rstd, call.silu, x, skip, wanted, *rows)
 
 
-def _residual(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
-    h = _map(batch, call.channels, call.resolution, dtype)
+def _residual(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
+    h = maps(batch, call.channels, call.resolution)
     for bias in (None, _rows(1, call.channels)[0]):
         for statistics in (None, _statistics(batch, h, statistics_parts(call.resolution**2))):
             module.residual(h, h, bias, math.sqrt(0.5), h, statistics)
 
 
-def _attention(module: ModuleType, call: AttentionCall, batch: int, dtype: torch.dtype) -> None:
-    qkv = _map(batch, 3 * call.channels, call.resolution, dtype)
+def _attention(module: ModuleType, call: AttentionCall, batch: int, maps: Maps) -> None:
+    qkv = dataclasses.replace(maps, layout=torch.channels_last)(batch, 3 * call.channels, call.resolution)
     y, lse = module.attention(qkv, call.heads, False)
     module.attention_backward(y, qkv, y, lse, call.heads, False)
 
 
-def _relu(module: ModuleType, call: ReluCall, batch: int, dtype: torch.dtype) -> None:
-    y = _map(batch, call.channels, call.resolution, dtype)
+def _relu(module: ModuleType, call: ReluCall, batch: int, maps: Maps) -> None:
+    y = maps(batch, call.channels, call.resolution)
     module.mask_bits(y, module.relu_bits_(y, call.ceiling))
 
 
-def _pool(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
-    y, places = module.max_pool2x2(_map(batch, call.channels, call.resolution, dtype))
-    module.max_pool2x2_backward(y, places, call.resolution, call.resolution, True)
+def _pool(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
+    y, places = module.max_pool2x2(maps(batch, call.channels, call.resolution))
+    last = maps.layout is torch.channels_last
+    module.max_pool2x2_backward(y, places, call.resolution, call.resolution, last)
 
 
-def _to_uint8(module: ModuleType, call: Any, batch: int, dtype: torch.dtype) -> None:
-    module.to_uint8(_map(batch, call.channels, call.resolution, torch.float32))
-
-
-def _map(n: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((n, c, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+def _to_uint8(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
+    module.to_uint8(dataclasses.replace(maps, dtype=torch.float32)(batch, call.channels, call.resolution))
 
 
 def _rows(n: int, c: int) -> Tensor:

@@ -16,6 +16,8 @@ from benchmarks.timing import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "triton", "numpy", "torchvision", "timm", "diffusers", "apex", "xformers", "flash_attn")
+# Records and pages made of them are no part of what they tell of.
+_WRITTEN_BY_RUNS = (":(exclude,top)benchmarks/results", ":(exclude,top)docs", ":(exclude,top)README.md")
 _GPU_QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 
 
@@ -106,12 +108,13 @@ def slug(name: str) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" if what is measured differs from it; None outside a checkout."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return None
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", *_WRITTEN_BY_RUNS]
+    changed = subprocess.run(status, capture_output=True, text=True)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
 
 

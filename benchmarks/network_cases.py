@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,41 +16,71 @@ from benchmarks.shapes import build
 from benchmarks.stock_unet import BEST, OFFICIAL, StockBlock, StockGenerator
 from benchmarks.timing import Call
 from gdd_fast.distill.freeze import freeze
+from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.sampler import one_step
 
 FLOOR = 1e-3
 """A relative error in norm that is never too large; beyond it, twice plain PyTorch's in the same type is."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_BACKBONES = ("vgg16_bn", "tf_efficientnet_lite0")
 _BLOCKS = {"ncsnpp-32": ("enc.16x16_block1", "dec.32x32_block0"), "adm-64": ("enc.32x32_block1",)}
 
 
 def network_cases(full: bool) -> list[Case]:
-    """On a CPU NCSN++ 32 at batch 1, a block and lite0; `full` has more batches and networks, and torch.compile."""
+    """On a CPU NCSN++ 32 at batch 1 and 4, a block, lite0; the last one compiles. `full`: more batches and networks."""
     if not full:
         return [
             generator_case("ncsnpp-32", 1, torch.float32),
             generator_case("ncsnpp-32", 1, torch.bfloat16),
             block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
+            generator_case("ncsnpp-32", 4, torch.bfloat16, compiled=("compile",)),
         ]
-    bf16, backbones = torch.bfloat16, ("vgg16_bn", "tf_efficientnet_lite0")
+    bf16 = torch.bfloat16
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
-    cases += [backbone_case(name, 64, bf16) for name in backbones]
-    blocks = [(name, block) for name, some in _BLOCKS.items() for block in some]
-    cases += [block_case(*block, 64, bf16) for block in blocks]
-    cases += [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
-    # these take minutes to get ready, so they come last
-    cases += [block_case(*block, 64, bf16, compiled=True) for block in blocks]
-    cases += [backbone_case(name, 64, bf16, compiled=True) for name in backbones]
-    return cases + [generator_case("ncsnpp-32", n, bf16, compiled=True) for n in (256, 1)]
+    others = [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    backbones = [backbone_case(name, 64, bf16) for name in _BACKBONES]
+    blocks = [block_case(*block, 64, bf16) for block in _blocks()]
+    return [*cases, *others[:3], *backbones, *blocks, *others[3:]]
 
 
-def generator_case(name: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
-    """One-step sampling, latents to float images; `compiled` has the peers that are compiled, and no others."""
-    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", partial(_generator, name, batch, dtype, compiled))
+def compiled_cases() -> list[Case]:
+    """What torch.compile takes a minute or more to get ready on a GPU, the most telling first; no other peers.
+
+    The rows belong to the cases of the same names in `network_cases(True)`.
+    """
+    bf16 = torch.bfloat16
+
+    def generator(name: str, batch: int, peer: str) -> Case:
+        return generator_case(name, batch, bf16, ready=False, compiled=(peer,))
+
+    cases = [generator("ncsnpp-32", n, "compile") for n in (256, 1)]
+    cases += [generator("ncsnpp-32", n, "max-autotune") for n in (1, 256)]
+    cases += [block_case(*block, 64, bf16, compiled=True) for block in _blocks()]
+    cases += [backbone_case(name, 64, bf16, compiled=True) for name in _BACKBONES]
+    cases += [generator("adm-64", 256, "compile"), generator("ncsnpp-32", 16, "compile")]
+    return [*cases, generator("ncsnpp-32", 256, "OneStepGenerator:compile")]
 
 
-def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> Bench:
+def _blocks() -> list[tuple[str, str]]:
+    return [(name, block) for name, some in _BLOCKS.items() for block in some]
+
+
+def generator_case(
+    name: str, batch: int, dtype: torch.dtype, *, ready: bool = True, compiled: tuple[str, ...] = ()
+) -> Case:
+    """One-step sampling, latents to float images. On a CPU a half-precision case has the best of float32 beside it.
+
+    `ready` has the peers that run at once; `compiled` names those wanted that have to be compiled: "compile",
+    "max-autotune", "OneStepGenerator:compile".
+    """
+    build = partial(_generator, name, batch, dtype, ready, compiled)
+    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", build, larger=batch > 1)
+
+
+def _generator(
+    name: str, batch: int, dtype: torch.dtype, ready: bool, compiled: tuple[str, ...], device: torch.device
+) -> Bench:
     net = peers.make_generator(name, device).requires_grad_(False)
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     labels = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim] if net.label_dim else None
@@ -66,9 +95,9 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
 
         return call
 
-    def stock(mode: str | None = None) -> Call:
-        model = StockGenerator(copy.deepcopy(net), BEST, dtype).to(memory_format=torch.channels_last)
-        cast_convolutions(model, dtype)
+    def stock(mode: str | None = None, own: torch.dtype = dtype) -> Call:
+        model = StockGenerator(copy.deepcopy(net), BEST, own).to(memory_format=torch.channels_last)
+        cast_convolutions(model, own)
         return peers.under_tf32(
             sampling(model if mode is None else torch.compile(model, **_compile_options(mode))), True
         )
@@ -79,11 +108,9 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
         return sampling(model)
 
     def engine(kind: str) -> Call:
-        from gdd_fast.inference.one_step import OneStepGenerator
-
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
         classes = None if labels is None else labels.argmax(1)  # as its users name them
-        return lambda: generator.run(z, classes)
+        return lambda: generator.run(z, classes, check_classes=False)  # as when images are written
 
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {
@@ -92,19 +119,25 @@ def _generator(name: str, batch: int, dtype: torch.dtype, compiled: bool, device
         "gdd_fast": ours,
     }
     gpu = device.type == "cuda"
-    engines = find_spec("gdd_fast.inference.one_step") is not None
-    if engines:
-        makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
+    makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
-    if compiled:
-        makers = {mode: partial(stock, mode) for mode in COMPILED}
-        makers |= {"OneStepGenerator:compile": partial(engine, "compile")} if engines else {}
+    elif dtype != torch.float32:
+        makers["stock fp32"] = partial(stock, None, torch.float32)
+    slow: dict[str, Callable[[], Call]] = {mode: partial(stock, mode) for mode in COMPILED}
+    slow["OneStepGenerator:compile"] = partial(engine, "compile")
+    makers = (makers if ready else {}) | {peer: slow[peer] for peer in compiled}
     weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
     with torch.no_grad():
         flops = count_flops(lambda: _meta_generator(name, batch))
     return Bench(
-        makers, check.check, bytes=weights + 2 * 4 * z.numel(), flops=flops, images=batch, precision=_NAMES[dtype]
+        makers,
+        check.check,
+        bytes=weights + 2 * 4 * z.numel(),
+        flops=flops,
+        images=batch,
+        precision=_NAMES[dtype],
+        precisions={"stock fp32": "fp32"},
     )
 
 
@@ -161,11 +194,11 @@ def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool
         check = Closeness(expected, FLOOR, run(best, dtype, channels_last, False)())
     makers = {
         "official": lambda: peers.under_tf32(run(official, dtype, contiguous, False), False),
-        "stock": lambda: run(best, dtype, channels_last, False),
+        "stock": lambda: peers.under_tf32(run(best, dtype, channels_last, False), True),
         "gdd_fast": lambda: run(ours, dtype, channels_last, True),
     }
     if compiled:
-        makers = {"compile": lambda: run(_Compiled(best), dtype, channels_last, False)}
+        makers = {"compile": lambda: peers.under_tf32(run(_Compiled(best), dtype, channels_last, False), True)}
     return Bench(makers, check.check, precision=_NAMES[dtype], images=batch)
 
 
@@ -228,7 +261,8 @@ def _backbone(
 
     def stock(compile_it: bool = False) -> Call:
         net = folded(peers.plain)
-        return run(torch.compile(net, dynamic=False) if compile_it else net, dtype, torch.channels_last)
+        net = torch.compile(net, dynamic=False) if compile_it else net
+        return peers.under_tf32(run(net, dtype, torch.channels_last), True)
 
     with peers.tf32(False):
         check = Closeness(run(as_published(), torch.float32, torch.contiguous_format)(), FLOOR, stock()())
@@ -240,7 +274,8 @@ def _backbone(
     if compiled:
         makers = {"compile": partial(stock, True)}
     shapes = (name, batch, resolution)
-    return Bench(makers, check.check, flops=count_flops(lambda: _meta_backbone(*shapes)), precision=_NAMES[dtype])
+    flops, precisions = count_flops(lambda: _meta_backbone(*shapes)), {"official fp32": "fp32"}
+    return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions=precisions)
 
 
 def _meta_backbone(name: str, batch: int, resolution: int) -> None:

@@ -1,7 +1,11 @@
-"""Which operator is measured on what: the distinct layers of the real networks, by batch and type."""
+"""Which operator is measured on what: the distinct layers of the real networks, by batch and type.
+
+On a CPU, moreover, what docs/cpu_operators.md speaks of: the extension's operators at the shapes stated there.
+"""
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +14,14 @@ import torch
 from benchmarks import operator_problems as problems
 from benchmarks.adam_cases import adam_cases
 from benchmarks.case import Case
-from benchmarks.layers import attention_calls, convolution_calls, pool_calls, resample_calls, residual_calls
+from benchmarks.layers import (
+    ResampleCall,
+    attention_calls,
+    convolution_calls,
+    pool_calls,
+    resample_calls,
+    residual_calls,
+)
 from benchmarks.operators import operator_case
 from benchmarks.shapes import norm_calls
 
@@ -20,9 +31,17 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def operator_cases(full: bool) -> list[Case]:
     """All cases: on a CPU a sample in fp32 at batch 2, `full` every shape in bf16 at batch 64 (backbones: 32).
 
-    The operators take turns, so that a run that is cut off has seen something of each. `full` ends with torch.compile
-    at the first shape of each operator.
+    The operators take turns, so that a run that is cut off has seen something of each.
     """
+    return _in_turns(full)[0]
+
+
+def compiled_cases() -> list[Case]:
+    """The peer torch.compile alone, at the first of the `full` shapes of each operator."""
+    return _in_turns(True)[1]
+
+
+def _in_turns(full: bool) -> tuple[list[Case], list[Case]]:
     batch, dtype = (64, torch.bfloat16) if full else (2, torch.float32)
     small = min(batch, 32)
     both, groups = (False, True), []
@@ -46,9 +65,29 @@ def operator_cases(full: bool) -> list[Case]:
             if full and layer is calls[0]:
                 compiled += [operator_case(group, name, build, backward=b, compiled=True) for b in directions]
         groups.append(cases)
-    groups.append(adam_cases(full))
+    groups.append(adam_cases())
     turns = itertools.zip_longest(*groups)
-    return [case for turn in turns for case in turn if case is not None] + compiled
+    cases = [case for turn in turns for case in turn if case is not None]
+    return (cases if full else cases + stated_cases()), compiled
+
+
+def stated_cases() -> list[Case]:
+    """The extension's operators on a CPU, in every type and memory format that they have code of their own for."""
+    cases = []
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    for dtype, (layout, form) in itertools.product((torch.float32, torch.bfloat16), layouts.items()):
+        for up, taps in itertools.product((True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))):
+            layer = ResampleCall(256, 32, up, taps, len(taps) // 2 - 1)
+            build = partial(problems.resample_problem, layer, 8, dtype, layout=form, diffusers=False)
+            name = f"8x{_shape(layer)} {_NAMES[dtype]} {layout}"
+            case = operator_case("resample2d", name, build, backward=False)
+            cases.append(replace(case, larger=layout == "channels_last"))  # as those of the networks are
+    for dtype, backward in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        build = partial(problems.input_problem, 32, 8, dtype)
+        name = f"8x{_shape(32)} {_NAMES[dtype]}"
+        cases.append(operator_case("discriminator_input", name, build, backward=backward))
+    build = partial(problems.bytes_problem, 64, 64, torch.float32)
+    return [*cases, operator_case("to_uint8", f"64x{_shape(64)} fp32", build, backward=False)]
 
 
 def _shape(layer: Any) -> str:

@@ -108,9 +108,16 @@ def residual_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: tor
     return Problem({"h": h, "skip": skip}, stock, peers | fused, ("h", "skip"), saved_bytes=0)
 
 
-def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Up- and downsampling by two with the networks' filters."""
-    x = _map(batch, layer.channels, layer.resolution, dtype, device)
+def resample_problem(
+    layer: ResampleCall,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
+    diffusers: bool = True,
+) -> Problem:
+    """Up- and downsampling by two with the networks' filters, beside a copy of the input."""
+    x = _map(batch, layer.channels, layer.resolution, dtype, device).contiguous(memory_format=layout)
     kernel = resample_kernel(layer.taps).to(device)
     box = layer.taps == (1, 1)
     options = {"up": layer.up, "padding": layer.padding}
@@ -121,7 +128,7 @@ def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device
     def stock(x, *, box: bool = box) -> Tensor:
         return resample2d.resample2d_ref(x, kernel.to(x.dtype), **options, box=box)
 
-    def diffusers() -> Any:
+    def upfirdn() -> Any:
         native = package("diffusers.models.upsampling").upfirdn2d_native
         k, pad = len(layer.taps), layer.padding
         row = torch.tensor(layer.taps, dtype=torch.float32)
@@ -132,7 +139,8 @@ def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device
 
     peers = {"official": nchw(lambda **t: stock(**t, box=False)), "stock": stock}
     fused = fused_peers(resample2d.OPERATOR, device, ours)
-    return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=0, extra={"diffusers": diffusers})
+    extra, bounds = {"diffusers": upfirdn} if diffusers else {}, {"copy of x": lambda x: x.clone()}
+    return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=0, extra=extra, bounds=bounds)
 
 
 def attention_problem(layer: AttentionCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -28,7 +28,8 @@ class Problem:
     `definition(**inputs)` is in plain PyTorch and takes any floating type; each peer takes the same inputs. `extra`
     peers need a package, and raise UnavailableError when they are asked for. `saved_bytes` is what
     backward moves of the forward pass at the least: None for all inputs read again, 0 for linear operators; a mask that
-    forward writes and backward reads counts twice.
+    forward writes and backward reads counts twice. `bounds` do less than the work of a forward pass, such as a copy of
+    an input: what no implementation undercuts.
     """
 
     inputs: dict[str, Tensor | None]
@@ -37,6 +38,7 @@ class Problem:
     differentiable: tuple[str, ...] = ()
     saved_bytes: int | None = None
     extra: dict[str, Callable[[], Function]] = field(default_factory=dict)
+    bounds: dict[str, Function] = field(default_factory=dict)
 
 
 Build = Callable[[torch.device], Problem]
@@ -94,9 +96,11 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
         return partial(_run, function, own, names, cotangents)
 
     peers = {name: partial(prepared, f) for name, f in problem.peers.items()}
+    bounds = {} if backward else problem.bounds
     if compiled:
         compiled_stock = partial(torch.compile, problem.peers["stock"], fullgraph=True, dynamic=False)
-        peers, problem.extra = {"compile": lambda: prepared(compiled_stock())}, {}
+        peers, problem.extra, bounds = {"compile": lambda: prepared(compiled_stock())}, {}, {}
+    peers |= {name: partial(prepared, f) for name, f in bounds.items()}
     peers |= {name: (lambda f=f: prepared(f())) for name, f in problem.extra.items()}
     floating = [t for t in problem.inputs.values() if t is not None]
     return Bench(
@@ -108,6 +112,7 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
         headline="device",
         like=accuracy.outputs,
         checks={name: loose.check for name in peers if not name.startswith("gdd_fast")},
+        bounds={name: _size(floating) + _size(tensors(_run(f, inputs, (), []))) for name, f in bounds.items()},
     )
 
 

@@ -152,23 +152,28 @@ class StockFeatures(nn.Module):
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """float32 products and convolutions in TF32 or not, put back afterwards; nothing on a CPU."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def tf32(allowed: bool, *, trials: bool = False) -> Iterator[None]:
+    """float32 products and convolutions in TF32 or not, put back afterwards; nothing on a CPU.
+
+    With `trials` cuDNN chooses its algorithms by trying them, as the public code asks it to and whoever wants the best
+    of plain PyTorch.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    cudnn.allow_tf32, cudnn.benchmark = allowed, trials or cudnn.benchmark
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]
 
 
 def under_tf32(call: Call, allowed: bool) -> Call:
-    """`call` with the switch set around each call."""
+    """`call` as a peer of plain PyTorch: within `tf32(allowed, trials=True)`."""
 
     def run() -> Any:
-        with tf32(allowed):
+        with tf32(allowed, trials=True):
             return call()
 
     return run

@@ -39,16 +39,17 @@ def pipeline_cases(full: bool) -> list[Case]:
     network, images, dim = ("ncsnpp-32", 1024, 2048) if full else ("demo", 64, 256)
     return [
         Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
-        Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
-        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
         Case("training run", "demo", _run),
+        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("import", "in a new process", _import),
+        Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
     ]
 
 
 def _sampling(network: str, count: int, device: torch.device) -> Bench:
     """Seeds to PNGs: ours as `python -m gdd_fast.sample` does it, the others with the network of plain PyTorch."""
+    package("PIL.Image")  # reads what was written
     from gdd_fast.inference.generate import launch, to_host
     from gdd_fast.inference.one_step import OneStepGenerator
     from gdd_fast.inference.resume import resume_writer
@@ -118,7 +119,9 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
         if not error <= limit:
             raise MismatchError(f"off by {error:.3g} levels on average, and at most {limit:.3g} are allowed")
 
-    return Bench({"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, keep=folder)
+    return Bench(
+        {"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, counts_memory=False, keep=folder
+    )
 
 
 def read_images(path: Path) -> list[np.ndarray]:
@@ -181,6 +184,7 @@ def _statistics(count: int, dim: int, device: torch.device) -> Bench:
 
 
 def _data(batch: int, device: torch.device) -> Bench:
+    package("PIL.Image")  # writes what is read
     from gdd_fast.data import BatchStream, open_dataset, write_edm_zip
 
     folder = tempfile.TemporaryDirectory()
@@ -229,7 +233,7 @@ def _data(batch: int, device: torch.device) -> Bench:
             raise MismatchError("the images are not those of the file")
 
     ours = {"gdd_fast streamed": partial(stream, 0), "gdd_fast in memory": partial(stream, 1 << 30)}
-    return Bench({"official": official, **ours}, check, images=batch, keep=folder)
+    return Bench({"official": official, **ours}, check, images=batch, counts_memory=False, keep=folder)
 
 
 def _import(device: torch.device) -> Bench:
@@ -240,7 +244,7 @@ def _import(device: torch.device) -> Bench:
         if done.returncode:
             raise MismatchError(done.stderr.strip().splitlines()[-1])
 
-    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check)
+    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check, counts_memory=False)
 
 
 def _run(device: torch.device) -> Bench:

@@ -68,7 +68,9 @@ class Results:
 
     def __init__(self, machine: dict[str, Any], rates: dict[str, float], rows: Iterable[Row] = ()) -> None:
         self.machine, self.rates = machine, rates
-        self._rows = {row.key: row for row in rows}
+        self._rows: dict[tuple[str, str, str], Row] = {}
+        self._lines: dict[tuple[str, str, str], str] = {}  # written once a row, as all are saved after each
+        self.add(rows)
         self.notes: dict[str, Any] = {}
         """Whatever else a command wants to keep: parts that failed, candidates of the tuning."""
 
@@ -78,7 +80,9 @@ class Results:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take up rows; one of the same key is replaced."""
-        self._rows.update((row.key, row) for row in rows)
+        for row in rows:
+            self._rows[row.key] = row
+            self._lines[row.key] = json.dumps(_sparse(row))
 
     def save(self, path: Path) -> None:
         content = {
@@ -87,7 +91,7 @@ class Results:
             "rates": {name: _short(rate) for name, rate in self.rates.items()},
             "notes": self.notes,
         }
-        rows = ",\n  ".join(json.dumps(_sparse(row)) for row in self.rows)
+        rows = ",\n  ".join(self._lines.values())
         head = json.dumps(content, indent=1)[:-2]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ from benchmarks.flops import count_flops
 from benchmarks.results import FOLDER, Results, Row, format_seconds
 from benchmarks.tables import load_all
 from benchmarks.training import STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.training_cases import Batch, settings_for
+from benchmarks.training_cases import settings_for
+from benchmarks.training_checks import Batch
 from benchmarks.waterfall import SAMPLING, TRAINING, waterfall_cases
 from gdd_fast.distill.losses import discriminator_loss, r1_penalty
 from gdd_fast.inference.sampler import one_step

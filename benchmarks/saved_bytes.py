@@ -111,7 +111,8 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
 
     def conv2d_relu(*arguments, activation: str, backend: str) -> Tensor:
         # in place, as torchvision and timm have it
-        return F.relu_(conv2d(*arguments)) if activation == "relu" else F.relu6(conv2d(*arguments), inplace=True)
+        y = conv2d(*arguments, backend=backend)
+        return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
 
     def block(module: UNetBlock, x: Tensor | modules.Pair, emb: Tensor, **options) -> Tensor:
         return fused_block(module, modules.concat(*x) if isinstance(x, tuple) else x, emb, **options)

@@ -1,7 +1,8 @@
 """`python -m benchmarks.tables`: the tables of docs/benchmarks.md and README.md, from benchmarks/results/*.json.
 
 What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README one short table
-a device, in the docs every row. `--check` changes nothing and exits with 1 if a file does not agree with the results.
+a device and what has no figure of a GPU yet, in the docs every row, a table a group. `--check` changes nothing and
+exits with 1 if a file does not agree with the results.
 """
 
 import argparse
@@ -9,12 +10,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.adam_cases import adam_cases
+from benchmarks.network_cases import network_cases
+from benchmarks.pipeline_cases import pipeline_cases
 from benchmarks.results import FOLDER, Results, Row, format_seconds
+from benchmarks.training_cases import training_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADLINES = ("generator", "iteration", "G step", "D step", "R1 step", "sampling to disk", "adam and average")
 """Groups that the README shows."""
+ELSEWHERE = ("roofline", "waterfall training", "waterfall sampling")
+"""Groups that docs/roofline.md shows."""
 _NO_RECORD = "No figure has been recorded yet."
 _NO_GPU = "No GPU has been measured yet: every figure here is of a CPU."
 
@@ -32,14 +39,16 @@ def readme(records: Sequence[Results]) -> str:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
         if cases:
             parts += [_machine_line(record), _short_table(cases)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_without_gpu(records)])
 
 
 def docs(records: Sequence[Results]) -> str:
-    """Every row of every record."""
+    """Every row of every record but those of docs/roofline.md: a table a group, and in it a case after the other."""
     parts = _preface(records)
     for record in records:
-        parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record), _long_table(record)]
+        parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record)]
+        for group, cases in _groups(record).items():
+            parts += [f"#### {group}", _long_table(cases, record.rates)]
     return "\n\n".join(parts)
 
 
@@ -48,6 +57,34 @@ def _preface(records: Sequence[Results]) -> list[str]:
     if not any(record.rows for record in records):
         return [_NO_RECORD]
     return [] if any(r.machine["type"] == "cuda" for r in records) else [_NO_GPU]
+
+
+def _groups(record: Results) -> dict[str, list[list[Row]]]:
+    """The cases of each group that is not shown elsewhere, both directions of an operator beside each other."""
+    found: dict[str, list[list[Row]]] = {}
+    for case in _cases(record):
+        if case[0].group not in ELSEWHERE:
+            found.setdefault(case[0].group, []).append(case)
+    operators = list(dict.fromkeys(group.split(" forward")[0] for group in found))
+    return {group: found[group] for group in sorted(found, key=lambda g: operators.index(g.split(" forward")[0]))}
+
+
+def gpu_cases() -> list[tuple[str, str]]:
+    """Group and name of everything of `HEADLINES` that is measured on a GPU."""
+    cases = [*network_cases(True), *training_cases(True), *pipeline_cases(True), *adam_cases()]
+    return list(dict.fromkeys((case.group, case.name) for case in cases if case.group in HEADLINES))
+
+
+def _without_gpu(records: Sequence[Results]) -> list[str]:
+    """What no GPU has a time of, a line a group."""
+    timed = {row.key[:2] for r in records if r.machine["type"] == "cuda" for row in r.rows if row.seconds is not None}
+    missing: dict[str, list[str]] = {}
+    for group, name in gpu_cases():
+        if (group, name) not in timed:
+            missing.setdefault(group, []).append(name)
+    if not missing:
+        return []
+    return ["Without a figure of a GPU yet:", "\n".join(f"- {group}: {'; '.join(n)}" for group, n in missing.items())]
 
 
 def _cases(record: Results) -> list[list[Row]]:
@@ -86,15 +123,24 @@ def _short_table(cases: list[list[Row]]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for rows in cases:
         official = _best(rows, lambda p: p.startswith("official"))
-        stock = _best(rows, lambda p: p == "stock")
+        stock = _stock(rows)
         ready = _best(rows, lambda p: p in ("compile", "max-autotune", "graph"))
         ours = _best(rows, lambda p: "gdd_fast" in p or p.startswith("OneStepGenerator"))
-        # times of two commits are no comparison
-        alike = len({row.extra.get("commit", ...) for row in rows if row.seconds is not None}) == 1
-        gain = f"{stock.seconds / ours.seconds:.2f} x" if alike and stock and ours else "-"
+        gain = _ratio(stock, ours) or "-"
         times = " | ".join(_short_time(row) for row in (official, stock, ready, ours))
         lines.append(f"| {rows[0].group}, {rows[0].case} | {times} | {gain} |")
     return "\n".join(lines)
+
+
+def _stock(rows: list[Row]) -> Row | None:
+    return _best(rows, lambda p: p == "stock")
+
+
+def _ratio(stock: Row | None, row: Row | None) -> str:
+    """How many times faster than `stock` a row is; nothing if one is missing or they are of different commits."""
+    if stock is None or row is None or stock.extra.get("commit", ...) != row.extra.get("commit", ...):
+        return ""
+    return f"{stock.seconds / row.seconds:.2f} x"
 
 
 def _short_time(row: Row | None) -> str:
@@ -106,25 +152,38 @@ def _best(rows: list[Row], wanted: Callable[[str], bool]) -> Row | None:
     return min(timed, key=lambda row: row.seconds, default=None)
 
 
-def _long_table(record: Results) -> str:
-    head = ["what", "case", "peer", "median", "20 % to 80 %", "host", "copy", "products", "images/s", "peak MB"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in record.rows:
-        if row.failure:
-            cells = [row.group, row.case, row.peer + _other_commit(row), row.failure.replace("|", "/"), *[""] * 6]
-        else:
-            low, _, high = row.times
-            rate = f"{row.images / row.seconds:.4g}" if row.images and row.seconds else ""
-            # the rates are of this record's run, and say nothing of a row that another one took
-            shares = (row.copy_fraction(record.rates), row.matmul_fraction(record.rates))
-            shares = (None, None) if _other_commit(row) else shares
-            cells = [row.group, row.case, row.peer + _other_commit(row), format_seconds(row.seconds)]
-            cells += [f"{format_seconds(low)} to {format_seconds(high)}"]
-            cells += [format_seconds(row.host[1]) if row.host else "", _percent(shares[0])]
-            cells += [_percent(shares[1]), rate]
-            cells += [f"{row.peak_bytes / 1e6:.4g}" if row.peak_bytes is not None else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _long_table(cases: list[list[Row]], rates: dict[str, float]) -> str:
+    """A line a row; columns that would be empty are left out."""
+    lines = [
+        {"case": "" if index else row.case, "peer": row.peer + _other_commit(row), **_cells(row, _stock(rows), rates)}
+        for rows in cases
+        for index, row in enumerate(rows)
+    ]
+    head = [name for name in lines[0] if any(line[name] for line in lines)]
+    table = [head, ["---"] * len(head), *([line[name] for name in head] for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _cells(row: Row, stock: Row | None, rates: dict[str, float]) -> dict[str, str]:
+    """The columns behind case and peer."""
+    if row.failure:
+        return dict.fromkeys(_COLUMNS, "") | {"median": row.failure.replace("|", "/")}
+    low, _, high = row.times
+    # the rates are of this record's run, and say nothing of a row that another one took
+    shares = (None, None) if _other_commit(row) else (row.copy_fraction(rates), row.matmul_fraction(rates))
+    cells = (
+        format_seconds(row.seconds),
+        f"{format_seconds(low)} to {format_seconds(high)}",
+        "" if row is stock else _ratio(stock, row),
+        format_seconds(row.host[1]) if row.host else "",
+        *map(_percent, shares),
+        f"{row.images / row.seconds:.4g}" if row.images and row.seconds else "",
+        f"{row.peak_bytes / 1e6:.4g}" if row.peak_bytes is not None else "",
+    )
+    return dict(zip(_COLUMNS, cells, strict=True))
+
+
+_COLUMNS = ("median", "20 % to 80 %", "against stock", "host", "copy", "products", "images/s", "peak MB")
 
 
 def _percent(fraction: float | None) -> str:

@@ -7,21 +7,29 @@ wall time), one with the queue filled beforehand (device time between two events
 than `_LONG` seconds are timed once a round; launch latency does not matter there.
 """
 
+import contextlib
+import ctypes
+import functools
 import gc
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
 
 _LONG = 0.02
+_VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
 _SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
 _FLUSH_CPU = 16 << 20
 _FLUSH_GPU_CACHES = 4  # times the L2
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Sampler:
     """Takes rounds of `call` one by one, so that others (pytest-benchmark) can drive it too."""
 
     def __init__(self, call: Call, device: torch.device) -> None:
+        if device.type == "cpu":
+            reuse_memory()
         self.call, self.device = call, device
         self._flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
         self._samples: dict[str, list[float]] = {"wall": [], "host": [], "device": [], "cpu": []}
@@ -75,9 +85,9 @@ class Sampler:
         self._queued = False
 
     def warm_up(self, seconds: float = 0.1, least: int = 2) -> float:
-        """Call at least `least` times and for `seconds`; returns the shortest wall time seen, in seconds."""
+        """Call at least `least` times and for `seconds`, or once if that takes a second; the shortest time in s."""
         shortest, start, calls = math.inf, time.perf_counter(), 0
-        while calls < least or time.perf_counter() - start < seconds:
+        while calls == 0 or (shortest < _VERY_LONG and (calls < least or time.perf_counter() - start < seconds)):
             wall, host, _ = self._from_idle()
             shortest, calls = min(shortest, wall), calls + 1
             self._host_estimate = host
@@ -168,7 +178,13 @@ def measure(
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """The most memory that one call takes above what is allocated before it; None on a CPU, which keeps no count."""
+    """The most memory of tensors that one call holds above what is allocated before it, its outputs included.
+
+    By the allocator on a GPU; on a CPU by PyTorch's profiler, which sees what operators allocate in this process. None
+    for other devices.
+    """
+    if device.type == "cpu":
+        return _profiled_peak(call)
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -177,6 +193,46 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _profiled_peak(call: Call) -> int:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        outputs = call()
+    del outputs
+    held = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler writes there whenever it starts and stops, past Python, and cannot be told not to."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@functools.cache
+def reuse_memory() -> None:
+    """Let glibc keep freed memory from now on, so that no call has its large results paged in anew.
+
+    By default every block of 32 MiB and more is mapped when it is allocated, and writing to it first costs a page fault
+    each 4 KiB: as much for every peer, and several times what operators take. Nothing happens elsewhere.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _flush_bytes(device: torch.device) -> int:

@@ -5,8 +5,9 @@ same whatever the settings, so that the gradients of a step can be compared. Fie
 that the waterfall of roofline.py switches on one after the other.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,6 +36,8 @@ class Settings:
     features: the same; "official" keeps batch norms apart, "stock" folds them, "gdd_fast" is ProjectedFeatures.
     optimizer: "loop" replaces what is not finite, steps and averages one parameter after the other; "fused" is
         PyTorch's fused Adam between foreach operations; "adam_ema" is ours.
+    engine: "compile" and "max-autotune" are torch.compile's modes, for the losses of G and D; R1 differentiates twice,
+        which compiled code cannot, and stays eager. "graph" is for training_engines.py to capture.
     """
 
     channels_last: bool = False
@@ -44,7 +47,7 @@ class Settings:
     unet: Literal["official", "stock", "gdd_fast"] = "official"
     features: Literal["official", "stock", "gdd_fast"] = "official"
     optimizer: Literal["loop", "fused", "adam_ema"] = "loop"
-    compiled: bool = False
+    engine: Literal["eager", "compile", "max-autotune", "graph"] = "eager"
 
 
 OFFICIAL_SETTINGS = Settings()
@@ -99,34 +102,30 @@ class Training:
         # in one order whatever the settings: plain networks share our parameters
         self._g_weights = [p for p in net.parameters() if p.requires_grad]
         self._d_weights = [p for p in self.heads.parameters() if p.requires_grad]
-        self._g_update = _update(settings.optimizer, self._g_weights, config.generator.g_lr, averaged=True)
-        self._d_update = _update(settings.optimizer, self._d_weights, config.discriminator.d_lr, averaged=False)
-        # R1 differentiates twice, which compiled code cannot
-        compiled = settings.compiled
-        self._fast_generator = torch.compile(self.generator, dynamic=False) if compiled else self.generator
-        self._fast_features = torch.compile(self.features, dynamic=False) if compiled else self.features
+        self._averages = [w.detach().clone() for w in self._g_weights]
+        rates = config.generator.g_lr, config.discriminator.d_lr
+        self._g_adam, self._g_update = _update(settings, self._g_weights, rates[0], self._averages)
+        self._d_adam, self._d_update = _update(settings, self._d_weights, rates[1], [])
+        self._g_loss, self._d_loss = (
+            _engine(settings, self._generator_loss),
+            _engine(settings, self._discriminator_loss),
+        )
 
     def generator_step(self, z: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The gradients of the weights of G that train, which are applied."""
         self._train_heads(False)
         _clear(self._g_weights)
-        with peers.tf32(self.settings.tf32):
-            fake = one_step(self._fast_generator, z, labels)
-            logits = self.heads(self._fast_features(fake), labels)
-            generator_loss(logits, self.setup.config.loss.logit_reduction, len(z)).backward()
-        return self._apply(self._g_weights, self._g_update)
+        with _arithmetic(self.settings.tf32):
+            self._g_loss(z, labels).backward()
+            return self._apply(self._g_weights, self._g_update)
 
     def discriminator_step(self, z: Tensor, real: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The gradients of the heads, which are applied."""
         self._train_heads(True)
         _clear(self._d_weights)
-        with peers.tf32(self.settings.tf32):
-            with torch.no_grad():
-                fake_maps = self._fast_features(one_step(self._fast_generator, z, labels))
-                real_maps = self._fast_features(real)
-            fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
-            discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z)).backward()
-        return self._apply(self._d_weights, self._d_update)
+        with _arithmetic(self.settings.tf32):
+            self._d_loss(z, real, labels).backward()
+            return self._apply(self._d_weights, self._d_update)
 
     def r1_step(self, real: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The gradients of the R1 penalty, which are applied."""
@@ -134,11 +133,55 @@ class Training:
         self._train_heads(True)
         _clear(self._d_weights)
         images = real.detach().requires_grad_()
-        with peers.tf32(self.settings.tf32):
+        with _arithmetic(self.settings.tf32):
             logits: Logits = self.heads(self.features(images), labels)
             penalty = r1_penalty(images, logits).sum() * (loss.r1_gamma / 2 * loss.r1_interval / len(real))
             penalty.backward()
-        return self._apply(self._d_weights, self._d_update)
+            return self._apply(self._d_weights, self._d_update)
+
+    def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """What the generator makes, without a graph."""
+        with torch.no_grad(), _arithmetic(self.settings.tf32):
+            return one_step(self.generator, z, labels)
+
+    def image_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The second half of the generator step, the discriminator's: its loss differentiated by the images alone."""
+        self._train_heads(False)
+        leaf = images.detach().requires_grad_()
+        with _arithmetic(self.settings.tf32):
+            return torch.autograd.grad(self._images_loss(leaf, labels), leaf)[0]
+
+    def weight_gradients(self, z: Tensor, labels: Tensor | None, image_gradient: Tensor) -> list[Tensor]:
+        """The first half, the generator's: the gradients of its weights for a gradient of its images."""
+        with _arithmetic(self.settings.tf32):
+            fake = one_step(self.generator, z, labels)
+            found = torch.autograd.grad(fake, self._g_weights, image_gradient, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._g_weights, found, strict=True)]
+
+    def changing(self) -> list[Tensor]:
+        """All that steps change, but for the optimizers' moments."""
+        heads = [t for t in self.heads.buffers() if t.is_floating_point()]
+        return [*self._g_weights, *self._averages, *self._d_weights, *heads]
+
+    def forget_moments(self) -> None:
+        """Both optimizers as before their first step."""
+        for adam in (self._g_adam, self._d_adam):
+            for state in adam.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+
+    def _generator_loss(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        return self._images_loss(one_step(self.generator, z, labels), labels)
+
+    def _images_loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        logits = self.heads(self.features(images), labels)
+        return generator_loss(logits, self.setup.config.loss.logit_reduction, len(images))
+
+    def _discriminator_loss(self, z: Tensor, real: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            fake_maps, real_maps = self.features(one_step(self.generator, z, labels)), self.features(real)
+        fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
+        return discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z))
 
     def _train_heads(self, train: bool) -> None:
         for weight in self._d_weights:
@@ -149,6 +192,31 @@ class Training:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         update()
         return gradients
+
+
+@contextlib.contextmanager
+def _arithmetic(tf32: bool) -> Iterator[None]:
+    """TF32 or not, and cuDNN's fastest algorithms found by trying, as the public code and a good engineer have it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with peers.tf32(tf32):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _engine(settings: Settings, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if settings.engine in ("eager", "graph"):
+        return loss
+    mode = None if settings.engine == "compile" else settings.engine
+    compiled = torch.compile(loss, dynamic=False, mode=mode)
+
+    def begun(*inputs: Tensor | None) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # max-autotune replays graphs, whose outputs it may then reuse
+        return compiled(*inputs)
+
+    return begun
 
 
 def _clear(weights: Iterable[Tensor]) -> None:
@@ -185,16 +253,17 @@ def _heads(config: TrainConfig, label_dim: int, settings: Settings, device: torc
     return heads.to(device).train()
 
 
-def _update(kind: str, weights: list[Tensor], lr: float, *, averaged: bool) -> Callable[[], None]:
-    """A function that applies the gradients of `weights` and moves the average."""
-    averages = [w.detach().clone() for w in weights] if averaged else []
+def _update(
+    settings: Settings, weights: list[Tensor], lr: float, averages: list[Tensor]
+) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    """An optimizer, and a function that applies the gradients of `weights` and moves their averages, if there are."""
     options = {"lr": lr, "betas": (0.0, 0.99), "eps": 1e-8}
-    if kind == "adam_ema":
-        adam = AdamEma(weights, **options, averages=dict(zip(weights, averages, strict=True)) if averaged else None)
+    if settings.optimizer == "adam_ema":
+        adam = AdamEma(weights, **options, averages=dict(zip(weights, averages, strict=True)) if averages else None)
         adam.average_weight.fill_(AVERAGE_WEIGHT)
-        return adam.step
-    if kind == "fused":
-        adam = torch.optim.Adam(weights, **options, fused=True)
+        return adam, adam.step
+    if settings.optimizer == "fused":
+        adam = torch.optim.Adam(weights, **options, fused=True, capturable=settings.engine == "graph")
 
         @torch.no_grad()
         def fused() -> None:
@@ -203,7 +272,7 @@ def _update(kind: str, weights: list[Tensor], lr: float, *, averaged: bool) -> C
             if averages:
                 torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
 
-        return fused
+        return adam, fused
     adam = torch.optim.Adam(weights, **options, foreach=False)
 
     @torch.no_grad()
@@ -215,4 +284,4 @@ def _update(kind: str, weights: list[Tensor], lr: float, *, averaged: bool) -> C
         for average, weight in zip(averages, weights, strict=bool(averages)):
             average.copy_(weight.lerp(average, 1 - AVERAGE_WEIGHT))
 
-    return loop
+    return adam, loop

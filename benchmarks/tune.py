@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import operator_problems as problems
-from benchmarks.case import Case, describe_error
+from benchmarks.case import Case, computes, describe_error
 from benchmarks.checks import MismatchError
 from benchmarks.layers import convolution_calls, pool_calls, residual_calls
 from benchmarks.operators import operator_case
@@ -81,26 +81,37 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
     }
 
 
-def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> None:
-    """Try every entry while `left()` is positive; saves after each. What is wrong or fails is no candidate."""
+def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> bool:
+    """Try every entry that the file does not have while `left()` is positive; saves after each.
+
+    What is wrong or fails is no candidate. False if the device was lost on the way: another process may go on.
+    """
     from gdd_fast.kernels import _launch
 
     notes = results.notes.setdefault("tuning", {})
     if device.type != "cuda":
         notes["skipped"] = f"the Triton kernels do not run on {device.type} at full speed"
         results.save(path)
-        return
+        return True
     major, minor = torch.cuda.get_device_capability(device)
     architecture = f"sm_{major}{minor}"
     for entry, cases in entries(smoke).items():
+        if entry in notes:
+            continue
         if entry not in _launch._table() or left() <= 0:
             notes[entry] = {"not tried": "no such entry" if left() > 0 else "no time left"}
             continue
+        notes[entry] = {"failed": "the process ended"}  # stands unless the next line returns
+        results.save(path)
         try:
             notes[entry] = tune_entry(entry, cases, architecture, device, left)
         except Exception as error:  # the other entries are still worth their time
             notes[entry] = {"failed": describe_error(error)}
         results.save(path)
+        if not computes(device):
+            return False
+    results.save(path)
+    return True
 
 
 def tune_entry(
@@ -120,8 +131,10 @@ def tune_entry(
             tried.append({"options": options, "seconds": math.exp(sum(map(math.log, times)) / len(times))})
         except MismatchError as error:
             tried.append({"options": options, "failed": str(error)})
-        except RuntimeError as error:  # out of registers or shared memory: no setting for this GPU
+        except Exception as error:  # out of registers or shared memory, say: no setting for this GPU
             tried.append({"options": options, "failed": describe_error(error)})
+            if not computes(device):
+                break
     timed = [one for one in tried if "seconds" in one]
     if not timed:
         return {"tried": tried}

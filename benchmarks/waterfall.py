@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator, Style
 from benchmarks.timing import Call
 from benchmarks.training import OFFICIAL_SETTINGS, Settings, Setup
 from benchmarks.training_cases import settings_bench
+from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.inference.sampler import one_step
 
 TRAINING, SAMPLING = "waterfall training", "waterfall sampling"
@@ -96,8 +96,6 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
         return sampling(model)
 
     def engine(kind: str) -> Call:
-        from gdd_fast.inference.one_step import OneStepGenerator
-
         generator = OneStepGenerator.from_network(net, device=device, dtype=last, engine=kind)
         return lambda: generator.run(z)
 
@@ -113,11 +111,8 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
         steps["bf16"] = partial(stock, BEST, nhwc, last)
     steps["weights cast once"] = partial(stock, BEST, nhwc, last, True)
     steps["gdd_fast: operators"] = partial(ours, last)
-    if find_spec("gdd_fast.inference.one_step") is not None:
-        steps["gdd_fast: folded"] = partial(engine, "eager")
-        if gpu:
-            steps["gdd_fast: folded, CUDA graph"] = partial(engine, "graph")
-    elif gpu:
-        steps["gdd_fast: CUDA graph"] = lambda: peers.graphed(ours(last))
+    steps["gdd_fast: folded"] = partial(engine, "eager")
+    if gpu:
+        steps["gdd_fast: folded, CUDA graph"] = partial(engine, "graph")
     closeness = Closeness(expected, FLOOR, sampling(StockGenerator(net, BEST, last))())
     return Bench(steps, closeness.check, images=batch)

@@ -23,8 +23,9 @@ void check_like(const char* name, at::TensorList tensors, at::TensorList params,
 
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                at::TensorList averages, at::TensorList copies, at::Tensor step, at::Tensor skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, double beta1, double beta2, double eps,
-               double weight_decay) {
+               const at::Tensor& lr, const at::Tensor& average_weight, at::IntArrayRef sizes,
+               at::ArrayRef<double> beta1, at::ArrayRef<double> beta2, at::ArrayRef<double> eps,
+               at::ArrayRef<double> weight_decay) {
   check_like("params", params, params, at::kFloat);
   check_like("grads", grads, params, at::kFloat);
   check_like("exp_avgs", exp_avgs, params, at::kFloat);
@@ -37,20 +38,34 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     check_like("copies", copies, params, dtype);
   }
   TORCH_CHECK_VALUE(step.scalar_type() == at::kFloat && skipped.scalar_type() == at::kLong &&
-                        lr.scalar_type() == at::kDouble && average_weight.scalar_type() == at::kDouble &&
-                        step.numel() == 1 && skipped.numel() == 1 && lr.numel() == 1 && average_weight.numel() == 1,
-                    "adam_ema_: step must be float32, skipped int64, lr and average_weight float64, each one number");
+                        average_weight.scalar_type() == at::kDouble && step.numel() == 1 && skipped.numel() == 1 &&
+                        average_weight.numel() == 1,
+                    "adam_ema_: step must be float32, skipped int64 and average_weight float64, each one number");
+  TORCH_CHECK_VALUE(
+      lr.scalar_type() == at::kDouble && lr.is_contiguous() && lr.numel() == static_cast<int64_t>(sizes.size()),
+      "adam_ema_: lr must hold one float64 number for each of ", sizes.size(), " groups");
+  TORCH_CHECK_VALUE(beta1.size() == sizes.size() && beta2.size() == sizes.size() && eps.size() == sizes.size() &&
+                        weight_decay.size() == sizes.size(),
+                    "adam_ema_: every group needs its options");
+  std::vector<AdamGroup> groups;
+  int64_t tensors = 0;
+  for (size_t g = 0; g < sizes.size(); g++) {
+    groups.push_back({sizes[g], beta1[g], beta2[g], eps[g], weight_decay[g]});
+    TORCH_CHECK_VALUE(sizes[g] >= 0, "adam_ema_: a group of ", sizes[g], " parameters");
+    tensors += sizes[g];
+  }
+  TORCH_CHECK_VALUE(tensors == static_cast<int64_t>(params.size()), "adam_ema_: groups of ", tensors,
+                    " parameters in all, and there are ", params.size());
   if (params.empty()) return;
-  const AdamOptions options{beta1, beta2, eps, weight_decay};
 #ifdef GDD_FAST_WITH_CUDA
   if (params[0].is_cuda()) {
     at::Tensor found = at::zeros({1}, params[0].options().dtype(at::kInt));
     cuda::adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, lr, average_weight, found,
-                    options);
+                    groups);
     return;
   }
 #endif
-  cpu::adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, lr, average_weight, options);
+  cpu::adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, lr, average_weight, groups);
 }
 
 }  // namespace gdd_fast

@@ -4,7 +4,9 @@
 
 namespace gdd_fast {
 
-struct AdamOptions {
+// Options of `tensors` neighbouring parameters.
+struct AdamGroup {
+  int64_t tensors;
   double beta1, beta2, eps, weight_decay;
 };
 

@@ -14,6 +14,8 @@ DiscriminatorInput describe(const at::Tensor& x, at::ArrayRef<double> scale, at:
                         (shift.empty() || shift.size() == scale.size()),
                     "discriminator_input: scale and shift must hold three numbers for each of 1 to ", kBackbones,
                     " backbones");
+  TORCH_CHECK_VALUE(size < (1 << 15) && x.size(2) < (1 << 16) && x.size(3) < (1 << 16),
+                    "discriminator_input: the results' side must be below 2^15, those of images below 2^16");
   DiscriminatorInput d{};
   d.images = x.size(0), d.channels = x.size(1), d.height = x.size(2), d.width = x.size(3), d.size = size;
   d.stride_n = x.stride(0), d.stride_c = x.stride(1), d.stride_h = x.stride(2), d.stride_w = x.stride(3);

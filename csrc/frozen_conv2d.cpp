@@ -31,8 +31,10 @@ Geometry geometry(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayR
   return {stride.front(), stride.back(), padding.front(), padding.back(), dilation.front(), dilation.back(), groups};
 }
 
+// As memory_format in gdd_fast/ops/_maps.py.
 at::MemoryFormat format_of(const at::Tensor& x) {
-  return x.size(1) > 1 && x.stride(1) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const bool innermost = x.stride(1) == 1 && (x.stride(2) != 1 || x.stride(3) != 1);
+  return innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {

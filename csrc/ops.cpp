@@ -13,6 +13,7 @@ TORCH_LIBRARY(gdd_fast_C, m) {
   m.def(
       "resample2d(Tensor x, Tensor kernel, Tensor? add, bool up, int padding, int out_height, int out_width, "
       "float gain, float scale, bool channels_last) -> Tensor");
+  m.def("resample2d_takes(Tensor kernel) -> bool");  // whether the CPU operator can: K <= 64, a column times a row
   m.def("discriminator_input(Tensor x, float[] scale, float[] shift, int size, ScalarType dtype) -> Tensor[]");
   m.def(
       "discriminator_input_backward(Tensor[] dys, float[] scale, int channels, int height, int width, "
@@ -20,7 +21,7 @@ TORCH_LIBRARY(gdd_fast_C, m) {
   m.def(
       "adam_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor(f!) step, Tensor(g!) skipped, Tensor lr, "
-      "Tensor average_weight, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "Tensor average_weight, int[] sizes, float[] beta1, float[] beta2, float[] eps, float[] weight_decay) -> ()");
 }
 
 namespace {
@@ -36,7 +37,10 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {
+  implement(m);
+  m.impl("resample2d_takes", &gdd_fast::resample2d_takes);
+}
 
 #ifdef GDD_FAST_WITH_CUDA
 TORCH_LIBRARY_IMPL(gdd_fast_C, CUDA, m) { implement(m); }

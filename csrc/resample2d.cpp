@@ -7,16 +7,29 @@
 
 namespace gdd_fast {
 
+namespace {
+
+void check_filter(const at::Tensor& kernel) {
+  TORCH_CHECK_VALUE(
+      kernel.dim() == 4 && kernel.size(2) == kernel.size(3) && kernel.numel() == kernel.size(2) * kernel.size(3) &&
+          kernel.size(2) >= 2 && kernel.size(2) % 2 == 0 && kernel.is_floating_point(),
+      "resample2d: the filter must be floating and (1, 1, K, K) with K even, not of shape ", kernel.sizes());
+}
+
+}  // namespace
+
+bool resample2d_takes(const at::Tensor& kernel) {
+  check_filter(kernel);
+  return cpu::resample2d_takes(kernel);
+}
+
 at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add, bool up,
                       int64_t padding, int64_t out_height, int64_t out_width, double gain, double scale,
                       bool channels_last) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.is_floating_point(), "resample2d: x must be floating (N, C, H, W)");
-  TORCH_CHECK_VALUE(
-      kernel.dim() == 4 && kernel.size(2) == kernel.size(3) && kernel.numel() == kernel.size(2) * kernel.size(3),
-      "resample2d: the filter must be (1, 1, K, K), not of shape ", kernel.sizes());
+  check_filter(kernel);
   const int64_t taps = kernel.size(2);
-  TORCH_CHECK_VALUE(taps >= 2 && taps % 2 == 0 && taps <= 64 && padding >= 0 && padding < taps,
-                    "resample2d: K must be even, from 2 to 64, and the padding less than K");
+  TORCH_CHECK_VALUE(padding >= 0 && padding < taps, "resample2d: the padding must be less than K");
   for (const auto& [in, out] : {std::pair(x.size(2), out_height), std::pair(x.size(3), out_width)}) {
     const int64_t expected = up ? 2 * (in - 1) + taps - 2 * padding : (in + 2 * padding - taps) / 2 + 1;
     TORCH_CHECK_VALUE(out >= 0 && (out == expected || (up && out == expected + 1)), "resample2d: ", in,

@@ -35,7 +35,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.filename == str(temporary) or (error.filename is None and error.errno in FULL):
             error.filename = str(path)  # the name that means something to whoever reads the message
@@ -59,9 +59,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: M
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+def leftovers(path: Path) -> list[Path]:
+    """What processes killed while they wrote `path` have left, and what others are writing it to now."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Delete what processes killed while they wrote `path` have left; nobody may be writing it now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
+    for leftover in leftovers(path):
         leftover.unlink(missing_ok=True)
 
 
@@ -91,8 +96,8 @@ def check_destination(path: Path) -> None:
         raise ConfigError(f"{path} is a folder; name a file")
 
 
-def _sync_folder(folder: Path) -> None:
-    """The rename itself is durable only once the folder is flushed."""
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to disk: a file's new name in it is durable only then."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

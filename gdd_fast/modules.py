@@ -11,7 +11,7 @@ names equal EDM's (Karras et al., arXiv 2206.00364), so that its weights load un
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, plan
-from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.errors import BackendError, ConfigError, WeightsError
 from gdd_fast.ops import group_norm_silu, residual
+from gdd_fast.ops._maps import autocast_dtype, memory_format
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
 from gdd_fast.ops.attention import attention
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
 
@@ -153,7 +154,7 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
             return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x.dtype), padding=padding)
-        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding, backend=self.backend)
 
     def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,7 +191,7 @@ class QkvConv2d(Conv2d):
         bias = self._blocks(self.bias)
         if self.weight.requires_grad:
             return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
-        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, self._blocks(weight), bias, backend=self.backend)
 
     def _blocks(self, parameter: Tensor) -> Tensor:
@@ -334,15 +335,37 @@ class PositionalEmbedding(nn.Module):
         return _waves(torch.outer(x, (1e-4**exponents).to(x.dtype)), self.sin_first)
 
 
-class FourierEmbedding(nn.Module):
-    """Sines and cosines of random frequencies, drawn once from N(0, 16^2): (N,) -> (N, num_channels)."""
+class KeepsFrequencies:
+    """Mixin of a module with the buffer `freqs`, which stays as precise as it is when the module is cast.
+
+    Phases are some hundreds of radians: of frequencies rounded to bfloat16 they would be wrong by half a turn.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        freqs = self.freqs
+        module = super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < freqs.dtype.itemsize:
+            self.freqs = freqs.to(self.freqs.device)
+        return module
+
+
+class FourierEmbedding(KeepsFrequencies, nn.Module):
+    """Sines and cosines of random frequencies, drawn once from N(0, 16^2): (N,) -> (N, num_channels).
+
+    The frequencies stay float32 whatever the network is cast to; others raise WeightsError.
+    """
 
     def __init__(self, num_channels: int, *, sin_first: bool = False) -> None:
         super().__init__()
         self.sin_first = sin_first
-        self.register_buffer("freqs", torch.randn(num_channels // 2) * 16)
+        self.register_buffer("freqs", torch.randn(num_channels // 2, dtype=torch.float32) * 16)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.freqs.dtype in (torch.bfloat16, torch.float16):
+            raise WeightsError(
+                f"the embedding's frequencies are {self.freqs.dtype}, too coarse for the noise level: load the weights "
+                "in float32 and cast the network afterwards, which leaves the frequencies as they are"
+            )
         return _waves(torch.outer(x, (math.tau * self.freqs).to(x.dtype)), self.sin_first)
 
 

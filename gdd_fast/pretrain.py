@@ -13,6 +13,7 @@ from gdd_fast.cli import parse
 from gdd_fast.config import to_dict
 from gdd_fast.distill import loop
 from gdd_fast.distill.distributed import join
+from gdd_fast.distill.precision import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.errors import command
 from gdd_fast.files import check_writable
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.validate()
     check_writable(config.run_dir)
     schedule = loop.Schedule.of(config.duration_mimg, config.tick_kimg, config.checkpoint_ticks)
-    with join(config.device) as world:
+    with join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(Pretraining(config, world), config.run_dir, to_dict(config), schedule, world)
     if outcome.signal:
         if world.is_main:

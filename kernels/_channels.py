@@ -1,4 +1,6 @@
-"""What the channel-wise kernels share: Welford statistics of a channel's pixels, their merging, sums over groups.
+"""What the channel-wise kernels share: tiles, Welford statistics, sums over groups, affine parts.
+
+All offsets are 64-bit.
 
 Statistics of a tensor (N, C, H, W) are float32 (N, P, 2, C): the mean and the sum of squared deviations (M2) of each
 channel over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. Merging follows Chan,
@@ -10,10 +12,23 @@ import triton.language as tl
 
 
 @triton.jit
+def program(blocks, parts):
+    """(block of channels, part of the pixels, sample) of this program: neighbours in memory run next to each other."""
+    pid = tl.program_id(0)
+    return pid % blocks, pid // blocks % parts, (pid // blocks // parts).to(tl.int64)
+
+
+@triton.jit
 def tile_pointers(x, stride_c, stride_s, channel, start, BLOCK_S: tl.constexpr):
     """Pointers [BLOCK_S, channels] to the first tile of the pixels from `start` on; `x` points at the sample."""
     pixel = start + tl.arange(0, BLOCK_S)
     return x + channel.to(tl.int64)[None, :] * stride_c + pixel.to(tl.int64)[:, None] * stride_s
+
+
+@triton.jit
+def tile_step(stride_s, BLOCK_S: tl.constexpr):
+    """From a tile's pointers to the next one's."""
+    return tl.cast(stride_s, tl.int64) * BLOCK_S
 
 
 @triton.jit
@@ -54,7 +69,7 @@ def channel_statistics(
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
         count += 1.0
         mean, m2 = welford_update(mean, m2, tl.load(pointers, valid, 0).to(tl.float32), valid, count)
-        pointers += BLOCK_S * stride_s
+        pointers += tile_step(stride_s, BLOCK_S)
     return welford_reduce(mean, m2, start, end, BLOCK_S)
 
 
@@ -85,3 +100,21 @@ def group_sum(v, member):
     """Float64 [BLOCK_C]: for each channel the sum of v over its group; `member` is [groups, BLOCK_C]."""
     totals = tl.sum(tl.where(member, v.to(tl.float64)[None, :], 0.0), 1)
     return tl.sum(tl.where(member, totals[:, None], 0.0), 0)
+
+
+@triton.jit
+def row_values(row, n, row_n, channel, inside):
+    """Values (N, C) of sample n as float32 [BLOCK_C]; zero without."""
+    if row is None:
+        return tl.zeros(channel.shape, tl.float32)
+    else:
+        return tl.load(row + n * row_n + channel, inside, 0).to(tl.float32)
+
+
+@triton.jit
+def affine(weight, bias, scale, shift, n, scale_n, shift_n, channel, inside):
+    """(a, b) with a * xhat + b = (1 + scale) * (weight * xhat + bias) + shift."""
+    factor = 1.0 + row_values(scale, n, scale_n, channel, inside)
+    a = factor * tl.load(weight + channel, inside, 0).to(tl.float32)
+    b = factor * tl.load(bias + channel, inside, 0).to(tl.float32)
+    return a, b + row_values(shift, n, shift_n, channel, inside)

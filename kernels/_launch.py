@@ -37,15 +37,18 @@ def faster_than_sdpa(device: torch.device) -> list[list]:
 
 @functools.lru_cache(maxsize=4096)
 def configuration(operator: str, device: torch.device, shape: tuple[int, ...] = ()) -> dict[str, int]:
-    """Launch options of `operator` on `device`.
+    """Launch options of `operator` on `device`; those of another device than a GPU are the rule's."""
+    return options_on(_architecture(device) if device.type == "cuda" else "", operator, shape)
 
-    Those of the operator ("default"), overridden by those of the device's architecture ("sm_90"), overridden by the
-    entry of the architecture's "measured" list whose "shape" is nearest to `shape` in ratio, if it has such a list.
+
+def options_on(architecture: str, operator: str, shape: tuple[int, ...] = ()) -> dict[str, int]:
+    """Launch options of `operator` on "sm_90", ....
+
+    Those of the operator ("default"), overridden by those of the architecture, overridden by the entry of the
+    architecture's "measured" list whose "shape" is nearest to `shape` in ratio, if it has such a list.
     """
     entries = _table()[operator]
-    options = dict(entries["default"])
-    if device.type == "cuda":
-        options |= entries.get(_architecture(device), {})
+    options = entries["default"] | entries.get(architecture, {})
     measured = options.pop("measured", ())
     if measured and shape:
         options |= min(measured, key=lambda entry: _distance(entry["shape"], shape))["options"]

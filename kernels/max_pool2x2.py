@@ -1,7 +1,7 @@
 """Max pooling over 2x2 windows in Triton: a program has BLOCK windows, in the memory order of the output.
 
 A contiguous tensor (N, C, H, W) is read as channels_last (N * C, 1, H, W), so one kernel serves both formats. All
-offsets are 64-bit.
+offsets are 64-bit; what is divided is not, but once a program.
 """
 
 import torch
@@ -13,13 +13,17 @@ from ._launch import configuration, on_its_device
 
 
 @triton.jit
-def _window(o, H, W, C):
-    """Offset in the input of the top left of output o; both channels_last."""
-    c = o % C
-    column = o // C % (W // 2)
-    row = o // C // (W // 2)  # of all images
-    image = row // (H // 2)
-    return ((image * H + row % (H // 2) * 2) * W + column * 2) * C + c
+def _windows(H, W, C, BLOCK: tl.constexpr):
+    """Offsets of the program's outputs, and in the input of the top left of their windows; both channels_last."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    width = W // 2 * C
+    row = start // width  # of all images
+    height = H // 2
+    i = (start % width).to(tl.int32) + tl.arange(0, BLOCK)  # counted from the beginning of that row
+    y = (row % height).to(tl.int32) + i // width  # counted from the first row of that image
+    image = row // height + y // height
+    i %= width
+    return start + tl.arange(0, BLOCK), ((image * H + y % height * 2) * W + i // C * 2) * C + i % C
 
 
 @triton.jit
@@ -29,9 +33,8 @@ def _comparable(x):
 
 @triton.jit
 def max_pool2x2_kernel(x_ptr, y_ptr, places_ptr, size, H, W, C, BLOCK: tl.constexpr):
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o, first = _windows(H, W, C, BLOCK)
     inside = o < size
-    first = _window(o, H, W, C)
     y = _comparable(tl.load(x_ptr + first, inside, other=0))
     place = tl.zeros((BLOCK,), tl.int32)
     for i in tl.static_range(1, 4):
@@ -45,9 +48,8 @@ def max_pool2x2_kernel(x_ptr, y_ptr, places_ptr, size, H, W, C, BLOCK: tl.conste
 
 @triton.jit
 def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK: tl.constexpr):
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o, first = _windows(H, W, C, BLOCK)
     inside = o < size
-    first = _window(o, H, W, C)
     dy = tl.load(dy_ptr + o, inside, other=0)
     place = tl.load(places_ptr + o, inside, other=0).to(tl.int32)
     for i in tl.static_range(4):
@@ -59,7 +61,7 @@ def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK
 def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dense x (N, C, H, W), contiguous or channels_last -> maxima and uint8 places (N, C, H // 2, W // 2)."""
     n, c, h, w = x.shape
-    layout = torch.channels_last if x.stride(1) == 1 and c > 1 else torch.contiguous_format
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
     places = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._channels import store_statistics, tile_pointers, welford_reduce, welford_update
+from ._channels import program, store_statistics, tile_pointers, tile_step, welford_reduce, welford_update
 from ._launch import configuration, on_its_device, pixel_stride
 from ._tiles import ceil_div, tile
 
@@ -18,11 +18,9 @@ def residual_kernel(
     h, skip, bias, y, statistics, h_n, h_c, h_s, skip_n, skip_c, skip_s, y_n, y_c, y_s,
     C, S, scale, parts, chunk, blocks, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    n = (pid // blocks // parts).to(tl.int64)
-    part = pid // blocks % parts
+    block, part, n = program(blocks, parts)
     local = tl.arange(0, BLOCK_C)
-    channel = pid % blocks * CHANNELS + local
+    channel = block * CHANNELS + local
     inside = (local < CHANNELS) & (channel < C)
     start = part * chunk
     end = tl.minimum(start + chunk, S)
@@ -44,9 +42,9 @@ def residual_kernel(
             # of what is stored, rounding and all: that is what the norm reads
             count += 1.0
             mean, m2 = welford_update(mean, m2, result.to(tl.float32), valid, count)
-        h += BLOCK_S * h_s
-        skip += BLOCK_S * skip_s
-        y += BLOCK_S * y_s
+        h += tile_step(h_s, BLOCK_S)
+        skip += tile_step(skip_s, BLOCK_S)
+        y += tile_step(y_s, BLOCK_S)
     if statistics is not None:
         mean, m2 = welford_reduce(mean, m2, start, end, BLOCK_S)
         store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2)

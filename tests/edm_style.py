@@ -19,6 +19,16 @@ class Linear(nn.Module):
         return x @ self.weight.to(x.dtype).t() + self.bias.to(x.dtype)
 
 
+class FourierEmbedding(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = x.outer((2 * torch.pi * self.freqs).to(x.dtype))
+        return torch.cat([phase.cos(), phase.sin()], 1)
+
+
 class Conv2d(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int, *, up=False, down=False, taps=(1, 1), fused_resample=False):
         super().__init__()
@@ -111,7 +121,8 @@ class UNet(nn.Module):
         super().__init__()
         options = {"adaptive_scale": adaptive_scale, "taps": taps}
         c, emb = channels, 24
-        self.map = Linear(1, emb)
+        self.map_noise = FourierEmbedding(16)
+        self.map = Linear(16, emb)
         self.enc = nn.ModuleDict(
             {
                 "16x16_conv": Conv2d(3, c, 3),
@@ -131,7 +142,7 @@ class UNet(nn.Module):
         self.out_conv = Conv2d(c, 3, 3)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        emb = F.silu(self.map(sigma.log()[:, None]))
+        emb = F.silu(self.map(self.map_noise(sigma.log() / 4)))
         skip = self.enc["16x16_block0"](self.enc["16x16_conv"](x), emb)
         h = self.enc["8x8_down"](skip, emb) + self.enc["8x8_aux_residual"](x)
         h = self.dec["16x16_up"](self.enc["8x8_block0"](h, emb), emb)

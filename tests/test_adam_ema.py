@@ -1,6 +1,7 @@
 """adam_ema_ and its optimizer: torch.optim.Adam followed by lerp, except for steps that are not finite."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer
 from gdd_fast.distill.checkpoint import load as load_checkpoint
 from gdd_fast.distill.checkpoint import save as save_checkpoint
 from gdd_fast.errors import BackendError, ConfigError, InputError
-from gdd_fast.ops.adam_ema import OPERATOR, adam_ema_
+from gdd_fast.ops.adam_ema import OPERATOR, Group, adam_ema_
 from parity import backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
@@ -181,6 +182,91 @@ def test_learning_rate_can_change_between_steps(backend):
 
 
 @BACKENDS
+def test_learning_rate_may_be_a_tensor_changed_in_place(backend):
+    params, twin = parameters(backend), parameters(backend)
+    lr = torch.zeros((), device=params[0].device)
+    ours, theirs = AdamEma(params, lr=lr, backend=backend), torch.optim.Adam(twin, lr=0.0)
+    for step, rate in enumerate((0.0, 1e-3, 1e-2)):
+        lr.fill_(rate)
+        theirs.param_groups[0]["lr"] = float(lr)
+        for p, optimizer in ((params, ours), (twin, theirs)):
+            set_gradients(p, step)
+            optimizer.step()
+    assert_close(params, twin)
+
+
+def in_groups(params):
+    """Groups with learning rates, moments and weight decay of their own; one has no gradients."""
+    idle = nn.Parameter(torch.zeros(2, device=params[0].device))
+    return [
+        {"params": params[:2], "lr": 1e-2},
+        {"params": [idle], "lr": 1.0},
+        {"params": params[2:], "betas": (0.5, 0.9), "weight_decay": 0.1, "eps": 1e-4},
+    ]
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda t: 0.5**t, lambda t: 1.0, lambda t: 1 / (1 + t)]),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [1e-2, 1.0, 1e-3], total_steps=6),  # changes the betas too
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4),
+    ],
+    ids=["lambda", "one cycle", "cosine"],
+)
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_groups_and_schedulers(tensor, schedule, backend):
+    optimizers, everything = [], []
+    for make in (torch.optim.Adam, lambda groups, **options: AdamEma(groups, backend=backend, **options)):
+        params = parameters(backend)
+        groups = in_groups(params)
+        if tensor and make is not torch.optim.Adam:
+            groups = [{**g, "lr": torch.tensor(g.get("lr", 1e-3), dtype=torch.float64)} for g in groups]
+        optimizer = make(groups, lr=1e-3)
+        scheduler = schedule(optimizer)
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+            scheduler.step()
+        optimizers.append(optimizer), everything.append(params)
+    assert_close(everything[1], everything[0])
+    ours, theirs = (o.state_dict() for o in reversed(optimizers))
+    assert ours["state"].keys() == theirs["state"].keys()
+    if not tensor:
+        assert ours["param_groups"][2]["lr"] == theirs["param_groups"][2]["lr"]
+
+
+@BACKENDS
+def test_a_group_that_is_not_finite_stops_all(backend):
+    params = parameters(backend)
+    before = copy.deepcopy(params)
+    optimizer = AdamEma(in_groups(params), backend=backend)
+    set_gradients(params, 0, bad=float("nan"))  # in the last group
+    optimizer.step()
+    assert not optimizer.applied()
+    assert_close(params, before, rtol=0, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_alike(duplicate, backend):
+    params = parameters(backend)
+    averages = averages_of(params)
+    optimizer = AdamEma(in_groups(params), lr=1e-3, averages=averages, backend=backend)
+    fused_steps(optimizer, params, 2, 0.5, bad_steps=(1,))
+    # its parameters and averages travel with an optimizer; what else holds them has to be copied in the same breath
+    other, again, means = duplicate((optimizer, params, averages))
+    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.1
+    for o, p in ((optimizer, params), (other, again)):
+        fused_steps(o, p, 2, 0.5, first=2)
+    assert_close(again, params, rtol=0, atol=0)
+    assert_close(means.values(), averages.values(), rtol=0, atol=0)
+    assert int(other.skipped) == int(optimizer.skipped) == 1
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(again, params, strict=True) if a.numel())
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_copies_are_the_rounded_parameters(dtype, backend):
     params = [p.detach() for p in parameters(backend)]
@@ -213,8 +299,9 @@ def arguments(backend):
     params = [p.detach() for p in parameters(backend)]
     lists = [[torch.rand_like(p) for p in params] for _ in range(4)]
     one = lambda value, dtype: torch.tensor(value, dtype=dtype, device=params[0].device)
-    state = one(2.0, torch.float32), one(0, torch.int64), one(1e-3, torch.float64), one(0.5, torch.float64)
-    return (params, *lists, [], *state, 0.9, 0.99, 1e-8, 0.0, backend)
+    lr = torch.tensor([1e-3, 1e-2], dtype=torch.float64, device=params[0].device)
+    state = one(2.0, torch.float32), one(0, torch.int64), lr, one(0.5, torch.float64)
+    return (params, *lists, [], *state, [2, len(params) - 2], [0.9, 0.0], [0.99] * 2, [1e-8] * 2, [0.0, 0.1], backend)
 
 
 @BACKENDS
@@ -251,6 +338,12 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="lr must be one"):
         adam_ema_(params, params, params, params, *state[:2], one(torch.float32), average_weight=weight)
     matrix, other = [torch.zeros(2, 3)], [torch.zeros(3, 2).T]
+    with pytest.raises(InputError, match="one a group"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, groups=[Group(1), Group(0)])
+    with pytest.raises(InputError, match=r"groups of \[2\] tensors for 1"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, groups=[Group(2)])
+    with pytest.raises(InputError, match=r"betas must be in \[0, 1\)"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, betas=(0.9, 1.0))
     with pytest.raises(InputError, match="lie in memory"):
         adam_ema_(matrix, matrix, other, matrix, *state, average_weight=weight)
     with pytest.raises(BackendError, match="no triton"):
@@ -260,10 +353,22 @@ def test_bad_input_is_refused():
 def test_optimizer_refuses_what_it_cannot_count():
     params = parameters("torch")
     optimizer = AdamEma(params)
-    with pytest.raises(ConfigError, match="one parameter group"):
-        optimizer.add_param_group({"params": parameters("torch")})
     set_gradients(params, 0)
     optimizer.step()
+    with pytest.raises(ConfigError, match="before the first step"):
+        optimizer.add_param_group({"params": parameters("torch")})
     params[0].grad = None
     with pytest.raises(ConfigError, match="always have one"):
         optimizer.step()
+    with pytest.raises(InputError, match="betas"):
+        AdamEma(params, betas=(0.9, 1.0))
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"decoupled_weight_decay": True}], ids=str)
+def test_a_state_of_another_algorithm_is_refused_and_changes_nothing(options):
+    params = parameters("torch")
+    optimizer, other = AdamEma(params, lr=0.5), torch.optim.Adam(parameters("torch"), lr=1e-3, **options)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

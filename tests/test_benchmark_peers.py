@@ -1,9 +1,10 @@
 """What the benchmarks compare with is the same function, and the battery survives what it measures."""
 
 import itertools
+import json
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import gpu_battery, peers, roofline, tune, waterfall
+from benchmarks.battery_parts import DEFAULT, PARTS, cases_of
 from benchmarks.case import Bench, Case, Effort, measure_case
 from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
@@ -25,9 +27,11 @@ from benchmarks.pipeline_cases import pipeline_cases, read_images
 from benchmarks.results import Results, Row
 from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
-from benchmarks.training import OUR_SETTINGS, Settings, Setup, Training
-from benchmarks.training_cases import Batch
-from gdd_fast import backend
+from benchmarks.training import OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
+from benchmarks.training_cases import settings_for, training_cases
+from benchmarks.training_checks import Batch, Reference, Types, in_float32, step_call
+from benchmarks.training_engines import captured
+from gdd_fast import backend, modules
 from gdd_fast.errors import BackendError
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
@@ -124,6 +128,126 @@ def test_a_training_step_applies_its_gradients_once():
     assert 0 < moved <= 1.01 * training.setup.config.generator.g_lr
 
 
+@pytest.fixture(scope="module")
+def generator_step():
+    return Reference("G step", Setup("demo", 4), CPU)
+
+
+BF16 = Types(torch.bfloat16, torch.bfloat16)
+
+
+def test_the_halves_of_a_generator_step_make_the_whole():
+    training = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU)
+    batch = Batch.draw(training)
+    state = [t.clone() for t in training.changing()]
+    upstream = training.image_gradient(training.images(batch.z, None), None)
+    halves = training.weight_gradients(batch.z, None, upstream)
+    torch._foreach_copy_([t.detach() for t in training.changing()], state)
+    for half, whole in zip(halves, training.generator_step(batch.z, None), strict=True):
+        assert_close(half, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
+
+
+def test_ours_is_compared_in_bf16_weight_by_weight(generator_step):
+    assert "138 of 138 gradients of G" in generator_step.check_in(BF16, OUR_SETTINGS)
+    assert "138 of 138 gradients of G" in generator_step.check_in_float32(OUR_SETTINGS)
+
+
+@pytest.mark.parametrize("types", [BF16, Types(torch.float32, torch.float32)], ids=str)
+def test_a_wrong_operator_gives_a_training_step_no_time(generator_step, types, monkeypatch):
+    right = modules.resample2d
+    monkeypatch.setattr(modules, "resample2d", lambda *args, **options: right(*args, **options) * 1.2)
+    with pytest.raises(MismatchError, match="gradient"):
+        generator_step.check_in(types, OUR_SETTINGS)
+
+
+class FakeCuda:
+    """What capturing asks of torch.cuda, noted in order; a capture computes at once, and a replay does nothing."""
+
+    def __init__(self, monkeypatch):
+        self.noted = []
+        for name in ("current_stream", "Stream", "stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, self._noting(name))
+
+    def _noting(self, name):
+        def call(*arguments):
+            self.noted.append(name)
+            return self
+
+        return call
+
+    def wait_stream(self, other):
+        self.noted.append("wait")
+
+    def replay(self):
+        self.noted.append("replay")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.noted.append("end")
+
+
+@pytest.mark.parametrize("step", ["G step", "D step", "iteration"])
+def test_a_captured_step_begins_where_its_warm_up_did(monkeypatch, step):
+    settings = in_float32(STOCK_SETTINGS)
+    expected = Training(Setup("demo", 2), settings, CPU)
+    want = step_call(step, expected, Batch.draw(expected))()
+    training = Training(Setup("demo", 2), replace(settings, engine="graph"), CPU)
+    fake, gradients_before = FakeCuda(monkeypatch), []
+    work = step_call(step, training, Batch.draw(training))
+    replayed = captured(training, lambda: (gradients_before.append(fake.noted[-1]), work())[1])
+    assert gradients_before == ["stream"] * 3 + ["graph"]
+    assert fake.noted.count("wait") == 2 and "replay" not in fake.noted
+    found = replayed()
+    assert fake.noted[-1] == "replay" and training._g_adam.param_groups[0]["capturable"]
+    for name in want:
+        for a, b in zip(found[name], want[name], strict=True):
+            assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-9)
+
+
+def test_peers_of_training_on_a_gpu(monkeypatch):
+    """Stock eager, as a graph, and compiled in a case of its own; R1 differentiates twice and stays eager."""
+    built = {}
+
+    def bench(step, setup, peers, device, compared=None):
+        return built.setdefault((step, compared), {name: s.engine for name, s in peers.items()})
+
+    monkeypatch.setattr("benchmarks.training_cases.settings_bench", bench)
+    gpu, setup = torch.device("cuda"), Setup("cifar10-uncond-gdd-i", 128)
+    for case in training_cases(True):
+        if setup.preset in case.name and "batch 128" in case.name:
+            case.build(gpu)
+    eager = {"official": "eager", "stock": "eager", "gdd_fast": "eager"}
+    both = {"compile": "compile", "max-autotune": "max-autotune"}
+    assert built == {
+        ("R1 step", None): eager,
+        **{(step, None): {**eager, "graph": "graph"} for step in ("iteration", "G step", "D step")},
+        **{(step, 128): both for step in ("iteration", "G step", "D step")},
+    }
+    assert {s.engine for s in settings_for(CPU).values()} == {"eager"}
+
+
+def test_compiled_losses_are_the_losses(monkeypatch):
+    """The calls around the compiler: its modes, and that a new step is announced before each."""
+    asked, steps = [], []
+
+    def compile(function, *, dynamic, mode):
+        asked.append((function.__name__, dynamic, mode))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(asked)))
+    settings = in_float32(STOCK_SETTINGS)
+    eager = Training(Setup("demo", 2), settings, CPU)
+    training = Training(Setup("demo", 2), replace(settings, engine="max-autotune"), CPU)
+    assert asked == [("_generator_loss", False, "max-autotune"), ("_discriminator_loss", False, "max-autotune")]
+    want, found = (step_call("iteration", t, Batch.draw(t))() for t in (eager, training))
+    assert len(steps) == 2
+    for a, b in zip(found["D"], want["D"], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_roofline_page_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     record = Results({"device": "d", "type": "cpu", "cores": 2}, {"copy": 1e9, "fp32": 1e12})
@@ -155,9 +279,11 @@ def fake_case(name, *, fails=False):
 def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, monkeypatch):
     path = battery_file(tmp_path)
     cases = [fake_case("a"), fake_case("b", fails=True), fake_case("c")]
+    cases.append(cases[0])  # the same name again, as of a case whose other peers have to be compiled: it runs too
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
     options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
     assert gpu_battery.run_part("ops", options) == 0
+    assert Results.load(path).notes["done"]["ops"] == [0, 1, 2, 3]
     found = Results.load(path)
     assert [(r.case, bool(r.failure)) for r in found.rows] == [("a", False), ("b", True), ("c", False)]
     cases.append(fake_case("d"))
@@ -167,11 +293,39 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
 
 
 def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
-    pipelines = {c.group for c in gpu_battery.cases_of("pipelines", False)}
+    pipelines = {c.group for c in cases_of("pipelines", False)}
     assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
-    checked = {c.group for c in gpu_battery.cases_of("correctness", False)}
-    assert {"to_uint8 forward", "generator", "adam and average", "attention forward+backward"} <= checked
-    assert "attention forward" not in checked and list(gpu_battery.SHARES)[-1] == "tune"
+    checked = {c.group for c in cases_of("correctness", False)}
+    assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
+    assert "attention forward" not in checked and next(iter(PARTS)) == "correctness"
+
+
+def test_what_has_to_be_compiled_is_a_part_of_its_own():
+    for part in ("inference", "train", "ops"):
+        names = [(c.group, c.name) for c in cases_of(part, False)]
+        assert len(set(names)) == len(names)
+    compiled = {(c.group, c.name) for c in cases_of("compiled", False)}
+    assert compiled <= {(c.group, c.name) for part in ("inference", "train", "ops") for c in cases_of(part, False)}
+    assert "compiled" not in DEFAULT and set(DEFAULT) < set(PARTS)
+
+
+def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case(name, fails=name == "c") for name in "abcde"]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+
+    def here(command, **options):
+        return subprocess.CompletedProcess(
+            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+        )
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
+    found = Results.load(path).notes["correctness"]
+    assert found["checked"] == 5 and found["failures"] == ["g | c | -: ValueError: no"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
+    assert any("1 failures" in line for line in gpu_battery.summary(Results.load(path)))
 
 
 def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
@@ -214,14 +368,14 @@ def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp
         started.append(command)
         if len(started) == 1:
             results = Results.load(path)
-            results.notes["running"] = ["ops", "g", "a"]
+            results.notes |= {"running": ["ops", 0, "g", "a"], "done": {"ops": []}}
             results.save(path)
         return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
 
     monkeypatch.setattr(gpu_battery.subprocess, "run", die_once)
     gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
     found = Results.load(path)
-    assert len(started) == 2 and found.notes["done"] == {"ops": ["g-a"]} and "running" not in found.notes
+    assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
     assert [r.failure for r in found.rows] == ["the process ended with status -11"]
 
 
@@ -249,6 +403,34 @@ def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(m
     assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
     assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
     assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+
+    def late(command, **options):
+        results = Results.load(path)
+        results.notes |= {"running": ["compiled", 0, "g", "a"], "done": {"compiled": []}}
+        results.save(path)
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", late)
+    options = gpu_battery.Options("cpu", str(path), True, time.time())
+    gpu_battery.supervise("compiled", options, lambda text: None)
+    found = Results.load(path)
+    assert found.notes["cut_off"] == {"compiled": "g | a"} and found.rows == [] and "died" not in found.notes
+
+
+def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
+    path, tried = battery_file(tmp_path), []
+    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "to_uint8": [], "no such": []})
+    monkeypatch.setattr(tune, "tune_entry", lambda entry, *rest: tried.append(entry) or {"tried": []})
+    monkeypatch.setattr(tune, "computes", lambda device: len(tried) > 1)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert not tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tried == ["residual", "to_uint8"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
 
 
 @pytest.fixture
@@ -279,12 +461,12 @@ def test_bytes_of_backward_are_what_it_reads():
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
-@pytest.mark.slow
-def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
-    out = tmp_path / "battery.json"
-    assert gpu_battery.main(["--device=cpu", "--smoke", "--no-build", "--budget-s=300", f"--out={out}"]) == 0
-    found = Results.load(out)
-    groups = {r.group for r in found.rows}
-    assert {"iteration", "residual forward", "U-Net block forward+backward"} <= groups
-    assert not [r for r in found.rows if r.failure] and not found.notes["correctness"]["failures"]
-    assert "skipped" in found.notes["tuning"] and "died" not in found.notes
+def test_switches_of_peers_are_put_back():
+    def switches():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+
+    before = switches()
+    assert peers.under_tf32(switches, True)() == ("high", True, True)
+    with peers.tf32(False):
+        assert switches() == ("highest", False, before[2])
+    assert switches() == before

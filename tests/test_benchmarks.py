@@ -6,15 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import case, compare, tables
+from benchmarks import case, compare, conftest, tables, timing
 from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.checks import Accuracy, Closeness, Gradients, MismatchError, UncheckedError, poisoned
 from benchmarks.results import Results, Row, format_seconds
-from benchmarks.timing import Quantiles, Sampler, measure
+from benchmarks.timing import Quantiles, Sampler, measure, peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -190,6 +191,13 @@ def test_compare_flags_what_is_worse_beyond_the_noise(tmp_path, capsys, after, s
     assert f"1 compared, {status} worse" in capsys.readouterr().out.replace("2 compared", "1 compared")
 
 
+def test_compare_says_which_rows_are_gone(tmp_path, capsys):
+    results(row(), row("stock")).save(tmp_path / "a.json")
+    results(row()).save(tmp_path / "b.json")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert "1 rows of a.json are not in b.json" in capsys.readouterr().out
+
+
 def test_compare_takes_a_lost_time_for_worse_and_refuses_other_machines(tmp_path):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     results(row()).save(a)
@@ -207,8 +215,28 @@ def test_tables_show_every_row_and_how_ours_compares():
     record.add([Row("residual forward", "c", "gdd_fast:triton", failure="wrong: a|b")])
     short, long = tables.readme([record]), tables.docs([record])
     assert "| generator, n | 4 s | 2 s | 3 s | 1 s | 2.00 x |" in short
-    assert "residual" not in short and "wrong: a/b" in long and long.count("| generator |") == 4
+    assert "residual" not in short and "wrong: a/b" in long and "#### residual forward" in long
+    _, of_generator = long.split("#### generator")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_generator.split("\n") if "|" in line]
+    assert lines[0] == ["case", "peer", "median", "20 % to 80 %", "against stock", "images/s"]  # none that is empty
+    assert [line[4] for line in lines[2:6]] == ["0.50 x", "", "2.00 x", "0.67 x"]
     assert "No GPU has been measured" in short and "No GPU has been measured" in long
+
+
+def test_the_readme_names_what_has_no_figure_of_a_gpu():
+    (group, name), *others = tables.gpu_cases()
+    assert {"generator", "iteration", "adam and average"} <= {group for group, _ in others}
+    gpu = Results({**MACHINE, "device": "g", "type": "cuda"}, RATES)
+    gpu.add([Row(group, name, "stock", wall=[1, 1, 1]), Row(*others[0], "stock", failure=OUT_OF_MEMORY)])
+    missing = tables.readme([gpu]).split("Without a figure of a GPU yet")[1]
+    assert name not in missing and others[0][1] in missing
+    gpu.add([Row(*case, "stock", wall=[1, 1, 1]) for case in others])
+    assert "Without a figure" not in tables.readme([gpu])
+
+
+def test_rows_of_the_roofline_stay_on_its_page():
+    record = results(row(), *(Row(group, "c", "gdd_fast", wall=[1, 1, 1]) for group in tables.ELSEWHERE))
+    assert not any(group in tables.docs([record]) for group in tables.ELSEWHERE)
 
 
 def test_tables_without_a_record_speak_of_no_figure():
@@ -226,6 +254,49 @@ def test_tables_name_the_commit_of_kept_rows_and_never_compare_across_commits():
     assert "earlier run" not in tables.docs([results(row())])
 
 
+def test_a_bound_is_compared_with_nothing_and_has_bytes_of_its_own():
+    x = torch.rand(8)
+    bench = Bench(
+        {"copy of x": lambda: lambda: x + 1, "gdd_fast": lambda: x.clone},
+        Closeness(x, 1e-6).check,
+        bytes=64,
+        flops=8,
+        bounds={"copy of x": 32},
+        precisions={"gdd_fast": "bf16"},
+    )
+    bound, ours = measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)
+    assert bound.failure is None and (bound.bytes, bound.flops) == (32, None)
+    assert (ours.bytes, ours.flops, ours.precision) == (64, 8, "bf16")
+
+
+def test_peers_that_compile_are_left_out_where_nothing_is_timed():
+    def refuse():
+        raise AssertionError("compiled")
+
+    work = Case("g", "c", lambda device: Bench({"OneStepGenerator:compile": refuse}, lambda outputs: None))
+    assert list(measure_case(work, CPU, Effort(0.0))) == []
+    assert [r.failure for r in measure_case(work, CPU, QUICK)] == ["AssertionError: compiled"]
+
+
+def test_peak_memory_on_a_cpu_is_what_a_call_holds_at_once(capfd):
+    def call():
+        a = torch.ones(1 << 18)  # 1 MiB
+        b = a + 1
+        del a
+        return b + 1
+
+    assert peak_bytes(call, CPU) == pytest.approx(2 << 20, rel=1e-3)
+    assert peak_bytes(lambda: None, CPU) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_call_of_seconds_is_warm_after_one(monkeypatch):
+    monkeypatch.setattr(timing, "_VERY_LONG", 0.0)
+    calls = []
+    Sampler(lambda: calls.append(None), CPU).warm_up(10.0, least=5)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("peer", ["graph", "gdd_fast graph", "OneStepGenerator:graph", "max-autotune"])
 def test_peers_in_graphs_have_no_peak(peer, monkeypatch):
     monkeypatch.setattr(case, "peak_bytes", lambda call, device: 7)
@@ -241,7 +312,7 @@ def test_tables_replace_what_is_between_the_markers(tmp_path):
     (tmp_path / "README.md").write_text("no markers, left alone\n")
     results(row()).save(folder / "d.json")
     ((path, text),) = tables.outdated(tmp_path, folder).items()
-    assert path == page and "old" not in text and "| generator |" in text and text.endswith("\nb\n")
+    assert path == page and "old" not in text and "#### generator" in text and text.endswith("\nb\n")
     page.write_text(text)
     assert tables.outdated(tmp_path, folder) == {}
 
@@ -252,6 +323,15 @@ def test_the_committed_pages_agree_with_the_committed_results():
 
 def test_seconds_are_shown_with_a_unit():
     assert [format_seconds(s) for s in (None, 2.5, 0.0123, 4.5e-6)] == ["-", "2.5 s", "12.3 ms", "4.5 us"]
+
+
+@pytest.mark.parametrize(
+    ("device", "full", "is_full"), [("cuda", None, 1), ("cuda", False, 0), ("cpu", None, 0), ("cpu", True, 1)]
+)
+def test_everything_is_measured_on_a_gpu_and_a_sample_on_a_cpu(device, full, is_full):
+    options = {"--full": full, "--bench-device": device}
+    cases = conftest.cases_for("network_case", SimpleNamespace(getoption=options.get))
+    assert any("adm-64" in case.name for case in cases) == is_full
 
 
 def test_pytest_run_keeps_its_rows(tmp_path):

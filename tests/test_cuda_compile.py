@@ -18,8 +18,8 @@ INSTANTIATIONS = {
         f"template cudaError_t launch_to_uint8<{t}>(const {t}*, uint8_t*, {SIZES}, cudaStream_t);" for t in CUDA_TYPES
     ],
     "resample2d.cuh": [
-        f"template cudaError_t launch_resample2d<{t}>(const {t}*, const float*, const {t}*, {t}*, const Resample&, "
-        "cudaStream_t);"
+        f"template cudaError_t launch_resample2d<{t}>(const {t}*, const Real<{t}>*, const {t}*, {t}*, "
+        "const Resample&, cudaStream_t);"
         for t in CUDA_TYPES
     ],
     "discriminator_input.cuh": [
@@ -31,7 +31,7 @@ INSTANTIATIONS = {
     ],
     "adam_ema.cuh": [
         f"template cudaError_t launch_adam_ema<{t}>(const Tensors<{t}>*, int64_t, const AdamState&, "
-        "const AdamOptions&, cudaStream_t);"
+        "const AdamGroup*, cudaStream_t);"
         for t in ("__half", "__nv_bfloat16")
     ],
     "floats.cuh": [],  # no kernels: included by the others

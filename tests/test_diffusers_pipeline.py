@@ -92,6 +92,27 @@ def test_it_computes_in_the_dtype_that_is_asked_for(pipe, tmp_path):
     assert OneStepPipeline.from_pretrained(tmp_path).engine().dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_casting_leaves_the_frequencies_alone(pipe, tmp_path, dtype):
+    """In half precision the phases of the embedding would be wrong by half a turn, and the images by much."""
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="pt").images
+    rounded = network()
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.to(dtype))
+    rounded.dtype = dtype
+    want = draw(OneStepPipeline.from_generator(rounded))
+    pipe.save_pretrained(tmp_path / "float32")
+    pipe.to(dtype).save_pretrained(tmp_path / "half")
+    load = OneStepPipeline.from_pretrained
+    for half in (pipe, load(tmp_path / "float32", torch_dtype=dtype), load(tmp_path / "half", dtype=dtype)):
+        assert half.model.dtype == dtype
+        assert torch.equal(half.model.network.model.map_noise.freqs, network().model.map_noise.freqs)
+        torch.testing.assert_close(draw(half), want, rtol=1e-4, atol=1e-4)
+    full = load(tmp_path / "half", dtype=torch.float32)
+    assert full.engine().dtype == torch.float32
+    torch.testing.assert_close(draw(full), want, rtol=0.1, atol=0.1)
+
+
 def test_a_broken_network_is_an_error(pipe):
     with torch.no_grad():
         next(pipe.model.parameters()).fill_(torch.nan)

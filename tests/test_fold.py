@@ -8,10 +8,15 @@ from edm_reference import SIZE, SMALL, fill
 from torch import Tensor
 
 from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.inference import folded
 from gdd_fast.inference.fold import Conditioning, fold, make_target
 from gdd_fast.inference.folded import FoldedUNet, Target
 from gdd_fast.models.edm import ncsnpp
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.modules import Pair, Statistics
+from gdd_fast.ops._maps import channel_statistics_ref
+from gdd_fast.ops.group_norm_silu import group_norm_silu_ref
+from gdd_fast.ops.residual import residual_ref
 
 CPU = torch.device("cpu")
 SIGMA = 80.0
@@ -35,8 +40,8 @@ def one_hot(net: EDMPrecond, c: Tensor | None) -> Tensor | None:
     return None if c is None else torch.nn.functional.one_hot(c, net.label_dim).float()
 
 
-def run(folded: tuple[FoldedUNet, Conditioning | None], z: Tensor, labels: Tensor | None) -> Tensor:
-    unet, conditioning = folded
+def run(engine: tuple[FoldedUNet, Conditioning | None], z: Tensor, labels: Tensor | None) -> Tensor:
+    unet, conditioning = engine
     with torch.no_grad():
         return unet(z, None if conditioning is None else conditioning(labels))
 
@@ -124,6 +129,37 @@ def test_with_the_kernels_of_a_gpu(name: str) -> None:
     assert error(run(fold(net, target, SIGMA), z, labels), plain(net, z, one_hot(net, labels)).double()) <= 1e-5
 
 
+@ARCHITECTURES
+def test_statistics_travel_with_their_maps(name: str, monkeypatch) -> None:
+    """Norms trust them: they have to be of the very map that is read, and every map of a fused residual has them."""
+    made: list[Tensor] = []
+    read = 0
+
+    def merge(*arguments, statistics: bool, backend: str) -> tuple[Tensor, Tensor]:
+        assert statistics and backend == "triton"
+        made.append(residual_ref(*arguments))
+        return made[-1], channel_statistics_ref(made[-1])
+
+    def norm(x: Tensor | Pair, *arguments, statistics: Statistics, backend: str, **options) -> Tensor:
+        nonlocal read
+        for part, given in zip(x, statistics, strict=True) if isinstance(x, tuple) else ((x, statistics),):
+            assert (given is not None) == any(part is map for map in made)
+            if given is not None:
+                read += 1
+                torch.testing.assert_close(given, channel_statistics_ref(part))
+        return group_norm_silu_ref(x, *arguments, **options)
+
+    monkeypatch.setattr(folded, "residual", merge)
+    monkeypatch.setattr(folded, "group_norm_silu", norm)
+    net = network(name)
+    ways = {"convolve": "plain", "late_bias": True, "norm": "triton", "residual": "triton"}
+    target = dataclasses.replace(make_target(CPU, torch.float32), **ways)
+    labels = classes(net)
+    y = run(fold(net, target, SIGMA), latents(), labels)
+    assert error(y, plain(net, latents(), one_hot(net, labels)).double()) <= 1e-5
+    assert 0 < len(made) < read, "several norms read a skip"
+
+
 @pytest.mark.parametrize("name", ["ncsnpp_cond", "adm_cond"])
 def test_soft_labels(name: str) -> None:
     net = network(name)
@@ -160,22 +196,22 @@ def test_edms_preconditioning_and_other_noise_levels() -> None:
 def test_the_network_is_left_as_it_was_and_not_looked_at_again() -> None:
     net = network("ncsnpp_cond").train()
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    folded = fold(net, make_target(CPU, torch.float32), SIGMA)
+    engine = fold(net, make_target(CPU, torch.float32), SIGMA)
     assert net.training
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
     soft = torch.full((3, net.label_dim), 0.1)
-    first = [run(folded, latents(), labels) for labels in (classes(net), soft)]
+    first = [run(engine, latents(), labels) for labels in (classes(net), soft)]
     for t in net.state_dict().values():
         t.zero_()
     for y, labels in zip(first, (classes(net), soft), strict=True):
-        assert torch.equal(run(folded, latents(), labels), y)
+        assert torch.equal(run(engine, latents(), labels), y)
 
 
 def test_nothing_is_written_to_the_latents_and_calls_repeat() -> None:
     net = network("skip")
-    folded, z = fold(net, make_target(CPU, torch.float32), SIGMA), latents()
+    engine, z = fold(net, make_target(CPU, torch.float32), SIGMA), latents()
     kept = z.clone()
-    assert torch.equal(run(folded, z, None), run(folded, z, None))
+    assert torch.equal(run(engine, z, None), run(engine, z, None))
     assert torch.equal(z, kept)
 
 

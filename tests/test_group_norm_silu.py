@@ -6,7 +6,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from benchmarks.shapes import norm_calls
+from gdd_fast.backend import has_extension
 from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops import _group_norm_fused as fused
+from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.group_norm_silu import OPERATOR, group_norm_silu, group_norm_silu_ref
 from gdd_fast.ops.residual import residual
 from parity import assert_as_accurate_as_torch, backends, device_for
@@ -157,6 +160,7 @@ def test_any_memory_layout_of_input_and_gradient(name, backend):
     strange, dense = change(x.detach()).requires_grad_(), change(x.detach()).contiguous().requires_grad_()
     y, want = case.fused(strange, *rest), case.ref(dense, *rest)
     torch.testing.assert_close(y, want)
+    assert y.is_contiguous(memory_format=memory_format(strange))
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
     got = torch.autograd.grad(y, [strange, *rest], change(dy))
     wanted = torch.autograd.grad(want, [dense, *rest], change(dy).contiguous())
@@ -199,6 +203,41 @@ def test_samples_more_than_two_to_the_31_elements_apart(backend):
     got = torch.autograd.grad(y, inputs, dy)
     for a, b in zip(got, torch.autograd.grad(want, case.inputs, y.detach()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+def test_tiles_two_to_the_32_elements_apart(backend):
+    """Pixels 2^20 elements apart and more of them than a tile holds, in a batch that is not split over programs."""
+    if device_for(backend) == "cuda":
+        pytest.skip("takes the memory that a CPU only promises")
+    dense = torch.randn((1, 1, 4097, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float16)
+    memory = torch.empty(2**32 + 1, dtype=torch.float16)
+    x = memory.as_strided(dense.shape, (1, 1, 2**20, 1)).copy_(dense).expand(8, 1, 4097, 1)
+    weight, bias = torch.full((1,), 1.5), torch.ones(1)
+    got = group_norm_silu(x, 1, weight, bias, backend=backend)
+    torch.testing.assert_close(got, group_norm_silu_ref(dense, 1, weight, bias).expand(x.shape), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not has_extension(), reason="the extension gdd_fast._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_leaves_small_float32_maps_on_a_cpu_to_pytorch(dtype, monkeypatch):
+    """Without gradients, where nothing is kept."""
+    calls = []
+    forward = fused.forward_cpp
+    monkeypatch.setattr(fused, "forward_cpp", lambda *arguments: calls.append(1) or forward(*arguments))
+
+    def is_fused(shape: tuple[int, ...], rows: tuple[str, ...] = (), **options) -> bool:
+        calls.clear()
+        case = Case(shape, 2, dtype=dtype, rows=rows, backend="cpp")
+        with torch.no_grad():
+            y = case.call(group_norm_silu, *case.inputs, **options)
+        torch.testing.assert_close(y, case.ref(*case.inputs), rtol=0.02, atol=0.02)
+        return bool(calls)
+
+    small, medium, large = (1, 32, 16, 16), (2, 64, 64, 32), (2, 64, 64, 64)
+    wide = dtype == torch.float32
+    assert is_fused(small) is is_fused(medium) is (not wide)
+    assert is_fused(large) and is_fused(medium, ("scale", "shift")) and is_fused(small, backend="cpp")
 
 
 @BACKENDS
@@ -253,9 +292,11 @@ def saved_bytes(function) -> int:
     return sum(kept.values())
 
 
+@BACKENDS
 @pytest.mark.parametrize("pair", [0, 8])
-def test_saves_its_input_and_little_else(pair):
-    case = Case((2, 8, 16, 16), 2, pair=pair, dtype=torch.bfloat16)
+def test_saves_its_input_and_little_else(pair, backend):
+    """Whatever its size and whatever saves it, in Python or in C++."""
+    case = Case((2, 8, 16, 16), 2, pair=pair, dtype=torch.bfloat16, backend=backend)
     maps = sum(t.nbytes for t in case.inputs[: 2 if pair else 1])
     assert saved_bytes(lambda: case.fused(*case.inputs)) < 1.1 * maps
     assert saved_bytes(lambda: case.ref(*case.inputs)) > 4 * maps
@@ -268,12 +309,10 @@ def test_gradients_once_and_twice(form):
     assert torch.autograd.gradgradcheck(case.fused, case.inputs)
 
 
-def test_second_derivative_of_a_fused_forward():
+@BACKENDS
+def test_second_derivative_of_a_fused_forward(backend):
     """R1: the gradient of a function of the input's gradient; one input also depends on another."""
-    backend = backends(OPERATOR)[-1]
-    if backend.marks:
-        pytest.skip(backend.marks[0].kwargs["reason"])
-    case = Case((2, 4, 3, 3), 2, rows=("add",), backend=backend.values[0])
+    case = Case((2, 4, 3, 3), 2, rows=("add",), backend=backend)
 
     def penalty(function):
         x, weight, bias, add = case.inputs
@@ -292,6 +331,8 @@ def test_registration(backend):
     op = torch.ops.gdd_fast.group_norm_silu.default
     arguments = (x, skip, 2, weight, bias, 1e-5, add, scale, shift, None, None, True, backend)
     opcheck(op, arguments)
+    rows_apart = torch.zeros(2, 4, 3, 6, device=x.device).contiguous(memory_format=torch.channels_last)[..., :3]
+    opcheck(op, (rows_apart, *arguments[1:]), test_utils=("test_schema", "test_faketensor"))
     _, mean, rstd = op(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
     tensors = [t.detach() for t in (torch.ones(2, 6, 3, 3, device=x.device), *case.inputs)]
     for needed in ([True] * 7, [False, True, False, True, True, False, False]):

@@ -1,7 +1,10 @@
 """Networks on the Hub: what is written and uploaded, and read from a folder or huggingface_hub's cache. No network."""
 
+import functools
 import json
+import sys
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -73,11 +76,16 @@ def test_save_pretrained_can_push(net, tmp_path, monkeypatch):
     assert seen == [(tmp_path / "net", "user/net")]
 
 
+def put_in_cache(net: GDDPrecond, cache: Path) -> None:
+    """As huggingface_hub keeps the repository user/name."""
+    repository = cache / "models--user--name"
+    hub.save_pretrained(net, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
 def test_a_repository_is_read_from_the_cache(net, tmp_path):
-    cached = tmp_path / "models--user--name"
-    hub.save_pretrained(net, cached / "snapshots" / ("0" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0" * 40)
+    put_in_cache(net, tmp_path)
     loaded = hub.from_pretrained("user/name", cache_dir=tmp_path, local_files_only=True, dtype="bfloat16")
     assert loaded.dtype == torch.bfloat16
     torch.testing.assert_close(loaded.state_dict(), net.state_dict())
@@ -87,6 +95,66 @@ def test_a_repository_is_read_from_the_cache(net, tmp_path):
 def test_what_is_not_there_is_one_error(name, tmp_path):
     with pytest.raises(WeightsError, match="neither a path that exists nor a network on the Hub"):
         hub.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_generator_of_a_repository(net, tmp_path, monkeypatch):
+    put_in_cache(net, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    load = functools.partial(OneStepGenerator.from_pretrained, device="cpu")
+    generator = load("user/name", cache_dir=tmp_path, local_files_only=True, dtype="bfloat16")
+    assert (generator.device.type, generator.dtype) == ("cpu", torch.bfloat16)
+    torch.testing.assert_close(generator.network.state_dict(), net.state_dict())
+    other = fill(GDDPrecond(SIZE, 3, **SMALL["adm"]))
+    hub.save_pretrained(other, tmp_path / "user" / "name")
+    assert load("user/name", cache_dir=tmp_path).network.model_type == other.model_type, "a path comes first"
+
+
+def test_a_generator_is_downloaded(net, tmp_path, monkeypatch):
+    hub.save_pretrained(net, tmp_path / "net")
+    asked = []
+
+    def download(repo_id, name, **options):
+        asked.append((repo_id, name, options["revision"], options["token"]))
+        return str(tmp_path / "net" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert OneStepGenerator.from_pretrained("name", device="cpu", revision="v1", token="t")(1).shape == (
+        1,
+        SIZE,
+        SIZE,
+        3,
+    )
+    assert asked == [("name", "config.json", "v1", "t"), ("name", "model.safetensors", "v1", "t")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("user/name", "neither a path that exists nor a network on the Hub"),
+        ("../nowhere", "neither a path that exists nor a network on the Hub, such as user/name"),
+        ("a/b/c", "neither a path"),
+        ("runs/net.pkl", "does not exist"),
+        (Path("user/name"), "does not exist"),
+    ],
+)
+def test_a_generator_that_is_nowhere_is_one_error(name, message, tmp_path, monkeypatch):
+    """Without a network or a connection, and never a question to the Hub about what is a path."""
+
+    def offline(repo_id, name, **options):
+        assert repo_id == "user/name"
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the Hub\nnor find the file in the cache")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(WeightsError, match=message) as error:
+        OneStepGenerator.from_pretrained(name, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(WeightsError, match="pip install huggingface_hub"):
+        OneStepGenerator.from_pretrained("user/name", device="cpu")
 
 
 def test_other_modules_are_refused(tmp_path):

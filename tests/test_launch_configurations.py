@@ -1,6 +1,9 @@
 """kernels/tuned.json: what overrides what, and the nearest of the measured shapes."""
 
+import contextlib
+import importlib
 import json
+import types
 
 import pytest
 import torch
@@ -71,3 +74,36 @@ def test_every_operator_has_a_rule_and_measurements_are_well_formed():
             assert name in ("default", "faster_than_sdpa") or name.startswith("sm_"), f"{operator}: {name}"
             for measured in entry.get("measured", ()):
                 assert len(measured["shape"]) == 3 and measured["options"]
+
+
+LAUNCHERS = {
+    "attention": ("attention", "attention_backward"),
+    "frozen_conv2d_relu": ("relu_bits_", "mask_bits"),
+    "group_norm_silu": ("statistics", "forward", "backward"),
+    "max_pool2x2": ("max_pool2x2", "max_pool2x2_backward"),
+    "residual": ("residual",),
+    "to_uint8": ("to_uint8",),
+}
+
+
+@pytest.mark.parametrize("operator", LAUNCHERS)
+def test_launchers_run_on_the_gpu_of_their_tensor(operator, monkeypatch):
+    """Triton launches on the current device, which need not be the tensor's."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(other: torch.device):
+        current.append(other.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    module = importlib.import_module(f"gdd_fast.kernels.{operator}")
+    for name in LAUNCHERS[operator]:
+        launcher = getattr(module, name)
+        seen = _launch.on_its_device(lambda x: current[-1])  # as it is around the launcher
+        assert launcher.__code__ is seen.__code__, f"{operator}.{name} is not on its device"
+        for index in (0, 1):
+            assert seen(types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))) == index
+    assert seen(types.SimpleNamespace(is_cuda=False)) == 0 and current == [0]

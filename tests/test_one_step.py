@@ -6,6 +6,7 @@ import torch
 from edm_reference import SIZE, SMALL, fill
 
 import gdd_fast
+from benchmarks import exactness
 from benchmarks.exactness import TEACHER, compare
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.inference.generate import generate
@@ -111,6 +112,22 @@ def test_the_bundled_teacher_in_levels(dtype: str, most: int) -> None:
     assert found["engine, plain"].values == 48 * 16 * 16
     assert 0 < found["engine, float32"].largest <= most or dtype == "float32"
     assert found["engine, plain"].largest <= most
+
+
+@pytest.mark.parametrize(("levels_off", "exact"), [(0, True), (4, False)])
+def test_the_command_fails_beyond_its_limits(monkeypatch, capsys, levels_off: int, exact: bool) -> None:
+    run = OneStepGenerator.run
+    monkeypatch.setattr(OneStepGenerator, "run", lambda self, *inputs: run(self, *inputs) + levels_off / 127.5)
+    arguments = ["--images", "4", "--batch", "4", "--device", "cpu"]
+    if exact:
+        exactness.main(arguments)
+    else:
+        with pytest.raises(SystemExit) as end:
+            exactness.main(arguments)
+        assert end.value.code == 1
+    (*_, verdict) = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("exact: " if exact else "NOT exact: ")
+    assert "teacher float32" in verdict and "of at most 2 levels" in verdict
 
 
 @pytest.mark.slow

@@ -29,7 +29,14 @@ LAYOUTS = {
     "rows apart": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
     "transposed": lambda x: x.mT.contiguous().mT,
     "broadcast": lambda x: x[:1, :, :1].expand(x.shape),
+    "unaligned": lambda x: one_further(x),
+    "channels_last unaligned": lambda x: one_further(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
 }
+
+
+def one_further(x):
+    """x in memory that begins one number after that of an allocation."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
 def case(shape, name, up, dtype=torch.float32, backend="torch", seed=0):
@@ -70,12 +77,60 @@ def test_parity_of_output_and_gradients(layout, name, dtype, up, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_layout(layout, up, backend):
     for name in ("box", "fir"):
-        x, _, kernel, options = case((3, 4, 6, 10), name, up, backend=backend)
+        x, _, kernel, options = case((3, 8, 6, 10), name, up, backend=backend)
         x = LAYOUTS[layout](x)
         y = resample2d(x, kernel, **options, backend=backend)
         torch.testing.assert_close(y, resample2d_ref(x.contiguous(), kernel, **options))
         channels_last = "channels_last" in layout
         assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def column_times_row(column, row):
+    return torch.outer(torch.tensor(column), torch.tensor(row))[None, None]
+
+
+ANY_FILTERS = {
+    "not separable": torch.tensor([[0.0, 1, 1, 0], [1, 2, 2, 1], [1, 2, 2, 1], [0, 1, 1, 0]])[None, None] / 12,
+    "nearly separable": column_times_row([1.0, 3, 3, 1], [1.0, 3, 3, 1]) / 64 + 1e-4 * torch.eye(4),
+    "long": column_times_row([1.0 / 66] * 66, [1.0 / 66] * 66),
+    "zero": torch.zeros(1, 1, 2, 2),
+}
+SEPARABLE = {
+    "negative taps": column_times_row([-1.0, 9, 9, -1], [-1.0, 9, 9, -1]) / 256,
+    "sums to nothing": column_times_row([1.0, 3, 3, 1], [1.0, 1, -1, -1]) / 16,
+    "half precision": column_times_row([1.0, 3, 3, 1], [1.0, 3, 3, 1]).bfloat16() / 64,
+}
+
+
+def filtered(kernel, up, backend, size=70):
+    """One call with this filter, by an operator and by the definition in float64, and the latter's size."""
+    x = torch.randn((2, 3, size, size), generator=torch.Generator().manual_seed(0)).to(device_for(backend))
+    options = {"up": up, "padding": kernel.shape[3] // 2 - 1}
+    kernel = kernel.to(x.device)
+    want = resample2d_ref(x.double(), kernel.double(), **options)
+    return lambda: resample2d(x, kernel, **options, backend=backend), want
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("backend", ["auto", *backends(OPERATOR)])
+@pytest.mark.parametrize("name", ANY_FILTERS)
+def test_any_filter_is_computed_or_refused(name, backend, up):
+    """What the CPU operator cannot take, it says, and `auto` goes back to the definition."""
+    kernel = ANY_FILTERS[name]
+    call, want = filtered(kernel, up, backend)
+    if backend == "cpp" and not torch.ops.gdd_fast_C.resample2d_takes(kernel):
+        with pytest.raises(BackendError, match="a column times a row"):
+            call()
+    else:
+        torch.testing.assert_close(call().double(), want, rtol=1e-5, atol=1e-6)
+
+
+@BACKENDS
+@DIRECTIONS
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_separable_filters_with_signs(name, up, backend):
+    call, want = filtered(SEPARABLE[name], up, backend, size=12)
+    torch.testing.assert_close(call().double(), want, rtol=1e-5, atol=1e-6)
 
 
 @BACKENDS
@@ -188,6 +243,10 @@ def test_bad_input_is_refused():
         resample2d(x[..., :1, :1], kernel, up=False, padding=0)
     with pytest.raises(InputError, match="like the result"):
         resample2d(x, kernel, up=True, padding=1, add=x)
+    with pytest.raises(InputError, match="without gradient"):
+        resample2d(x, kernel.clone().requires_grad_(), up=True, padding=1)
+    with pytest.raises(InputError, match="floating"):
+        resample2d(x, kernel.long(), up=True, padding=1)
     with pytest.raises(InputError, match="box"):
         resample2d(x, kernel, up=True, padding=1, box=True)
     with pytest.raises(BackendError, match="no triton implementation"):

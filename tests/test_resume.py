@@ -1,7 +1,11 @@
 """Outputs written in several runs: the same as in one, whatever interrupted them."""
 
 import json
+import os
+import signal
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +78,9 @@ def test_a_part_is_closed_in_time_and_a_killed_one_is_not_counted(tmp_path, name
     with pytest.raises(KeyboardInterrupt):
         write(path, stop=4, error=KeyboardInterrupt(), part_seconds=0.0)
     folder = part_folder(path)
-    assert len(list(folder.glob("*.count"))) == 2
-    # what a kill leaves: an open part, and one that was renamed but not counted
-    for leftover in ("open", "000002"):
+    assert sorted(part.stem for part in folder.iterdir()) == ["000000-2", "000001-2", "run"]
+    # what a kill leaves: an open part, and files that were being written
+    for leftover in ("open", ".open.0badcafe", ".run.json.0badcafe"):
         target = folder / f"{leftover}{path.suffix}"
         if path.suffix:
             target.write_bytes(b"half")
@@ -86,29 +90,6 @@ def test_a_part_is_closed_in_time_and_a_killed_one_is_not_counted(tmp_path, name
     assert write(path) == 4
     write(tmp_path / "whole" / name)
     assert content(path) == content(tmp_path / "whole" / name)
-
-
-def test_a_folder_whose_joining_was_interrupted(tmp_path, monkeypatch):
-    path = tmp_path / "out"
-    moved = []
-
-    def replace(self, target):
-        if len(moved) == 3:
-            raise KeyboardInterrupt
-        moved.append(target)
-        return original(self, target)
-
-    original = Path.replace
-    with monkeypatch.context() as patch:
-        write(path, stop=len(SEEDS) - 1)
-        patch.setattr(
-            Path, "replace", lambda self, to: replace(self, to) if self.parent.name == "000000" else original(self, to)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            write(path)
-    assert write(path) == len(SEEDS)
-    write(tmp_path / "whole" / "out")
-    assert content(path) == content(tmp_path / "whole" / "out")
 
 
 @OUTPUTS
@@ -132,6 +113,87 @@ def test_what_was_put_at_the_output_meanwhile_is_kept(tmp_path, name):
     mine.unlink()
     assert write(path) == len(SEEDS), "nothing is lost"
     assert not part_folder(path).exists()
+
+
+def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:
+    """Run `process` in a child that is killed before its `fatal`-th change under `at`; returns how many it made."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        changes = 0
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal changes
+            opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            changed = opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            if changed and str(at) in os.path.abspath(os.fsdecode(arguments[0])):
+                changes += 1
+                if changes == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        process()
+        os.write(writer, str(changes).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    expected = (0, True) if fatal is None else (-signal.SIGKILL, False)
+    assert (os.waitstatus_to_exitcode(status), bool(answer)) == expected
+    return int(answer or 0)
+
+
+@OUTPUTS
+@pytest.mark.parametrize("parts", [1, 3])
+def test_killed_anywhere_it_goes_on(tmp_path, name, parts):
+    """A process is killed before each change that it makes to the disk, in turn. The next one has the same result, and
+    makes no image anew that was in a closed part."""
+    seeds = [997, 1001, 5]
+    put = {seed: (images([seed]), classes([seed])) for seed in seeds}
+
+    def run(path: Path) -> int:
+        seconds = 60.0 if parts == 1 else 0.0
+        with resume_writer(path, seeds, RUN, subdirs=True, workers=1, part_seconds=seconds) as writer:
+            done = writer.done
+            for seed in seeds[done:]:
+                writer.put([seed], *put[seed])
+        return done
+
+    run(tmp_path / "whole" / name)
+    want = content(tmp_path / "whole" / name)
+    steps = mutations(lambda: run(tmp_path / "count" / name), None, tmp_path)
+    assert steps > 10
+    for step in range(1, steps + 1):
+        path = tmp_path / f"{step}" / name
+        mutations(lambda path=path: run(path), step, tmp_path)
+        folder = part_folder(path)
+        closed = [part for part in folder.glob("0*-*")] if folder.exists() else []
+        if path.exists() and not (folder / "run.json").exists():
+            with pytest.raises(ConfigError, match=r"exists|not empty"):
+                run(path)  # it was finished
+        else:
+            assert run(path) >= len(closed) * (3 // parts)
+            assert not folder.exists()
+        assert content(path) == want
+        assert set(path.parent.iterdir()) <= {path, folder}
+        if path.is_dir():
+            assert not [file for file in path.rglob(".*")]
+
+
+def test_an_output_that_has_gone_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "out.zip"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rmdir", stop)
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None if missing_ok else stop(self))
+        write(path)
+    path.unlink()
+    with pytest.raises(ConfigError, match="has gone since; delete"):
+        write(path)
 
 
 def test_images_half_put_are_not_kept(tmp_path, monkeypatch):

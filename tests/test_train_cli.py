@@ -15,6 +15,7 @@ from tiny_run import BATCH, tiny_flags, write_inputs
 
 from gdd_fast.config import override
 from gdd_fast.distill import checkpoint, loop, output, report
+from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.run import distill
 from gdd_fast.errors import CheckpointError
 from gdd_fast.models.load import load_generator
@@ -178,8 +179,14 @@ def test_the_largest_seed(inputs, tmp_path):
     main(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6, seed=2**63 - 1))
 
 
-def test_the_global_state_of_torch_is_put_back(inputs, tmp_path):
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize(("precision", "products", "tf32"), [("tf32", "high", True), ("fp32", "highest", False)])
+def test_settings_of_torch_are_the_runs_own_and_put_back(inputs, tmp_path, monkeypatch, precision, products, tf32):
+    def settings():
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+
+    before, during, iteration = settings(), [], Distillation.iteration
+    monkeypatch.setattr(Distillation, "iteration", lambda *args: (during.append(settings()), iteration(*args)))
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6)
-    main([*flags, "--g-precision", "tf32", "--d-precision", "tf32"])
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    main([*flags, "--g-precision", precision, "--d-precision", precision])
+    assert during == [(products, tf32, True)] and settings() == before

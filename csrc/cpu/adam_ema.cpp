@@ -22,23 +22,37 @@ namespace {
 constexpr int64_t kChunk = 16384;  // numbers; what a chunk touches, up to six of them, stays in the second-level cache
 
 struct Chunk {
-  size_t tensor;
+  size_t tensor, group;
   int64_t first, count;
 };
 
-std::vector<Chunk> chunks_of(at::TensorList tensors) {
+std::vector<Chunk> chunks_of(at::TensorList tensors, at::ArrayRef<AdamGroup> groups) {
   std::vector<Chunk> chunks;
-  for (size_t k = 0; k < tensors.size(); k++) {
-    for (int64_t first = 0; first < tensors[k].numel(); first += kChunk) {
-      chunks.push_back({k, first, std::min(kChunk, tensors[k].numel() - first)});
+  size_t k = 0;
+  for (size_t group = 0; group < groups.size(); group++) {
+    for (const size_t end = k + groups[group].tensors; k < end; k++) {
+      for (int64_t first = 0; first < tensors[k].numel(); first += kChunk) {
+        chunks.push_back({k, group, first, std::min(kChunk, tensors[k].numel() - first)});
+      }
     }
   }
   return chunks;
 }
 
-// Factors of one step, formed in double as torch.optim.Adam's are, then rounded once.
+// Factors of one step of a group, formed in double as torch.optim.Adam's are, then rounded once.
 struct Factors {
   float step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, root_correction, eps, weight_decay, average_weight;
+
+  Factors(const AdamGroup& o, double t, double lr, double weight)
+      : step_size(static_cast<float>(lr / (1 - std::pow(o.beta1, t)))),
+        beta1(static_cast<float>(o.beta1)),
+        one_minus_beta1(static_cast<float>(1 - o.beta1)),
+        beta2(static_cast<float>(o.beta2)),
+        one_minus_beta2(static_cast<float>(1 - o.beta2)),
+        root_correction(static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, t)))),
+        eps(static_cast<float>(o.eps)),
+        weight_decay(static_cast<float>(o.weight_decay)),
+        average_weight(static_cast<float>(weight)) {}
 };
 
 GDD_FAST_SIMD bool finite(const float* x, int64_t n) {
@@ -135,8 +149,8 @@ GDD_FAST_SIMD void copy(const float* p, at::Half* c, int64_t n) {
 
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                at::TensorList averages, at::TensorList copies, at::Tensor& step, at::Tensor& skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, const AdamOptions& o) {
-  const std::vector<Chunk> chunks = chunks_of(params);
+               const at::Tensor& lr, const at::Tensor& average_weight, at::ArrayRef<AdamGroup> groups) {
+  const std::vector<Chunk> chunks = chunks_of(params, groups);
   const int64_t count = static_cast<int64_t>(chunks.size());
   std::atomic<bool> all_finite = true;
   at::parallel_for(0, count, 2, [&](int64_t begin, int64_t end) {
@@ -150,16 +164,10 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     return;
   }
   const double t = *step.mutable_data_ptr<float>() += 1;
-  const double weight = *average_weight.const_data_ptr<double>();
-  const Factors f{static_cast<float>(*lr.const_data_ptr<double>() / (1 - std::pow(o.beta1, t))),
-                  static_cast<float>(o.beta1),
-                  static_cast<float>(1 - o.beta1),
-                  static_cast<float>(o.beta2),
-                  static_cast<float>(1 - o.beta2),
-                  static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, t))),
-                  static_cast<float>(o.eps),
-                  static_cast<float>(o.weight_decay),
-                  static_cast<float>(weight)};
+  std::vector<Factors> factors;
+  for (size_t g = 0; g < groups.size(); g++) {
+    factors.emplace_back(groups[g], t, lr.const_data_ptr<double>()[g], *average_weight.const_data_ptr<double>());
+  }
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++) {
       const Chunk& c = chunks[k];
@@ -167,8 +175,8 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
         return tensors.empty() ? nullptr : tensors[c.tensor].mutable_data_ptr<float>() + c.first;
       };
       float* p = at(params);
-      update(f, p, grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs), at(exp_avg_sqs), at(averages),
-             c.count);
+      update(factors[c.group], p, grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs), at(exp_avg_sqs),
+             at(averages), c.count);
       if (copies.empty()) continue;
       const at::Tensor& low = copies[c.tensor];
       if (low.scalar_type() == at::kBFloat16) {

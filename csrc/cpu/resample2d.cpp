@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/floats.h"
@@ -16,6 +17,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
+constexpr int kTaps = 64;          // at most, along one dimension
 constexpr int64_t kGrain = 32768;  // multiply-adds below which a second thread does not pay
 
 // Images of `width` pixels a row, `numbers` a pixel, side by side; y and add are dense.
@@ -145,7 +147,7 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
                               T* y) {
   constexpr int kCount = Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
-  Real<T> tap[Taps > 0 ? Taps : 64];  // a copy, out of reach of the stores to y
+  Real<T> tap[Taps > 0 ? Taps : kTaps];  // a copy, out of reach of the stores to y
   for (int k = 0; k < taps; k++) tap[k] = m.horizontal[k];
   const int64_t c = m.numbers, p = m.padding;
   if constexpr (!Up) {
@@ -173,7 +175,7 @@ GDD_FAST_INLINE void make_row(const Images<T>& m, const Real<T>* sum, int64_t be
 template <int Taps, bool Up, typename T>
 GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end, int64_t before, Real<T>* sum,
                                Real<T>* row) {
-  constexpr int kRows = Taps == 0 ? 64 : Up ? Taps / 2 : Taps;
+  constexpr int kRows = Taps == 0 ? kTaps : Up ? Taps / 2 : Taps;
   const int taps = Taps > 0 ? Taps : m.taps, count = Up ? taps / 2 : taps;
   const bool dense = m.stride_w == m.numbers || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * m.numbers : m.numbers;
@@ -209,11 +211,73 @@ GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t 
   }
 }
 
+// Going up in channels_last memory: 2 x 2 output pixels have the same Count x Count inputs, which are read once.
+// `column` and `row` are the filter's factors for the first and the second output of the two.
+template <int Count, typename T>
+struct Block {
+  const T *in[Count][Count], *add[4];
+  T* out[4];
+  Real<T> column[2][Count], row[2][Count], scale;
+};
+
+template <int Count, bool Add, typename T>
+GDD_FAST_INLINE void make_block(const Block<Count, T>& block, int64_t n) {
+  const Block<Count, T> b = block;  // a copy, out of reach of the stores
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    Real<T> sums[2][Count];
+    for (int t = 0; t < Count; t++) {
+      for (int u = 0; u < 2; u++) sums[u][t] = b.column[u][0] * widen(b.in[0][t][i]);
+      for (int s = 1; s < Count; s++) {
+        for (int u = 0; u < 2; u++) sums[u][t] += b.column[u][s] * widen(b.in[s][t][i]);
+      }
+    }
+    for (int k = 0; k < 4; k++) {
+      Real<T> sum = b.row[k % 2][0] * sums[k / 2][0];
+      for (int t = 1; t < Count; t++) sum += b.row[k % 2][t] * sums[k / 2][t];
+      if constexpr (Add) sum += widen(b.add[k][i]);
+      b.out[k][i] = narrow<T>(sum * b.scale);
+    }
+  }
+}
+
+// Blocks of rows `begin` to `end` - 1: block u makes the rows 2 u - padding % 2 and the next. `spare` has room for two
+// pixels: zeros, which stand for what is outside of x and add, and what is outside of y.
+template <int Count, typename T>
+GDD_FAST_INLINE void make_blocks(const Images<T>& m, int64_t begin, int64_t end, T* spare) {
+  const int64_t c = m.numbers, odd = m.padding % 2, shift = m.padding / 2;
+  const T* const zeros = spare;
+  Block<Count, T> b;
+  b.scale = m.scale;
+  for (int k = 0; k < 2 * Count; k++) b.column[k % 2][k / 2] = m.vertical[k], b.row[k % 2][k / 2] = m.horizontal[k];
+  for (int64_t u = begin; u < end; u++) {
+    for (int64_t v = 0; v < (m.out_width + odd + 1) / 2; v++) {
+      for (int64_t s = 0; s < Count; s++) {
+        for (int64_t t = 0; t < Count; t++) {
+          const int64_t i = u + shift - s, j = v + shift - t;
+          const bool inside = i >= 0 && i < m.height && j >= 0 && j < m.width;
+          b.in[s][t] = inside ? m.x + i * m.stride_h + j * m.stride_w : zeros;
+        }
+      }
+      for (int64_t k = 0; k < 4; k++) {
+        const int64_t i = 2 * u - odd + k / 2, j = 2 * v - odd + k % 2;
+        const bool inside = i >= 0 && i < m.out_height && j >= 0 && j < m.out_width;
+        b.add[k] = inside && m.add ? m.add + (i * m.out_width + j) * c : zeros;
+        b.out[k] = inside ? m.y + (i * m.out_width + j) * c : spare + c;
+      }
+      m.add ? make_block<Count, true>(b, c) : make_block<Count, false>(b, c);
+    }
+  }
+}
+
 // target_clones takes no templates, hence one overload a type
 #define GDD_FAST_RESAMPLE(T)                                                                                    \
   GDD_FAST_SIMD void run(const Images<T>& m, bool up, int64_t begin, int64_t end, int64_t before, Real<T>* sum, \
                          Real<T>* row) {                                                                        \
     make_rows_of_any_size<T>(m, up, begin, end, before, sum, row);                                              \
+  }                                                                                                             \
+  GDD_FAST_SIMD void run_blocks(const Images<T>& m, int64_t begin, int64_t end, T* spare) {                     \
+    m.taps == 2 ? make_blocks<1>(m, begin, end, spare) : make_blocks<2>(m, begin, end, spare);                  \
   }
 
 GDD_FAST_RESAMPLE(float)
@@ -221,20 +285,34 @@ GDD_FAST_RESAMPLE(double)
 GDD_FAST_RESAMPLE(at::BFloat16)
 GDD_FAST_RESAMPLE(at::Half)
 
-// The filter as a column times a row: sums over its rows and columns, of which the row's are divided by the total.
+// The filter as a column times a row, if it is one within the rounding of its own numbers: sums over its rows and
+// columns, of which the row's are divided by the total. Signs are those of the row and the column through the largest
+// tap, so that nothing cancels; without negative taps these are plain sums, exact for the usual filters.
 struct Factors {
   std::vector<double> vertical, horizontal;
+  bool exist;
 
-  Factors(const double* kernel, int taps) : vertical(taps), horizontal(taps) {
-    double total = 0, largest = 0;
-    for (int k = 0; k < taps * taps; k++) {
-      vertical[k / taps] += kernel[k], horizontal[k % taps] += kernel[k], total += kernel[k];
-      largest = std::max(largest, std::abs(kernel[k]));
+  explicit Factors(const at::Tensor& kernel) : vertical(kernel.size(3)), horizontal(kernel.size(3)) {
+    const at::Tensor filter = kernel.to(at::kDouble).contiguous();
+    const double* k = filter.const_data_ptr<double>();
+    const int64_t taps = kernel.size(3), count = taps * taps;
+    const auto smaller = [](double a, double b) { return std::abs(a) < std::abs(b); };
+    const int64_t largest = std::max_element(k, k + count, smaller) - k;
+    const int64_t row = largest / taps * taps, column = largest % taps;
+    double total = 0;
+    for (int64_t at = 0; at < count; at++) {
+      const double across = std::copysign(1., k[row + at % taps]), down = std::copysign(1., k[at - at % taps + column]);
+      vertical[at / taps] += across * k[at];
+      horizontal[at % taps] += down * k[at];
+      total += across * down * k[at];
     }
     for (double& h : horizontal) h /= total;
-    for (int k = 0; k < taps * taps; k++) {
-      const double error = std::abs(vertical[k / taps] * horizontal[k % taps] - kernel[k]);
-      TORCH_CHECK_VALUE(error <= 1e-3 * largest, "resample2d: the filter must be separable: a column times a row");
+    const bool wide = kernel.scalar_type() == at::kDouble;
+    const double allowed = 4 * std::abs(k[largest]) *
+                           (wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
+    exist = true;
+    for (int64_t at = 0; at < count; at++) {
+      exist &= std::abs(vertical[at / taps] * horizontal[at % taps] - k[at]) <= allowed;  // NaN: not
     }
   }
 };
@@ -246,42 +324,62 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
   std::vector<R> horizontal(factors.horizontal.begin(), factors.horizontal.end());
   for (R& v : vertical) v *= static_cast<R>(r.gain);
   const int64_t numbers = r.channels_last ? r.channels : 1, planes = r.channels_last ? 1 : r.channels;
+  const int64_t size = r.out_height * r.out_width * numbers;
+  const auto image_at = [&](int64_t image) {
+    return Images<T>{x + image / planes * r.stride_n + image % planes * r.stride_c,
+                     add ? add + image * size : nullptr,
+                     y + image * size,
+                     r.height,
+                     r.width,
+                     numbers,
+                     r.stride_h,
+                     r.stride_w,
+                     r.out_height,
+                     r.out_width,
+                     r.taps,
+                     r.padding,
+                     vertical.data(),
+                     horizontal.data(),
+                     static_cast<R>(r.scale)};
+  };
+  // function(image, first row, last row) for `rows` rows an image of `work` multiply-adds each
+  const auto for_rows = [&](int64_t rows, int64_t work, const auto& make) {
+    at::parallel_for(0, r.images * planes * rows, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+      auto run_rows = make();
+      while (begin < end) {
+        const int64_t first = begin % rows, last = std::min(rows, first + end - begin);
+        run_rows(image_at(begin / rows), first, last);
+        begin += last - first;
+      }
+    });
+  };
+  const int64_t work = r.out_width * numbers * r.taps;
+  if (r.up && numbers > 1 && r.taps <= 4) {
+    return for_rows((r.out_height + r.padding % 2 + 1) / 2, 2 * work, [&] {
+      return [spare = std::vector<T>(2 * numbers)](const Images<T>& m, int64_t first, int64_t last) mutable {
+        run_blocks(m, first, last, spare.data());
+      };
+    });
+  }
   // zeros on both sides of a row, as many pixels as the filter can reach over
   const int64_t before = r.up ? r.taps / 2 - 1 : r.padding, after = r.up ? r.taps / 2 : r.padding;
-  const int64_t size = r.out_height * r.out_width * numbers;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (r.out_width * numbers * r.taps));
-  at::parallel_for(0, r.images * planes * r.out_height, grain, [&](int64_t begin, int64_t end) {
-    std::vector<R> sum((before + r.width + after) * numbers), row(r.channels_last ? 0 : r.out_width);
-    while (begin < end) {
-      const int64_t image = begin / r.out_height, first = begin % r.out_height;
-      const int64_t last = std::min(r.out_height, first + end - begin);
-      const Images<T> m{x + image / planes * r.stride_n + image % planes * r.stride_c,
-                        add ? add + image * size : nullptr,
-                        y + image * size,
-                        r.height,
-                        r.width,
-                        numbers,
-                        r.stride_h,
-                        r.stride_w,
-                        r.out_height,
-                        r.out_width,
-                        r.taps,
-                        r.padding,
-                        vertical.data(),
-                        horizontal.data(),
-                        static_cast<R>(r.scale)};
-      run(m, r.up, first, last, before, sum.data(), row.data());
-      begin += last - first;
-    }
+  for_rows(r.out_height, work, [&] {
+    return
+        [&, sum = std::vector<R>((before + r.width + after) * numbers),
+         row = std::vector<R>(numbers > 1 ? 0 : r.out_width)](const Images<T>& m, int64_t first, int64_t last) mutable {
+          run(m, r.up, first, last, before, sum.data(), row.data());
+        };
   });
 }
 
 }  // namespace
 
+bool resample2d_takes(const at::Tensor& kernel) { return kernel.size(3) <= kTaps && Factors(kernel).exist; }
+
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
-  const at::Tensor filter = kernel.to(at::kDouble).contiguous();
-  const Factors factors(filter.const_data_ptr<double>(), r.taps);
+  const Factors factors(kernel);
+  TORCH_CHECK_VALUE(r.taps <= kTaps && factors.exist, "resample2d: on the CPU the filter must be a column times a row");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
     resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
                        add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());

@@ -12,11 +12,12 @@
 
 namespace gdd_fast::cuda {
 
-constexpr int kTensors = 48;       // a launch; their pointers have to fit the 4 KiB of a kernel's arguments
-constexpr int64_t kChunk = 16384;  // numbers a block
+constexpr int kTensors = 512;  // a launch; more launches would each wait for the last blocks of the one before
+constexpr int kChunk = 16384;  // numbers a block; a multiple of kWide
 constexpr int kThreads = 256;
+constexpr int kWide = 4;  // numbers that a thread loads at once where everything is aligned
 
-// Up to kTensors tensors in chunks: those of tensor k are number first_chunk[k] to first_chunk[k + 1] - 1.
+// Up to kTensors tensors of one group in chunks: those of tensor k are number first_chunk[k] to first_chunk[k + 1] - 1.
 template <typename Copy>
 struct Tensors {
   const float* grad[kTensors];
@@ -25,19 +26,43 @@ struct Tensors {
   Copy* copy[kTensors];      // null without copies
   int64_t size[kTensors];
   uint32_t first_chunk[kTensors + 1];
-  int count;
+  int count, group;
+};
 
-  __device__ int tensor_of(uint32_t chunk) const {
-    int low = 0, high = count - 1;
+// The arguments of a launch have been allowed 32,764 bytes since CUDA 12.1, which needs a driver from 530 on.
+static_assert(sizeof(Tensors<__half>) + 256 < 32764);
+
+// What one block works on, from its first number on; null as in Tensors.
+template <typename Copy>
+struct Chunk {
+  const float* grad;
+  float *param, *exp_avg, *exp_avg_sq, *average;
+  Copy* copy;
+  int size;
+
+  __device__ Chunk(const Tensors<Copy>& t, uint32_t number) {
+    int low = 0, high = t.count - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      first_chunk[middle] <= chunk ? low = middle : high = middle - 1;
+      t.first_chunk[middle] <= number ? low = middle : high = middle - 1;
     }
-    return low;
+    const int64_t first = static_cast<int64_t>(number - t.first_chunk[low]) * kChunk, rest = t.size[low] - first;
+    const auto from = [first](auto* p) { return p ? p + first : p; };
+    grad = from(t.grad[low]), param = from(t.param[low]), copy = from(t.copy[low]), average = from(t.average[low]);
+    exp_avg = from(t.exp_avg[low]), exp_avg_sq = from(t.exp_avg_sq[low]);
+    size = rest < kChunk ? static_cast<int>(rest) : kChunk;
+  }
+
+  // What of it can be taken kWide numbers at a time.
+  __device__ int wide() const {
+    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    const auto all = address(grad) | address(param) | address(exp_avg) | address(exp_avg_sq) | address(average);
+    const bool aligned = all % alignof(Vector<float, kWide>) == 0 && address(copy) % alignof(Vector<Copy, kWide>) == 0;
+    return aligned ? size - size % kWide : 0;
   }
 };
 
-// The one-number tensors on the device.
+// The one-number tensors on the device, and the learning rates, one a group.
 struct AdamState {
   int* found;  // not finite: set to 1
   float* step;
@@ -50,16 +75,40 @@ struct LogBetas {
   double first, second;
 };
 
+// Factors of one step, but for the two that depend on the count of steps.
+struct Factors {
+  float rest1, beta2, rest2, eps, weight_decay, average_weight;
+  bool read_first;  // with beta1 = 0 the first moment is the gradient itself
+
+  __device__ Factors(const AdamGroup& o, double weight)
+      : rest1(static_cast<float>(1 - o.beta1)),
+        beta2(static_cast<float>(o.beta2)),
+        rest2(static_cast<float>(1 - o.beta2)),
+        eps(static_cast<float>(o.eps)),
+        weight_decay(static_cast<float>(o.weight_decay)),
+        average_weight(static_cast<float>(weight)),
+        read_first(o.beta1 != 0) {}
+};
+
+template <int N>
+__device__ inline bool finite(const float* p) {
+  const auto values = load<N>(p);
+  bool all = true;
+#pragma unroll
+  for (int e = 0; e < N; e++) all &= static_cast<bool>(isfinite(values.at[e]));
+  return all;
+}
+
 template <typename Copy>
 __global__ void __launch_bounds__(kThreads) adam_ema_check_kernel(const __grid_constant__ Tensors<Copy> t, int* found) {
-  const int k = t.tensor_of(blockIdx.x);
-  const int64_t first = (blockIdx.x - t.first_chunk[k]) * kChunk;
-  const int64_t last = min(first + kChunk, t.size[k]);
-  const float* g = t.grad[k];
-  bool finite = true;
+  const Chunk<Copy> chunk(t, blockIdx.x);
+  const int wide = chunk.wide(), thread = static_cast<int>(threadIdx.x);
+  bool all = true;
 #pragma unroll 4
-  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) finite &= isfinite(g[i]);
-  if (!finite) *found = 1;  // every thread that writes writes the same
+  for (int i = thread * kWide; i < wide; i += kThreads * kWide) all &= finite<kWide>(chunk.grad + i);
+#pragma unroll 4
+  for (int i = wide + thread; i < chunk.size; i += kThreads) all &= finite<1>(chunk.grad + i);
+  if (!all) *found = 1;  // every thread that writes writes the same
 }
 
 __global__ inline void adam_ema_count_kernel(AdamState s) {
@@ -75,54 +124,65 @@ __device__ inline float lerp(float from, float to, float weight) {
   return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1 - weight);
 }
 
+// N numbers from number i on. Everything is loaded before anything is stored: the compiler cannot know that the tensors
+// do not overlap.
+template <int N, typename Copy>
+__device__ inline void update(const Chunk<Copy>& c, int i, const Factors& by, float step_size, float root_correction) {
+  const auto grad = load<N>(c.grad + i);
+  auto param = load<N>(c.param + i), second = load<N>(c.exp_avg_sq + i);
+  Vector<float, N> first{}, average{};
+  Vector<Copy, N> copy;
+  if (by.read_first) first = load<N>(c.exp_avg + i);
+  if (c.average) average = load<N>(c.average + i);
+#pragma unroll
+  for (int e = 0; e < N; e++) {
+    const float p = param.at[e], g = grad.at[e] + by.weight_decay * p;
+    first.at[e] = by.read_first ? lerp(first.at[e], g, by.rest1) : g;
+    second.at[e] = second.at[e] * by.beta2 + by.rest2 * g * g;
+    param.at[e] = p - step_size * (first.at[e] / (sqrtf(second.at[e]) / root_correction + by.eps));
+    average.at[e] = lerp(average.at[e], param.at[e], by.average_weight);
+    copy.at[e] = narrow<Copy>(param.at[e]);
+  }
+  store(c.exp_avg + i, first);
+  store(c.exp_avg_sq + i, second);
+  store(c.param + i, param);
+  if (c.average) store(c.average + i, average);
+  if (c.copy) store(c.copy + i, copy);
+}
+
 template <typename Copy>
 __global__ void __launch_bounds__(kThreads)
-    adam_ema_update_kernel(const __grid_constant__ Tensors<Copy> t, AdamState s, AdamOptions o, LogBetas log) {
+    adam_ema_update_kernel(const __grid_constant__ Tensors<Copy> t, AdamState s, AdamGroup o, LogBetas log) {
   if (*s.found) return;
   __shared__ float step_size, root_correction;
   if (threadIdx.x == 0) {
     const double step = *s.step;
-    step_size = static_cast<float>(*s.lr / -expm1(step * log.first));
+    step_size = static_cast<float>(s.lr[t.group] / -expm1(step * log.first));
     root_correction = static_cast<float>(sqrt(-expm1(step * log.second)));
   }
   __syncthreads();
-  const int k = t.tensor_of(blockIdx.x);
-  const int64_t first = (blockIdx.x - t.first_chunk[k]) * kChunk;
-  const int64_t last = min(first + kChunk, t.size[k]);
-  const float* const grad = t.grad[k];
-  float *const param = t.param[k], *const exp_avg = t.exp_avg[k], *const exp_avg_sq = t.exp_avg_sq[k];
-  float* const average = t.average[k];
-  Copy* const copy = t.copy[k];
-  const auto average_weight = static_cast<float>(*s.average_weight), eps = static_cast<float>(o.eps);
-  const auto rest1 = static_cast<float>(1 - o.beta1), weight_decay = static_cast<float>(o.weight_decay);
-  const auto beta2 = static_cast<float>(o.beta2), rest2 = static_cast<float>(1 - o.beta2);
-  const bool read_first = o.beta1 != 0;  // with beta1 = 0 the first moment is the gradient itself
-#pragma unroll 2
-  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
-    const float p = param[i], g = grad[i] + weight_decay * p;
-    const float m = read_first ? lerp(exp_avg[i], g, rest1) : g;
-    const float v = exp_avg_sq[i] * beta2 + rest2 * g * g;
-    const float q = p - step_size * (m / (sqrtf(v) / root_correction + eps));
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    param[i] = q;
-    if (average) average[i] = lerp(average[i], q, average_weight);
-    if (copy) copy[i] = narrow<Copy>(q);
+  const Chunk<Copy> chunk(t, blockIdx.x);
+  const Factors by(o, *s.average_weight);
+  const int wide = chunk.wide(), thread = static_cast<int>(threadIdx.x);
+  for (int i = thread * kWide; i < wide; i += kThreads * kWide) {
+    update<kWide>(chunk, i, by, step_size, root_correction);
   }
+  for (int i = wide + thread; i < chunk.size; i += kThreads) update<1>(chunk, i, by, step_size, root_correction);
 }
 
-// `batches` groups of tensors, none empty; every pointer dense and in the order of its parameter.
+// `batches` of tensors, none empty, with their groups' options; every pointer dense and in the order of its parameter.
 template <typename Copy>
-cudaError_t launch_adam_ema(const Tensors<Copy>* batches, int64_t count, const AdamState& s, const AdamOptions& o,
+cudaError_t launch_adam_ema(const Tensors<Copy>* batches, int64_t count, const AdamState& s, const AdamGroup* groups,
                             cudaStream_t stream) {
-  const LogBetas log{std::log(o.beta1), std::log(o.beta2)};
+  const auto blocks = [&](int64_t b) { return batches[b].first_chunk[batches[b].count]; };
   for (int64_t b = 0; b < count; b++) {
-    adam_ema_check_kernel<Copy><<<batches[b].first_chunk[batches[b].count], kThreads, 0, stream>>>(batches[b], s.found);
+    adam_ema_check_kernel<Copy><<<blocks(b), kThreads, 0, stream>>>(batches[b], s.found);
   }
   adam_ema_count_kernel<<<1, 1, 0, stream>>>(s);
   for (int64_t b = 0; b < count; b++) {
-    adam_ema_update_kernel<Copy>
-        <<<batches[b].first_chunk[batches[b].count], kThreads, 0, stream>>>(batches[b], s, o, log);
+    const AdamGroup& o = groups[batches[b].group];
+    const LogBetas log{std::log(o.beta1), std::log(o.beta2)};
+    adam_ema_update_kernel<Copy><<<blocks(b), kThreads, 0, stream>>>(batches[b], s, o, log);
   }
   return cudaGetLastError();
 }

@@ -34,4 +34,14 @@ struct alignas(N * sizeof(T)) Vector {
   T at[N];
 };
 
+template <int N, typename T>
+__device__ inline Vector<T, N> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, N>*>(p);
+}
+
+template <int N, typename T>
+__device__ inline void store(T* p, const Vector<T, N>& values) {
+  *reinterpret_cast<Vector<T, N>*>(p) = values;
+}
+
 }  // namespace gdd_fast::cuda

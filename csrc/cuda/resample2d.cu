@@ -3,6 +3,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 #include "cuda/resample2d.cuh"
 #include "ops.h"
 
@@ -11,9 +13,12 @@ namespace gdd_fast::cuda {
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor filter = kernel.to(x.device(), at::kFloat).contiguous();
+  TORCH_CHECK_VALUE(std::max(r.height * r.width, r.out_height * r.out_width) * r.channels < int64_t{1} << 31,
+                    "resample2d: images of 2^31 numbers and more are too large: use backend='torch'");
+  const at::Tensor filter =
+      kernel.to(x.device(), x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   const auto launch = [&]<typename T>() {
-    return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<float>(),
+    return launch_resample2d(static_cast<const T*>(x.const_data_ptr()), filter.const_data_ptr<Real<T>>(),
                              add.has_value() ? static_cast<const T*>(add->const_data_ptr()) : nullptr,
                              static_cast<T*>(y.mutable_data_ptr()), r, c10::cuda::getCurrentCUDAStream());
   };

@@ -8,89 +8,106 @@
 
 namespace gdd_fast::cuda {
 
-// The inputs of one output along one dimension: at `first`, `first + direction`, ... with taps `tap`, `tap + step`, ...
+// Along one dimension, the outputs that a thread makes and their inputs: those at `first`, `first + direction`, ...
+// Going up, outputs `out` and `out + 1` have the same inputs: one takes the filter's even taps, the other its odd ones.
+template <bool Up>
 struct Inputs {
-  int64_t first;
-  int tap, step, direction;
+  static constexpr int kOutputs = Up ? 2 : 1, direction = Up ? -1 : 1;
+  int out, first;
 
-  __device__ Inputs(bool up, int64_t u, int padding) {
-    tap = up ? static_cast<int>((u + padding) & 1) : 0;
-    step = up ? 2 : 1;
-    direction = up ? -1 : 1;
-    first = up ? (u + padding) >> 1 : 2 * u - padding;
-  }
+  __device__ Inputs(int number, int padding)
+      : out(Up ? 2 * number - padding % 2 : number), first(Up ? number + padding / 2 : 2 * number - padding) {}
+
+  __device__ static int tap(int input, int output) { return Up ? 2 * input + output : input; }
+
+  // How many of these there are for `size` outputs.
+  static int64_t count(int64_t size, int padding) { return Up ? (size + padding % 2 + 1) / 2 : size; }
 };
 
-// A thread makes N neighbouring elements of y in memory order: channels where they are innermost, else (N = 1) one
-// pixel of a row. `Index` numbers these groups: 32 bits where they suffice, for the sake of the divisions. `Taps` is
-// the filter's size, 0 for one known at run time.
-template <typename T, typename Index, int N, int Taps, bool Up, bool ChannelsLast>
-__global__ void __launch_bounds__(256)
-    resample2d_kernel(const T* __restrict__ x, const float* __restrict__ kernel, const T* __restrict__ add,
-                      T* __restrict__ y, Resample r, Index groups) {
+// A thread makes one output pixel going down and 2 x 2 going up, N neighbouring channels of each: N > 1 where channels
+// are innermost. An image has `down` x `across` such pixels a channel, and blockIdx.y is the image. `Taps` is the
+// filter's size, 0 for one known at run time.
+template <typename T, int N, int Taps, bool Up, bool ChannelsLast>
+__global__ void __launch_bounds__(256, 3)
+    resample2d_kernel(const T* __restrict__ x, const Real<T>* __restrict__ kernel, const T* __restrict__ add,
+                      T* __restrict__ y, Resample r, uint32_t down, uint32_t across) {
   using R = Real<T>;
-  const int taps = Taps > 0 ? Taps : r.taps;
-  const int count = Up ? taps / 2 : taps;
-  const Index channel_groups = static_cast<Index>(r.channels / N);
-  const Index height = static_cast<Index>(r.out_height), width = static_cast<Index>(r.out_width);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; group < groups; group += step) {
-    Index rest = static_cast<Index>(group), c, v, u;
-    if (ChannelsLast) {
-      c = rest % channel_groups * N, rest /= channel_groups;
-      v = rest % width, rest /= width;
-      u = rest % height, rest /= height;
-    } else {
-      v = rest % width, rest /= width;
-      u = rest % height, rest /= height;
-      c = rest % channel_groups * N, rest /= channel_groups;
-    }
-    const Inputs rows(Up, u, r.padding), columns(Up, v, r.padding);
-    const T* image = x + static_cast<int64_t>(rest) * r.stride_n + static_cast<int64_t>(c) * r.stride_c;
-    R sum[N] = {};
+  using Along = Inputs<Up>;
+  constexpr int kSide = Along::kOutputs;
+  const int taps = Taps > 0 ? Taps : r.taps, count = Up ? taps / 2 : taps;
+  const int height = static_cast<int>(r.height), width = static_cast<int>(r.width);
+  const auto channel_groups = static_cast<uint32_t>(r.channels / N);
+  uint32_t rest = blockIdx.x * blockDim.x + threadIdx.x, c, v, u;
+  if (ChannelsLast) {
+    c = rest % channel_groups * N, rest /= channel_groups;
+    v = rest % across, u = rest / across;
+    if (u >= down) return;
+  } else {
+    v = rest % across, rest /= across;
+    u = rest % down, c = rest / down * N;
+    if (c >= r.channels) return;
+  }
+  const Along rows(static_cast<int>(u), r.padding), columns(static_cast<int>(v), r.padding);
+  for (int64_t n = blockIdx.y; n < r.images; n += gridDim.y) {
+    const T* const image = x + n * r.stride_n + c * r.stride_c;
+    R sum[kSide][kSide][N] = {};
 #pragma unroll
     for (int s = 0; s < count; s++) {
-      const int64_t i = rows.first + s * rows.direction;
-      if (i < 0 || i >= r.height) continue;
+      const int i = rows.first + s * Along::direction;
+      if (i < 0 || i >= height) continue;
 #pragma unroll
       for (int t = 0; t < count; t++) {
-        const int64_t j = columns.first + t * columns.direction;
-        if (j < 0 || j >= r.width) continue;
-        const R weight = kernel[(rows.tap + s * rows.step) * taps + columns.tap + t * columns.step];
-        const auto in = *reinterpret_cast<const Vector<T, N>*>(image + i * r.stride_h + j * r.stride_w);
+        const int j = columns.first + t * Along::direction;
+        if (j < 0 || j >= width) continue;
+        const auto in = load<N>(image + i * r.stride_h + j * r.stride_w);
 #pragma unroll
-        for (int e = 0; e < N; e++) sum[e] += weight * widen(in.at[e]);
+        for (int a = 0; a < kSide; a++) {
+#pragma unroll
+          for (int b = 0; b < kSide; b++) {
+            const R weight = kernel[Along::tap(s, a) * taps + Along::tap(t, b)];
+#pragma unroll
+            for (int e = 0; e < N; e++) sum[a][b][e] += weight * widen(in.at[e]);
+          }
+        }
       }
     }
-    Vector<T, N> added{}, out;
-    if (add) added = reinterpret_cast<const Vector<T, N>*>(add)[group];
 #pragma unroll
-    for (int e = 0; e < N; e++) {
-      R value = sum[e] * static_cast<R>(r.gain);
-      if (add) value += widen(added.at[e]);
-      out.at[e] = narrow<T>(value * static_cast<R>(r.scale));
+    for (int a = 0; a < kSide; a++) {
+#pragma unroll
+      for (int b = 0; b < kSide; b++) {
+        const int i = rows.out + a, j = columns.out + b;
+        if (i < 0 || i >= r.out_height || j < 0 || j >= r.out_width) continue;
+        const int64_t plane = ChannelsLast ? n : n * r.channels + c;
+        const int64_t pixel = (plane * r.out_height + i) * r.out_width + j;
+        const int64_t at = ChannelsLast ? pixel * r.channels + c : pixel;
+        Vector<T, N> added{}, out;
+        if (add) added = load<N>(add + at);
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+          R value = sum[a][b][e] * static_cast<R>(r.gain);
+          if (add) value += widen(added.at[e]);
+          out.at[e] = narrow<T>(value * static_cast<R>(r.scale));
+        }
+        store(y + at, out);
+      }
     }
-    reinterpret_cast<Vector<T, N>*>(y)[group] = out;
   }
 }
 
 template <typename T, int N, int Taps, bool Up, bool ChannelsLast>
-void launch_resample2d_groups(const T* x, const float* kernel, const T* add, T* y, const Resample& r,
+void launch_resample2d_groups(const T* x, const Real<T>* kernel, const T* add, T* y, const Resample& r,
                               cudaStream_t stream) {
   constexpr int kThreads = 256;
-  const int64_t groups = r.images * r.channels / N * r.out_height * r.out_width;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((groups + kThreads - 1) / kThreads, INT32_MAX));
-  if (groups <= INT32_MAX) {
-    resample2d_kernel<T, uint32_t, N, Taps, Up, ChannelsLast>
-        <<<blocks, kThreads, 0, stream>>>(x, kernel, add, y, r, static_cast<uint32_t>(groups));
-  } else {
-    resample2d_kernel<T, int64_t, N, Taps, Up, ChannelsLast>
-        <<<blocks, kThreads, 0, stream>>>(x, kernel, add, y, r, groups);
-  }
+  const auto down = static_cast<uint32_t>(Inputs<Up>::count(r.out_height, r.padding));
+  const auto across = static_cast<uint32_t>(Inputs<Up>::count(r.out_width, r.padding));
+  const int64_t groups = r.channels / N * down * across;
+  const dim3 grid(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(std::min<int64_t>(r.images, 65535)));
+  resample2d_kernel<T, N, Taps, Up, ChannelsLast><<<grid, kThreads, 0, stream>>>(x, kernel, add, y, r, down, across);
 }
 
 template <typename T, int Taps, bool Up>
-void launch_resample2d_layout(const T* x, const float* kernel, const T* add, T* y, const Resample& r,
+void launch_resample2d_layout(const T* x, const Real<T>* kernel, const T* add, T* y, const Resample& r,
                               cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
@@ -105,9 +122,10 @@ void launch_resample2d_layout(const T* x, const float* kernel, const T* add, T* 
   }
 }
 
-// `add` may be null; `add` and `y` are dense, channels_last or contiguous as `r` says. Nothing may be empty.
+// `add` may be null; `add` and `y` are dense, channels_last or contiguous as `r` says, and an image has less than 2^31
+// numbers. Nothing may be empty.
 template <typename T>
-cudaError_t launch_resample2d(const T* x, const float* kernel, const T* add, T* y, const Resample& r,
+cudaError_t launch_resample2d(const T* x, const Real<T>* kernel, const T* add, T* y, const Resample& r,
                               cudaStream_t stream) {
   const auto launch = [&]<int Taps>() {
     r.up ? launch_resample2d_layout<T, Taps, true>(x, kernel, add, y, r, stream)

@@ -8,31 +8,37 @@ from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.ops.adam_ema import adam_ema_
+from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
+
+_MISSING = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
+"""What torch.optim.Adam can be told to do and this one cannot."""
 
 
 class AdamEma(torch.optim.Optimizer):
     """torch.optim.Adam that leaves out, whole, every step with a gradient that is not finite, and averages on the way.
 
     `state_dict()` is that of torch.optim.Adam and loads into one, and the other way round. The counts, the learning
-    rate and the averages' weight are tensors on the parameters' device; nothing waits for the device but `applied()`.
+    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device but `applied()`.
+    The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
+    counts, and averages of its own unless it is copied together with the network that they belong to.
 
     Args:
-        params: float32 parameters of one device, in one group.
-        lr, betas, eps, weight_decay: as of torch.optim.Adam.
+        params: float32 parameters of one device, or groups of them with learning rates and options of their own.
+        lr: a number, or a tensor of one, which every step reads anew: inside a CUDA graph, one on the device.
+        betas, eps, weight_decay: as of torch.optim.Adam.
         averages: for some or all parameters a tensor like it, moved towards it by `average_weight` in every step.
         backend: see gdd_fast.backend.
 
     Raises:
-        ConfigError: more than one parameter group, or parameters that gain or lose their gradients between steps; the
-            check and the count are of all together.
-        InputError: averages that are not like their parameters.
+        ConfigError: parameters that gain or lose their gradients between steps, or that are added after the first; the
+            check and the count are of all together. A state of an Adam with options that this one lacks.
+        InputError: options out of range, averages that are not like their parameters.
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        lr: float = 1e-3,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -41,7 +47,7 @@ class AdamEma(torch.optim.Optimizer):
         backend: Backend = "auto",
     ) -> None:
         # the further keys are those that torch.optim.Adam expects when it loads this state
-        flags = dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"), False)
+        flags = dict.fromkeys((*_MISSING, "capturable"), False)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": None, "fused": None}
         super().__init__(params, defaults | flags)
         self.backend = backend
@@ -52,54 +58,59 @@ class AdamEma(torch.optim.Optimizer):
         self.average_weight = torch.zeros((), dtype=torch.float64, device=device)
         """How far the averages move: 0 not at all, 1 all the way."""
         self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self._lr = torch.full((), lr, dtype=torch.float64, device=device)
-        self._lr_filled = lr
+        self._rates = torch.zeros(0, dtype=torch.float64, device=device)
+        self._rates_filled: list[float | None] = []
         self._skipped_seen = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: torch.optim.Optimizer names only what every optimizer has."""
+        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled", "_skipped_seen")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.param_groups:
-            raise ConfigError("AdamEma takes one parameter group: its check and its count are of all parameters")
+        """Before the first step, as all parameters share its count. Options that it leaves out are the optimizer's."""
+        if self.state:
+            raise ConfigError("AdamEma counts the steps of all parameters together: add groups before the first step")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_options(group["betas"], group["eps"], group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, skipped: Tensor | None = None) -> Any:
         """Apply the gradients if all are finite; if not, add one to `skipped`, by default this object's.
 
-        A changed `param_groups[0]["lr"]` counts from the next step on.
+        A changed `lr` of a group, or a number changed inside it if it is a tensor, counts from the next step on.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        (group,) = self.param_groups
-        if group["lr"] != self._lr_filled:  # not in every step: a captured graph would fill in the old one for ever
-            self._lr.fill_(group["lr"])
-            self._lr_filled = group["lr"]
-        params = [p for p in group["params"] if p.grad is not None]
+        self._read_rates()
+        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        params = [p for group in trained for p in group]
         if not params:
             return loss
         self._start(params)
         states = [self.state[p] for p in params]
-        arguments = (
+        averaged = [p in self._averages for p in params]
+        if any(averaged) and not all(averaged):
+            raise ConfigError("AdamEma averages all parameters that have gradients, or none")
+        groups = [
+            Group(len(members), tuple(group["betas"]), group["eps"], group["weight_decay"])
+            for members, group in zip(trained, self.param_groups, strict=True)
+        ]
+        adam_ema_(
+            params,
             [p.grad for p in params],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             self._step,
             self.skipped if skipped is None else skipped,
-            self._lr,
-        )
-        options = {"betas": tuple(group["betas"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
-        averaged = [p in self._averages for p in params]
-        if any(averaged) and not all(averaged):
-            raise ConfigError("AdamEma averages all parameters that have gradients, or none")
-        averages = [self._averages[p] for p in params] if any(averaged) else []
-        adam_ema_(
-            params,
-            *arguments,
-            averages=averages,
+            self._rates,
+            averages=[self._averages[p] for p in params] if any(averaged) else [],
             average_weight=self.average_weight,
+            groups=groups,
             backend=self.backend,
-            **options,
         )
         return loss
 
@@ -108,6 +119,20 @@ class AdamEma(torch.optim.Optimizer):
         skipped = int(self.skipped)
         before, self._skipped_seen = self._skipped_seen, skipped
         return skipped == before
+
+    def _read_rates(self) -> None:
+        """Bring the groups' learning rates to the device."""
+        if len(self._rates_filled) != len(self.param_groups):
+            self._rates = self._rates.new_zeros(len(self.param_groups))
+            self._rates_filled = [None] * len(self.param_groups)
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                self._rates[index].copy_(lr.reshape(()))
+                self._rates_filled[index] = None
+            elif lr != self._rates_filled[index]:  # else not: a captured graph would fill in the old one for ever
+                self._rates[index].fill_(lr)
+                self._rates_filled[index] = lr
 
     def _start(self, params: list[nn.Parameter]) -> None:
         """Make the state of parameters that have none; all share one count."""
@@ -132,16 +157,17 @@ class AdamEma(torch.optim.Optimizer):
         return {**saved, "state": counted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of an AdamEma or a torch.optim.Adam."""
-        super().load_state_dict(state_dict)
-        steps = {float(state["step"]) for state in self.state.values()}
+        """Continue from the state of an AdamEma or a torch.optim.Adam. Nothing is changed if it cannot be loaded."""
+        steps = {float(state["step"]) for state in state_dict["state"].values()}
         if len(steps) > 1:
             raise ConfigError(f"AdamEma counts the steps of all parameters together, and the state has {sorted(steps)}")
-        if any(group.get("amsgrad") or group.get("maximize") for group in self.param_groups):
-            raise ConfigError("AdamEma has neither amsgrad nor maximize, and the state is of a run with one of them")
+        on = [name for name in _MISSING if any(group.get(name) for group in state_dict["param_groups"])]
+        if on:
+            raise ConfigError(f"AdamEma has no {', '.join(on)}, and the state is of an optimizer that has")
+        super().load_state_dict(state_dict)
         self._step.fill_(steps.pop() if steps else 0)
         for p, state in self.state.items():
             state["step"] = self._step
             for name in ("exp_avg", "exp_avg_sq"):  # in memory like the parameter, which a saved tensor need not be
                 state[name] = torch.empty_like(p).copy_(state[name])
-        self._lr_filled = None
+        self._rates_filled = [None] * len(self._rates_filled)

@@ -40,14 +40,15 @@ class World:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         flat /= self.size
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        means = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """The largest of the ranks' numbers. Exchanged by the hosts alone: asked for in every iteration, it must not
+        wait for what their GPUs have still to do."""
         if self.size == 1:
             return number
-        votes = torch.tensor([number], device=self.device)
+        votes = torch.tensor([number])
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return int(votes.item())
 
@@ -122,7 +123,7 @@ def join(option: str) -> Iterator[World]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield World(rank, size, device)
     # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
     dist.destroy_process_group()

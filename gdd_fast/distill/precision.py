@@ -1,25 +1,28 @@
-"""The TF32 switches of a run, put back afterwards."""
+"""How a GPU computes float32 during a run, and how cuDNN chooses; put back afterwards."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
 
-from gdd_fast.config import TrainConfig
+from gdd_fast.config import Precision
 
 
 @contextlib.contextmanager
-def allow_tf32(config: TrainConfig) -> Iterator[None]:
-    """float32 matrix products and convolutions on tensor cores in TF32 if the run asks for it, in full fp32 if not.
+def gpu_arithmetic(*precisions: Precision) -> Iterator[None]:
+    """float32 matrix products and convolutions on tensor cores in TF32 if one of `precisions` is, else in full fp32.
 
     torch's own default allows TF32 in convolutions only; the public recipe allows it nowhere.
+
+    cuDNN times its algorithms once for each convolution and keeps the fastest, as in the public code: the shapes of a
+    run do not change. What it keeps may differ from run to run, so that these agree but for rounding.
     """
-    wanted = "tf32" in (config.generator.g_precision, config.discriminator.d_precision)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn, wanted = torch.backends.cudnn, "tf32" in precisions
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
     torch.set_float32_matmul_precision("high" if wanted else "highest")
-    torch.backends.cudnn.allow_tf32 = wanted
+    cudnn.allow_tf32, cudnn.benchmark = wanted, True
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdd_fast.config import TrainConfig, to_dict
-from gdd_fast.distill import loop, parts, precision, report
+from gdd_fast.distill import loop, parts, report
 from gdd_fast.distill.batches import split_batch
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.distributed import join, world_size
 from gdd_fast.distill.parts import Parts
+from gdd_fast.distill.precision import gpu_arithmetic
 from gdd_fast.files import check_writable
 from gdd_fast.models.load import RUN_GENERATOR
 
@@ -58,7 +59,8 @@ def distill(config: TrainConfig) -> Result:
     """
     built = preflight(config)
     schedule = loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
-    with join(config.run.device) as world, precision.allow_tf32(config):
+    precisions = config.generator.g_precision, config.discriminator.d_precision
+    with join(config.run.device) as world, gpu_arithmetic(*precisions):
         task = Distillation(config, built, world)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
     distances = None

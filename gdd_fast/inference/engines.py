@@ -3,13 +3,18 @@
 A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. They are captured
 on first use, after a warm-up outside the graph (kernels are loaded, compiled and chosen then, which a capture forbids),
 and the ones used least recently are given up beyond a limit. All share one memory pool: they never run at the same
-time, and what one leaves there is copied out before the next. Threads take turns.
+time, and what one leaves there is copied out before the next. Threads take turns, and where their streams differ, an
+event keeps the order.
+
+Shapes never change within a graph, so cuDNN tries its convolutions for them in the warm-up and keeps the fastest
+(`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for.
 """
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -29,6 +34,9 @@ class Capture(Protocol):
     """Makes a `Network` for inputs of one shape out of one for all."""
 
     def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network: ...
+
+    def drain(self) -> None:
+        """Return once nothing that was captured runs any more."""
 
 
 def choose_engine(engine: Engine, device: torch.device) -> Engine:
@@ -76,6 +84,7 @@ class GraphCache:
         with self._lock:
             if batch not in self.graphs:
                 while len(self.graphs) >= self.limit:
+                    self.capture.drain()
                     self.graphs.popitem(last=False)  # before the capture, which can then use its memory
                 self.graphs[batch] = self.capture(self.network, latents, rows)
             self.graphs.move_to_end(batch)
@@ -95,8 +104,10 @@ class CudaCapture:
 
     def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network:
         latents, rows = latents.clone(), None if rows is None else rows.clone()
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), _fastest_convolutions():
             self.stream.wait_stream(torch.cuda.current_stream())
+            # a replay on another stream may still use the workspaces that the warm-up's products write to
+            self.stream.wait_event(self.idle)
             with torch.cuda.stream(self.stream):
                 for _ in range(_WARM_UP):
                     network(latents, rows)
@@ -121,3 +132,19 @@ class CudaCapture:
 
         self._alive.add(replay)
         return replay
+
+    def drain(self) -> None:
+        """Wait for the last replay: a graph and its memory are given up only when they are not in use."""
+        self.idle.synchronize()
+
+
+@contextlib.contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or not (
+        torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    )
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -30,6 +30,8 @@ from gdd_fast.inference.folded import (
     ConvolutionDown,
     FoldedUNet,
     Identity,
+    Merge,
+    MergedProjection,
     Norm,
     Projection,
     Resampled,
@@ -317,7 +319,7 @@ class _Folder:
 
     def merge(
         self, block: UNetBlock, scale: float, stream: int, paired: bool
-    ) -> tuple[Convolution, Identity | Projection | Resampled]:
+    ) -> tuple[Convolution, Identity | Merge | Projection | MergedProjection | Resampled]:
         """conv1, and the end of the block: (conv1(h) + skip) * scale."""
         conv1, skip = block.conv1, block.skip
         if skip is None:  # never of a pair, which has more channels than a block returns
@@ -329,19 +331,22 @@ class _Folder:
             conv = None if skip.weight is None else Convolution(_f64(skip.weight), None, 0, self.target)
             end = Resampled(self.resampling(skip), conv, scale)
             return Convolution(weight, bias, conv1.padding, self.target), end
+        resample = self.resampling(skip) if skip.down else None
+        weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
+        if self.target.pointwise and self.target.residual != "torch":
+            merge = Merge(1.0, bias, self.target)
+            end = MergedProjection(Convolution(projection, None, 0, self.target), resample, merge)
+            return Convolution(weight, None, conv1.padding, self.target), end
         widths = [stream, block.in_channels - stream] if paired else [stream]
-        parts = (_f64(skip.weight) * scale).split(widths, 1)
-        convs = [Convolution(part, None, 0, self.target) for part in parts]
-        end = Projection(convs, self.resampling(skip) if skip.down else None)
-        return Convolution(weight * scale, bias * scale, conv1.padding, self.target), end
+        convs = [Convolution(part, None, 0, self.target) for part in projection.split(widths, 1)]
+        return Convolution(weight, bias, conv1.padding, self.target), Projection(convs, resample)
 
-    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity]:
+    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity | Merge]:
         """The last convolution of a branch, and its merge with a map that stays as it is."""
         weight, bias = _f64(conv.weight), _f64(conv.bias)
         if self.target.residual == "torch":
-            end = Identity(scale, None, self.target)
-            return Convolution(weight * scale, bias * scale, conv.padding, self.target), end
-        return Convolution(weight, None, conv.padding, self.target), Identity(scale, bias, self.target)
+            return Convolution(weight * scale, bias * scale, conv.padding, self.target), Identity(scale, self.target)
+        return Convolution(weight, None, conv.padding, self.target), Merge(scale, bias, self.target)
 
     def attention(self, block: UNetBlock, gain: float, accumulates: bool) -> Attention:
         """The block's attention on its map times `gain`."""

@@ -2,6 +2,9 @@
 
 Weights are in the compute type and channels_last from the start, nothing requires a gradient, and a layer may write to
 the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
+
+With a map go its statistics, for the norm that reads it next, if what made the map has taken them: a fused residual
+does, and spares every norm that reads the map a pass over it.
 """
 
 from collections.abc import Iterator
@@ -12,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.modules import Pair
-from gdd_fast.ops.add_pointwise import add_pointwise_
+from gdd_fast.modules import Pair, Statistics
+from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
 from gdd_fast.ops.attention import attention, attention_inference
 from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.resample2d import resample2d
@@ -28,8 +31,8 @@ compiler."""
 class Target:
     """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
 
-    late_bias: leave a convolution's bias to the next operator where that can take it. PyTorch's convolutions on a GPU
-        add it in a pass of its own.
+    late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
+        product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
     """
 
     device: torch.device
@@ -41,9 +44,19 @@ class Target:
     attention: str
     late_bias: bool
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether 1x1 convolutions are matrix products."""
+        return self.convolve == "plain" and self.late_bias
+
+    @property
+    def statistics(self) -> bool:
+        """Whether residuals take the statistics of their results: both that and the norms are fused."""
+        return self.norm == "triton" and self.residual == "triton"
+
 
 class Convolution(nn.Module):
-    """A convolution of step 1 with constant weights.
+    """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
 
     Args:
         weight: (out, in, K, K), any floating dtype; cast once.
@@ -58,6 +71,7 @@ class Convolution(nn.Module):
         self.bias = None if bias is None else nn.Buffer(bias.to(**options))
         self.padding = padding
         self.traced = target.convolve == "traced"
+        self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
         self.packed: Tensor | None = None
         if target.convolve == "packed":
             # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
@@ -65,7 +79,9 @@ class Convolution(nn.Module):
         else:
             self.weight = nn.Buffer(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Pair) -> Tensor:
+        if self.pointwise:
+            return pointwise(x, self.weight, self.bias)
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
@@ -107,7 +123,13 @@ class Norm(nn.Module):
         self.backend = target.norm
 
     def forward(
-        self, x: Tensor | Pair, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor | Pair,
+        statistics: Statistics = None,
+        *,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
         return group_norm_silu(
             x,
@@ -119,6 +141,7 @@ class Norm(nn.Module):
             scale=scale,
             shift=shift,
             activation=self.activation,
+            statistics=statistics,
             backend=self.backend,
         )
 
@@ -135,24 +158,33 @@ class Resampling(nn.Module):
         return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
 
 
-class Identity(nn.Module):
-    """End of a residual branch whose skip path changes nothing.
+class Merge(nn.Module):
+    """`(h + x + bias) * scale` by the fused `residual`, with the result's statistics if a norm can use them."""
 
-    Either the branch comes scaled, and `h + scale * x` is computed in the memory of h; or, with a fused `residual`,
-    `(h + x + bias) * scale`, where bias is the one that the branch's last convolution was spared.
-    """
-
-    def __init__(self, scale: float, bias: Tensor | None, target: Target) -> None:
+    def __init__(self, scale: float, bias: Tensor, target: Target) -> None:
         super().__init__()
         self.scale = scale
+        self.bias = nn.Buffer(bias.to(target.device, torch.float32))
         self.backend = target.residual
-        self.traced = target.convolve == "traced"
-        self.bias = None if bias is None else nn.Buffer(bias.to(target.device, torch.float32))
+        self.statistics = target.statistics
 
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return residual(h, x, self.bias, self.scale, backend=self.backend)
-        return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale)
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        options = {"statistics": self.statistics, "backend": self.backend}
+        merged = residual(h, x, self.bias, self.scale, **options)
+        return merged if self.statistics else (merged, None)
+
+
+class Identity(nn.Module):
+    """End of a residual branch whose skip path changes nothing, and which comes scaled: `h + scale * x`, in the memory
+    of h. With a fused residual this is `Merge`."""
+
+    def __init__(self, scale: float, target: Target) -> None:
+        super().__init__()
+        self.scale = scale
+        self.traced = target.convolve == "traced"
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale), None
 
 
 class Projection(nn.Module):
@@ -161,17 +193,31 @@ class Projection(nn.Module):
     The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
     """
 
-    def __init__(self, convs: list[Convolution], resample: Resampling | None = None) -> None:
+    def __init__(self, convs: list[Convolution], resample: Resampling | None) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
         self.resample = resample
 
-    def forward(self, h: Tensor, x: Tensor | Pair) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, None]:
         if self.resample is not None:
             x = self.resample(x)
         for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
             h = conv.add_to(h, part)
-        return h
+        return h, None
+
+
+class MergedProjection(nn.Module):
+    """`Projection` with a map of its own, which a fused residual adds to the branch: no more memory is moved, the bias
+    of both is added on the way, and the result has its statistics."""
+
+    def __init__(self, conv: Convolution, resample: Resampling | None, merge: Merge) -> None:
+        super().__init__()
+        self.conv = conv
+        self.resample = resample
+        self.merge = merge
+
+    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
+        return self.merge(h, self.conv(x if self.resample is None else self.resample(x)))
 
 
 class Resampled(nn.Module):
@@ -186,16 +232,22 @@ class Resampled(nn.Module):
         self.conv = conv
         self.scale = scale
 
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
         x = x if self.conv is None else self.conv(x)
-        return self.resample(x, add=h, scale=self.scale)
+        return self.resample(x, add=h, scale=self.scale), None
 
 
 class Attention(nn.Module):
     """Self-attention with its residual. `qkv` puts all queries first, then all keys, then all values."""
 
     def __init__(
-        self, norm: Norm, qkv: Convolution, proj: Convolution, heads: int, merge: Identity | None, target: Target
+        self,
+        norm: Norm,
+        qkv: Convolution,
+        proj: Convolution,
+        heads: int,
+        merge: Identity | Merge | None,
+        target: Target,
     ) -> None:
         super().__init__()
         self.norm = norm
@@ -206,13 +258,13 @@ class Attention(nn.Module):
         self.backend = target.attention
         self.traced = target.convolve == "traced"
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.qkv(self.norm(x))
+    def forward(self, x: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        h = self.qkv(self.norm(x, statistics))
         if self.traced:
             h = attention(h, self.heads, "blocks", self.backend)
         else:
             h = attention_inference(h, self.heads, self.backend)
-        return self.proj.add_to(x, h) if self.merge is None else self.merge(self.proj(h), x)
+        return (self.proj.add_to(x, h), None) if self.merge is None else self.merge(self.proj(h), x)
 
 
 class Block(nn.Module):
@@ -226,7 +278,7 @@ class Block(nn.Module):
         conv0: Convolution,
         norm1: Norm,
         conv1: Convolution,
-        skip: Identity | Projection | Resampled,
+        skip: Identity | Merge | Projection | MergedProjection | Resampled,
         attention: Attention | None,
         condition: Literal["add", "scale_shift"] | None,
         paired: bool,
@@ -242,9 +294,12 @@ class Block(nn.Module):
         self.condition = condition
         self.paired = paired
 
-    def forward(self, x: Tensor | Pair, rows: Iterator[Tensor]) -> Tensor:
-        """`x` (N, C, H, W) or a pair; `rows` (N, C) each, the next of which are this block's if it is conditional."""
-        h = self.norm0(x)
+    def forward(self, x: Tensor | Pair, statistics: Statistics, rows: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`x` (N, C, H, W) or a pair, with its statistics -> the same of the result.
+
+        `rows` are (N, C) each; the next of them are this block's if it is conditional.
+        """
+        h = self.norm0(x, statistics)
         if self.resample is not None:
             h = self.resample(h)
         h = self.conv0(h)
@@ -255,8 +310,8 @@ class Block(nn.Module):
                 h = self.norm1(h, add=next(rows))
             case "scale_shift":
                 h = self.norm1(h, scale=next(rows), shift=next(rows))
-        h = self.skip(self.conv1(h), x)
-        return h if self.attention is None else self.attention(h)
+        h, statistics = self.skip(self.conv1(h), x)
+        return (h, statistics) if self.attention is None else self.attention(h, statistics)
 
 
 class FoldedUNet(nn.Module):
@@ -293,21 +348,24 @@ class FoldedUNet(nn.Module):
         """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
         conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
         x = aux = latents.to(self.dtype, memory_format=torch.channels_last)
-        skips = []
+        statistics: Tensor | None = None
+        skips: list[tuple[Tensor, Tensor | None]] = []
         for role, layer in zip(self.encoder_roles, self.encoder, strict=True):
             match role:
                 case "conv":
                     x = layer(x)
-                    skips.append(x)
+                    skips.append((x, None))
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x = skips[-1] = layer.add_to(x, aux)
+                    x, statistics = layer.add_to(x, aux), None
+                    skips[-1] = x, None
                 case "aux_residual":
-                    x = skips[-1] = aux = layer(aux, x, self.aux_scale)
+                    x, statistics = layer(aux, x, self.aux_scale), None
+                    aux, skips[-1] = x, (x, None)
                 case _:
-                    x = layer(x, conditions)
-                    skips.append(x)
+                    x, statistics = layer(x, statistics, conditions)
+                    skips.append((x, statistics))
 
         image = None
         normed = x
@@ -316,12 +374,16 @@ class FoldedUNet(nn.Module):
                 case "aux_up":
                     up = layer
                 case "aux_norm":
-                    normed = layer(x)
+                    normed = layer(x, statistics)
                 case "aux_conv":
                     y = layer(normed)
                     image = y if image is None else up(image, add=y)
                 case _:
-                    x = layer((x, skips.pop()) if layer.paired else x, conditions)
+                    if layer.paired:
+                        skip, skip_statistics = skips.pop()
+                        x, statistics = layer((x, skip), (statistics, skip_statistics), conditions)
+                    else:
+                        x, statistics = layer(x, statistics, conditions)
         return torch.add(image, latents, alpha=self.latent_scale)
 
 

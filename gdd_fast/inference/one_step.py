@@ -29,7 +29,7 @@ from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.inference.engines import Engine, choose_engine, make_engine
 from gdd_fast.inference.fold import SIGMA, fold, make_target
 from gdd_fast.inference.seeds import SeedStreams
-from gdd_fast.models.load import load_generator
+from gdd_fast.interop import hub
 from gdd_fast.models.precond import EDMPrecond, compute_dtype
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -88,24 +88,29 @@ class OneStepGenerator:
         dtype: torch.dtype | str | None = None,
         engine: Engine = "auto",
         backend: Backend = "auto",
+        **hub_options: Any,
     ) -> "OneStepGenerator":
-        """A generator from an EDM or GDD .pkl, a network folder or a training run folder (its EMA generator).
+        """A generator from an EDM or GDD .pkl, a network folder, a training run folder (its EMA generator), or a
+        repository of the Hugging Face Hub that holds a network folder, such as "user/name".
 
         Args:
-            path: where it is.
+            path: where it is; what exists as a path is no repository.
             device: where to compute; by default a GPU if there is one.
             dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with.
             engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
             backend: of the fused operators, see gdd_fast.backend.
+            hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.
 
         Raises:
-            WeightsError: there is no network at `path`, or it is broken.
+            WeightsError: there is no network at `path` or in the repository, the Hub cannot be reached, or the network
+                is broken.
             ConfigError: an unknown dtype, device or engine.
             BackendError: an engine or backend asked for by name cannot run here.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load_generator(path), device=device, dtype=dtype, engine=engine, backend=backend)
+        net = hub.from_pretrained(path, **hub_options)
+        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend)
 
     @classmethod
     def from_network(
@@ -133,16 +138,19 @@ class OneStepGenerator:
         *,
         output: Output = "uint8",
         generator: torch.Generator | None = None,
+        generator_device: torch.device | str = "cpu",
     ) -> Tensor:
         """`n` images: uint8 (n, H, W, C), or with `output="float"` float32 (n, H, W, C), about -1 to 1.
 
         Args:
             n: how many, computed as one batch.
             labels: a class for all, n classes, or one-hot or soft labels float (n, label_dim); None draws classes.
-            seeds: n seeds, each of which gives its image whatever the others are. Latents are drawn on the CPU.
+            seeds: n seeds, each of which gives its image whatever the others are.
             output: "uint8" or "float".
             generator: draws the whole batch at once, faster than seeds, and in the order latents, labels. Without
                 seeds and generator, torch's default generator of the device draws.
+            generator_device: where the seeds draw. On the CPU a seed names the same image on every machine; on "cuda",
+                the one that EDM's own code gives it on a GPU.
 
         Raises:
             InputError: numbers, labels or seeds that do not fit together or the network.
@@ -150,14 +158,18 @@ class OneStepGenerator:
         """
         if output not in get_args(Output):
             raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
-        latents, drawn = self.draw(n, seeds, generator)
+        latents, drawn = self.draw(n, seeds, generator, generator_device)
         own = labels is None
         images = self.run(latents, drawn if own else labels, check_classes=not own)
         check_finite(images)
         return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
 
     def draw(
-        self, n: int, seeds: Sequence[int] | None = None, generator: torch.Generator | None = None
+        self,
+        n: int,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        generator_device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor | None]:
         """Latents float32 (n, C, H, W) and classes int64 (n,), None without classes, as `__call__` draws them."""
         number = _whole(n)
@@ -171,7 +183,7 @@ class OneStepGenerator:
             seeds = _seeds(seeds)
             if len(seeds) != n:
                 raise InputError(f"{n} images take {n} seeds, not {len(seeds)}")
-            streams = SeedStreams(seeds, self.device)
+            streams = SeedStreams(seeds, self.device, _device(generator_device))
             latents = streams.normal(shape)
             return latents, streams.integers(self.label_dim) if self.label_dim else None
         device = self.device if generator is None else generator.device
@@ -247,9 +259,15 @@ def _device(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device {device!r} is none that PyTorch knows: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device}: nothing here was written for it; give cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(f"device {device}: there is no usable CUDA device; use cpu")
-    return device
+    # with its number: what "cuda" alone means differs between threads
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device {device}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
+    return torch.device("cuda", index)
 
 
 def _whole(value: Any) -> int | None:

@@ -2,13 +2,22 @@
 
 Until a run is whole, its images lie in parts beside the output, in a folder `.<name>.part`: each part is a small output
 of the same kind (a zip, an npz, a folder), and `run.json` says what run they are of. A part is closed every minute, and
-when the run is interrupted; a part that was not closed is not counted. Parts hold a beginning of the seeds, in order,
-so where to go on is their number. At the end they become one, under the output's name, and the folder goes. A folder
-cannot appear at once: `run.json` then says that the joining has begun, and only so may the output hold images already.
+when the run is interrupted, by taking a name that says how many images it holds; one without such a name is not
+counted. Parts hold a beginning of the seeds, in order, so where to go on is the sum of these numbers.
+
+A process may be killed between any two of its steps on files, and the next one goes on. At the end
+
+    1. the parts of a zip or npz become one, `whole.*`, still in the folder; a single part is that already
+    2. `run.json` says "joining", if the output is still free
+    3. the output appears: a zip or npz by renaming the whole, so its absence tells that this has happened; a folder by
+       moving images one by one
+    4. `run.json` says "joined"
+    5. the parts are removed, `run.json` last
 """
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -21,12 +30,14 @@ import numpy as np
 import torch
 
 from gdd_fast.errors import ConfigError
-from gdd_fast.files import atomic_write
+from gdd_fast.files import atomic_write, leftovers, remove_leftovers, sync_folder
 from gdd_fast.inference.writers import ImageWriter, check_new_output, open_writer
 
 PART_SECONDS = 60.0
-_RUN, _LABELS = "run.json", "dataset.json"
-_JOINING = "joining"
+_RUN, _LABELS, _WHOLE, _OPEN = "run.json", "dataset.json", "whole", "open"
+_PHASE = "phase"
+_WRITING, _JOINING, _JOINED = "writing", "joining", "joined"
+_PART = re.compile(r"\d{6,}-(\d+)")
 
 
 class ResumableWriter:
@@ -37,11 +48,11 @@ class ResumableWriter:
     ) -> None:
         self.folder = folder
         self.seeds = list(seeds)
-        self.suffix = path.suffix.lower() if path.suffix.lower() in (".zip", ".npz") else ""
+        self.suffix = _suffix(path)
         self.options = {"subdirs": subdirs, "workers": workers}
         self.seconds = seconds
-        self.parts = _closed_parts(folder)
-        self.done = sum(json.loads(part.with_suffix(".count").read_text()) for part in self.parts)
+        self.parts = _closed_parts(folder, self.suffix)
+        self.done = sum(map(_count, self.parts))
         self._stack = contextlib.ExitStack()
         self._writer: ImageWriter | None = None
         self._count = 0
@@ -67,7 +78,7 @@ class ResumableWriter:
 
     @property
     def _open_part(self) -> Path:
-        return self.folder / f"open{self.suffix}"
+        return self.folder / f"{_OPEN}{self.suffix}"
 
     def close_part(self) -> None:
         """Make what has been put since the last part one of its own."""
@@ -76,10 +87,9 @@ class ResumableWriter:
         self._broken = True
         self._stack.close()
         self._broken = False
-        part = self.folder / f"{len(self.parts):06d}{self.suffix}"
-        self._open_part.rename(part)
-        with atomic_write(part.with_suffix(".count")) as temporary:  # what has one is closed
-            temporary.write_text(str(self._count))
+        part = self.folder / f"{len(self.parts):06d}-{self._count}{self.suffix}"
+        self._open_part.rename(part)  # from here on it counts
+        sync_folder(self.folder)
         self.parts.append(part)
         self.done += self._count
         self._writer, self._count = None, 0
@@ -117,12 +127,16 @@ def resume_writer(
     path = Path(path)
     folder = check_resumable(path, run)
     folder.mkdir(parents=True, exist_ok=True)
-    joining = _is_joining(folder)
-    _write_run(folder, run, joining)
-    for leftover in folder.iterdir():
-        if leftover.name != _RUN and leftover.stem not in {part.stem for part in _closed_parts(folder)}:
+    phase = _phase(path, folder)
+    if phase == _WRITING:
+        _write_run(folder, run, phase)
+        remove_leftovers(folder / _RUN)
+        kept = {folder / _RUN, folder / f"{_WHOLE}{_suffix(path)}", *_closed_parts(folder, _suffix(path))}
+        for leftover in set(folder.iterdir()) - kept:
             _remove(leftover)
     writer = ResumableWriter(path, folder, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
+    if phase != _WRITING:
+        writer.done = len(writer.seeds)  # parts may have gone already
     try:
         yield writer
     except BaseException:
@@ -130,11 +144,7 @@ def resume_writer(
         raise
     writer.close_part()
     if writer.done == len(writer.seeds):
-        if not joining:
-            check_new_output(path)  # whoever has filled it meanwhile keeps it
-            _write_run(folder, run, joining=True)
-        _join(writer.parts, path)
-        shutil.rmtree(folder)
+        _finish(path, folder, run, phase)
 
 
 def part_folder(path: Path) -> Path:
@@ -148,59 +158,92 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
     folder = part_folder(path)
     if not (folder / _RUN).is_file():
         check_new_output(path)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and set(folder.iterdir()) - set(leftovers(folder / _RUN)):
             raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
-    else:
-        try:
-            before = json.loads((folder / _RUN).read_text())
-        except ValueError as error:
-            raise ConfigError(f"{folder / _RUN} is damaged ({error}); delete the folder to start again") from error
-        now = json.loads(_text(run))
-        if not before.pop(_JOINING, False):
-            check_new_output(path)
-        if before != now:
-            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-            raise ConfigError(
-                f"{folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start again, "
-                "or name another --out"
-            )
+        return folder
+    before, now = _read_run(folder), json.loads(_text(run))
+    del before[_PHASE]
+    if _phase(path, folder) == _WRITING:
+        check_new_output(path)
+    if before != now:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        raise ConfigError(
+            f"{folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start again, "
+            "or name another --out"
+        )
     return folder
 
 
-def _is_joining(folder: Path) -> bool:
-    path = folder / _RUN
-    return path.is_file() and bool(json.loads(path.read_text()).get(_JOINING, False))
+def _phase(path: Path, folder: Path) -> str:
+    """How far a run has come, by what `run.json` says and whether the output of a zip or npz has got its name."""
+    phase = _read_run(folder)[_PHASE] if (folder / _RUN).is_file() else _WRITING
+    if phase == _JOINING and _suffix(path):
+        phase = _WRITING if _whole(path, folder).exists() else _JOINED
+    if phase == _JOINED and not path.exists():
+        raise ConfigError(f"{path} was complete and has gone since; delete {folder} to make it again")
+    return phase
 
 
-def _write_run(folder: Path, run: Mapping[str, Any], joining: bool) -> None:
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        return {_PHASE: _WRITING, **json.loads((folder / _RUN).read_text())}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / _RUN} is damaged ({error}); delete the folder to start again") from error
+
+
+def _write_run(folder: Path, run: Mapping[str, Any], phase: str) -> None:
     with atomic_write(folder / _RUN) as temporary:
-        temporary.write_text(_text({**run, _JOINING: True} if joining else run))
+        temporary.write_text(_text({**run, _PHASE: phase}))
 
 
 def _text(run: Mapping[str, Any]) -> str:
     return json.dumps(run, indent=2, sort_keys=True)
 
 
-def _closed_parts(folder: Path) -> list[Path]:
+def _suffix(path: Path) -> str:
+    """That of a zip or npz, and of its parts; empty for a folder."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in (".zip", ".npz") else ""
+
+
+def _closed_parts(folder: Path, suffix: str) -> list[Path]:
     """In order."""
-    counted = sorted(folder.glob("*.count"))
-    return [next(path for path in folder.glob(f"{count.stem}*") if path != count) for count in counted]
+    return sorted(path for path in folder.iterdir() if path.suffix == suffix and _PART.fullmatch(path.stem))
+
+
+def _count(part: Path) -> int:
+    return int(_PART.fullmatch(part.stem)[1])
+
+
+def _whole(path: Path, folder: Path) -> Path:
+    """What becomes the output once all parts are closed."""
+    parts = _closed_parts(folder, _suffix(path))
+    return parts[0] if len(parts) == 1 else folder / f"{_WHOLE}{_suffix(path)}"
 
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _join(parts: Sequence[Path], path: Path) -> None:
-    match path.suffix.lower():
-        case ".zip" | ".npz" if len(parts) == 1:
-            parts[0].replace(path)
-        case ".zip":
-            _join_zips(parts, path)
-        case ".npz":
-            _join_arrays(parts, path)
-        case _:
+def _finish(path: Path, folder: Path, run: Mapping[str, Any], phase: str) -> None:
+    """The steps of the module's description, from where `phase` says that an earlier process came to."""
+    parts = _closed_parts(folder, _suffix(path))
+    if phase == _WRITING:
+        if _suffix(path) and not _whole(path, folder).exists():
+            (_join_zips if _suffix(path) == ".zip" else _join_arrays)(parts, _whole(path, folder))
+        check_new_output(path)  # whoever has filled it meanwhile keeps it
+        _write_run(folder, run, _JOINING)
+    if phase != _JOINED:
+        if _suffix(path):
+            _whole(path, folder).replace(path)
+            sync_folder(path.parent)
+        else:
             _join_folders(parts, path)
+        _write_run(folder, run, _JOINED)
+    for leftover in set(folder.iterdir()) - {folder / _RUN}:
+        _remove(leftover)
+    (folder / _RUN).unlink()
+    folder.rmdir()
 
 
 def _join_zips(parts: Sequence[Path], path: Path) -> None:
@@ -237,6 +280,7 @@ def _join_folders(parts: Sequence[Path], path: Path) -> None:
                 target = path / source.relative_to(part)
                 target.parent.mkdir(exist_ok=True)
                 source.replace(target)
+    remove_leftovers(path / _LABELS)
     if labels:
         with atomic_write(path / _LABELS) as temporary:
             temporary.write_text(json.dumps({"labels": labels}))

@@ -44,14 +44,17 @@ def parse_seeds(text: str) -> list[int]:
 class SeedStreams:
     """One `torch.Generator` for each of N seeds; every draw takes one item from each.
 
-    `device` is where results go, `generator_device` where they are drawn. Seeds are taken modulo 2**32, as EDM does.
+    `device` is where results go, `generator_device` where they are drawn: on `device` itself if that is of the kind
+    asked for, as all GPUs draw alike. Seeds are taken modulo 2**32, as EDM does.
     """
 
     def __init__(
         self, seeds: Sequence[int], device: torch.device | str = "cpu", generator_device: torch.device | str = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.generators = [torch.Generator(generator_device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+        where = torch.device(generator_device)
+        where = self.device if where.type == self.device.type else where
+        self.generators = [torch.Generator(where).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normal `(N, *shape)`."""

@@ -52,6 +52,25 @@ class GeneratorModel(ModelMixin, ConfigMixin):
         model.network = network
         return model.train(network.training)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "GeneratorModel":
+        """As diffusers', with weights in `dtype`, which it also calls `torch_dtype`.
+
+        They are read as they are stored and cast by the network, which keeps its embedding's frequencies out of that.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype)  # a tuple with output_loading_info=True
+        return loaded
+
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         return self.network(x, sigma, class_labels)
 

@@ -4,11 +4,14 @@
     push_to_hub(net, "user/name")                              the same, uploaded
     net = from_pretrained("user/name", revision="main")        or a folder
 
+`gdd_fast.OneStepGenerator.from_pretrained` takes a repository as well, and reads it by `locate`.
+
 `net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), or a network that `accelerate` changed.
 What is stored is the folder format of `gdd_fast.models.load`: no code, no pickle. Arguments that are not described
 here mean what they mean in huggingface_hub.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +25,7 @@ from gdd_fast.models.load import load_generator, save_network
 from gdd_fast.models.precond import EDMPrecond
 
 FILES = ("config.json", "model.safetensors")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 CARD = """---
 library_name: gdd_fast
@@ -133,17 +137,31 @@ def from_pretrained(
     Raises:
         WeightsError: neither a path nor a repository that holds a network, or a broken one.
     """
-    if Path(pretrained_model_name_or_path).exists():
-        return load_generator(pretrained_model_name_or_path, device, dtype)
-    folder = download(
-        str(pretrained_model_name_or_path),
+    path = locate(
+        pretrained_model_name_or_path,
         revision=revision,
         force_download=force_download,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return load_generator(folder, device, dtype)
+    return load_generator(path, device, dtype)
+
+
+def locate(name_or_path: str | Path, **options: Any) -> Path:
+    """Where a network is: the path itself if it exists, else the folder that `download` brings, with its options.
+
+    A repository is named by a string of letters, digits, `-`, `_`, `.` and at most one `/`, such as "user/name". What
+    can be nothing but a path (a Path, a .pkl) is returned for `load_generator` to say what is wrong with it.
+
+    Raises WeightsError for a string that is neither, and as `download`.
+    """
+    path = Path(name_or_path)
+    if path.exists() or isinstance(name_or_path, Path) or path.suffix == ".pkl":
+        return path
+    if not _REPOSITORY.fullmatch(name_or_path):
+        raise WeightsError(f"{name_or_path} is neither a path that exists nor a network on the Hub, such as user/name")
+    return download(name_or_path, **options)
 
 
 def download(repo_id: str, **options: Any) -> Path:
@@ -151,8 +169,13 @@ def download(repo_id: str, **options: Any) -> Path:
 
     Raises WeightsError if there is no such repository, it holds no network, or the Hub cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"{repo_id} is no path that exists, and the Hub takes `pip install huggingface_hub`"
+        ) from error
 
     try:
         paths = [Path(hf_hub_download(repo_id, name, **options)) for name in FILES]

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops._maps import autocast_dtype, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.frozen_conv2d_relu import OPERATOR, Activation, frozen_conv2d_relu
 
 
@@ -36,7 +37,7 @@ class FrozenConv2d(nn.Conv2d):
         if self.weight.requires_grad:
             y = F.conv2d(x, F.pad(self.weight, pad) if pad else self.weight, self.bias, *geometry)
             return y if activation is None else F.relu(y) if activation == "relu" else F.relu6(y)
-        weight = self._frozen_weight(self.weight, compute_dtype(x), memory_format(x), pad)
+        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x), pad)
         if activation is None:
             return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)
         return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)

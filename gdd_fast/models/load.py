@@ -26,7 +26,8 @@ RUN_GENERATOR = "generator_ema"
 def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`.
 
-    Each file is replaced atomically. The configuration goes last, so a folder that has one is complete.
+    Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.
+    The configuration goes last, so a folder that has one is complete.
     """
     folder = Path(folder)
     kind = next((name for name, cls in PRECONDS.items() if type(net) is cls), None)
@@ -34,7 +35,11 @@ def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch
         raise ConfigError(f"only {', '.join(cls.__name__ for cls in PRECONDS.values())} can be saved, not {type(net)}.")
     config = {"format": FORMAT, "version": VERSION, "precond": kind, "init": net.init_config()}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in net.state_dict().items()}
+    parameters = {name for name, _ in net.named_parameters()}
+    state = {
+        name: tensor.detach().to("cpu", dtype if name in parameters else tensor.dtype).contiguous()
+        for name, tensor in net.state_dict().items()
+    }
 
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.ops._maps import compute_dtype, dense_format
+from gdd_fast.ops._maps import compute_dtype, memory_format
 
 
 def gradients(
@@ -22,17 +22,17 @@ def gradients(
 
 def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
     """u, dense, in the dtype that is computed in."""
-    dtype, memory_format = compute_dtype(x), dense_format(x)
+    dtype, layout = compute_dtype(x), memory_format(x)
     u = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     u = u if add is None else u + add.to(dtype)[:, :, None, None]
-    return _laid_out(u, memory_format)
+    return _laid_out(u, layout)
 
 
-def _laid_out(u: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """u in `memory_format` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
+def _laid_out(u: Tensor, layout: torch.memory_format) -> Tensor:
+    """u in `layout` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
     _, c, h, w = u.shape
-    strides = (c * h * w, 1, c * w, c) if memory_format is torch.channels_last else (c * h * w, h * w, w, 1)
-    u = u.contiguous(memory_format=memory_format)
+    strides = (c * h * w, 1, c * w, c) if layout is torch.channels_last else (c * h * w, h * w, w, 1)
+    u = u.contiguous(memory_format=layout)
     return u if u.stride() == strides else u.as_strided(u.shape, strides)
 
 
@@ -57,7 +57,7 @@ def forward(
         y = y + shift.to(u.dtype)[:, :, None, None]
     if silu:
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=dense_format(x)), mean, rstd
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x)), mean, rstd
 
 
 def backward(
@@ -78,7 +78,7 @@ def backward(
     u = _joined(x, skip, add)
     n, c, h, w = u.shape
     weight_, factor = weight.to(u.dtype), None if scale is None else scale.to(u.dtype)[:, :, None, None] + 1
-    dt = _laid_out(dy.to(u.dtype), dense_format(x))
+    dt = _laid_out(dy.to(u.dtype), memory_format(x))
     if silu or need_scale:
         a = rstd.repeat_interleave(c // rstd.shape[1], 1) * weight_
         centre = mean.repeat_interleave(c // mean.shape[1], 1)
@@ -97,7 +97,7 @@ def backward(
     dadd = du.sum((2, 3)) if need_add else None
     # of a pair each gets memory of its own: an operator's results may not be views of one another
     dx, dskip = (
-        du[:, part].to(t.dtype, copy=skip is not None, memory_format=dense_format(t)) if need else None
+        du[:, part].to(t.dtype, copy=skip is not None, memory_format=memory_format(t)) if need else None
         for part, t, need in ((slice(x.shape[1]), x, need_x), (slice(x.shape[1], None), skip, need_skip))
     )
     rows = [dweight if need_weight else None, dbias if need_bias else None, dadd, dscale, dshift]

@@ -6,32 +6,49 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def evenly_spaced(x: Tensor) -> Tensor:
-    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy."""
-    _, _, h, w = x.shape
-    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
-    return x if even else x.contiguous()
-
-
-def dense_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of results made from x: channels_last if its channels are innermost, else contiguous.
 
     Unlike torch's own rule this looks through slices of a channels_last tensor, which are most of a U-Net's gradients.
+    Where both formats are the same memory, in maps of one channel or one pixel, x's strides say how it was laid out, as
+    they do for torch's convolutions.
     """
-    _, c, h, w = x.shape
-    innermost = x.stride(1) == 1 and c > 1 and not (h == 1 and w == 1)
+    innermost = x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
     return torch.channels_last if innermost else torch.contiguous_format
 
 
+def evenly_spaced(x: Tensor) -> Tensor:
+    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy in
+    its `memory_format`."""
+    _, _, h, w = x.shape
+    even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
+    return x if even else x.contiguous(memory_format=memory_format(x))
+
+
 def empty_map(x: Tensor, channels: int) -> Tensor:
-    """An uninitialised map (N, channels, H, W) in x's dtype and `dense_format`."""
+    """An uninitialised map (N, channels, H, W) in x's dtype and `memory_format`."""
     n, _, h, w = x.shape
-    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=dense_format(x))
+    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What is computed in: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    """What sums and products of x are computed in: float32, or float64 for float64."""
+    # torch.promote_types says the same, through the dispatcher, which a norm that takes 10 us on a GPU would feel
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype); a `to` that does nothing still costs a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x takes and gives: autocast's type where autocast is on, else x's own."""
+    device = x.device.type
+    # float64 stays: autocast leaves it alone; torch 2.11 does not compile is_autocast_available
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def statistics_parts(pixels: int) -> int:

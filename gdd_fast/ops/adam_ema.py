@@ -13,6 +13,7 @@ look at the gradients before. `gdd_fast.distill.adam_ema` wraps it as an optimiz
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,25 @@ from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("adam_ema", fused=frozenset({"cuda", "cpp"}))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The next `tensors` of the parameters, and the options of their steps; of the learning rates the next one."""
+
+    tensors: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+def check_options(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise InputError for options that no step can be taken with."""
+    if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
+        raise InputError(
+            f"adam_ema_: betas must be in [0, 1), eps and weight_decay not negative, and they are {tuple(betas)}, "
+            f"{eps} and {weight_decay}"
+        )
 
 
 def adam_ema_ref_(
@@ -34,10 +54,7 @@ def adam_ema_ref_(
     skipped: Tensor,
     lr: Tensor,
     average_weight: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    groups: Sequence[Group],
 ) -> None:
     """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device, once."""
     if not params:
@@ -45,24 +62,44 @@ def adam_ema_ref_(
     # the largest magnitude: NaN and infinity survive it, and it cannot overflow as a sum of squares can
     norms = torch._foreach_norm([g for g in grads if g.numel()], ord=float("inf"))
     largest = torch.stack(norms).max() if norms else step
-    largest, t, rate, weight = torch.stack([largest.double(), step.double() + 1, lr, average_weight]).tolist()
+    numbers = [number.double().view(-1) for number in (largest, step + 1, average_weight, lr)]
+    largest, t, weight, *rates = torch.cat(numbers).tolist()
     if not math.isfinite(largest):
         skipped += 1
         return
     step += 1
-    if weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    first = 0
+    for group, rate in zip(groups, rates, strict=True):
+        if group.tensors:
+            part = slice(first, first + group.tensors)
+            _adam_(params[part], grads[part], exp_avgs[part], exp_avg_sqs[part], t, rate, group)
+            first += group.tensors
+    if averages:
+        torch._foreach_lerp_(averages, params, weight)
+    if copies:
+        torch._foreach_copy_(copies, params)
+
+
+def _adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    t: float,
+    lr: float,
+    options: Group,
+) -> None:
+    """Adam's step number `t` of one group."""
+    beta1, beta2 = options.betas
+    if options.weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=options.weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -rate / (1 - beta1**t))
-    if averages:
-        torch._foreach_lerp_(averages, params, weight)
-    if copies:
-        torch._foreach_copy_(copies, params)
+    torch._foreach_add_(denominators, options.eps)
+    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**t))
 
 
 def adam_ema_(
@@ -80,6 +117,7 @@ def adam_ema_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    groups: Sequence[Group] | None = None,
     backend: Backend = "auto",
 ) -> None:
     """One step, in place: all of it, or only `skipped += 1` if a gradient is not finite.
@@ -89,9 +127,11 @@ def adam_ema_(
             out otherwise than its parameter is copied once first; the others must agree.
         step, skipped: float32 and int64 of one number; the steps taken and the steps left out.
         lr, average_weight: float64 of one number. Like the two above they are on the parameters' device, where a
-            replayed CUDA graph reads and writes them.
+            replayed CUDA graph reads and writes them. With `groups`, lr has a number for each, (len(groups),).
         averages: moving averages of the parameters, float32, or nothing.
         copies: the parameters in bfloat16 or float16, refreshed by every step, or nothing.
+        groups: parameters that stand side by side with options of their own, in place of `betas`, `eps` and
+            `weight_decay`. The finite check and the counts are of all groups together.
         backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. Only "cuda" can be captured in a graph.
 
     Raises:
@@ -104,23 +144,32 @@ def adam_ema_(
             raise InputError(f"adam_ema_: {len(tensors)} {name} for {len(params)} parameters")
         for t, p in zip(tensors, params, strict=False):
             _check_like(name, t, p)
-    for name, t, dtype in (
-        ("step", step, torch.float32),
-        ("skipped", skipped, torch.int64),
-        ("lr", lr, torch.float64),
-        ("average_weight", average_weight, torch.float64),
+    groups = [Group(len(params), betas, eps, weight_decay)] if groups is None else groups
+    if sum(group.tensors for group in groups) != len(params):
+        raise InputError(f"adam_ema_: groups of {[g.tensors for g in groups]} tensors for {len(params)} parameters")
+    for group in groups:
+        check_options(group.betas, group.eps, group.weight_decay)
+    for name, t, dtype, count in (
+        ("step", step, torch.float32, 1),
+        ("skipped", skipped, torch.int64, 1),
+        ("lr", lr, torch.float64, len(groups)),
+        ("average_weight", average_weight, torch.float64, 1),
     ):
-        if t.dtype != dtype or t.numel() != 1:
-            raise InputError(f"adam_ema_: {name} must be one {dtype} number, not {t.dtype} {tuple(t.shape)}")
+        if t.dtype != dtype or t.numel() != count or not t.is_contiguous():
+            wanted = "one number" if count == 1 else f"a dense tensor of {count} numbers, one a group,"
+            raise InputError(f"adam_ema_: {name} must be {wanted} of {dtype}, not {t.dtype} {tuple(t.shape)}")
         if params and t.device != params[0].device:
             raise InputError(f"adam_ema_: {name} is on {t.device}, the parameters on {params[0].device}")
     if any(p.device != params[0].device for p in params):
         raise InputError("adam_ema_: the parameters must all be on one device")
+    if not params:
+        return
     grads = [
         g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params, strict=True)
     ]
     tensors = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages), list(copies))
-    torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *betas, eps, weight_decay, backend)
+    options = zip(*((g.tensors, *g.betas, g.eps, g.weight_decay) for g in groups), strict=True)
+    torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *map(list, options), backend)
 
 
 def _check_like(name: str, t: Tensor, p: Tensor) -> None:
@@ -139,8 +188,8 @@ def _check_like(name: str, t: Tensor, p: Tensor) -> None:
 torch.library.define(
     "gdd_fast::adam_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] averages, "
-    "Tensor(e!)[] copies, Tensor(f!) step, Tensor(g!) skipped, Tensor lr, Tensor average_weight, float beta1, "
-    "float beta2, float eps, float weight_decay, str backend) -> ()",
+    "Tensor(e!)[] copies, Tensor(f!) step, Tensor(g!) skipped, Tensor lr, Tensor average_weight, int[] tensors, "
+    "float[] beta1, float[] beta2, float[] eps, float[] weight_decay, str backend) -> ()",
 )
 
 
@@ -149,7 +198,9 @@ def _adam_ema_(params: list[Tensor], *arguments) -> None:
     *arguments, backend = arguments
     device = params[0].device.type if params else "cpu"
     if resolve(backend, OPERATOR, device) == "torch":
-        adam_ema_ref_(params, *arguments)
+        *arguments, tensors, beta1, beta2, eps, weight_decay = arguments
+        options = zip(tensors, zip(beta1, beta2, strict=True), eps, weight_decay, strict=True)
+        adam_ema_ref_(params, *arguments, [Group(*values) for values in options])
     else:
         torch.ops.gdd_fast_C.adam_ema_(params, *arguments)
         # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the

@@ -1,7 +1,7 @@
-"""`y += W x` for every pixel: a 1x1 convolution that accumulates into a map, as a matrix product does by itself.
+"""`W x + b` for every pixel, and `y += W x`: 1x1 convolutions as the matrix products that they are in channels_last.
 
-For inference: it writes to `y` and has no gradient. It spares the projections on a U-Net's skip paths a map of their
-own and a pass to add it.
+For inference: without gradients. A product adds its bias, or what is in `y`, on the way, where libraries' convolutions
+on a GPU take a pass over the map for that.
 """
 
 import torch
@@ -12,6 +12,35 @@ from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
+
+Pair = tuple[Tensor, Tensor]
+
+
+def pointwise_ref(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition; arguments as of `pointwise`."""
+    return F.conv2d(torch.cat(x, 1) if isinstance(x, tuple) else x, weight, bias)
+
+
+def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of `x` (N, C, H, W) with `weight` (C', C, 1, 1) and `bias` (C',), all of one floating dtype.
+
+    A pair (x, skip) stands for `torch.cat([x, skip], 1)`, which is not built. Where all maps are channels_last, this is
+    a matrix product for each, the second added to the first by itself, and the result is channels_last; in other memory
+    formats, convolutions, and the result is contiguous.
+
+    Raises:
+        InputError: shapes or dtypes do not fit.
+    """
+    x, skip = x if isinstance(x, tuple) else (x, None)
+    maps = [x] if skip is None else [x, skip]
+    fits = all(t.dim() == 4 and (t.shape[0], *t.shape[2:]) == (x.shape[0], *x.shape[2:]) for t in maps)
+    fits = fits and weight.dim() == 4 and weight.shape[1:] == (sum(t.shape[1] for t in maps), 1, 1)
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (*maps, weight, bias) if t is not None)
+        raise InputError(f"pointwise: x, weight and bias do not fit: {shapes}")
+    if not all(t is None or t.dtype == x.dtype for t in (skip, weight, bias)):
+        raise InputError(f"pointwise: x, weight and bias must be of one dtype, x is {x.dtype}")
+    return torch.ops.gdd_fast.pointwise(x, skip, weight, bias)
 
 
 def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -45,12 +74,40 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
     torch.ops.gdd_fast.add_pointwise_(y, x, weight)
 
 
+torch.library.define("gdd_fast::pointwise", "(Tensor x, Tensor? skip, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("gdd_fast::pointwise", "CompositeExplicitAutograd")
+def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, c, h, w = x.shape
+    if not _channels_last(x, skip):
+        y = F.conv2d(x, weight[:, :c], bias)
+        return (y if skip is None else y.add_(F.conv2d(skip, weight[:, c:]))).contiguous()
+    weight = weight.flatten(1)
+    rows = F.linear(_pixels(x), weight[:, :c], bias)
+    if skip is not None:
+        torch.addmm(rows, _pixels(skip), weight[:, c:].t(), out=rows)
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("gdd_fast::pointwise")
+def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, _, h, w = x.shape
+    if not _channels_last(x, skip):
+        return x.new_empty((n, weight.shape[0], h, w))
+    return x.new_empty((n, h, w, weight.shape[0])).permute(0, 3, 1, 2)
+
+
+def _channels_last(*maps: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+
+
 torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tensor weight) -> ()")
 
 
 @torch.library.impl("gdd_fast::add_pointwise_", "CompositeExplicitAutograd")
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y)):
+    if not _channels_last(x, y):
         y.add_(F.conv2d(x, weight))
         return
     rows = _pixels(y)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
 
@@ -38,7 +39,7 @@ def attention_formula(qkv: Tensor, num_heads: int, order: Order = "interleaved")
     """The definition written out, differentiable any number of times."""
     q, k, v = _tokens(qkv, num_heads, order)
     logits = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
-    return _image(logits.to(_softmax_dtype(qkv)).softmax(3).to(v.dtype) @ v, qkv)
+    return _image(logits.to(compute_dtype(qkv)).softmax(3).to(v.dtype) @ v, qkv)
 
 
 def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend: Backend = "auto") -> Tensor:
@@ -79,7 +80,7 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
         raise InputError("attention: Triton's interpreter does not multiply bfloat16 matrices: use float32 or float16")
     if qkv.shape[1:].numel() >= 2**31:
         raise InputError("attention: the triton backend takes fewer than 2^31 values an image")
-    layout = _layout(qkv)
+    layout = memory_format(qkv)
     y = _Attention.apply(qkv.contiguous(memory_format=torch.channels_last), num_heads, order)
     return y.contiguous(memory_format=layout)
 
@@ -175,7 +176,7 @@ def _attention_inference(qkv: Tensor, num_heads: int) -> Tensor:
 @torch.library.register_fake("gdd_fast::attention_inference")
 def _(qkv: Tensor, num_heads: int) -> Tensor:
     n, packed, h, w = qkv.shape
-    return torch.empty((n, packed // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=_layout(qkv))
+    return torch.empty((n, packed // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format(qkv))
 
 
 @torch.library.impl("gdd_fast::attention_backward", "CompositeExplicitAutograd")
@@ -190,20 +191,11 @@ def _(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, num_heads: int, interleav
     return torch.empty_like(qkv)
 
 
-def _layout(qkv: Tensor) -> torch.memory_format:
-    channels_last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _softmax_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _tokens(qkv: Tensor, num_heads: int, order: Order) -> tuple[Tensor, ...]:
     """q, k and v, each (N, heads, H * W, D) with its channels side by side, as PyTorch's kernels read them."""
     n, packed, h, w = qkv.shape
     head_dim = packed // (3 * num_heads)
-    if order == "blocks" and _layout(qkv) is torch.channels_last:
+    if order == "blocks" and memory_format(qkv) is torch.channels_last:
         return qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     if order == "interleaved":
         split = qkv.reshape(n, num_heads, head_dim, 3, h * w).permute(3, 0, 1, 4, 2)
@@ -217,6 +209,6 @@ def _tokens(qkv: Tensor, num_heads: int, order: Order) -> tuple[Tensor, ...]:
 def _image(y: Tensor, qkv: Tensor) -> Tensor:
     """(N, heads, H * W, D) -> (N, C, H, W) in the memory format of qkv."""
     n, packed, h, w = qkv.shape
-    if _layout(qkv) is torch.channels_last:
+    if memory_format(qkv) is torch.channels_last:
         return y.transpose(1, 2).reshape(n, h, w, packed // 3).permute(0, 3, 1, 2)
     return y.transpose(2, 3).reshape(n, packed // 3, h, w).contiguous()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import memory_format
 
 OPERATOR = Operator("discriminator_input", fused=frozenset({"cuda", "cpp"}))
 
@@ -70,8 +71,11 @@ def discriminator_input(
         raise InputError(
             f"discriminator_input: scale and shift: three numbers for each of 1 to {MAX_BACKBONES} backbones"
         )
-    if not 1 <= size < 2**15:
-        raise InputError(f"discriminator_input: size must be from 1 to {2**15 - 1}, not {size}")
+    if not 1 <= size < 2**15 or max(x.shape[2:]) >= 2**16:
+        raise InputError(
+            f"discriminator_input: size must be from 1 to {2**15 - 1} and the sides of images below {2**16}, "
+            f"not {size} and {tuple(x.shape[2:])}"
+        )
     backend = "torch" if double else backend
     return torch.ops.gdd_fast.discriminator_input(x, _flat(scale), _flat(shift), size, dtype, backend)
 
@@ -130,7 +134,7 @@ def _(dys, scale, channels, height, width, dtype, channels_last, backend) -> Ten
 def _setup_forward(ctx, inputs, output) -> None:
     x, ctx.scale, _, _, _, ctx.backend = inputs
     ctx.shape, ctx.dtype = x.shape[1:], x.dtype
-    ctx.channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
+    ctx.channels_last = memory_format(x) == torch.channels_last
 
 
 def _backward(ctx, dys: list[Tensor | None]):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, has_extension
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import autocast_dtype, cast, memory_format
 
 OPERATOR = Operator("frozen_conv2d", fused=frozenset())
 
@@ -68,6 +69,8 @@ def frozen_conv2d(
             the weight requires a gradient, which it would not get.
     """
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
     if backend != "torch" and x.is_cpu and not torch.compiler.is_compiling() and has_extension():
         return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
@@ -87,33 +90,14 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
             raise InputError(f"{name}: {what} is on {tensor.device}, x on {x.device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
-    dtype = compute_dtype(x)
-    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # a `to` that does nothing still costs a microsecond
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in: autocast's type where autocast is on, else x's own."""
-    device = x.device.type
-    # float64 stays: autocast leaves it alone; torch 2.11 does not compile is_autocast_available
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    dtype = autocast_dtype(x)
+    return cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
     """The numbers that describe a convolution, every pair spelled out."""
     pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
     return (*pairs, groups)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if x's channels are innermost, as in slices of channels_last tensors too; else contiguous."""
-    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:

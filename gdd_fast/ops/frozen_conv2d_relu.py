@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import ConfigError
+from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
     Size2,
@@ -24,7 +25,6 @@ from gdd_fast.ops.frozen_conv2d import (
     frozen_conv2d,
     geometry,
     input_gradient,
-    memory_format,
     prepare,
 )
 
@@ -88,12 +88,13 @@ def frozen_conv2d_relu(
     if chosen == "torch":
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
     if chosen == "cpp" and not torch.compiler.is_compiling():
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, chosen)
-    return convolve(x, weight, bias, g).clamp_(0, None if ceiling == math.inf else ceiling)
+    return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, chosen)
 
 
 def _choose(backend: Backend, device: str) -> str:

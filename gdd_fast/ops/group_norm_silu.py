@@ -12,7 +12,8 @@ With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its 
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
 where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
-definition. "cpp" has the backward of channels_last maps; that of contiguous ones is plain PyTorch's.
+definition. "cpp" has the backward of channels_last maps, and autograd's part of it; that of contiguous ones is plain
+PyTorch's.
 """
 
 from typing import Literal
@@ -23,12 +24,17 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
-from gdd_fast.ops._maps import DTYPES, compute_dtype, dense_format, empty_map, evenly_spaced, statistics_parts
+from gdd_fast.ops._maps import DTYPES, cast, compute_dtype, empty_map, memory_format
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
 Activation = Literal["silu"] | None
+
+# Values of a float32 map from which "cpp" was measured to be faster than plain PyTorch, without gradients, without and
+# with `scale`.
+_LEAST_VALUES = {False: 2**19, True: 2**17}
 
 
 def group_norm_silu_ref(
@@ -46,17 +52,17 @@ def group_norm_silu_ref(
     """The definition; arguments as of `group_norm_silu`."""
     x = torch.cat(x, 1) if isinstance(x, tuple) else x
     dtype = compute_dtype(x)
-    y = x.to(dtype)
+    y = cast(x, dtype)
     if add is not None:
-        y = y + add.to(dtype)[:, :, None, None]
-    y = F.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
+        y = y + cast(add, dtype)[:, :, None, None]
+    y = F.group_norm(y, num_groups, cast(weight, dtype), cast(bias, dtype), eps)
     if scale is not None:
-        y = y * (scale.to(dtype)[:, :, None, None] + 1)
+        y = y * (cast(scale, dtype)[:, :, None, None] + 1)
     if shift is not None:
-        y = y + shift.to(dtype)[:, :, None, None]
+        y = y + cast(shift, dtype)[:, :, None, None]
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype)
+    return cast(y, x.dtype)
 
 
 def group_norm_silu(
@@ -86,7 +92,8 @@ def group_norm_silu(
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
             them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend. On a CPU and
+            without gradients "auto" computes small float32 maps as plain PyTorch does, which is faster there.
 
     Returns:
         (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
@@ -99,12 +106,19 @@ def group_norm_silu(
     given = statistics if isinstance(statistics, tuple) else (statistics, None)
     _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
     implementation = chosen(pair[0], backend)
-    if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
-        # a compiler fuses the definition itself, and without gradients there is nothing to save
+    keeps = torch.is_grad_enabled()
+    # a compiler fuses the definition itself, and without gradients there is nothing to save
+    plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
+    if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
         return group_norm_silu_ref(
             x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
         )
     silu = activation == "silu"
+    eager = implementation == "cpp" and keeps and not torch.compiler.is_compiling()
+    if eager and memory_format(pair[0]) is torch.channels_last:
+        # the same kernels; autograd in Python takes longer than a small map
+        op = torch.ops.gdd_fast_C.group_norm_silu_differentiable.default
+        return op(*pair, num_groups, weight, bias, eps, add, scale, shift, silu)
     op = torch.ops.gdd_fast.group_norm_silu.default
     return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
 
@@ -119,6 +133,12 @@ def chosen(x: Tensor, backend: Backend = "auto") -> str:
             raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
         return "torch"
     return implementation
+
+
+def _is_small(x: Tensor, skip: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether plain PyTorch takes no longer than "cpp" for these maps, forward; docs/cpu_operators.md."""
+    values = x.numel() if skip is None else x.numel() + skip.numel()
+    return x.dtype == torch.float32 and values < _LEAST_VALUES[scale is not None]
 
 
 @constant_when_compiled
@@ -152,29 +172,27 @@ def _check(
                 f"group_norm_silu: the second tensor of a pair must match the first but in channels, "
                 f"{x.dtype} ({n}, *, {h}, {w}), not {skip.dtype} {tuple(skip.shape)}"
             )
+        _check_device("skip", skip, x)
         channels.append(skip.shape[1])
         c += skip.shape[1]
     if num_groups < 1 or c % num_groups or c == 0:
         raise InputError(f"group_norm_silu: {c} channels do not divide into {num_groups} groups")
-    for name, tensor, rows in (
-        ("weight", weight, None),
-        ("bias", bias, None),
-        ("add", add, (1, n)),
-        ("scale", scale, (1, n)),
-        ("shift", shift, (1, n)),
+    rows = (n, c), (1, c)
+    for name, tensor, fits in (
+        ("weight", weight, ((c,),)),
+        ("bias", bias, ((c,),)),
+        ("add", add, rows),
+        ("scale", scale, rows),
+        ("shift", shift, rows),
     ):
         if tensor is None:
             continue
-        fits = tensor.shape == (c,) if rows is None else tensor.dim() == 2 and tensor.shape[1] == c
-        if not fits or (rows is not None and tensor.shape[0] not in rows):
-            want = f"({c},)" if rows is None else f"({n}, {c}) or (1, {c})"
+        if tensor.shape not in fits:
+            want = " or ".join(map(str, fits))
             raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
-    others = {"skip": skip, "weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
-    for name, tensor in (others | dict(zip(("statistics", "skip's statistics"), statistics, strict=True))).items():
-        if tensor is not None and tensor.device != x.device:
-            raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
+        _check_device(name, tensor, x)
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
     for tensor, width in zip(statistics, channels, strict=False):
@@ -185,6 +203,12 @@ def _check(
                 f"group_norm_silu: statistics must be {compute_dtype(x)} ({n}, *, 2, {width}), "
                 f"not {tensor.dtype} {tuple(tensor.shape)}"
             )
+        _check_device("statistics", tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
 
 
 # --- the operators as torch.library knows them
@@ -222,26 +246,9 @@ def _forward(
     if implementation == "torch" or x.shape[0] == 0:
         return definition.forward(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     if implementation == "cpp":
-        return _forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
-    from gdd_fast.kernels import group_norm_silu as kernels
-
-    x, skip = evenly_spaced(x), None if skip is None else evenly_spaced(skip)
-    y = empty_map(x, weight.shape[0])
-    mean, rstd = kernels.forward(
-        x,
-        skip,
-        num_groups,
-        weight.contiguous(),
-        bias.contiguous(),
-        eps,
-        *(_rows(t) for t in (add, scale, shift)),
-        x_statistics,
-        skip_statistics,
-        silu,
-        y,
-        statistics_parts(x.shape[2] * x.shape[3]),
-    )
-    return y, mean, rstd
+        return fused.forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+    statistics = (x_statistics, skip_statistics)
+    return fused.forward_triton(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, statistics)
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu")
@@ -266,30 +273,12 @@ def _backward(
     needed: list[bool],
     implementation: str,
 ) -> list[Tensor]:
-    if implementation == "cpp" and x.shape[0] and dense_format(x) == torch.channels_last:
-        return _backward_cpp(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    if implementation != "triton" or x.shape[0] == 0:
-        return definition.backward(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    from gdd_fast.kernels import group_norm_silu as kernels
-
-    n, c = x.shape[0], weight.shape[0]
-    per_sample = [x.new_empty((n, c), dtype=torch.float32) if need else None for need in needed[2:]]
-    dweight, dbias, dadd, dscale, dshift = per_sample
-    dx = empty_map(x, x.shape[1]) if needed[0] else None
-    dskip = empty_map(skip, skip.shape[1]) if needed[1] else None
-    kernels.backward(
-        evenly_spaced(dy),
-        evenly_spaced(x),
-        None if skip is None else evenly_spaced(skip),
-        weight.contiguous(),
-        bias.contiguous(),
-        *(_rows(t) for t in (add, scale, shift)),
-        mean,
-        rstd,
-        silu,
-        *(dx, dskip, dadd, dweight, dbias, dscale, dshift),
-    )
-    return definition.gradients(dx, dskip, per_sample, (weight, bias, add, scale, shift))
+    arguments = (dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
+    if implementation == "cpp" and x.shape[0] and memory_format(x) == torch.channels_last:
+        return fused.backward_cpp(*arguments)
+    if implementation == "triton" and x.shape[0]:
+        return fused.backward_triton(*arguments)
+    return definition.backward(*arguments)
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu_backward")
@@ -297,64 +286,6 @@ def _(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed, im
     maps = [empty_map(t, t.shape[1]) for t, need in zip((x, skip), needed, strict=False) if need]
     rows = [t.new_empty(t.shape) for t, need in zip((weight, bias, add, scale, shift), needed[2:], strict=True) if need]
     return maps + rows
-
-
-def _forward_cpp(
-    x: Tensor,
-    skip: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    memory_format = dense_format(x)
-    channels_last = memory_format == torch.channels_last
-    # what lies side by side: channels, or pixels, which are in a column where the image is one pixel wide
-    innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
-    maps = [None if t is None else evenly_spaced(t) for t in (x, skip)]
-    maps = [t if t is None or t.stride(innermost) == 1 else t.contiguous(memory_format=memory_format) for t in maps]
-    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    return torch.ops.gdd_fast_C.group_norm_silu(*maps, num_groups, weight, bias, eps, *rows, silu, channels_last)
-
-
-def _backward_cpp(
-    dy: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    needed: list[bool],
-) -> list[Tensor]:
-    """For channels_last maps; contiguous ones are left to the definition."""
-    maps = [None if t is None else _innermost_channels(t) for t in (dy, x, skip)]
-    rows = [None if t is None else _rows(t).float() for t in (add, scale, shift)]
-    parameters = weight.float().contiguous(), bias.float().contiguous()
-    dx, dskip, by_image = torch.ops.gdd_fast_C.group_norm_silu_backward(*maps, *parameters, *rows, mean, rstd, silu)
-    per_sample = [gradient if need else None for gradient, need in zip(by_image, needed[2:], strict=True)]
-    inputs = (weight, bias, add, scale, shift)
-    return definition.gradients(dx if needed[0] else None, dskip if needed[1] else None, per_sample, inputs)
-
-
-def _innermost_channels(x: Tensor) -> Tensor:
-    """x itself if its channels lie side by side and its pixels are evenly spaced, else a channels_last copy."""
-    x = evenly_spaced(x)
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-
-
-def _rows(row: Tensor | None) -> Tensor | None:
-    """(N, C) or (1, C) with contiguous rows, which is all the kernels need."""
-    return row if row is None or row.stride(1) == 1 else row.contiguous()
 
 
 # --- autograd

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
-from gdd_fast.errors import InputError
+from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops._maps import DTYPES, memory_format
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def resample2d_ref(
@@ -53,7 +52,9 @@ def resample2d(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
             either along the batch or the channels, are read where they lie; anything else is copied once first.
-        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even.
+        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even. The CPU operator ("cpp")
+            takes filters with K up to 64 that are a column times a row, as EDM's are, to within the rounding of
+            their numbers; "auto" runs the definition for any other.
         up: double the resolution instead of halving it.
         padding: width p of the border of zeros, in pixels of the larger image; K / 2 - 1 doubles or halves exactly.
         add: like the result; copied first if its memory format is another.
@@ -66,8 +67,8 @@ def resample2d(
         Differentiable in x and add, any number of times.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or an image smaller than the filter.
-        BackendError: the backend asked for cannot run here.
+        InputError: shapes or dtypes that do not fit, an image smaller than the filter, a filter that wants a gradient.
+        BackendError: the backend asked for cannot run here, or not with this filter.
     """
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise InputError(f"resample2d: x must be (N, C, H, W) and floating, not {x.dtype} {tuple(x.shape)}")
@@ -77,6 +78,8 @@ def resample2d(
             f"resample2d: the filter must be (1, 1, K, K) with K even and the padding in [0, K), "
             f"not {tuple(kernel.shape)} with padding {padding}"
         )
+    if not kernel.is_floating_point() or kernel.requires_grad:
+        raise InputError("resample2d: the filter must be floating and without gradient: pass filter.detach()")
     if box and (k != 2 or padding):
         raise InputError("resample2d: box is for a filter of 2 x 2 taps without padding")
     height, width = size = _size(x, kernel, up, padding)
@@ -116,22 +119,22 @@ def _resample2d(
     box: bool,
     backend: Backend,
 ) -> Tensor:
-    memory_format = _memory_format(x)
-    if resolve(backend, OPERATOR, x.device.type) == "torch":
+    layout = memory_format(x)
+    if _runs(backend, kernel, x.device.type) == "torch":
         y = _ref(x, kernel, add, up, padding, (height, width), gain, scale, box)
-        return y.contiguous(memory_format=memory_format)
-    dense = 1 if memory_format == torch.channels_last else 3
+        return y.contiguous(memory_format=layout)
+    dense = 1 if layout == torch.channels_last else 3
     if x.stride(dense) != 1:
-        x = x.contiguous(memory_format=memory_format)
+        x = x.contiguous(memory_format=layout)
     if add is not None:
-        add = add.contiguous(memory_format=memory_format)
-    channels_last = memory_format == torch.channels_last
+        add = add.contiguous(memory_format=layout)
+    channels_last = layout == torch.channels_last
     return torch.ops.gdd_fast_C.resample2d(x, kernel, add, up, padding, height, width, gain, scale, channels_last)
 
 
 @torch.library.register_fake("gdd_fast::resample2d")
 def _(x, kernel, add, up, padding, height, width, gain, scale, box, backend) -> Tensor:
-    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -155,17 +158,24 @@ def _backward(ctx, dy: Tensor):
 torch.library.register_autograd("gdd_fast::resample2d", _backward, setup_context=_setup_context)
 
 
+def _runs(backend: Backend, kernel: Tensor, device: str) -> str:
+    """`resolve`, but for what depends on the filter: the CPU operator takes no other than separable ones."""
+    chosen = resolve(backend, OPERATOR, device)
+    if chosen != "cpp" or torch.ops.gdd_fast_C.resample2d_takes(kernel):
+        return chosen
+    if backend == "auto":
+        return "torch"
+    raise BackendError(
+        "resample2d: backend 'cpp' takes filters of at most 64 x 64 taps that are a column times a row, and this "
+        f"{kernel.shape[2]} x {kernel.shape[3]} filter is not one: use backend 'auto' or 'torch'"
+    )
+
+
 def _size(x: Tensor, kernel: Tensor, up: bool, padding: int) -> tuple[int, int]:
     k = kernel.shape[-1]
     if up:
         return 2 * (x.shape[2] - 1) + k - 2 * padding, 2 * (x.shape[3] - 1) + k - 2 * padding
     return (x.shape[2] + 2 * padding - k) // 2 + 1, (x.shape[3] + 2 * padding - k) // 2 + 1
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Of the result: channels_last if the channels of x lie side by side, as they also do in a slice of channels."""
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _ref(

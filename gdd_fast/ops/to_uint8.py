@@ -10,16 +10,14 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import evenly_spaced
+from gdd_fast.ops._maps import DTYPES, compute_dtype, evenly_spaced
 
 OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def to_uint8_ref(x: Tensor) -> Tensor:
     """The definition. (N, C, H, W) floating -> uint8 (N, H, W, C), contiguous. NaN becomes 0."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32)) * 127.5 + 128
+    y = x.to(compute_dtype(x)) * 127.5 + 128
     y = torch.fmax(y, y.new_zeros(())).clamp(max=255)  # fmax passes over NaN: 0
     return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

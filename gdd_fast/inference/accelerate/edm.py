@@ -3,11 +3,13 @@
 Their classes are made anew from source text in every pickle, so a layer is known by its attributes and parameter names,
 and by computing in a trial what is expected of it.
 
+    embedding       keeps its Fourier frequencies in float32 when the network is cast
     convolution     adds its bias itself, filters by `resample2d`, keeps no input while its weight is frozen
     linear layer    one operator in place of two
     block           `group_norm_silu`, `attention` on the packed qkv, `residual`
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +24,14 @@ from gdd_fast.inference.accelerate.plan import Plan
 from gdd_fast.inference.accelerate.swap import Fast
 from gdd_fast.models.edm import DhariwalUNet, SongUNet
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.modules import Conv2d, GroupNorm, Linear
+from gdd_fast.modules import Conv2d, FourierEmbedding, GroupNorm, KeepsFrequencies, Linear
 from gdd_fast.ops import attention, group_norm_silu, residual
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops._maps import autocast_dtype, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE
 from gdd_fast.ops.resample2d import resample2d
 
-OURS = (Conv2d, GroupNorm, Linear, UNetBlock, SongUNet, DhariwalUNet)
+OURS = (Conv2d, FourierEmbedding, GroupNorm, Linear, UNetBlock, SongUNet, DhariwalUNet)
 SIZE = 8  # of the images in trials
 
 
@@ -46,6 +49,23 @@ def decide(plan: Plan) -> None:
         elif _is_linear(module):
             inputs = lambda generator, width=module.in_features: [torch.randn(2, width, generator=generator)]
             plan.try_to_replace(module, FastLinear, None, "one operator in place of two", inputs, module.bias is None)
+        elif _is_fourier(module):
+            inputs = lambda generator: [torch.randn(2, generator=generator)]
+            note = "its frequencies stay in float32 when the network is cast"
+            plan.try_to_replace(module, FastFourier, None, note, inputs, ())
+
+
+class FastFourier(KeepsFrequencies, Fast):
+    """EDM's embedding of the noise level by random frequencies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = torch.outer(x, (math.tau * self.freqs).to(x.dtype))
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def _is_fourier(module: nn.Module) -> bool:
+    alone = not module._modules and not module._parameters and set(module._buffers) == {"freqs"}
+    return alone and module.freqs.dim() == 1 and module.freqs.dtype == torch.float32
 
 
 class FastLinear(Fast):
@@ -98,7 +118,7 @@ class FastConv(Fast):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
             return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
-        weight = self._gdd_fast.weight(self.weight, compute_dtype(x), memory_format(x))
+        weight = self._gdd_fast.weight(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding)
 
 

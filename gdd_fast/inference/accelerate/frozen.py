@@ -30,7 +30,8 @@ from gdd_fast.inference.accelerate.plan import Plan
 from gdd_fast.inference.accelerate.swap import Fast, library_class, obstacle
 from gdd_fast.ops import frozen_conv2d_relu
 from gdd_fast.ops import max_pool2x2 as pooling
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, compute_dtype, frozen_conv2d, memory_format
+from gdd_fast.ops._maps import autocast_dtype, memory_format
+from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
 
 TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep its input"
@@ -77,7 +78,7 @@ class FastConv(Fast):
         else:
             return super().forward(x)
         x = self._padded(x)
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         weight = state.weight(weight, dtype, memory_format(x))
         bias = None if bias is None else bias.to(dtype)
         geometry = (self.stride, state.padding, self.dilation, self.groups)
@@ -104,7 +105,7 @@ class FastConvSame(FastConv):
 
 def _saves(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether PyTorch's convolution would keep x for the gradient of a weight that has none."""
-    fits = x.dim() == 4 and (x.dtype == conv.weight.dtype or compute_dtype(x) != x.dtype)
+    fits = x.dim() == 4 and (x.dtype == conv.weight.dtype or autocast_dtype(x) != x.dtype)
     return fits and x.requires_grad and torch.is_grad_enabled() and not conv.weight.requires_grad
 
 

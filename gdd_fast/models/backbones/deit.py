@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.models.backbones.attention import attention
 from gdd_fast.models.backbones.base import Backbone
 from gdd_fast.models.frozen_conv import FrozenConv2d
 
@@ -24,13 +25,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if torch.is_grad_enabled() and x.requires_grad:
-            # R1 differentiates twice, which fused attention cannot.
-            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            out = weights.softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
