@@ -105,7 +105,7 @@ def _norm_launches(args: tuple) -> int:
     last = lambda c: torch.empty((n, c, h, w), dtype=x.dtype, device="meta", memory_format=torch.channels_last)
     maps = last(x.shape[1]), None if skip is None else last(skip.shape[1])
     rows = [like(t) for t in (add, scale, shift)]
-    with recording(kernels, PROGRAMS[90]) as launched:
+    with recording(kernels, 90) as launched:
         kernels.forward(
             *maps, groups, like(weight), like(bias), eps, *rows, like(known), like(skip_known), silu,
             last(weight.shape[0]), statistics_parts(h * w),

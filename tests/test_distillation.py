@@ -172,11 +172,13 @@ def test_gradients_of_all_three_steps_are_the_public_recipes(make):
         return torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
 
     def compare(ours, theirs):
+        # some are zero but for rounding: those of biases that a norm takes out again
+        largest = max(b.abs().max().item() for b in theirs if b is not None)
         for a, b in zip(ours, theirs, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
                 scale = b.abs().max().item()
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * scale + 1e-9)
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * scale + 1e-6 * largest)
 
     compare(task.g_guard.found, gradients(sum(F.softplus(-row).mean() for row in rows(fakes())), generator))
     fake = fakes().detach()
