@@ -111,11 +111,11 @@ class Gradients:
     """The rule for training steps: each gradient by itself and all together, against the definition's in float32.
 
     A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
-    Plain PyTorch's is its error of this gradient, or of half of all gradients if that is more: nobody is held to its
-    luck. Where a gradient may be off by more than `most`, its size has to be of the order of plain PyTorch's as well (a
-    factor of `_ORDER`), or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding alone, and
-    the size is all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that are a
-    millionth of the largest or less are rounding themselves and are held against that size.
+    Plain PyTorch's is its error of this gradient, or of all together if that is more: nobody is held to its luck. Where
+    a gradient may be off by more than `most`, its size has to be of the order of plain PyTorch's as well (a factor of
+    `_ORDER`), or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding alone, and the size is
+    all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that are a millionth of the
+    largest or less are rounding themselves and are held against that size.
     """
 
     def __init__(self, expected: Any, floor: float, eager: Any, *, most: float = 0.3) -> None:
@@ -125,8 +125,7 @@ class Gradients:
         self._groups = _groups(self._expected)
         found = [t.detach().float() for t in tensors(eager)]
         errors = self._errors(found)
-        typical = sorted(errors)[(len(errors) - 1) // 2] if errors else 0.0
-        self._limits = [max(floor, FACTOR * max(error, typical)) for error in errors]
+        self._limits = [max(floor, FACTOR * max(error, errors[-1])) for error in errors]
         self._eager_norms = [_norm([found[i] for i in group]) for group in self._groups]
         self._most = most
         compared = {
