@@ -61,7 +61,9 @@ std::vector<at::Tensor> discriminator_input(const at::Tensor& x, at::ArrayRef<do
 
 at::Tensor discriminator_input_backward(at::TensorList dys, at::ArrayRef<double> scale, int64_t channels,
                                         int64_t height, int64_t width, at::ScalarType dtype, bool channels_last) {
-  TORCH_CHECK_VALUE(dys.size() * 3 == scale.size(), "discriminator_input: one gradient for each backbone");
+  TORCH_CHECK_VALUE(!dys.empty() && dys.size() * 3 == scale.size(),
+                    "discriminator_input: one gradient for each backbone");
+  TORCH_CHECK_VALUE(channels == 1 || channels == 3, "discriminator_input: images have 1 or 3 channels, not ", channels);
   const at::Tensor& first = dys[0];
   check_dtype(first.scalar_type());
   check_dtype(dtype);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "frozen_conv2d_relu.h"
+#include "strides.h"
 
 namespace gdd_fast {
 namespace {
@@ -31,12 +32,6 @@ Geometry geometry(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayR
   return {stride.front(), stride.back(), padding.front(), padding.back(), dilation.front(), dilation.back(), groups};
 }
 
-// As memory_format in gdd_fast/ops/_maps.py.
-at::MemoryFormat format_of(const at::Tensor& x) {
-  const bool innermost = x.stride(1) == 1 && (x.stride(2) != 1 || x.stride(3) != 1);
-  return innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {
   return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
 }
@@ -53,7 +48,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
                             const Geometry& g) {
     ctx->save_for_backward({weight});
     ctx->saved_data["shape"] = x.sizes();
-    ctx->saved_data["format"] = format_of(x);
+    ctx->saved_data["format"] = memory_format(x);
     ctx->saved_data["geometry"] = g;
     ctx->saved_data["has_bias"] = bias.has_value();
     return convolve(x, weight, bias, g);
@@ -119,11 +114,11 @@ struct ConvolutionRelu : torch::autograd::Function<ConvolutionRelu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
                             const Geometry& g, double ceiling) {
     at::Tensor y = convolve(x, weight, bias, g);
-    const at::MemoryFormat out_format = format_of(y);
+    const at::MemoryFormat out_format = memory_format(y);
     y = y.contiguous(out_format);
     ctx->save_for_backward({weight, relu_bits_(y, ceiling)});
     ctx->saved_data["shape"] = x.sizes();
-    ctx->saved_data["format"] = format_of(x);
+    ctx->saved_data["format"] = memory_format(x);
     ctx->saved_data["out_format"] = out_format;
     ctx->saved_data["geometry"] = g;
     ctx->saved_data["has_bias"] = bias.has_value();

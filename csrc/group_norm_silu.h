@@ -33,8 +33,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, bool silu, bool channels_last);
 
-// The gradients of x and of skip (of no channels without one), and float32 (5, N, C): those of weight, bias, add, scale
-// and shift, each by image. Only of channels_last maps; dy may be a slice.
+// The gradients of x and of skip (of no channels without one), and five float32 (N, C): those of weight, bias, add,
+// scale and shift, each by image. Only of channels_last maps; dy may be a slice.
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_backward(
     const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight,
     const at::Tensor& bias, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,

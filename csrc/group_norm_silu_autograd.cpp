@@ -74,7 +74,7 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
     for (int i = 0, edge = 0; i < kInputs; i++) {  // absent tensors have no edge
       if (saved[i].defined() && ctx->needs_input_grad(edge++)) needed.push_back(i);
     }
-    if (!dys[0].defined() || needed.empty()) return gradients;
+    if (needed.empty()) return gradients;
     const bool silu = ctx->saved_data["silu"].toBool();
     if (at::GradMode::is_enabled()) {
       // Differentiable themselves: through the definition, of fresh views, so that a gradient stops here even where one

@@ -6,13 +6,10 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "strides.h"
+
 namespace gdd_fast {
 namespace {
-
-// The format of a dense tensor, as in gdd_fast/ops/frozen_conv2d.py.
-at::MemoryFormat format_of(const at::Tensor& x) {
-  return x.size(1) > 1 && x.stride(1) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
 
 // A contiguous tensor is a channels_last one of one channel and N * C images.
 PoolSize pool_size(const at::Tensor& x, at::MemoryFormat format, int64_t height, int64_t width) {
@@ -24,7 +21,7 @@ PoolSize pool_size(const at::Tensor& x, at::MemoryFormat format, int64_t height,
 
 std::tuple<at::Tensor, at::Tensor> max_pool2x2(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.is_floating_point(), "max_pool2x2: x must be floating (N, C, H, W)");
-  const at::MemoryFormat format = format_of(x);
+  const at::MemoryFormat format = memory_format(x);
   TORCH_CHECK_VALUE(x.is_contiguous(format), "max_pool2x2: x must be dense; strides are ", x.strides());
   at::Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options().memory_format(format));
   at::Tensor places = at::empty_like(y, y.options().dtype(at::kByte));

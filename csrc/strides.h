@@ -4,6 +4,13 @@
 
 namespace gdd_fast {
 
+// The memory format of results made from x (N, C, H, W), as in gdd_fast/ops/_maps.py: channels_last if its channels are
+// innermost, in slices of channels_last tensors too.
+inline at::MemoryFormat memory_format(const at::Tensor& x) {
+  const bool innermost = x.stride(1) == 1 && !(x.stride(2) == 1 && x.stride(3) == 1);
+  return innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 struct ImageStrides {
   int64_t images, channels, pixels;  // sizes N, C, H * W
   int64_t image, channel, pixel;     // steps in elements

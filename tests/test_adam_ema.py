@@ -346,6 +346,9 @@ def test_bad_input_is_refused():
         adam_ema_(params, params, params, params, *state, average_weight=weight, betas=(0.9, 1.0))
     with pytest.raises(InputError, match="lie in memory"):
         adam_ema_(matrix, matrix, other, matrix, *state, average_weight=weight)
+    apart = [torch.zeros(3, 4)[:, :2]]
+    with pytest.raises(InputError, match="dense in memory"):
+        adam_ema_(apart, apart, apart, apart, *state, average_weight=weight)
     with pytest.raises(BackendError, match="no triton"):
         adam_ema_(params, params, params, params, *state, average_weight=weight, backend="triton")
 
@@ -362,6 +365,27 @@ def test_optimizer_refuses_what_it_cannot_count():
         optimizer.step()
     with pytest.raises(InputError, match="betas"):
         AdamEma(params, betas=(0.9, 1.0))
+
+
+def test_a_group_that_is_refused_is_not_kept():
+    optimizer = AdamEma(parameters("torch"))
+    with pytest.raises(InputError, match="betas"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "betas": (0.9, 1.0)})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing():
+    params = parameters("torch")
+    optimizer = AdamEma(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][0]["exp_avg_sq"] = torch.zeros(1)  # broadcasts
+    with pytest.raises(ConfigError, match="exp_avg_sq of parameter 0"):
+        optimizer.load_state_dict(wrong)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][0][name], before["state"][0][name]) for name in before["state"][0])
 
 
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"decoupled_weight_decay": True}], ids=str)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gdd_fast.backend import has_extension
+from gdd_fast.ops._group_norm_torch import layout_of
 from gdd_fast.ops._maps import autocast_dtype, compute_dtype, memory_format
 from gdd_fast.ops.attention import attention
 from gdd_fast.ops.frozen_conv2d import frozen_conv2d
 from gdd_fast.ops.frozen_conv2d_relu import frozen_conv2d_relu
 from gdd_fast.ops.group_norm_silu import group_norm_silu
+from gdd_fast.ops.max_pool2x2 import max_pool2x2
 from gdd_fast.ops.relu_bits import relu_bits
 from gdd_fast.ops.resample2d import resample2d
 
@@ -113,3 +116,30 @@ def test_types_that_are_computed_in():
     assert [autocast_dtype(t) for t in x.values()] == list(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert [autocast_dtype(t) for t in x.values()] == [*[torch.bfloat16] * 3, torch.float64]
+
+
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_pool_keeps_the_format(channels, layout):
+    x = torch.randn(2, channels, 4, 6).contiguous(memory_format=layout)
+    x = x.as_strided(x.shape, torch.empty(x.shape, memory_format=layout).stride()).requires_grad_()
+    y = max_pool2x2(x)
+    assert y.stride() == torch.empty(y.shape, memory_format=layout).stride()
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.stride() == x.stride()
+
+
+def test_the_definition_of_the_norm_goes_contiguous_where_pytorchs_kernels_have_to():
+    x = torch.empty((2, 6, 4, 3), memory_format=CHANNELS_LAST)
+    assert layout_of(x) is CHANNELS_LAST
+    assert layout_of(x.to("meta")) is CONTIGUOUS  # as on a GPU
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fake_tensors_go_through_every_operator(name):
+    """On the CPU too, where autograd is left to C++ for ordinary tensors."""
+    with FakeTensorMode():
+        x = torch.randn(2, 6, 4, 4).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+        y = OPERATORS[name](x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert isinstance(y, FakeTensor) and dx.shape == x.shape

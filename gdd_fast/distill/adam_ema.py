@@ -71,9 +71,9 @@ class AdamEma(torch.optim.Optimizer):
         """Before the first step, as all parameters share its count. Options that it leaves out are the optimizer's."""
         if self.state:
             raise ConfigError("AdamEma counts the steps of all parameters together: add groups before the first step")
+        options = {**self.defaults, **param_group}
+        check_options(options["betas"], options["eps"], options["weight_decay"])
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_options(group["betas"], group["eps"], group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, skipped: Tensor | None = None) -> Any:
@@ -164,6 +164,7 @@ class AdamEma(torch.optim.Optimizer):
         on = [name for name in _MISSING if any(group.get(name) for group in state_dict["param_groups"])]
         if on:
             raise ConfigError(f"AdamEma has no {', '.join(on)}, and the state is of an optimizer that has")
+        self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         self._step.fill_(steps.pop() if steps else 0)
         for p, state in self.state.items():
@@ -171,3 +172,12 @@ class AdamEma(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):  # in memory like the parameter, which a saved tensor need not be
                 state[name] = torch.empty_like(p).copy_(state[name])
         self._rates_filled = [None] * len(self._rates_filled)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Raise ConfigError if a moment has not its parameter's shape, which torch.optim.Optimizer does not look at."""
+        params = (p for group in self.param_groups for p in group["params"])
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        for p, number in zip(params, numbers, strict=False):  # counts that differ are refused by the caller
+            for name, moment in state_dict["state"].get(number, {}).items():
+                if name != "step" and moment.shape != p.shape:
+                    raise ConfigError(f"{name} of parameter {number} is {tuple(moment.shape)}, it is {tuple(p.shape)}")

@@ -22,10 +22,16 @@ def gradients(
 
 def _joined(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
     """u, dense, in the dtype that is computed in."""
-    dtype, layout = compute_dtype(x), memory_format(x)
+    dtype = compute_dtype(x)
     u = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     u = u if add is None else u + add.to(dtype)[:, :, None, None]
-    return _laid_out(u, layout)
+    return _laid_out(u, layout_of(x))
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The format that x is normalised in. Off the CPU PyTorch's group norm knows contiguous memory alone: forward
+    refuses another and backward takes it for contiguous."""
+    return memory_format(x) if x.is_cpu else torch.contiguous_format
 
 
 def _laid_out(u: Tensor, layout: torch.memory_format) -> Tensor:
@@ -78,7 +84,7 @@ def backward(
     u = _joined(x, skip, add)
     n, c, h, w = u.shape
     weight_, factor = weight.to(u.dtype), None if scale is None else scale.to(u.dtype)[:, :, None, None] + 1
-    dt = _laid_out(dy.to(u.dtype), memory_format(x))
+    dt = _laid_out(dy.to(u.dtype), layout_of(x))
     if silu or need_scale:
         a = rstd.repeat_interleave(c // rstd.shape[1], 1) * weight_
         centre = mean.repeat_interleave(c // mean.shape[1], 1)

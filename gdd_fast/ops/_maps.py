@@ -1,9 +1,11 @@
 """What operators on feature maps (N, C, H, W) share: their memory layouts, and the statistics passed between them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -15,6 +17,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """
     innermost = x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
     return torch.channels_last if innermost else torch.contiguous_format
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether what is called with x is computed at once and unobserved, so that autograd may be left to C++.
+
+    Not so where a compiler traces, a mode (a counter of FLOP, fake tensors) looks on, or x is a tensor of another kind.
+    """
+    return not torch.compiler.is_compiling() and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
 
 
 def evenly_spaced(x: Tensor) -> Tensor:

@@ -160,6 +160,8 @@ def adam_ema_(
             raise InputError(f"adam_ema_: {name} must be {wanted} of {dtype}, not {t.dtype} {tuple(t.shape)}")
         if params and t.device != params[0].device:
             raise InputError(f"adam_ema_: {name} is on {t.device}, the parameters on {params[0].device}")
+    if not all(map(_dense, params)):
+        raise InputError("adam_ema_: the parameters must be dense in memory: call .contiguous() on those that are not")
     if any(p.device != params[0].device for p in params):
         raise InputError("adam_ema_: the parameters must all be on one device")
     if not params:
@@ -170,6 +172,12 @@ def adam_ema_(
     tensors = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages), list(copies))
     options = zip(*((g.tensors, *g.betas, g.eps, g.weight_decay) for g in groups), strict=True)
     torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *map(list, options), backend)
+
+
+def _dense(p: Tensor) -> bool:
+    if p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)):
+        return True  # the usual ones, known without making a tensor
+    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _check_like(name: str, t: Tensor, p: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import ConfigError
-from gdd_fast.ops._maps import memory_format
+from gdd_fast.ops._maps import memory_format, runs_eagerly
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
     Size2,
@@ -92,7 +92,7 @@ def frozen_conv2d_relu(
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
-    if chosen == "cpp" and not torch.compiler.is_compiling():
+    if chosen == "cpp" and runs_eagerly(x):
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, chosen)
 

@@ -26,7 +26,7 @@ from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
-from gdd_fast.ops._maps import DTYPES, cast, compute_dtype, empty_map, memory_format
+from gdd_fast.ops._maps import DTYPES, cast, compute_dtype, empty_map, memory_format, runs_eagerly
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
 
@@ -110,11 +110,13 @@ def group_norm_silu(
     # a compiler fuses the definition itself, and without gradients there is nothing to save
     plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
     if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
-        return group_norm_silu_ref(
+        y = group_norm_silu_ref(
             x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
         )
+        # off the CPU PyTorch's norm loses channels_last; a compiler chooses for itself
+        return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(pair[0]))
     silu = activation == "silu"
-    eager = implementation == "cpp" and keeps and not torch.compiler.is_compiling()
+    eager = implementation == "cpp" and keeps and runs_eagerly(pair[0])
     if eager and memory_format(pair[0]) is torch.channels_last:
         # the same kernels; autograd in Python takes longer than a small map
         op = torch.ops.gdd_fast_C.group_norm_silu_differentiable.default
