@@ -136,13 +136,13 @@ def resume_writer(
         folder = check_resumable(path, run)  # another process may have come to its end just now
         phase = _phase(path, folder)
         if phase == _WRITING:
+            parts = _closed_parts(folder, _suffix(path))
+            _check_numbers(parts, len(seeds))
             _write_run(folder, run, phase)
             remove_leftovers(folder / _RUN)
-            parts = _closed_parts(folder, _suffix(path))
             kept = {folder / _RUN, folder / _LOCK, folder / f"{_WHOLE}{_suffix(path)}", *parts}
             for leftover in set(folder.iterdir()) - kept:
                 _remove(leftover)
-            _check_numbers(parts, len(seeds))
         writer = ResumableWriter(path, folder, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
         if phase != _WRITING:
             writer.done = len(writer.seeds)  # parts may have gone already
@@ -200,6 +200,8 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
             held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
         except BlockingIOError:
             held = False
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be locked: {error.strerror}; name an --out on another disk") from error
         if not held:  # or it was, of a process that removed the file as it ended, before this one came to lock it
             raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
         try:
@@ -271,7 +273,7 @@ def _check_images(parts: Sequence[Path], seeds: Sequence[int], subdirs: bool) ->
             whole = _image_names(part) == sorted(image_name(seed, subdirs) for seed in own)
         if not whole:
             raise ConfigError(
-                f"{part} does not hold the {len(own)} images of its seeds; delete {part.parent} and retry"
+                f"{part} does not hold the {len(own)} images of its seeds; delete {part.parent} to start again"
             )
 
 
