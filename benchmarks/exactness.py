@@ -56,7 +56,7 @@ def batches(net: EDMPrecond, images: int, batch: int, device: torch.device) -> I
 @torch.no_grad()
 @full_float32()
 def compare(generator: OneStepGenerator, images: int, batch: int) -> dict[str, Difference]:
-    """Differences by name, over `images` seeds. float32 is so in full: in TF32, images differ by more than LIMITS."""
+    """Differences by name, over `images` seeds. float32 is computed in full, not in TF32."""
     net = generator.network.to(generator.device)
     own = net.dtype
     found = {name: Difference() for name in ("engine, plain", "engine, float32", "plain, float32")}
