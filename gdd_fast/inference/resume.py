@@ -164,8 +164,10 @@ def part_folder(path: Path) -> Path:
 
 
 def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
-    """The folder of parts of `path`. Raises `ConfigError` if `resume_writer` would, but for one that another process is
-    writing; touches nothing."""
+    """The folder of parts of `path`; touches nothing.
+
+    Raises `ConfigError` if `resume_writer` would, but for an output that another process is writing.
+    """
     path = Path(path)
     folder = part_folder(path)
     if not (folder / _RUN).is_file():
