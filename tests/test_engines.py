@@ -220,7 +220,7 @@ def test_convolutions_are_tried_in_the_warm_up_alone(monkeypatch) -> None:
         assert not any(seen[4:])
 
 
-def test_float32_is_captured_in_full_whatever_the_process_chose(monkeypatch) -> None:
+def test_float32_is_captured_in_full_whatever_the_process_chose(switches) -> None:
     kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     seen: list[set[str]] = []
 
@@ -229,7 +229,7 @@ def test_float32_is_captured_in_full_whatever_the_process_chose(monkeypatch) -> 
         return latents
 
     for kind in kinds:
-        monkeypatch.setattr(kind, "fp32_precision", "tf32")
+        kind.fp32_precision = "tf32"
     with FakeCuda():
         CudaCapture(GPU)(network, torch.ones(1), None)
     assert seen == [{"ieee"}] * 4 and [kind.fp32_precision for kind in kinds] == ["tf32"] * 2

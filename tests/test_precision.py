@@ -12,21 +12,6 @@ from gdd_fast import evaluate, sample
 from gdd_fast.precision import full_float32
 
 
-@pytest.fixture
-def switches():
-    """PyTorch's defaults, before the test and after it."""
-
-    def reset() -> None:
-        torch.backends.fp32_precision = cudnn.conv.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        cuda.matmul.fp32_precision = "none"
-        cudnn.allow_tf32 = True
-
-    reset()
-    yield
-    reset()
-
-
 def read() -> dict[str, object]:
     """What PyTorch says of itself; of an interface that it finds at odds with the other, that it is."""
 

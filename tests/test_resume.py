@@ -108,7 +108,8 @@ def test_what_was_put_at_the_output_meanwhile_is_kept(tmp_path, name):
     with pytest.raises(ConfigError, match=r"exists|not empty"):
         write(path)  # before anything is computed
     mine.unlink()
-    with pytest.raises(ConfigError, match=r"exists|not empty"), resume_writer(path, SEEDS, RUN) as writer:
+    refused = pytest.raises(ConfigError, match=r"exists|not empty")
+    with refused, resume_writer(path, SEEDS, RUN, subdirs=True) as writer:
         writer.put(SEEDS[4:], images(SEEDS[4:]), classes(SEEDS[4:]))
         fill()
     assert content(path) == {"mine.png": b"mine"} if not path.suffix else path.read_bytes() == b"mine"
