@@ -75,6 +75,7 @@ def compare(generator: OneStepGenerator, images: int, batch: int) -> dict[str, D
 
 
 @command
+@full_float32()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__.split("\n", 1)[0])
     parser.add_argument("nets", nargs="*", type=Path, default=[TEACHER], help=".pkl, network folder or run folder")

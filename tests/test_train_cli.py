@@ -115,7 +115,7 @@ def test_dry_run(inputs, tmp_path, capsys):
 
 def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, monkeypatch):
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6, evaluate_images=4)
-    flags += ["--g-precision", "tf32"]
+    flags += ["--g-precision", "tf32", "--d-precision", "tf32"]
     monkeypatch.setattr(report, "PANEL_IMAGES", 4)
     arithmetic, measure = set(), report.generator_statistics
 
