@@ -21,6 +21,7 @@ from gdd_fast.inference.sampler import one_step
 from gdd_fast.inference.seeds import latents
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.precision import full_float32
 
 TEACHER = Path(__file__).resolve().parents[1] / "gdd_fast" / "assets" / "teacher"
 LIMITS = {"float32": 1, "bfloat16": 2, "float16": 2}
@@ -53,8 +54,9 @@ def batches(net: EDMPrecond, images: int, batch: int, device: torch.device) -> I
 
 
 @torch.no_grad()
+@full_float32()
 def compare(generator: OneStepGenerator, images: int, batch: int) -> dict[str, Difference]:
-    """Differences by name, over `images` seeds."""
+    """Differences by name, over `images` seeds. float32 is computed in full, not in TF32."""
     net = generator.network.to(generator.device)
     own = net.dtype
     found = {name: Difference() for name in ("engine, plain", "engine, float32", "plain, float32")}
@@ -73,6 +75,7 @@ def compare(generator: OneStepGenerator, images: int, batch: int) -> dict[str, D
 
 
 @command
+@full_float32()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__.split("\n", 1)[0])
     parser.add_argument("nets", nargs="*", type=Path, default=[TEACHER], help=".pkl, network folder or run folder")

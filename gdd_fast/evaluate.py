@@ -28,6 +28,7 @@ from gdd_fast.metrics.frechet import Statistics, frechet_distance
 from gdd_fast.models.load import load_generator
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.precision import full_float32
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class EvaluateConfig:
         )
 
 
+@full_float32()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The distances of `config`, as plain JSON types; writes --save-ref.
 

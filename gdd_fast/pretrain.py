@@ -13,10 +13,10 @@ from gdd_fast.cli import parse
 from gdd_fast.config import to_dict
 from gdd_fast.distill import loop
 from gdd_fast.distill.distributed import join
-from gdd_fast.distill.precision import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.errors import command
 from gdd_fast.files import check_writable
+from gdd_fast.precision import gpu_arithmetic
 
 
 @command

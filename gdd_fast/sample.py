@@ -33,6 +33,7 @@ from gdd_fast.inference.writers import check_new_output
 from gdd_fast.models.load import load_generator, network_digest
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.precision import full_float32
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 
@@ -90,6 +91,7 @@ class SampleConfig:
         parse_seeds(self.seeds)
 
 
+@full_float32()
 def sample(config: SampleConfig) -> None:
     """Write the images of `config`. Raises a `GddFastError` before the first image if anything in it cannot work."""
     config.validate()

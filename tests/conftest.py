@@ -33,6 +33,21 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
+def switches():
+    """Of float32 on a GPU: PyTorch's defaults, before the test and after it."""
+
+    def reset() -> None:
+        torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = True
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.fixture
 def plain(monkeypatch):
     """One thread, so that a sum is the same sum everywhere; no TensorBoard, whose import takes seconds."""
     from gdd_fast.distill import output

@@ -220,6 +220,21 @@ def test_convolutions_are_tried_in_the_warm_up_alone(monkeypatch) -> None:
         assert not any(seen[4:])
 
 
+def test_float32_is_captured_in_full_whatever_the_process_chose(switches) -> None:
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    seen: list[set[str]] = []
+
+    def network(latents: Tensor, rows: Tensor | None) -> Tensor:
+        seen.append({kind.fp32_precision for kind in kinds})
+        return latents
+
+    for kind in kinds:
+        kind.fp32_precision = "tf32"
+    with FakeCuda():
+        CudaCapture(GPU)(network, torch.ones(1), None)
+    assert seen == [{"ieee"}] * 4 and [kind.fp32_precision for kind in kinds] == ["tf32"] * 2
+
+
 def test_what_is_given_up_is_freed() -> None:
     with FakeCuda() as cuda:
         capture = CudaCapture(GPU)

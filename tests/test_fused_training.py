@@ -35,7 +35,6 @@ from gdd_fast.distill import adam_ema, distillation, parts
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.parts import OPERATORS, Parts
-from gdd_fast.distill.precision import gpu_arithmetic
 from gdd_fast.inference.sampler import one_step
 from gdd_fast.models import discriminator, frozen_conv
 from gdd_fast.models.edm import ncsnpp
@@ -43,6 +42,7 @@ from gdd_fast.models.load import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops import adam_ema as ops_adam_ema
+from gdd_fast.precision import gpu_arithmetic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 20

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -110,21 +111,25 @@ def test_a_generator_of_a_repository(net, tmp_path, monkeypatch):
 
 
 def test_a_generator_is_downloaded(net, tmp_path, monkeypatch):
-    hub.save_pretrained(net, tmp_path / "net")
-    asked = []
+    """All files of one commit, whatever the branch comes to name meanwhile."""
+    other = fill(GDDPrecond(SIZE, 3, **SMALL["adm"]))
+    commits = {"a" * 40: net, "b" * 40: other}
+    for commit, network in commits.items():
+        hub.save_pretrained(network, tmp_path / "repository" / commit)
+    branch, asked = iter(commits), []
 
     def download(repo_id, name, **options):
         asked.append((repo_id, name, options["revision"], options["token"]))
-        return str(tmp_path / "net" / name)
+        commit = next(branch) if options["revision"] == "v1" else options["revision"]
+        target = tmp_path / "cache" / "snapshots" / commit / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "repository" / commit / name, target)
+        return str(target)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert OneStepGenerator.from_pretrained("name", device="cpu", revision="v1", token="t")(1).shape == (
-        1,
-        SIZE,
-        SIZE,
-        3,
-    )
-    assert asked == [("name", "config.json", "v1", "t"), ("name", "model.safetensors", "v1", "t")]
+    generator = OneStepGenerator.from_pretrained("name", device="cpu", revision="v1", token="t")
+    torch.testing.assert_close(generator.network.state_dict(), net.state_dict())
+    assert asked == [("name", "config.json", "v1", "t"), ("name", "model.safetensors", "a" * 40, "t")]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Outputs written in several runs: the same as in one, whatever interrupted them."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -106,13 +108,102 @@ def test_what_was_put_at_the_output_meanwhile_is_kept(tmp_path, name):
     with pytest.raises(ConfigError, match=r"exists|not empty"):
         write(path)  # before anything is computed
     mine.unlink()
-    with pytest.raises(ConfigError, match=r"exists|not empty"), resume_writer(path, SEEDS, RUN) as writer:
+    refused = pytest.raises(ConfigError, match=r"exists|not empty")
+    with refused, resume_writer(path, SEEDS, RUN, subdirs=True) as writer:
         writer.put(SEEDS[4:], images(SEEDS[4:]), classes(SEEDS[4:]))
         fill()
     assert content(path) == {"mine.png": b"mine"} if not path.suffix else path.read_bytes() == b"mine"
     mine.unlink()
     assert write(path) == len(SEEDS), "nothing is lost"
     assert not part_folder(path).exists()
+
+
+def test_a_second_process_is_refused_and_takes_nothing_away(tmp_path):
+    path = tmp_path / "out.zip"
+    with resume_writer(path, SEEDS, RUN, subdirs=True) as writer:
+        for start in range(0, len(SEEDS), 2):
+            seeds = SEEDS[start : start + 2]
+            writer.put(seeds, images(seeds), classes(seeds))
+            with pytest.raises(ConfigError, match=r"another process is writing .*out\.zip"):
+                write(path)
+    assert not part_folder(path).exists()
+    write(tmp_path / "whole.zip")
+    assert content(path) == content(tmp_path / "whole.zip")
+
+
+def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def others_end(file, operation):
+        Path(file.name).unlink()
+        flock(file, operation)
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another process"):
+        patch.setattr(fcntl, "flock", others_end)
+        write(tmp_path / "out.zip")
+    assert write(tmp_path / "out.zip") == 0
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match="cannot be locked: No locks"):
+        write(tmp_path / "out.zip")
+
+
+@OUTPUTS
+def test_parts_that_are_not_a_beginning_are_refused(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(KeyboardInterrupt):
+        write(path, stop=6, error=KeyboardInterrupt(), part_seconds=0.0)
+    parts = [part_folder(path) / f"00000{i}-2{path.suffix}" for i in range(3)]
+    away = parts[1].rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=r"damaged, its parts are 000000-2\S*, 000002-2"):
+        write(path)
+    away.rename(parts[1].with_stem("000001-4"))
+    with pytest.raises(ConfigError, match=r"000001-4\S* does not hold the 4 images of its seeds"):
+        write(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["out.zip", "out"])
+def test_parts_of_other_seeds_are_refused(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(KeyboardInterrupt):
+        write(path, stop=4, error=KeyboardInterrupt(), part_seconds=0.0)
+    parts = [part_folder(path) / f"00000{i}-2{path.suffix}" for i in range(2)]
+    away = parts[0].rename(tmp_path / "away")
+    parts[1].rename(parts[0])
+    away.rename(parts[1])
+    with pytest.raises(ConfigError, match=r"000000-2\S* does not hold the 2 images of its seeds"):
+        write(path)
+    assert not path.exists()
+
+
+@OUTPUTS
+@pytest.mark.parametrize("part_seconds", [60.0, 0.0])
+def test_ctrl_c_costs_no_image(tmp_path, monkeypatch, name, part_seconds):
+    """Neither while images are put nor while a part is closed."""
+    path = tmp_path / name
+    as_array, rename = writers._as_array, Path.rename
+
+    def while_put(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return as_array(*arguments)
+
+    def while_closed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return rename(*arguments)
+
+    for stop, owner, method, interrupted in ((2, writers, "_as_array", while_put), (4, Path, "rename", while_closed)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, method, interrupted)
+            write(path, stop=stop, part_seconds=part_seconds)
+    assert write(path) == 4
+    write(tmp_path / "whole" / name)
+    assert content(path) == content(tmp_path / "whole" / name)
 
 
 def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:

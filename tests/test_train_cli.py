@@ -115,8 +115,17 @@ def test_dry_run(inputs, tmp_path, capsys):
 
 def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, monkeypatch):
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6, evaluate_images=4)
+    flags += ["--g-precision", "tf32", "--d-precision", "tf32"]
     monkeypatch.setattr(report, "PANEL_IMAGES", 4)
+    arithmetic, measure = set(), report.generator_statistics
+
+    def measured(*arguments, **options):
+        arithmetic.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(report, "generator_statistics", measured)
     main(flags)
+    assert arithmetic == {("ieee", "ieee")}, "a report is of full fp32 whatever the run was"
     first = capsys.readouterr().out
     assert "distilled, 1 step" in first and f"One-step generator in {tmp_path / 'run'}" in first
     distances = json.loads((tmp_path / "run" / "report.json").read_text())["distances"]

@@ -77,6 +77,18 @@ def test_an_npz_has_the_arrays_that_adms_evaluation_reads(tmp_path):
         assert file.files == ["arr_0"]
 
 
+def test_an_npz_keeps_none_of_the_memory_it_was_given(tmp_path):
+    """On a GPU it is pinned, and the next batch's."""
+    images, classes = random_images(), torch.tensor([3, 0, 9, 3])
+    with open_writer(tmp_path / "out.npz") as writer:
+        given = images.clone(), classes.clone()
+        writer.put(SEEDS, *given)
+        for tensor in given:
+            tensor.zero_()
+    with np.load(tmp_path / "out.npz") as file:
+        assert np.array_equal(file["arr_0"], images) and np.array_equal(file["arr_1"], classes)
+
+
 @pytest.mark.parametrize("name", ["out.zip", "out.npz"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, name):
     write(tmp_path / name, random_images())

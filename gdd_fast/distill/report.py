@@ -23,6 +23,7 @@ from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.models.load import as_generator, load_generator
 from gdd_fast.modules import choose_backend
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.precision import full_float32
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -54,12 +55,14 @@ def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> 
     return report["distances"] if report.get("measured") == _measured(config, contents, trained_images) else None
 
 
+@full_float32()
 def write(
     config: TrainConfig, contents: dict[str, str], device: torch.device, trained_images: int
 ) -> dict[str, dict[str, float]]:
     """Measure, and write report.json and comparison.png to the run folder; `contents` as of `parts.Parts`.
 
-    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`.
+    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`. What is float32 is
+    computed so in full, whatever the run's own arithmetic was.
     Returns distances by row and feature.
     """
     images = config.run.evaluate_images

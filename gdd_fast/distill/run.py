@@ -9,9 +9,9 @@ from gdd_fast.distill.batches import split_batch
 from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.distributed import join, world_size
 from gdd_fast.distill.parts import Parts
-from gdd_fast.distill.precision import gpu_arithmetic
 from gdd_fast.files import check_writable
 from gdd_fast.models.load import RUN_GENERATOR
+from gdd_fast.precision import gpu_arithmetic
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ time, and what one leaves there is copied out before the next. Threads take turn
 event keeps the order.
 
 Shapes never change within a graph, so cuDNN tries its convolutions for them in the warm-up and keeps the fastest
-(`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for.
+(`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for. A convolution that the thread has
+run before without trials keeps what was chosen then: PyTorch looks plans up by the convolution alone.
+
+A graph keeps the arithmetic it was captured with, so float32 is captured in full fp32: `dtype="float32"` would else
+mean TF32 or not by what a switch of the process was at the first call.
 """
 
 import contextlib
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.precision import full_float32
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 Network = Callable[[Tensor, Tensor | None], Tensor]
@@ -104,7 +109,7 @@ class CudaCapture:
 
     def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network:
         latents, rows = latents.clone(), None if rows is None else rows.clone()
-        with torch.cuda.device(self.device), _fastest_convolutions():
+        with torch.cuda.device(self.device), _fastest_convolutions(), full_float32():
             self.stream.wait_stream(torch.cuda.current_stream())
             # a replay on another stream may still use the workspaces that the warm-up's products write to
             self.stream.wait_event(self.idle)

@@ -96,7 +96,10 @@ class OneStepGenerator:
         Args:
             path: where it is; what exists as a path is no repository.
             device: where to compute; by default a GPU if there is one.
-            dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with.
+            dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with. On a
+                GPU, float16 is the half precision to choose where images have to be those of float32: a trained
+                generator keeps to 2 levels of a byte in it; in bfloat16 some 0.3 % of values do not, in the plain
+                network either (counted on a CPU, docs/one_step.md).
             engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
             backend: of the fused operators, see gdd_fast.backend.
             hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.

@@ -3,7 +3,8 @@
 Until a run is whole, its images lie in parts beside the output, in a folder `.<name>.part`: each part is a small output
 of the same kind (a zip, an npz, a folder), and `run.json` says what run they are of. A part is closed every minute, and
 when the run is interrupted, by taking a name that says how many images it holds; one without such a name is not
-counted. Parts hold a beginning of the seeds, in order, so where to go on is the sum of these numbers.
+counted. Parts hold a beginning of the seeds, in order, so where to go on is the sum of these numbers. One process at a
+time: whoever writes holds a lock on `lock`, which ends with the process.
 
 A process may be killed between any two of its steps on files, and the next one goes on. At the end
 
@@ -12,11 +13,13 @@ A process may be killed between any two of its steps on files, and the next one 
     3. the output appears: a zip or npz by renaming the whole, so its absence tells that this has happened; a folder by
        moving images one by one
     4. `run.json` says "joined"
-    5. the parts are removed, `run.json` last
+    5. the parts are removed, then `run.json`, and the folder with the lock
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -31,13 +34,14 @@ import torch
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, leftovers, remove_leftovers, sync_folder
-from gdd_fast.inference.writers import ImageWriter, check_new_output, open_writer
+from gdd_fast.inference.interrupts import interrupt_held
+from gdd_fast.inference.writers import ImageWriter, check_new_output, image_name, open_writer
 
 PART_SECONDS = 60.0
-_RUN, _LABELS, _WHOLE, _OPEN = "run.json", "dataset.json", "whole", "open"
+_RUN, _LOCK, _LABELS, _WHOLE, _OPEN = "run.json", "lock", "dataset.json", "whole", "open"
 _PHASE = "phase"
 _WRITING, _JOINING, _JOINED = "writing", "joining", "joined"
-_PART = re.compile(r"\d{6,}-(\d+)")
+_PART = re.compile(r"(\d{6,})-(\d+)")
 
 
 class ResumableWriter:
@@ -59,8 +63,9 @@ class ResumableWriter:
         self._opened = 0.0
         self._broken = False  # putting or closing did not return: the open part may hold anything
 
+    @interrupt_held()
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
-        """As `ImageWriter.put`; the seeds have to be the next ones."""
+        """As `ImageWriter.put`; the seeds have to be the next ones. Ctrl-C waits until it is done."""
         start = self.done + self._count
         if list(seeds) != self.seeds[start : start + len(seeds)]:
             raise ValueError(
@@ -80,8 +85,9 @@ class ResumableWriter:
     def _open_part(self) -> Path:
         return self.folder / f"{_OPEN}{self.suffix}"
 
+    @interrupt_held()
     def close_part(self) -> None:
-        """Make what has been put since the last part one of its own."""
+        """Make what has been put since the last part one of its own. Ctrl-C waits until it is done."""
         if self._writer is None:
             return
         self._broken = True
@@ -121,30 +127,35 @@ def resume_writer(
 
     The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears at
     `path`, and what was put is kept for the next call with the same arguments.
-    Raises `ConfigError`, before anything is created, for a path that cannot be written, and for parts of another run;
-    and at the end, with the parts kept, for a path that has been filled meanwhile.
+    Raises `ConfigError`, before anything is created, for a path that cannot be written, for parts of another run, and
+    while another process writes there; and at the end, with the parts kept, for a path that has been filled meanwhile,
+    and for parts that do not hold the images of their seeds.
     """
     path = Path(path)
-    folder = check_resumable(path, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    phase = _phase(path, folder)
-    if phase == _WRITING:
-        _write_run(folder, run, phase)
-        remove_leftovers(folder / _RUN)
-        kept = {folder / _RUN, folder / f"{_WHOLE}{_suffix(path)}", *_closed_parts(folder, _suffix(path))}
-        for leftover in set(folder.iterdir()) - kept:
-            _remove(leftover)
-    writer = ResumableWriter(path, folder, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
-    if phase != _WRITING:
-        writer.done = len(writer.seeds)  # parts may have gone already
-    try:
-        yield writer
-    except BaseException:
-        writer.give_up()
-        raise
-    writer.close_part()
-    if writer.done == len(writer.seeds):
-        _finish(path, folder, run, phase)
+    with _locked(path, check_resumable(path, run)):
+        folder = check_resumable(path, run)  # another process may have come to its end just now
+        phase = _phase(path, folder)
+        if phase == _WRITING:
+            parts = _closed_parts(folder, _suffix(path))
+            _check_numbers(parts, len(seeds))
+            _write_run(folder, run, phase)
+            remove_leftovers(folder / _RUN)
+            kept = {folder / _RUN, folder / _LOCK, folder / f"{_WHOLE}{_suffix(path)}", *parts}
+            for leftover in set(folder.iterdir()) - kept:
+                _remove(leftover)
+        writer = ResumableWriter(path, folder, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
+        if phase != _WRITING:
+            writer.done = len(writer.seeds)  # parts may have gone already
+        try:
+            yield writer
+        except BaseException:
+            writer.give_up()
+            raise
+        writer.close_part()
+        if writer.done == len(writer.seeds):
+            if phase == _WRITING:
+                _check_images(writer.parts, writer.seeds, subdirs or path.suffix.lower() == ".zip")
+            _finish(path, folder, run, phase)
 
 
 def part_folder(path: Path) -> Path:
@@ -153,12 +164,15 @@ def part_folder(path: Path) -> Path:
 
 
 def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
-    """The folder of parts of `path`. Raises `ConfigError` if `resume_writer` would; touches nothing."""
+    """The folder of parts of `path`; touches nothing.
+
+    Raises `ConfigError` if `resume_writer` would, but for an output that another process is writing.
+    """
     path = Path(path)
     folder = part_folder(path)
     if not (folder / _RUN).is_file():
         check_new_output(path)
-        if folder.exists() and set(folder.iterdir()) - set(leftovers(folder / _RUN)):
+        if folder.exists() and set(folder.iterdir()) - {folder / _LOCK, *leftovers(folder / _RUN)}:
             raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
         return folder
     before, now = _read_run(folder), json.loads(_text(run))
@@ -172,6 +186,32 @@ def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
             "or name another --out"
         )
     return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path, folder: Path) -> Iterator[None]:
+    """The folder of parts, made if it is not there, as this process's alone. It goes if it ends empty.
+
+    Raises `ConfigError` if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / _LOCK
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be locked: {error.strerror}; name an --out on another disk") from error
+        if not held:  # or it was, of a process that removed the file as it ended, before this one came to lock it
+            raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there are parts in it, or the next process has begun
+                folder.rmdir()
 
 
 def _phase(path: Path, folder: Path) -> str:
@@ -212,7 +252,47 @@ def _closed_parts(folder: Path, suffix: str) -> list[Path]:
 
 
 def _count(part: Path) -> int:
-    return int(_PART.fullmatch(part.stem)[1])
+    return int(_PART.fullmatch(part.stem)[2])
+
+
+def _check_numbers(parts: Sequence[Path], images: int) -> None:
+    """Raise `ConfigError` unless these are parts one after the other, from the first on, of at most `images` images."""
+    numbers = [int(_PART.fullmatch(part.stem)[1]) for part in parts]
+    if numbers != list(range(len(parts))) or sum(map(_count, parts)) > images:
+        names = ", ".join(part.name for part in parts)
+        raise ConfigError(f"{parts[0].parent} is damaged, its parts are {names}; delete the folder to start again")
+
+
+def _check_images(parts: Sequence[Path], seeds: Sequence[int], subdirs: bool) -> None:
+    """Raise `ConfigError` unless every part holds the images of its seeds, by name, or in an npz by number."""
+    start = 0
+    for part in parts:
+        own = seeds[start : start + _count(part)]
+        start += len(own)
+        if part.suffix == ".npz":
+            whole = _npz_length(part) == len(own)
+        else:
+            whole = _image_names(part) == sorted(image_name(seed, subdirs) for seed in own)
+        if not whole:
+            raise ConfigError(
+                f"{part} does not hold the {len(own)} images of its seeds; delete {part.parent} to start again"
+            )
+
+
+def _image_names(part: Path) -> list[str]:
+    if part.is_dir():
+        names = [path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()]
+    else:
+        with zipfile.ZipFile(part) as archive:
+            names = archive.namelist()
+    return sorted(name for name in names if name != _LABELS)
+
+
+def _npz_length(part: Path) -> int:
+    """Of its first array, by its header: the images are not read."""
+    with zipfile.ZipFile(part) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0][0]
 
 
 def _whole(path: Path, folder: Path) -> Path:
@@ -240,10 +320,9 @@ def _finish(path: Path, folder: Path, run: Mapping[str, Any], phase: str) -> Non
         else:
             _join_folders(parts, path)
         _write_run(folder, run, _JOINED)
-    for leftover in set(folder.iterdir()) - {folder / _RUN}:
+    for leftover in set(folder.iterdir()) - {folder / _RUN, folder / _LOCK}:
         _remove(leftover)
     (folder / _RUN).unlink()
-    folder.rmdir()
 
 
 def _join_zips(parts: Sequence[Path], path: Path) -> None:

@@ -83,6 +83,11 @@ def check_new_output(path: str | Path) -> None:
         raise ConfigError(f"--out {path} exists and is not written over; name another file or move it away")
 
 
+def image_name(seed: int, subdirs: bool) -> str:
+    """Of a seed's image within a zip or folder."""
+    return f"{seed - seed % 1000:06d}/{seed:06d}.png" if subdirs else f"{seed:06d}.png"
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """uint8 `(H, W, C)`, C 1 or 3, as the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -133,7 +138,7 @@ class _PngWriter:
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
         array = _as_array(seeds, images, classes)
         for i, seed in enumerate(seeds):
-            name = f"{seed - seed % 1000:06d}/{seed:06d}.png" if self.subdirs else f"{seed:06d}.png"
+            name = image_name(seed, self.subdirs)
             self.pending.append((name, self.pool.submit(encode_png, array[i])))
             if classes is not None:
                 self.labels.append((name, int(classes[i])))
@@ -163,9 +168,10 @@ class _NpzWriter:
         self.classes: list[np.ndarray] = []
 
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
-        self.images.append(_as_array(seeds, images, classes))
+        # copies: images come in pinned memory, which cannot be swapped out and is meant for the next batch
+        self.images.append(_as_array(seeds, images, classes).copy())
         if classes is not None:
-            self.classes.append(classes.cpu().numpy())
+            self.classes.append(classes.cpu().numpy().copy())
 
     def save(self, path: Path) -> None:
         if not self.images:

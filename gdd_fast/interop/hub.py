@@ -178,14 +178,18 @@ def download(repo_id: str, **options: Any) -> Path:
         ) from error
 
     try:
-        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in FILES]
+        # each of the cache's folders is named after a commit, and the second file is asked for by that name: a branch
+        # may move in between
+        folder = Path(hf_hub_download(repo_id, FILES[0], **options)).parent
+        for name in FILES[1:]:
+            hf_hub_download(repo_id, name, **options | {"revision": folder.name})
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(
             f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
             "connection, and that you are logged in if the repository is private."
         ) from error
-    return paths[0].parent
+    return folder
 
 
 def _network(net: EDMPrecond | HasNetwork) -> EDMPrecond:

@@ -4,8 +4,7 @@ A distance compares only with distances of the same features at the same resolut
 travels with the statistics. None of these is the Inception network of published FIDs.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -16,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
+from gdd_fast.precision import full_float32
 
 FeatureName = Literal["lite0", "pixels"]
 LITE0 = "tf_efficientnet_lite0"
@@ -57,19 +57,8 @@ class Lite0Features:
         if x.shape[-2:] != (self.resolution, self.resolution):
             x = interpolate(x, size=(self.resolution, self.resolution), mode="bilinear", antialias=True)
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        with _full_float32():
+        with full_float32():  # statistics made on one device stand for those of another
             return self.network.pooled(x)
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32, which is on for convolutions by default: statistics made on one device stand for those of another."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 class PixelFeatures:

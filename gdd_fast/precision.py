@@ -1,4 +1,4 @@
-"""How a GPU computes float32 during a run, and how cuDNN chooses; put back afterwards."""
+"""How a GPU computes float32 and how cuDNN chooses, for a block; put back afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,3 +26,21 @@ def gpu_arithmetic(*precisions: Precision) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 matrix products and convolutions of a GPU in full fp32: what is made there stands for other machines.
+
+    For a block in a program of others: whichever of PyTorch's two interfaces they chose with, older (`allow_tf32`) or
+    newer (`fp32_precision`), their choice is not lost. Reading the older would fail where they used the newer.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

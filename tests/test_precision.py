@@ -1,0 +1,80 @@
+"""Full fp32 on a GPU where it is promised, and the switches of others as they were."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.backends import cuda, cudnn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import exactness
+from gdd_fast import evaluate, sample
+from gdd_fast.precision import full_float32
+
+
+def read() -> dict[str, object]:
+    """What PyTorch says of itself; of an interface that it finds at odds with the other, that it is."""
+
+    def ask(question: Callable[[], object]) -> object:
+        try:
+            return question()
+        except RuntimeError as error:
+            assert "mix of the legacy and new" in str(error)
+            return "mixed"
+
+    questions = {
+        "products": lambda: cuda.matmul.fp32_precision,
+        "convolutions": lambda: cudnn.conv.fp32_precision,
+        "products, older": lambda: cuda.matmul.allow_tf32,
+        "convolutions, older": lambda: cudnn.allow_tf32,
+    }
+    return {name: ask(question) for name, question in questions.items()}
+
+
+CHOICES = {
+    "default": lambda: None,
+    "older, no TF32": lambda: setattr(cudnn, "allow_tf32", False),
+    "older, all TF32": lambda: torch.set_float32_matmul_precision("high"),
+    "newer, convolutions": lambda: setattr(cudnn.conv, "fp32_precision", "ieee"),
+    "newer, products": lambda: setattr(cuda.matmul, "fp32_precision", "tf32"),
+    "newer, everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES.keys())
+def test_full_float32_is_for_its_block_alone(switches, choose):
+    choose()
+    before = read()
+    with pytest.raises(KeyError), full_float32():
+        assert (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == ("ieee", "ieee")
+        raise KeyError
+    assert read() == before
+
+
+class Watch(TorchDispatchMode):
+    """Notes in which arithmetic convolutions and products are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if any(word in str(operator) for word in ("conv", "mm", "linear")):
+            self.seen.add((cuda.matmul.fp32_precision, cudnn.conv.fp32_precision))
+        return operator(*args, **(kwargs or {}))
+
+
+COMMANDS = {
+    "one step": (sample.main, "--net demo --seeds 0-1 --out {out}"),
+    "many steps": (sample.main, "--net demo --seeds 0-1 --out {out} --sampler heun --steps 2"),
+    "evaluate": (evaluate.main, "--net demo --data demo-test --images 2 --data-images 2 --features pixels"),
+    "exactness": (exactness.main, "--images 2 --batch 2"),
+}
+
+
+@pytest.mark.parametrize(("main", "options"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_commands_compute_float32_in_full(switches, tmp_path, main, options):
+    with Watch() as watch:
+        main([*options.format(out=tmp_path / "out.npz").split(), "--device", "cpu"])
+    assert watch.seen == {("ieee", "ieee")}
+    assert cudnn.allow_tf32, "and leave the process as it was"
