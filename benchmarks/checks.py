@@ -58,6 +58,18 @@ def poisoned(device: torch.device, like: Sequence[Tensor] = ()) -> Iterator[None
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def spoil(call: Any) -> bool:
+    """Fill the outputs that `call` writes anew at every replay of a graph with NaN; whether it has any.
+
+    Right ones of an earlier replay would hide an element that this one forgets.
+    """
+    own = tensors(getattr(call, "own_outputs", ()))
+    with torch.no_grad():
+        for tensor in own:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    return bool(own)
+
+
 class Accuracy:
     """The rule for operators: `truth` in float64, `eager` the same by eager PyTorch in the type that is timed."""
 
