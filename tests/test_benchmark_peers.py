@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import peers, roofline, waterfall
+from benchmarks import network_cases, peers, roofline, waterfall
 from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
 from benchmarks.layers import ConvCall, attention_calls, convolution_calls, pool_calls, resample_calls
@@ -291,6 +292,49 @@ def test_bytes_of_backward_are_what_it_reads():
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
+class Trials(TorchDispatchMode):
+    """Of every convolution, the type and whether cuDNN would try its algorithms."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "convolution" in function.name():
+            self.seen.add((arguments[0].dtype, torch.backends.cudnn.benchmark))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", ["backbone", "block", "generator", "sampling"])
+def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, monkeypatch):
+    """PyTorch keeps what the first call of a convolution has chosen, in the process."""
+    if kind == "generator":  # a small one
+        monkeypatch.setattr(peers, "make_generator", lambda name, device: Setup("demo", 1).generator(device))
+        monkeypatch.setattr(network_cases, "build", lambda name: Setup("demo", 1).generator(CPU).to("meta"))
+    case = {
+        "backbone": network_cases.backbone_case("tf_efficientnet_lite0", 1, torch.bfloat16, resolution=32),
+        "block": network_cases.block_case("ncsnpp-32", "enc.16x16_block1", 1, torch.bfloat16),
+        "generator": network_cases.generator_case("ncsnpp-32", 1, torch.bfloat16),
+        "sampling": waterfall.waterfall_cases(CPU, smoke=True)[1],
+    }[kind]
+    with Trials() as trials:
+        bench = case.build(CPU)
+        for name in bench.peers:
+            bench.peers[name]()()
+    timed = torch.float32 if kind == "sampling" else torch.bfloat16
+    assert {tried for dtype, tried in trials.seen if dtype == timed} == {True}
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_training_that_is_not_timed_tries_no_algorithms(monkeypatch):
+    for trials in (False, True):
+        training, seen = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU, trials=trials), []
+        monkeypatch.setattr(training, "_g_loss", lambda *_, seen=seen: seen.append(torch.backends.cudnn.benchmark))
+        with pytest.raises(AttributeError):
+            training.generator_step(None, None)
+        assert seen == [trials]
+
+
 def test_switches_of_peers_are_put_back():
     def switches():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
@@ -299,4 +343,5 @@ def test_switches_of_peers_are_put_back():
     assert peers.under_tf32(switches, True)() == ("high", True, True)
     with peers.tf32(False):
         assert switches() == ("highest", False, before[2])
+    assert peers.under_tf32(switches, None)() == (*before[:2], True)
     assert switches() == before

@@ -197,10 +197,7 @@ def test_a_case_that_one_process_has_begun_is_no_other_ones(tmp_path, monkeypatc
     (tmp_path / "taken").mkdir()
     one = gpu_battery.Options("cpu", str(battery_file(tmp_path)), True, time.time() + 100, str(tmp_path / "taken"))
     assert one.take(2) and not one.take(2)
-    measure = gpu_battery.measure_case
-    monkeypatch.setattr(
-        gpu_battery, "measure_case", lambda case, *a, **o: begun.append(case.name) or measure(case, *a, **o)
-    )
+    monkeypatch.setattr(gpu_battery, "measure_case", lambda case, *_, **__: begun.append(case.name) or iter(()))
     gpu_battery.run_part("correctness", one)
     gpu_battery.run_part("correctness", one)
     assert begun == ["a", "b", "d"]
