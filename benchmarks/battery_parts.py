@@ -23,7 +23,7 @@ from benchmarks.case import Case
 
 @dataclass(frozen=True)
 class Part:
-    """`share` of the time left; `seconds` a peer is timed, 0 for none; `processes` that take turns at the cases."""
+    """`share` of the time left; `seconds` a peer is timed, 0 for none; `processes` that share the cases."""
 
     share: float
     seconds: float = 0.0
