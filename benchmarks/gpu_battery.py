@@ -106,7 +106,7 @@ def run_part(part: str, options: Options) -> int:
             _cut_off(results, part, f"{case} before {', '.join(outcome.not_begun)}")
         _finish(results, path, part, number)
     if not_begun:
-        more = f" and {len(not_begun) - 1} cases behind it" if len(not_begun) > 1 else ""
+        more = f" and {len(not_begun) - 1} more" if len(not_begun) > 1 else ""
         _cut_off(results, part, not_begun[0] + more)
     results.save(path)
     return 0

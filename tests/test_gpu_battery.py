@@ -211,7 +211,7 @@ def test_a_case_cut_off_between_two_peers_is_not_called_checked(tmp_path, monkey
     monkeypatch.setattr(gpu_battery.Options, "left", lambda self: next(left, 0))
     gpu_battery.run_part("correctness", gpu_battery.Options("cpu", str(path), True, 0.0))
     notes = Results.load(path).notes
-    assert notes["cut_off"]["correctness"] == ["g-a before gdd_fast:triton", "g-b and 1 cases behind it"]
+    assert notes["cut_off"]["correctness"] == ["g-a before gdd_fast:triton", "g-b and 1 more"]
     assert notes["correctness"]["checked"] == 0 and notes["correctness"]["right"] == {"stock": 1}
 
 
