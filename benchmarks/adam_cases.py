@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.case import Bench, Case
 from benchmarks.checks import Accuracy
-from benchmarks.operators import fused_peers
+from benchmarks.operators import fused_peers, split_missing
 from benchmarks.shapes import build
 from benchmarks.timing import Call
 from gdd_fast.distill.freeze import freeze
@@ -62,10 +62,11 @@ def _bench(level: int, device: torch.device) -> Bench:
             accuracy.check(outputs)
 
     makers = {"official": _loop_step, "stock": _fused_step}
-    makers |= fused_peers(OPERATOR, device, _our_step)
+    fused, missing = split_missing(fused_peers(OPERATOR, device, _our_step))
+    makers |= fused
     count = sum(p.numel() for p in start)
     prepared = {name: partial(peer, make) for name, make in makers.items()}
-    return Bench(prepared, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device")
+    return Bench(prepared, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device", missing=missing)
 
 
 def _loop_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:

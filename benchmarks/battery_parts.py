@@ -23,7 +23,7 @@ from benchmarks.case import Case
 
 @dataclass(frozen=True)
 class Part:
-    """`share` of the time left; `seconds` a peer is timed, 0 for none; `processes` that take turns at the cases."""
+    """`share` of the time left; `seconds` a peer is timed, 0 for none; `processes` that share the cases."""
 
     share: float
     seconds: float = 0.0
@@ -107,4 +107,7 @@ def _compiled() -> list[Case]:
 
 def _once(cases: list[Case]) -> list[Case]:
     """The first case of each name: a second one has the peers that are compiled, which are a part of their own."""
-    return list({(case.group, case.name): case for case in reversed(cases)}.values())[::-1]
+    first: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        first.setdefault((case.group, case.name), case)
+    return list(first.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checks import MismatchError, UncheckedError, poisoned, tensors
+from benchmarks.checks import MismatchError, UncheckedError, poisoned, spoil, tensors
 from benchmarks.results import Row
 from benchmarks.timing import Call, Timing, measure, peak_bytes
 
@@ -53,6 +53,8 @@ class Bench:
     """Peers that do less than the work, such as a copy of the input, by the bytes they move: compared with nothing."""
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By peer, what its row says beside the times, such as how far it could be compared."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Peers of ours that belong here and cannot run, and why."""
     keep: Any = None
     """What has to live as long as the case, such as a temporary folder."""
 
@@ -71,6 +73,17 @@ class Case:
         return f"{self.group}-{self.name}".replace(" ", "-")
 
 
+@dataclass
+class Outcome:
+    """What became of the peers of a case, beside the rows."""
+
+    right: list[str] = field(default_factory=list)
+    """Compared, and as accurate as they have to be."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """As of `Bench`."""
+    not_begun: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a peer is timed. `seconds` 0 checks and takes no time; what takes minutes to compile is left out."""
@@ -83,6 +96,7 @@ class Effort:
 def checked_call(bench: Bench, peer: str, device: torch.device) -> Call:
     """The call of `peer`, its outputs compared once on poisoned memory; raises MismatchError, UnavailableError."""
     call = bench.peers[peer]()
+    spoil(call)
     with poisoned(device, bench.like):
         outputs = call()
     _check(bench, peer, outputs)
@@ -125,21 +139,32 @@ def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None
 
 
 def measure_peer(
-    case: Case, bench: Bench, peer: str, device: torch.device, effort: Effort, timer: Callable[..., Any] = measure
+    case: Case,
+    bench: Bench,
+    peer: str,
+    device: torch.device,
+    effort: Effort,
+    timer: Callable[..., Any] = measure,
+    outcome: Outcome | None = None,
 ) -> Row | None:
     """One row, with a failure in it if that is what happened; None if the peer cannot run here or nothing was timed.
 
-    `timer` is `timing.measure` or stands in for it.
+    `timer` is `timing.measure` or stands in for it. A peer that is right is noted in `outcome`.
     """
+    outcome = outcome or Outcome()
     if is_compiled(peer) and not effort.seconds:
         return None
     try:
         call = checked_call(bench, peer, device)
         if not effort.seconds:
+            outcome.right.append(peer)
             return None
         timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
+        if spoil(call):
+            outputs = call()
         _check(bench, peer, outputs)
         del outputs
+        outcome.right.append(peer)
         return row_of(case, bench, peer, timing, _peak(bench, peer, call, device))
     except UnavailableError:
         return None
@@ -158,12 +183,17 @@ def measure_peer(
 
 
 def measure_case(
-    case: Case, device: torch.device, effort: Effort, stop: Callable[[], bool] = lambda: False
+    case: Case,
+    device: torch.device,
+    effort: Effort,
+    stop: Callable[[], bool] = lambda: False,
+    outcome: Outcome | None = None,
 ) -> Iterator[Row]:
     """The rows of all peers, one after the other; a case that cannot be built gives one row that says so.
 
-    No further peer is started once `stop()` is true.
+    No further peer is started once `stop()` is true. What has no row is noted in `outcome`.
     """
+    outcome = outcome or Outcome()
     try:
         bench = case.build(device)
     except UnavailableError:
@@ -172,10 +202,13 @@ def measure_case(
         release(device)
         yield Row(case.group, case.name, "-", failure=describe_error(error))
         return
-    for peer in bench.peers:
+    outcome.missing = bench.missing
+    peers = list(bench.peers)
+    for number, peer in enumerate(peers):
         if stop():
+            outcome.not_begun = peers[number:]
             return
-        row = measure_peer(case, bench, peer, device, effort)
+        row = measure_peer(case, bench, peer, device, effort, outcome=outcome)
         if row is not None:
             yield row
 

@@ -58,6 +58,18 @@ def poisoned(device: torch.device, like: Sequence[Tensor] = ()) -> Iterator[None
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def spoil(call: Any) -> bool:
+    """Fill the outputs that `call` writes anew at every replay of a graph with NaN; whether it has any.
+
+    Right ones of an earlier replay would hide an element that this one forgets.
+    """
+    own = tensors(getattr(call, "own_outputs", ()))
+    with torch.no_grad():
+        for tensor in own:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    return bool(own)
+
+
 class Accuracy:
     """The rule for operators: `truth` in float64, `eager` the same by eager PyTorch in the type that is timed."""
 
@@ -113,9 +125,10 @@ class Gradients:
     A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
     Plain PyTorch's is its error of this gradient, or of all together if that is more: nobody is held to its luck. Where
     a gradient may be off by more than `most`, its size has to be of the order of plain PyTorch's as well (a factor of
-    `_ORDER`), or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding alone, and the size is
-    all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that are a millionth of the
-    largest or less are rounding themselves and are held against that size.
+    `_ORDER`) or of the definition's, or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding
+    alone, and the size is all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that
+    are a millionth of the largest or less, such as of biases before a batch norm, are rounding themselves: they are
+    held against that size, and may be zero.
     """
 
     def __init__(self, expected: Any, floor: float, eager: Any, *, most: float = 0.3) -> None:
@@ -126,7 +139,7 @@ class Gradients:
         found = [t.detach().float() for t in tensors(eager)]
         errors = self._errors(found)
         self._limits = [max(floor, FACTOR * max(error, errors[-1])) for error in errors]
-        self._eager_norms = [_norm([found[i] for i in group]) for group in self._groups]
+        self._sizes = [self._allowed_sizes(found, group) for group in self._groups]
         self._most = most
         compared = {
             i for group, limit in zip(self._groups[:-1], self._limits, strict=False) if limit <= most for i in group
@@ -151,10 +164,10 @@ class Gradients:
         """Raise MismatchError unless the gradients that may be off by more than `above` are of plain PyTorch's size."""
         found = [t.detach().float() for t in tensors(outputs)]
         _check_alike([t.shape for t in found], [t.shape for t in self._expected])
-        for group, limit, eager in zip(self._groups, self._limits, self._eager_norms, strict=True):
+        for group, limit, (least, most) in zip(self._groups, self._limits, self._sizes, strict=True):
             norm = _norm([found[i] for i in group])
-            if limit > above and not (eager / _ORDER <= norm <= eager * _ORDER and (norm == 0.0) == (eager == 0.0)):
-                raise MismatchError(f"{_named(group)} has norm {norm:.3g}, and plain PyTorch's has {eager:.3g}")
+            if limit > above and not least <= norm <= most:
+                raise MismatchError(f"{_named(group)} has norm {norm:.3g} and not one of {least:.3g} to {most:.3g}")
 
     def require_values(self) -> None:
         """Raise UncheckedError if fewer than half of the gradients can be compared in value."""
@@ -163,6 +176,13 @@ class Gradients:
                 f"of {len(self)} gradients {len(self) - self.in_value} may differ by more than {self._most:g} of "
                 "their norm in plain PyTorch already"
             )
+
+    def _allowed_sizes(self, eager: list[Tensor], group: list[int]) -> tuple[float, float]:
+        """The least and the largest norm of a group of gradients."""
+        norms = [_norm([t[i] for i in group]) for t in (eager, self._expected)]
+        if norms[1] <= self._least:
+            return 0.0, max(norms[0], self._least) * _ORDER
+        return min(norms) / _ORDER, max(norms) * _ORDER
 
     def _errors(self, found: list[Tensor]) -> list[float]:
         """Of every group, relative to its norm."""

@@ -11,22 +11,26 @@ good) is started again behind the case that killed it. What failed is listed at 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import machine
 from benchmarks.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
-from benchmarks.case import OUT_OF_MEMORY, Effort, computes, measure_case, release
+from benchmarks.case import OUT_OF_MEMORY, Effort, Outcome, computes, measure_case, release
 from benchmarks.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +38,7 @@ _BUILD_SECONDS = 170
 _GRACE_SECONDS = 25  # for the row in progress when a part's time is up
 _RESTARTS = 4
 _DIED = 3
+_END_SECONDS = 5  # for a build to end by itself
 _LATE = "still busy when its time was up"
 
 
@@ -46,12 +51,21 @@ class Options:
     smoke: bool
     deadline: float
     """In seconds of time.time()."""
-    turn: int = 0
-    of: int = 1
-    """It has every `of`-th case, from number `turn` on."""
+    taken: str | None = None
+    """A folder where the processes of a part that has several mark each case that one of them has begun."""
 
     def left(self) -> float:
         return self.deadline - time.time()
+
+    def take(self, number: int) -> bool:
+        """Whether the case of this number is this process's to run: no other one has taken it."""
+        if self.taken is None:
+            return True
+        try:
+            (Path(self.taken) / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def run_part(part: str, options: Options) -> int:
@@ -64,17 +78,19 @@ def run_part(part: str, options: Options) -> int:
         return 0 if tune(results, path, device, options.left, smoke=options.smoke) else _DIED
     seconds = PARTS[part].seconds
     effort = Effort(min(seconds, 0.02) if options.smoke else seconds, least=3)
-    checked = results.notes.setdefault("correctness", {"checked": 0, "failures": []})
+    checked = _checked(results)
     done = set(results.notes.setdefault("done", {}).setdefault(part, []))
-    for number, case in list(enumerate(cases_of(part, options.smoke)))[options.turn :: options.of]:
-        if number in done:
+    not_begun: list[str] = []
+    for number, case in enumerate(cases_of(part, options.smoke)):
+        if number in done or not options.take(number):
             continue
         if options.left() <= 0:
-            results.notes.setdefault("cut_off", {})[part] = str(case)
-            break
+            not_begun.append(str(case))
+            continue
         results.notes["running"] = [part, number, case.group, case.name]
         results.save(path)
-        for row in measure_case(case, device, effort, stop=lambda: options.left() <= 0):
+        outcome = Outcome()
+        for row in measure_case(case, device, effort, stop=lambda: options.left() <= 0, outcome=outcome):
             print(f"{row.group} | {row.case} | {row.peer}: {row.failure or f'{row.seconds * 1e3:.4g} ms'}", flush=True)
             if part == "correctness":
                 checked["failures"].append(_describe(row))
@@ -84,10 +100,41 @@ def run_part(part: str, options: Options) -> int:
             if row.failure and row.failure != OUT_OF_MEMORY and not computes(device):
                 _finish(results, path, part, number)
                 return _DIED
-        checked["checked"] += part == "correctness"
+        if part == "correctness":
+            _count(checked, outcome)
+        if outcome.not_begun:
+            _cut_off(results, part, f"{case} before {', '.join(outcome.not_begun)}")
         _finish(results, path, part, number)
+    if not_begun:
+        more = f" and {len(not_begun) - 1} more" if len(not_begun) > 1 else ""
+        _cut_off(results, part, not_begun[0] + more)
     results.save(path)
     return 0
+
+
+def _checked(results: Results) -> dict[str, Any]:
+    """What the record says of correctness: how many cases were checked to the end, and of each peer in how many.
+
+    `missing` has the peers that could not run, with the number of cases and the reason of the last one.
+    """
+    empty = {"checked": 0, "failures": [], "right": {}, "missing": {}}
+    found = results.notes.setdefault("correctness", {})
+    for name, value in empty.items():
+        found.setdefault(name, value)
+    return found
+
+
+def _count(checked: dict[str, Any], outcome: Outcome) -> None:
+    checked["checked"] += not outcome.not_begun
+    for peer in outcome.right:
+        checked["right"][peer] = checked["right"].get(peer, 0) + 1
+    for peer, reason in outcome.missing.items():
+        cases, _ = checked["missing"].get(peer, (0, ""))
+        checked["missing"][peer] = [cases + 1, reason]
+
+
+def _cut_off(results: Results, part: str, what: str) -> None:
+    results.notes.setdefault("cut_off", {}).setdefault(part, []).append(what)
 
 
 def _describe(row: Row) -> str:
@@ -115,13 +162,13 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
         running = results.notes.pop("running", None)
         say(f"{part}: process ended with {status} at {running}")
         if status == _LATE and running is not None:
-            results.notes.setdefault("cut_off", {})[part] = " | ".join(running[2:])
+            _cut_off(results, part, " | ".join(running[2:]))
         else:
             results.notes.setdefault("died", []).append([part, str(status), running])
         if status not in (_LATE, _DIED) and running is not None:  # a crash left no row
             row = Row(*running[2:], "-", failure=f"the process ended with status {status}")
             if part == "correctness":
-                results.notes["correctness"]["failures"].append(_describe(row))
+                _checked(results)["failures"].append(_describe(row))
             else:
                 results.add([row])
             results.notes["done"][part].append(running[1])
@@ -134,34 +181,56 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
 
 
 def supervise_together(part: str, options: Options, say: Callable[[str], None], processes: int) -> None:
-    """`supervise` for so many processes at once, each with its turn of the cases and a file, merged at the end."""
+    """`supervise` for so many processes at once, each with a file of its own; the next case is whose that is free."""
     path = Path(options.out)
     base = Results.load(path)
-    turns = [
-        replace(options, out=str(path.with_name(f".{path.stem}.{part}{i}.json")), turn=i, of=processes)
-        for i in range(processes)
-    ]
-    for one in turns:
-        Results(base.machine, base.rates).save(Path(one.out))
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda one: supervise(part, one, say), turns))
-    for one in turns:
+    with tempfile.TemporaryDirectory() as taken:
+        own = [replace(options, out=str(_part_file(path, part, i)), taken=taken) for i in range(processes)]
+        for one in own:
+            Results(base.machine, base.rates).save(Path(one.out))
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(lambda one: supervise(part, one, say), own))
+    for one in own:
         merge(base, Results.load(Path(one.out)))
-        Path(one.out).unlink()
     base.save(path)
+    for one in own:
+        Path(one.out).unlink()
+
+
+def _part_file(path: Path, part: str, number: int | str) -> Path:
+    return path.with_name(f".{path.stem}.{part}.{number}.json")
 
 
 def merge(into: Results, found: Results) -> None:
-    """Rows of `found`, and its notes on what was checked, cut off and died."""
+    """Rows of `found`, and its notes on what was checked, cut off and died; a case still running was cut off."""
     into.add(found.rows)
-    checked = into.notes.setdefault("correctness", {"checked": 0, "failures": []})
-    own = found.notes.get("correctness", {"checked": 0, "failures": []})
+    checked, own = _checked(into), _checked(found)
     checked["checked"] += own["checked"]
     checked["failures"] += own["failures"]
-    if "cut_off" in found.notes:
-        into.notes.setdefault("cut_off", {}).update(found.notes["cut_off"])
+    for peer, cases in own["right"].items():
+        checked["right"][peer] = checked["right"].get(peer, 0) + cases
+    for peer, (cases, reason) in own["missing"].items():
+        checked["missing"][peer] = [checked["missing"].get(peer, (0, ""))[0] + cases, reason]
+    for part, cases in found.notes.get("cut_off", {}).items():
+        into.notes.setdefault("cut_off", {}).setdefault(part, []).extend(cases)
+    if "running" in found.notes:
+        part, _, *case = found.notes["running"]
+        _cut_off(into, part, " | ".join(case))
     if "died" in found.notes:
         into.notes.setdefault("died", []).extend(found.notes["died"])
+
+
+def merge_left_over(results: Results, path: Path, fresh: Iterable[str]) -> list[Path]:
+    """Take up what processes of an earlier run wrote that was ended before it could; the files, to be removed.
+
+    What parts that are `fresh` left is dropped, and what is of another device.
+    """
+    files = [(part, found) for part in PARTS for found in sorted(path.parent.glob(_part_file(path, part, "*").name))]
+    for part, file in files:
+        found = Results.load(file)
+        if part not in fresh and found.machine["device"] == results.machine["device"]:
+            merge(results, found)
+    return [file for _, file in files]
 
 
 def processes_of(part: str, device: torch.device) -> int:
@@ -182,18 +251,35 @@ def build_extension(device: torch.device, seconds: float) -> str:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     start = time.time()
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        status, output = run_group(command, environment, seconds)
     except subprocess.TimeoutExpired:
         return f"not built: still busy after {seconds:.0f} s"
-    if done.returncode:
-        return "not built: " + " / ".join((done.stderr or done.stdout).strip().splitlines()[-8:])[:2000]
+    if status:
+        return "not built: " + " / ".join(output.strip().splitlines()[-8:])[:2000]
     return f"built {'with' if cuda else 'without'} CUDA in {time.time() - start:.0f} s"
+
+
+def run_group(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Status and what was printed; after subprocess.TimeoutExpired nothing that the command started goes on."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException:  # an interrupt too: it does not reach another session
+            os.killpg(process.pid, signal.SIGTERM)  # ninja hands it on to the compilers, which are in other groups
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_END_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, errors or output
 
 
 def begin(
     path: Path, device: torch.device, notes: dict[str, str], fresh: Iterable[str], seconds: float, commit: str | None
 ) -> None:
-    """The file a battery fills: the machine and its rates anew; rows of parts that are not `fresh` are kept."""
+    """The file a battery fills: the machine and its rates anew; what is known of parts that are not `fresh` is kept."""
+    fresh = set(fresh)
     rates = machine.rates(device, seconds=seconds)
     described = machine.describe(device)  # behind them, while the clocks are still up
     described["commit"] = commit or described["commit"]
@@ -201,23 +287,35 @@ def begin(
         notes = {**notes, "extension problem": described["extension"]["error"]}
     release(device)  # other processes will want the memory
     results = Results.continued(path, described, rates)
-    stale = ["running", "done", "cut_off", "died", "extension problem"]
+    if "running" in results.notes:  # an earlier run was ended from outside
+        part, _, *case = results.notes["running"]
+        _cut_off(results, part, " | ".join(case))
+    stale = ["running", "done", "extension problem"]
     stale += [note for note, part in (("correctness", "correctness"), ("tuning", "tune")) if part in fresh]
     for key in stale:
         results.notes.pop(key, None)
+    left_over = merge_left_over(results, path, fresh)
+    cut_off, died = results.notes.get("cut_off", {}), results.notes.get("died", [])
+    results.notes["cut_off"] = {part: cases for part, cases in cut_off.items() if part not in fresh}
+    results.notes["died"] = [one for one in died if one[0] not in fresh]
     results.notes |= notes
     results.save(path)
+    for file in left_over:
+        file.unlink()
 
 
 def summary(results: Results) -> list[str]:
     """What did not come out, a line each, and how much did."""
     notes, failed = results.notes, [row for row in results.rows if row.failure]
-    checked = notes.get("correctness", {"checked": 0, "failures": []})
+    checked = _checked(results)
     lines = [f"{len(results.rows)} rows, {len(failed)} of them without a time"]
     lines += [f"  {_describe(row)}" for row in failed]
     lines.append(f"correctness: {checked['checked']} cases checked, {len(checked['failures'])} failures")
     lines += [f"  {failure}" for failure in checked["failures"]]
-    lines += [f"{part}: out of time at {case}" for part, case in notes.get("cut_off", {}).items()]
+    if checked["right"]:
+        lines.append("  right: " + ", ".join(f"{peer} in {cases}" for peer, cases in checked["right"].items()))
+    lines += [f"  {peer} not checked in {n} cases: {reason}" for peer, (n, reason) in checked["missing"].items()]
+    lines += [f"{part}: out of time at {case}" for part, cases in notes.get("cut_off", {}).items() for case in cases]
     lines += [f"{part}: died with status {status} at {running}" for part, status, running in notes.get("died", [])]
     return lines
 

@@ -84,9 +84,12 @@ def _generator(
     net = peers.make_generator(name, device).requires_grad_(False)
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     labels = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim] if net.label_dim else None
-    with torch.no_grad(), peers.tf32(False):
-        eager = one_step(StockGenerator(net, BEST, dtype), z, labels)
-        check = Closeness(one_step(StockGenerator(net, OFFICIAL, torch.float32), z, labels), FLOOR, eager)
+    with torch.no_grad():
+        with peers.tf32(False, trials=True):  # chooses the algorithms for the peers of this type as well
+            eager = one_step(StockGenerator(net, BEST, dtype), z, labels)
+        with peers.tf32(False, trials=dtype == torch.float32):  # they take seconds
+            expected = one_step(StockGenerator(net, OFFICIAL, torch.float32), z, labels)
+    check = Closeness(expected, FLOOR, eager)
 
     def sampling(network: Callable[..., Tensor]) -> Call:
         def call() -> Tensor:
@@ -105,12 +108,13 @@ def _generator(
     def ours() -> Call:
         model = copy.deepcopy(net).to(memory_format=torch.channels_last)
         model.dtype = dtype
-        return sampling(model)
+        return peers.under_tf32(sampling(model), None)
 
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
         classes = None if labels is None else labels.argmax(1)  # as its users name them
-        return lambda: generator.run(z, classes, check_classes=False)  # as when images are written
+        # as when images are written
+        return peers.under_tf32(lambda: generator.run(z, classes, check_classes=False), None)
 
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {
@@ -189,13 +193,13 @@ def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool
 
     contiguous, channels_last = torch.contiguous_format, torch.channels_last
     official, best = StockBlock(ours, OFFICIAL), StockBlock(ours, BEST)
-    with peers.tf32(False):
+    with peers.tf32(False, trials=True):  # chooses the algorithms for the peers as well
         expected = run(official, torch.float32, contiguous, False)()
         check = Closeness(expected, FLOOR, run(best, dtype, channels_last, False)())
     makers = {
         "official": lambda: peers.under_tf32(run(official, dtype, contiguous, False), False),
         "stock": lambda: peers.under_tf32(run(best, dtype, channels_last, False), True),
-        "gdd_fast": lambda: run(ours, dtype, channels_last, True),
+        "gdd_fast": lambda: peers.under_tf32(run(ours, dtype, channels_last, True), None),
     }
     if compiled:
         makers = {"compile": lambda: peers.under_tf32(run(_Compiled(best), dtype, channels_last, False), True)}
@@ -264,12 +268,12 @@ def _backbone(
         net = torch.compile(net, dynamic=False) if compile_it else net
         return peers.under_tf32(run(net, dtype, torch.channels_last), True)
 
-    with peers.tf32(False):
+    with peers.tf32(False, trials=True):
         check = Closeness(run(as_published(), torch.float32, torch.contiguous_format)(), FLOOR, stock()())
     makers: dict[str, Callable[[], Call]] = {
         "official fp32": lambda: peers.under_tf32(run(as_published(), torch.float32, torch.contiguous_format), False),
         "stock": stock,
-        "gdd_fast": lambda: run(folded(lambda net: net), dtype, torch.channels_last),
+        "gdd_fast": lambda: peers.under_tf32(run(folded(lambda net: net), dtype, torch.channels_last), None),
     }
     if compiled:
         makers = {"compile": partial(stock, True)}

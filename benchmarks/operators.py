@@ -15,7 +15,7 @@ from benchmarks.case import Bench, Case, UnavailableError
 from benchmarks.checks import FACTOR, Accuracy, tensors
 from benchmarks.flops import count_flops
 from benchmarks.timing import Call
-from gdd_fast.backend import Operator, obstacle
+from gdd_fast.backend import PREFERENCE, Operator, obstacle
 from gdd_fast.errors import BackendError
 
 Function = Callable[..., Any]
@@ -45,18 +45,33 @@ Build = Callable[[torch.device], Problem]
 
 
 def fused_peers(operator: Operator, device: torch.device, call: Callable[..., Any]) -> dict[str, Function]:
-    """`call(..., backend=b)` for every fused implementation of `operator` that can run on `device` at full speed."""
-    interpreted = {"triton"} if device.type != "cuda" else set()  # Triton's interpreter is no peer
+    """`call(..., backend=b)` for every fused implementation of `operator` that is made for `device`.
+
+    One that cannot run here, as the extension is not built, say, is there by name: see `split_missing`.
+    """
     found: dict[str, Function] = {}
-    for backend in sorted(operator.fused - interpreted):
+    for backend in sorted(operator.fused & set(PREFERENCE.get(device.type, ()))):  # no interpreter: that is no peer
         try:
-            usable = obstacle(operator, backend, device.type) is None
+            reason = obstacle(operator, backend, device.type)
         except BackendError as error:  # a stale extension: its peer says so in its row, and the others run
             found[f"gdd_fast:{backend}"] = partial(_refuse, error)
             continue
-        if usable:
-            found[f"gdd_fast:{backend}"] = partial(call, backend=backend)
+        found[f"gdd_fast:{backend}"] = partial(call, backend=backend) if reason is None else _missing(reason)
     return found
+
+
+def _missing(reason: str) -> Function:
+    def peer(*_args: Any, **_kwargs: Any) -> Any:
+        raise UnavailableError(reason)
+
+    peer.missing = reason
+    return peer
+
+
+def split_missing(peers: dict[str, Function]) -> tuple[dict[str, Function], dict[str, str]]:
+    """The peers that can run, and of the others why they cannot."""
+    missing = {name: peer.missing for name, peer in peers.items() if hasattr(peer, "missing")}
+    return {name: peer for name, peer in peers.items() if name not in missing}, missing
 
 
 def _refuse(error: BackendError, *_args: Any, **_kwargs: Any) -> Any:
@@ -95,11 +110,12 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
             own = {k: _leaf(_contiguous(t), k in names) for k, t in inputs.items()}
         return partial(_run, function, own, names, cotangents)
 
-    peers = {name: partial(prepared, f) for name, f in problem.peers.items()}
+    usable, missing = split_missing(problem.peers)
+    peers = {name: partial(prepared, f) for name, f in usable.items()}
     bounds = {} if backward else problem.bounds
     if compiled:
         compiled_stock = partial(torch.compile, problem.peers["stock"], fullgraph=True, dynamic=False)
-        peers, problem.extra, bounds = {"compile": lambda: prepared(compiled_stock())}, {}, {}
+        peers, missing, problem.extra, bounds = {"compile": lambda: prepared(compiled_stock())}, {}, {}, {}
     peers |= {name: partial(prepared, f) for name, f in bounds.items()}
     peers |= {name: (lambda f=f: prepared(f())) for name, f in problem.extra.items()}
     floating = [t for t in problem.inputs.values() if t is not None]
@@ -112,6 +128,7 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
         headline="device",
         like=accuracy.outputs,
         checks={name: loose.check for name in peers if not name.startswith("gdd_fast")},
+        missing=missing,
         bounds={name: _size(floating) + _size(tensors(_run(f, inputs, (), []))) for name, f in bounds.items()},
     )
 

@@ -152,16 +152,19 @@ class StockFeatures(nn.Module):
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool, *, trials: bool = False) -> Iterator[None]:
-    """float32 products and convolutions in TF32 or not, put back afterwards; nothing on a CPU.
+def tf32(allowed: bool | None, *, trials: bool = False) -> Iterator[None]:
+    """float32 products and convolutions in TF32 or not (None: as it is), put back afterwards; nothing on a CPU.
 
-    With `trials` cuDNN chooses its algorithms by trying them, as the public code asks it to and whoever wants the best
-    of plain PyTorch.
+    With `trials` cuDNN chooses its algorithms by trying them, as the public code asks it to, our own runs, and whoever
+    wants the best of plain PyTorch. PyTorch keeps the choice by the convolution, its types, sizes and memory formats,
+    and does not ask again: whoever calls one first, such as a reference, has chosen for all peers of the process.
     """
     cudnn = torch.backends.cudnn
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    cudnn.allow_tf32, cudnn.benchmark = allowed, trials or cudnn.benchmark
+    if allowed is not None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        cudnn.allow_tf32 = allowed
+    cudnn.benchmark = trials or cudnn.benchmark
     try:
         yield
     finally:
@@ -169,8 +172,8 @@ def tf32(allowed: bool, *, trials: bool = False) -> Iterator[None]:
         cudnn.allow_tf32, cudnn.benchmark = before[1:]
 
 
-def under_tf32(call: Call, allowed: bool) -> Call:
-    """`call` as a peer of plain PyTorch: within `tf32(allowed, trials=True)`."""
+def under_tf32(call: Call, allowed: bool | None) -> Call:
+    """`call` within `tf32(allowed, trials=True)`, as every peer whose convolutions are timed; ours leave TF32 alone."""
 
     def run() -> Any:
         with tf32(allowed, trials=True):
@@ -205,4 +208,5 @@ def graphed(call: Call) -> Call:
         graph.replay()
         return outputs
 
+    replay.own_outputs = outputs
     return replay

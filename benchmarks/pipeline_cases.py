@@ -104,7 +104,7 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
         return call
 
     few = seeds[:_COMPARED]
-    with peers.tf32(False):
+    with peers.tf32(False, trials=True):
         expected = images_of(StockGenerator(net, OFFICIAL, torch.float32), few).float()
         eager = images_of(StockGenerator(net, BEST, dtype), few).float()
     # of 256 levels, on average; rounding to bytes alone may move a level

@@ -20,6 +20,7 @@ from benchmarks import machine
 from benchmarks.case import Bench, Case, Effort, measure_case
 from benchmarks.checks import tensors
 from benchmarks.flops import count_flops
+from benchmarks.peers import under_tf32
 from benchmarks.results import FOLDER, Results, Row, format_seconds
 from benchmarks.tables import load_all
 from benchmarks.training import STOCK_SETTINGS, Settings, Setup, Training
@@ -127,7 +128,7 @@ def roofline_rows(setup: Setup, device: torch.device, effort: Effort) -> Iterato
 
         def build(_device: torch.device, call=call, name=name) -> Bench:
             return Bench(
-                {"gdd_fast": lambda: call},
+                {"gdd_fast": lambda: under_tf32(call, settings.tf32)},
                 lambda outputs: None,
                 bytes=least_bytes(plain, shapes, name),
                 flops=count_flops(counted[name]),

@@ -5,9 +5,9 @@ same whatever the settings, so that the gradients of a step can be compared. Fie
 that the waterfall of roofline.py switches on one after the other.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,10 +79,14 @@ class Setup:
 
 
 class Training:
-    """The networks and optimizers of one run, and the steps; `z`, `real` and `labels` come from the caller."""
+    """The networks and optimizers of one run, and the steps; `z`, `real` and `labels` come from the caller.
 
-    def __init__(self, setup: Setup, settings: Settings, device: torch.device) -> None:
-        self.setup, self.settings, self.device = setup, settings, device
+    With `trials` cuDNN finds its fastest algorithms by trying them, as in the public code and in our runs: for what is
+    timed. They take seconds for each size of batch.
+    """
+
+    def __init__(self, setup: Setup, settings: Settings, device: torch.device, *, trials: bool = False) -> None:
+        self.setup, self.settings, self.device, self._trials = setup, settings, device, trials
         config = setup.config
         net = setup.generator(device)
         freeze(net, config.generator.freeze)
@@ -115,7 +119,7 @@ class Training:
         """The gradients of the weights of G that train, which are applied."""
         self._train_heads(False)
         _clear(self._g_weights)
-        with _arithmetic(self.settings.tf32):
+        with self._arithmetic():
             self._g_loss(z, labels).backward()
             return self._apply(self._g_weights, self._g_update)
 
@@ -123,7 +127,7 @@ class Training:
         """The gradients of the heads, which are applied."""
         self._train_heads(True)
         _clear(self._d_weights)
-        with _arithmetic(self.settings.tf32):
+        with self._arithmetic():
             self._d_loss(z, real, labels).backward()
             return self._apply(self._d_weights, self._d_update)
 
@@ -133,7 +137,7 @@ class Training:
         self._train_heads(True)
         _clear(self._d_weights)
         images = real.detach().requires_grad_()
-        with _arithmetic(self.settings.tf32):
+        with self._arithmetic():
             logits: Logits = self.heads(self.features(images), labels)
             penalty = r1_penalty(images, logits).sum() * (loss.r1_gamma / 2 * loss.r1_interval / len(real))
             penalty.backward()
@@ -141,19 +145,19 @@ class Training:
 
     def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """What the generator makes, without a graph."""
-        with torch.no_grad(), _arithmetic(self.settings.tf32):
+        with torch.no_grad(), self._arithmetic():
             return one_step(self.generator, z, labels)
 
     def image_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The second half of the generator step, the discriminator's: its loss differentiated by the images alone."""
         self._train_heads(False)
         leaf = images.detach().requires_grad_()
-        with _arithmetic(self.settings.tf32):
+        with self._arithmetic():
             return torch.autograd.grad(self._images_loss(leaf, labels), leaf)[0]
 
     def weight_gradients(self, z: Tensor, labels: Tensor | None, image_gradient: Tensor) -> list[Tensor]:
         """The first half, the generator's: the gradients of its weights for a gradient of its images."""
-        with _arithmetic(self.settings.tf32):
+        with self._arithmetic():
             fake = one_step(self.generator, z, labels)
             found = torch.autograd.grad(fake, self._g_weights, image_gradient, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self._g_weights, found, strict=True)]
@@ -183,6 +187,9 @@ class Training:
         fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
         return discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z))
 
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return peers.tf32(self.settings.tf32, trials=self._trials)
+
     def _train_heads(self, train: bool) -> None:
         for weight in self._d_weights:
             weight.requires_grad_(train)
@@ -192,18 +199,6 @@ class Training:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         update()
         return gradients
-
-
-@contextlib.contextmanager
-def _arithmetic(tf32: bool) -> Iterator[None]:
-    """TF32 or not, and cuDNN's fastest algorithms found by trying, as the public code and a good engineer have it."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        with peers.tf32(tf32):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _engine(settings: Settings, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -86,12 +86,15 @@ FLOAT32 = Types(torch.float32, torch.float32)
 
 
 class Reference:
-    """One step of the public code's settings in float32, and the rules for peers by the types they compute in."""
+    """One step of the public code's settings in float32, and the rules for peers by the types they compute in.
 
-    def __init__(self, step: str, setup: Setup, device: torch.device) -> None:
-        self._step, self._setup, self._device = step, setup, device
+    `trials` as of `Training`.
+    """
+
+    def __init__(self, step: str, setup: Setup, device: torch.device, *, trials: bool = False) -> None:
+        self._step, self._setup, self._device, self._trials = step, setup, device, trials
         settings = in_float32(OFFICIAL_SETTINGS)
-        training = Training(setup, settings, device)
+        training = self._training(settings)
         self.batch = Batch.draw(training)
         self._images = training.images(self.batch.z, self.batch.labels)
         self._image_gradient: Tensor | None = None
@@ -115,7 +118,7 @@ class Reference:
         rules = self._rules_in(types)
         if "G" in rules:
             rules["G"].require_values()
-        for name, gradients in self._probe(Training(self._setup, _of_types(settings, types), self._device)).items():
+        for name, gradients in self._probe(self._training(_of_types(settings, types))).items():
             rules[name].check(gradients)
         return _counted(rules)
 
@@ -133,7 +136,10 @@ class Reference:
                 self._rules_in(types)[name].check(gradients)
 
     def _run(self, settings: Settings) -> Callable[[], Gradient]:
-        return step_call(self._step, Training(self._setup, settings, self._device), self.batch)
+        return step_call(self._step, self._training(settings), self.batch)
+
+    def _training(self, settings: Settings) -> Training:
+        return Training(self._setup, settings, self._device, trials=self._trials)
 
     def _probe(self, training: Training) -> Gradient:
         """The gradients of the step, of G's in halves; G and D before either is updated."""
@@ -153,7 +159,7 @@ class Reference:
         """Plain PyTorch is run in `types` once."""
         if types not in self._rules_of:
             plain = _of_types(in_float32(STOCK_SETTINGS), types)
-            eager = self._probe(Training(self._setup, plain, self._device))
+            eager = self._probe(self._training(plain))
             self._rules_of[types] = self._rules(self._halves, eager)
         return self._rules_of[types]
 

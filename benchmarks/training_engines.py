@@ -33,4 +33,5 @@ def captured(training: Training, step: Call) -> Call:
         graph.replay()
         return outputs
 
+    replay.own_outputs = outputs
     return replay

@@ -8,7 +8,7 @@ the entry that a person would add ("sm_90": {...}).
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from benchmarks import operator_problems as problems
-from benchmarks.case import Case, computes, describe_error
+from benchmarks.case import Bench, Case, computes, describe_error
 from benchmarks.checks import MismatchError
-from benchmarks.layers import convolution_calls, pool_calls, residual_calls
+from benchmarks.layers import ConvCall, convolution_calls, pool_calls, residual_calls
 from benchmarks.operators import operator_case
 from benchmarks.results import Results
 from benchmarks.shapes import norm_calls
 from benchmarks.timing import measure
+from gdd_fast.ops.frozen_conv2d_relu import CEILING, mask_bits_ref, relu_bits_ref_
 
 Options = dict[str, int]
 
@@ -66,8 +67,14 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
     batch, dtype = (1, torch.float32) if smoke else (64, torch.bfloat16)
     norms, residuals, convolutions, pools = norm_calls(), residual_calls(), convolution_calls(), pool_calls()
 
+    def some(layers: Sequence[Any]) -> list[Any]:
+        return [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
+
+    def bits(layer: ConvCall) -> Case:
+        return Case("frozen_conv2d_relu bits", str(layer), partial(_bits, layer, batch, dtype))
+
     def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
-        chosen = [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
+        chosen = some(layers)
         build = [partial(problem, layer, batch, kind) for layer in chosen]
         return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
 
@@ -75,10 +82,35 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
         "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
         "residual": cases("residual", residuals, problems.residual_problem, False),
-        "frozen_conv2d_relu": cases("frozen_conv2d_relu", convolutions, problems.conv_problem, True),
+        "frozen_conv2d_relu": [bits(layer) for layer in some(convolutions)],
         "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
         "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
     }
+
+
+def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device) -> Bench:
+    """What the kernels of frozen_conv2d_relu do, for one output and its gradient: the convolution, which is the
+    library's and takes most of the time, is left out.
+    """
+    side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
+    shape, ceiling = (batch, layer.size[0], side, side), CEILING[layer.activation]
+    start, dy = (4 * torch.randn(shape, device=device) for _ in range(2))
+    start, dy = (t.to(dtype, memory_format=torch.channels_last) for t in (start, dy))
+    y, clamped = start.clone(), start.clone()
+    expected_bits = relu_bits_ref_(clamped, ceiling)
+    expected = [clamped, expected_bits, mask_bits_ref(dy, expected_bits)]
+
+    def call() -> list[torch.Tensor]:
+        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
+        return [y, bits, torch.ops.gdd_fast.mask_bits(dy, bits, "triton")]
+
+    def check(outputs: list[torch.Tensor]) -> None:
+        right = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        y.copy_(start)
+        if not right:
+            raise MismatchError("the bits, or what they mask, are not the definition's")
+
+    return Bench({"gdd_fast:triton": lambda: call}, check)
 
 
 def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> bool:

@@ -79,10 +79,9 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
             with torch.no_grad():
                 return one_step(network, z)
 
-        return call
+        return peers.under_tf32(call, False)  # all alike: TF32 is none of the techniques
 
-    with peers.tf32(False):
-        expected = sampling(StockGenerator(net, OFFICIAL, torch.float32))()
+    expected = sampling(StockGenerator(net, OFFICIAL, torch.float32))()
 
     def stock(style: Style, layout: torch.memory_format, dtype: torch.dtype, cast: bool = False) -> Call:
         model = StockGenerator(copy.deepcopy(net), style, dtype).to(memory_format=layout)
@@ -97,7 +96,7 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
 
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=last, engine=kind)
-        return lambda: generator.run(z)
+        return peers.under_tf32(lambda: generator.run(z), False)
 
     nchw, nhwc, bf16 = torch.contiguous_format, torch.channels_last, torch.bfloat16
     first = bf16 if gpu else torch.float32

@@ -1,9 +1,6 @@
 """What the benchmarks compare with is the same function, and the battery survives what it measures."""
 
 import itertools
-import json
-import subprocess
-import time
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -13,10 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gpu_battery, peers, roofline, tune, waterfall
-from benchmarks.battery_parts import DEFAULT, PARTS, cases_of
-from benchmarks.case import Bench, Case, Effort, measure_case
+from benchmarks import network_cases, peers, roofline, waterfall
 from benchmarks.checks import MismatchError
 from benchmarks.flops import count_flops
 from benchmarks.layers import ConvCall, attention_calls, convolution_calls, pool_calls, resample_calls
@@ -31,8 +27,7 @@ from benchmarks.training import OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, T
 from benchmarks.training_cases import settings_for, training_cases
 from benchmarks.training_checks import Batch, Reference, Types, in_float32, step_call
 from benchmarks.training_engines import captured
-from gdd_fast import backend, modules
-from gdd_fast.errors import BackendError
+from gdd_fast import modules
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 
@@ -261,73 +256,6 @@ def test_roofline_page_and_picture(tmp_path):
     assert (tmp_path / "w.png").stat().st_size > 5000
 
 
-def battery_file(tmp_path):
-    path = tmp_path / "b.json"
-    Results({"device": "d", "commit": "c"}, {"copy": 1.0}).save(path)
-    return path
-
-
-def fake_case(name, *, fails=False):
-    def build(device):
-        if fails:
-            raise ValueError("no")
-        return Bench({"p": lambda: lambda: torch.ones(1)}, lambda outputs: None)
-
-    return Case("g", name, build)
-
-
-def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, monkeypatch):
-    path = battery_file(tmp_path)
-    cases = [fake_case("a"), fake_case("b", fails=True), fake_case("c")]
-    cases.append(cases[0])  # the same name again, as of a case whose other peers have to be compiled: it runs too
-    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
-    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
-    assert gpu_battery.run_part("ops", options) == 0
-    assert Results.load(path).notes["done"]["ops"] == [0, 1, 2, 3]
-    found = Results.load(path)
-    assert [(r.case, bool(r.failure)) for r in found.rows] == [("a", False), ("b", True), ("c", False)]
-    cases.append(fake_case("d"))
-    gpu_battery.run_part("ops", options)
-    again = Results.load(path)
-    assert again.rows[:3] == found.rows and again.rows[3].case == "d"  # times untouched: they were not taken anew
-
-
-def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
-    pipelines = {c.group for c in cases_of("pipelines", False)}
-    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
-    checked = {c.group for c in cases_of("correctness", False)}
-    assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
-    assert "attention forward" not in checked and next(iter(PARTS)) == "correctness"
-
-
-def test_what_has_to_be_compiled_is_a_part_of_its_own():
-    for part in ("inference", "train", "ops"):
-        names = [(c.group, c.name) for c in cases_of(part, False)]
-        assert len(set(names)) == len(names)
-    compiled = {(c.group, c.name) for c in cases_of("compiled", False)}
-    assert compiled <= {(c.group, c.name) for part in ("inference", "train", "ops") for c in cases_of(part, False)}
-    assert "compiled" not in DEFAULT and set(DEFAULT) < set(PARTS)
-
-
-def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(tmp_path, monkeypatch):
-    path = battery_file(tmp_path)
-    cases = [fake_case(name, fails=name == "c") for name in "abcde"]
-    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
-
-    def here(command, **options):
-        return subprocess.CompletedProcess(
-            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
-        )
-
-    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
-    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
-    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
-    found = Results.load(path).notes["correctness"]
-    assert found["checked"] == 5 and found["failures"] == ["g | c | -: ValueError: no"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
-    assert any("1 failures" in line for line in gpu_battery.summary(Results.load(path)))
-
-
 def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
     weight = torch.ones(3, requires_grad=True)
     adam = torch.optim.Adam([weight], fused=True)
@@ -354,103 +282,6 @@ def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
             bench.check(folder)
 
 
-def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
-    path = battery_file(tmp_path)
-    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: [fake_case("a")])
-    gpu_battery.run_part("ops", gpu_battery.Options("cpu", str(path), True, time.time() - 1))
-    assert Results.load(path).notes["cut_off"] == {"ops": "g-a"} and Results.load(path).rows == []
-
-
-def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp_path, monkeypatch):
-    path, started = battery_file(tmp_path), []
-
-    def die_once(command, **options):
-        started.append(command)
-        if len(started) == 1:
-            results = Results.load(path)
-            results.notes |= {"running": ["ops", 0, "g", "a"], "done": {"ops": []}}
-            results.save(path)
-        return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
-
-    monkeypatch.setattr(gpu_battery.subprocess, "run", die_once)
-    gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
-    found = Results.load(path)
-    assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
-    assert [r.failure for r in found.rows] == ["the process ended with status -11"]
-
-
-def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(monkeypatch):
-    from gdd_fast.kernels import _launch
-
-    before = {k: dict(v) for k, v in _launch._table().items()}
-
-    def current():
-        return _launch._table()["residual"]["sm_90"]
-
-    def bench(device):
-        def check(outputs):
-            if current()["num_warps"] == 2:
-                raise tune.MismatchError("wrong")
-
-        return Bench({"gdd_fast:triton": lambda: lambda: None}, check)
-
-    def seconds(found, device):
-        found.check(None)
-        return 1.0 if current()["num_warps"] == 4 else 0.5
-
-    monkeypatch.setattr(tune, "_time", seconds)
-    outcome = tune.tune_entry("residual", [Case("g", "c", bench)], "sm_90", CPU, lambda: 1.0)
-    assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
-    assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
-    assert {k: dict(v) for k, v in _launch._table().items()} == before
-
-
-def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
-    path = battery_file(tmp_path)
-
-    def late(command, **options):
-        results = Results.load(path)
-        results.notes |= {"running": ["compiled", 0, "g", "a"], "done": {"compiled": []}}
-        results.save(path)
-        raise subprocess.TimeoutExpired(command, 1)
-
-    monkeypatch.setattr(gpu_battery.subprocess, "run", late)
-    options = gpu_battery.Options("cpu", str(path), True, time.time())
-    gpu_battery.supervise("compiled", options, lambda text: None)
-    found = Results.load(path)
-    assert found.notes["cut_off"] == {"compiled": "g | a"} and found.rows == [] and "died" not in found.notes
-
-
-def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
-    path, tried = battery_file(tmp_path), []
-    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "to_uint8": [], "no such": []})
-    monkeypatch.setattr(tune, "tune_entry", lambda entry, *rest: tried.append(entry) or {"tried": []})
-    monkeypatch.setattr(tune, "computes", lambda device: len(tried) > 1)
-    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gpu = torch.device("cuda")
-    assert not tune.tune(Results.load(path), path, gpu, lambda: 1.0)
-    assert tune.tune(Results.load(path), path, gpu, lambda: 1.0)
-    assert tried == ["residual", "to_uint8"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
-
-
-@pytest.fixture
-def stale_extension(monkeypatch):
-    def stale():
-        raise BackendError("gdd_fast._C is stale")
-
-    monkeypatch.setattr(backend, "extension", stale)
-
-
-def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_path, stale_extension):
-    path = tmp_path / "b.json"
-    gpu_battery.begin(path, CPU, {}, [], 0.001, None)
-    found = Results.load(path)
-    assert "stale" in found.machine["extension"]["error"] and found.rates["copy"] > 0
-    (case,) = [c for c in operator_cases(False) if c.group == "group_norm_silu forward"][:1]
-    rows = {r.peer: r.failure for r in measure_case(case, CPU, Effort(0.001, least=1))}
-    assert rows["official"] is rows["stock"] is None and "stale" in rows["gdd_fast:cpp"]
-
-
 def test_bytes_of_backward_are_what_it_reads():
     """A ReLU's convolution needs a bit an output, pooling a byte; neither its input again."""
     conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
@@ -461,6 +292,52 @@ def test_bytes_of_backward_are_what_it_reads():
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
 
 
+class Trials(TorchDispatchMode):
+    """Of every convolution, the type and whether cuDNN would try its algorithms."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "convolution" in function.name():
+            self.seen.add((arguments[0].dtype, torch.backends.cudnn.benchmark))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", ["backbone", "block", "generator", "sampling"])
+def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, monkeypatch):
+    """PyTorch keeps what the first call of a convolution has chosen, in the process."""
+    if kind == "generator":  # a small one
+        monkeypatch.setattr(peers, "make_generator", lambda name, device: Setup("demo", 1).generator(device))
+        monkeypatch.setattr(network_cases, "count_flops", lambda call: 0)
+    case = {
+        "backbone": network_cases.backbone_case("tf_efficientnet_lite0", 1, torch.bfloat16, resolution=32),
+        "block": network_cases.block_case("ncsnpp-32", "enc.16x16_block1", 1, torch.bfloat16),
+        "generator": network_cases.generator_case("ncsnpp-32", 1, torch.bfloat16),
+        "sampling": waterfall.waterfall_cases(CPU, smoke=True)[1],
+    }[kind]
+    trials = Trials()
+    with trials:
+        bench = case.build(CPU)
+    for name in bench.peers:
+        call = bench.peers[name]()
+        with trials:
+            call()
+    timed = torch.float32 if kind == "sampling" else torch.bfloat16
+    assert {tried for dtype, tried in trials.seen if dtype == timed} == {True}
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_training_that_is_not_timed_tries_no_algorithms(monkeypatch):
+    for trials in (False, True):
+        training, seen = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU, trials=trials), []
+        monkeypatch.setattr(training, "_g_loss", lambda *_, seen=seen: seen.append(torch.backends.cudnn.benchmark))
+        with pytest.raises(AttributeError):
+            training.generator_step(None, None)
+        assert seen == [trials]
+
+
 def test_switches_of_peers_are_put_back():
     def switches():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
@@ -469,4 +346,5 @@ def test_switches_of_peers_are_put_back():
     assert peers.under_tf32(switches, True)() == ("high", True, True)
     with peers.tf32(False):
         assert switches() == ("highest", False, before[2])
+    assert peers.under_tf32(switches, None)() == (*before[:2], True)
     assert switches() == before

@@ -94,6 +94,36 @@ def test_one_wrong_gradient_of_many_is_found_however_large_the_others_and_bad_ea
     assert rule.in_value == (3 if noise < 0.1 else 0)
 
 
+def test_a_gradient_that_is_more_exact_than_plain_pytorchs_is_right():
+    """Its size too: PyTorch's rounding may be many times a gradient that is small, or that is none at all."""
+    torch.manual_seed(0)
+    truth = [torch.randn(1000), 1e-2 * torch.randn(1000), 1e-9 * torch.randn(1000)]
+    eager = [truth[0], truth[1] + 0.2 * torch.randn(1000), 1e-3 * torch.randn(1000)]
+    rule = Gradients(truth, 0.1, eager)
+    for exact in (truth, [*truth[:2], torch.zeros(1000)]):
+        rule.check(exact)
+        rule.check_sizes(exact)
+    for wrong in ([truth[0], torch.zeros(1000), truth[2]], [truth[0], truth[1], torch.full((1000,), 1e-2)]):
+        with pytest.raises(MismatchError, match="has norm"):
+            rule.check(wrong)
+
+
+@pytest.mark.parametrize("stale", ["from the start", "later"])
+def test_a_replay_that_writes_nothing_is_found(stale):
+    own = torch.ones(3)
+
+    def replay():
+        if stale == "later" and len(calls) < 3:
+            own.fill_(1.0)
+        calls.append(None)
+        return own
+
+    calls, replay.own_outputs = [], own
+    right = Closeness(torch.ones(3), 1e-6).check
+    (only,) = measure_case(Case("g", "c", lambda device: Bench({"graph": lambda: replay}, right)), CPU, QUICK)
+    assert "NaN" in only.failure and only.wall is None
+
+
 def test_a_step_whose_gradients_cannot_be_compared_gets_no_time():
     truth = [torch.randn(100) for _ in range(3)]
     rule = Gradients(truth, 0.1, [torch.randn(100) for _ in range(3)])
