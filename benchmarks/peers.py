@@ -192,14 +192,19 @@ def step_if_finite(adam: torch.optim.Adam, gradients: Sequence[Tensor]) -> None:
     adam.step()
 
 
-def graphed(call: Call) -> Call:
-    """`call` captured in a CUDA graph; the outputs are the graph's own memory, written anew by every replay."""
+def graphed(call: Call, undo: Callable[[], None] | None = None) -> Call:
+    """`call` captured in a CUDA graph; the outputs are the graph's own memory, written anew by every replay.
+
+    By PyTorch's own instructions: warmed up on a side stream first. `undo` takes back what the warm-up changed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_GRAPH_WARM_UP):
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    if undo is not None:
+        undo()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call()

@@ -126,15 +126,6 @@ def _triton_obstacle(device: str) -> str | None:
     return None
 
 
-def constant_when_compiled(function: Callable[..., str]) -> Callable[..., str]:
-    """Let torch.compile run `function`, of strings, while it traces and take the result for a constant.
-
-    What torch.compiler.assume_constant_result does, without importing the compiler and with it triton.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
 def resolve(backend: Backend, operator: Operator, device: str) -> str:
     """The implementation that runs: `backend` itself, or for "auto" the first in PREFERENCE that can.
 
@@ -149,6 +140,19 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     if reason is not None:
         raise BackendError(f"{operator.name}: backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def chooser(operator: Operator) -> Callable[[Backend, str], str]:
+    """`resolve` for one operator; torch.compile runs it while it traces and takes the result for a constant.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler and with it triton.
+    """
+
+    def choose(backend: Backend, device: str) -> str:
+        return resolve(backend, operator, device)
+
+    choose._dynamo_marked_constant = True
+    return choose
 
 
 def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device
+from ._launch import configuration, on_its_device, pixel_stride
 
 
 @triton.jit
@@ -41,9 +41,8 @@ def to_uint8(x: Tensor) -> Tensor:
     options = configuration("to_uint8", x.device)
     size = c * h * w
     blocks = triton.cdiv(size, options["BLOCK"])
-    stride_p = x.stride(3) if w > 1 else x.stride(2)
     # the definition rounds the product before the sum: no fused multiply-add
     to_uint8_kernel[(n * blocks,)](
-        x, y, x.stride(0), x.stride(1), stride_p, size, blocks, C=c, enable_fp_fusion=False, **options
+        x, y, x.stride(0), x.stride(1), pixel_stride(x), size, blocks, C=c, enable_fp_fusion=False, **options
     )
     return y

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._maps import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
+_implementation = chooser(OPERATOR)
 
 Order = Literal["interleaved", "blocks"]
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -96,11 +97,6 @@ def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
     if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
         backend = "triton"
     return _implementation(backend, qkv.device.type)
-
-
-@constant_when_compiled
-def _implementation(backend: Backend, device: str) -> str:
-    return resolve(backend, OPERATOR, device)
 
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import _group_norm_fused as fused
 from gdd_fast.ops import _group_norm_torch as definition
 from gdd_fast.ops._maps import DTYPES, cast, compute_dtype, empty_map, memory_format, runs_eagerly
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
+_implementation = chooser(OPERATOR)
 
 Activation = Literal["silu"] | None
 
@@ -141,11 +142,6 @@ def _is_small(x: Tensor, skip: Tensor | None, scale: Tensor | None) -> bool:
     """Whether plain PyTorch takes no longer than "cpp" for these maps, forward; docs/cpu_operators.md."""
     values = x.numel() if skip is None else x.numel() + skip.numel()
     return x.dtype == torch.float32 and values < _LEAST_VALUES[scale is not None]
-
-
-@constant_when_compiled
-def _implementation(backend: Backend, device: str) -> str:
-    return resolve(backend, OPERATOR, device)
 
 
 def _check(

@@ -7,7 +7,7 @@ saved for backward, which is plain torch: `dy * scale`, and its sum for the bias
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, Operator, constant_when_compiled, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import (
     DTYPES,
@@ -19,6 +19,7 @@ from gdd_fast.ops._maps import (
 )
 
 OPERATOR = Operator("residual", fused=frozenset({"triton"}))
+_implementation = chooser(OPERATOR)
 
 
 def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -68,11 +69,6 @@ def residual(
         return (y, channel_statistics_ref(y)) if statistics else y
     y, s = torch.ops.gdd_fast.residual.default(h, skip, bias, float(scale), statistics)
     return (y, s) if statistics else y
-
-
-@constant_when_compiled
-def _implementation(backend: Backend, device: str) -> str:
-    return resolve(backend, OPERATOR, device)
 
 
 def _check(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool) -> None:
