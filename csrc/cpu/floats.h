@@ -15,19 +15,49 @@ namespace gdd_fast::cpu {
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+GDD_FAST_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+GDD_FAST_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// All bits or none.
+GDD_FAST_INLINE uint32_t mask(bool condition) { return -static_cast<uint32_t>(condition); }
+
 template <typename T>
 GDD_FAST_INLINE Real<T> widen(T x) {
-  return static_cast<Real<T>>(x);
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    const uint32_t magnitude = x.x & 0x7fff, sign = (x.x & 0x8000u) << 16;
+    const uint32_t value = bits_of(float_of(magnitude << 13) * 0x1p112f);  // the exponents' biases are 15 and 127
+    return float_of(value | sign | (mask(magnitude >= 0x7c00) & 0x7f800000));
+  } else {
+    return static_cast<Real<T>>(x);
+  }
 }
 
 // Rounded to nearest, ties to even.
 template <typename T>
 GDD_FAST_INLINE T narrow(Real<T> x) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return c10::BFloat16(static_cast<uint16_t>(x == x ? rounded : 0x7fc0), c10::BFloat16::from_bits());
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    // Added to a power of two 2^13 times as large, or as the smallest normal number, it is rounded to a half's places.
+    // What is too large for one has become infinite before. No arithmetic is under a condition: GCC would make
+    // branches.
+    const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    const uint32_t exponent = bits & 0x7f800000, least = 113u << 23;
+    const float power = float_of((exponent > least ? exponent : least) + (15u << 23));
+    const uint32_t sum = bits_of(power + float_of(magnitude) * 0x1p112f * 0x1p-110f);
+    const uint32_t half = ((sum >> 13) & 0x7c00) + (sum & 0xfff);
+    const uint32_t nan = mask(magnitude > 0x7f800000);
+    return c10::Half(static_cast<uint16_t>(sign | (half & ~nan) | (0x7e00 & nan)), c10::Half::from_bits());
   } else {
     return static_cast<T>(x);
   }

@@ -1,25 +1,12 @@
 // SiLU and its derivative in float32, in a form that GCC vectorises.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/floats.h"
 
 namespace gdd_fast::cpu {
 
 constexpr float kLimit = 87.0f;  // of exponents
-
-GDD_FAST_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-GDD_FAST_INLINE float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // exp(x), x clipped to +-limit = 87, where it and 1 + exp(x) are normal numbers, to about a unit in the last place: 2^k
 // times a polynomial in the rest of x / ln 2, as in Cephes. Plain arithmetic, which GCC turns into vectors; it makes

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._maps import DTYPES, memory_format
+from gdd_fast.ops._maps import DTYPES, memory_format, runs_eagerly
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
 
@@ -93,9 +93,10 @@ def resample2d(
     for name, t in (("the filter", kernel), ("add", add)):
         if t is not None and t.device != x.device:
             raise InputError(f"resample2d: {name} is on {t.device}, x on {x.device}")
-    return torch.ops.gdd_fast.resample2d(
-        x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale, box, backend
-    )
+    geometry = (x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale)
+    if runs_eagerly(x) and _runs(backend, kernel, x.device.type) != "torch":
+        return torch.ops.gdd_fast_C.resample2d_differentiable.default(*geometry)  # the same with autograd in C++
+    return torch.ops.gdd_fast.resample2d.default(*geometry, box, backend)
 
 
 torch.library.define(
