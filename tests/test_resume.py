@@ -230,21 +230,26 @@ def test_a_signal_costs_no_image(tmp_path, monkeypatch, name, part_seconds, numb
 
 
 @SIGNALS
-def test_a_second_signal_does_not_wait_for_the_part(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(("closed", "kept"), [(False, 2), (True, 4)])
+def test_a_second_signal_does_not_wait_for_the_part(tmp_path, monkeypatch, number, closed, kept):
+    """It comes just before or just after the part takes its name."""
     path, rename = tmp_path / "out.zip", Path.rename
     write(path, stop=2)
     monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
 
     def while_closed(*arguments):
+        if closed:
+            rename(*arguments)
         signal.raise_signal(number)
-        return rename(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(ENDS[number]), reserve(path) as output:
         patch.setattr(Path, "rename", while_closed)
         with output.writer(SEEDS, RUN, subdirs=True) as writer:
             writer.put(SEEDS[2:4], images(SEEDS[2:4]), classes(SEEDS[2:4]))
             signal.raise_signal(number)
-    assert write(path) == 2, "the closed part alone"
+    assert write(path) == kept
+    write(tmp_path / "whole.zip")
+    assert content(path) == content(tmp_path / "whole.zip")
 
 
 def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:

@@ -81,8 +81,8 @@ class ResumableWriter:
             self._opened = time.monotonic()
         self._broken = True
         self._writer.put(seeds, images, classes)
-        self._broken = False
         self._count += len(seeds)
+        self._broken = False
         if time.monotonic() - self._opened >= self.seconds:
             self.close_part()
 
@@ -99,13 +99,13 @@ class ResumableWriter:
     def _close_part(self) -> None:
         self._broken = True
         self._stack.close()
-        self._broken = False
         part = self.folder / f"{len(self.parts):06d}-{self._count}{self.suffix}"
         self._open_part.rename(part)  # from here on it counts
         sync_folder(self.folder)
         self.parts.append(part)
         self.done += self._count
         self._writer, self._count = None, 0
+        self._broken = False
 
     def give_up(self) -> None:
         """After an exception, the one being handled: keep the part if the images in it are whole, else drop it."""
