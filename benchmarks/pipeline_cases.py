@@ -52,7 +52,7 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
     package("PIL.Image")  # reads what was written
     from gdd_fast.inference.generate import launch, to_host
     from gdd_fast.inference.one_step import OneStepGenerator
-    from gdd_fast.inference.resume import resume_writer
+    from gdd_fast.inference.resume import reserve
     from gdd_fast.inference.seeds import SeedStreams
 
     net = Setup("demo", 1).generator(device) if network == "demo" else peers.make_generator(network, device)
@@ -96,7 +96,7 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
 
         def call() -> Path:
             path.unlink(missing_ok=True)
-            with resume_writer(path, seeds, {"network": network}) as writer:
+            with reserve(path) as output, output.writer(seeds, {"network": network}) as writer:
                 for part in to_host(launch(generator, seeds, batch=batch)):
                     writer.put(part.seeds, part.images, part.classes)
             return path

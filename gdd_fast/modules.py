@@ -23,7 +23,7 @@ from gdd_fast.errors import BackendError, ConfigError, WeightsError
 from gdd_fast.ops import group_norm_silu, residual
 from gdd_fast.ops._maps import autocast_dtype, memory_format
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
-from gdd_fast.ops.attention import attention
+from gdd_fast.ops.attention import attention, check_triton
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
@@ -274,8 +274,9 @@ class Attention(nn.Module):
     operator = ATTENTION
     backend: Backend = "auto"
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
+        self.head_dim = channels // num_heads
         self.num_heads = num_heads
 
     def forward(self, qkv: Tensor) -> Tensor:
@@ -307,10 +308,15 @@ def choose_backend(
 ) -> dict[str, str]:
     """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.plan.
 
-    `further` are the operators that the run calls itself. Raises BackendError before anything is set.
+    `further` are the operators that the run calls itself. Raises BackendError before anything is set, also for layers
+    of a form, or a network's compute type, that the backend asked for by name does not take.
     """
     nets = list(nets)
     runs = plan(backend, {*further}.union(*(operators_of(net) for net in nets)), device)
+    for net in nets:
+        for layer in net.modules():
+            if isinstance(layer, Attention) and runs[ATTENTION.name] == "triton":
+                check_triton(layer.head_dim, getattr(net, "dtype", torch.float32), device)
     for net in nets:
         set_backend(net, backend)
     return runs

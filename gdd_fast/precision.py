@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -17,30 +18,36 @@ def gpu_arithmetic(*precisions: Precision) -> Iterator[None]:
     cuDNN times its algorithms once for each convolution and keeps the fastest, as in the public code: the shapes of a
     run do not change. What it keeps may differ from run to run, so that these agree but for rounding.
     """
-    cudnn, wanted = torch.backends.cudnn, "tf32" in precisions
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
-    torch.set_float32_matmul_precision("high" if wanted else "highest")
-    cudnn.allow_tf32, cudnn.benchmark = wanted, True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.benchmark = before[1:]
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    with _float32("tf32" if "tf32" in precisions else "ieee"):
+        cudnn.benchmark = True
+        try:
+            yield
+        finally:
+            cudnn.benchmark = before
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """float32 matrix products and convolutions of a GPU in full fp32: what is made there stands for other machines.
+    """float32 matrix products and convolutions of a GPU in full fp32: what is made there stands for other machines."""
+    with _float32("ieee"):
+        yield
 
-    For a block in a program of others: whichever of PyTorch's two interfaces they chose with, older (`allow_tf32`) or
-    newer (`fp32_precision`), their choice is not lost. Reading the older would fail where they used the newer.
+
+@contextlib.contextmanager
+def _float32(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """For a block in a program of others, or within another such block.
+
+    Whichever of PyTorch's two interfaces they chose with, older (`allow_tf32`) or newer (`fp32_precision`), their
+    choice is not lost. Only the newer is read and set: the older cannot be read where the newer says something else.
     """
     kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
-        kind.fp32_precision = "ieee"
+        kind.fp32_precision = precision
     try:
         yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        for kind, choice in zip(kinds, before, strict=True):
+            kind.fp32_precision = choice

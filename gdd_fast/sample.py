@@ -2,7 +2,8 @@
 
 `python -m gdd_fast.sample --net PATH --seeds 0-63 --grid grid.png --out images.zip`
 
-A run that was interrupted goes on where it stopped when the same command is given again.
+Ctrl-C and SIGTERM keep every image that is finished; a second signal stops at once. The same command then goes on where
+the run stopped. The exit status is 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from gdd_fast.inference.engines import Engine, choose_engine
 from gdd_fast.inference.generate import Batch, SamplerConfig, launch, to_host
 from gdd_fast.inference.grid import save_grid
 from gdd_fast.inference.one_step import OneStepGenerator
-from gdd_fast.inference.resume import check_resumable, part_folder, resume_writer
+from gdd_fast.inference.resume import Reserved, part_folder, reserve
 from gdd_fast.inference.seeds import check_class, parse_seeds
 from gdd_fast.inference.writers import check_new_output
 from gdd_fast.models.load import load_generator, network_digest
@@ -98,12 +99,20 @@ def sample(config: SampleConfig) -> None:
     seeds = parse_seeds(config.seeds)
     device = pick_device(config.device)
     engine = choose_engine(config.engine, device)
+    # before the network is read, which may take minutes
+    with nullcontext() if config.out is None else reserve(config.out) as output:
+        _sample(config, seeds, device, engine, output)
+
+
+def _sample(
+    config: SampleConfig, seeds: Sequence[int], device: torch.device, engine: Engine, output: Reserved | None
+) -> None:
     net = load_generator(teacher_path(config.net), dtype=config.dtype)
     operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
     check_class(config.class_index, net.label_dim)
     run = _run(config, seeds, net)
-    if config.out is not None:
-        check_resumable(config.out, run)
+    if output is not None:
+        output.check(run)
     if config.sampler.sampler == "one-step":
         sigma = config.sampler.sigma_max
         net = OneStepGenerator.from_network(net, device=device, engine=engine, backend=config.backend, sigma=sigma)
@@ -125,9 +134,7 @@ def sample(config: SampleConfig) -> None:
     shown: list[torch.Tensor] = []
     started = time.monotonic()
     with (
-        nullcontext()
-        if config.out is None
-        else resume_writer(config.out, seeds, run, subdirs=config.subdirs) as writer,
+        nullcontext() if output is None else output.writer(seeds, run, subdirs=config.subdirs) as writer,
         tqdm(total=len(seeds), unit="img", dynamic_ncols=True) as bar,
     ):
         done = 0 if writer is None else writer.done

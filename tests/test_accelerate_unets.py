@@ -116,6 +116,15 @@ def test_edm_block_that_computes_something_else_is_left():
     assert not calls and all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
 
 
+def test_edm_block_with_heads_that_the_kernels_do_not_take_is_left():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = nn.ModuleList([edm_style.UNetBlock(width, width, 24, heads=1) for width in (16, 24)]).eval().to(device)
+    _, report = accelerate(net, backend="triton", report=True)
+    assert [entry.path for entry in report.replaced if entry.kind == "UNetBlock"] == ["0"]
+    assert "takes heads of 16, 32" in next(entry.note for entry in report.left if entry.path == "1")
+
+
 def test_edm_block_compiles_to_one_graph():
     block = accelerate(edm_net().enc["8x8_block0"], backend="torch").requires_grad_(False)
     inputs = (normal(1, 32, 8, 8, grad=True), normal(1, 24))

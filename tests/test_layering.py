@@ -17,7 +17,7 @@ SOURCES = [*PACKAGE, *KERNELS]
 COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
 # From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
 LAYERS = (
-    ("config", "errors", "files", "cli", "backend", "sources", "kernels", "precision", "data", "interop"),
+    ("config", "errors", "files", "cli", "backend", "sources", "kernels", "precision", "signals", "data", "interop"),
     ("ops",),
     ("modules",),
     ("models",),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_run import ALONE
 
-from gdd_fast.distill import checkpoint, output, signals
+from gdd_fast import signals
+from gdd_fast.distill import checkpoint, output
 from gdd_fast.distill.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
 from gdd_fast.distill.output import Averages
 from gdd_fast.errors import CheckpointError, DivergedError

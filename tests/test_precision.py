@@ -1,4 +1,4 @@
-"""Full fp32 on a GPU where it is promised, and the switches of others as they were."""
+"""float32 on a GPU as it is promised, and the switches of others as they were."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import exactness
 from gdd_fast import evaluate, sample
-from gdd_fast.precision import full_float32
+from gdd_fast.precision import full_float32, gpu_arithmetic
 
 
 def read() -> dict[str, object]:
@@ -41,13 +41,40 @@ CHOICES = {
 }
 
 
+BLOCKS = {
+    "full": (full_float32, "ieee"),
+    "fp32 and bf16": (lambda: gpu_arithmetic("fp32", "bf16"), "ieee"),
+    "tf32": (lambda: gpu_arithmetic("bf16", "tf32"), "tf32"),
+}
+
+
+def arithmetic() -> tuple[str, str]:
+    """What operators go by."""
+    return cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+
+
+@pytest.mark.parametrize(("block", "precision"), BLOCKS.values(), ids=BLOCKS.keys())
 @pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES.keys())
-def test_full_float32_is_for_its_block_alone(switches, choose):
+def test_arithmetic_is_for_its_block_alone(switches, choose, block, precision):
+    choose()
+    before = read(), cudnn.benchmark
+    with pytest.raises(KeyError), block():
+        assert arithmetic() == (precision, precision)
+        assert cudnn.benchmark == (block is not full_float32)
+        raise KeyError
+    assert (read(), cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize("inner", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("outer", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES.keys())
+def test_blocks_within_blocks(switches, choose, outer, inner):
     choose()
     before = read()
-    with pytest.raises(KeyError), full_float32():
-        assert (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == ("ieee", "ieee")
-        raise KeyError
+    with outer[0]():
+        with inner[0]():
+            assert arithmetic() == (inner[1], inner[1])
+        assert arithmetic() == (outer[1], outer[1])
     assert read() == before
 
 
@@ -60,7 +87,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if any(word in str(operator) for word in ("conv", "mm", "linear")):
-            self.seen.add((cuda.matmul.fp32_precision, cudnn.conv.fp32_precision))
+            self.seen.add(arithmetic())
         return operator(*args, **(kwargs or {}))
 
 

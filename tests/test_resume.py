@@ -1,5 +1,6 @@
 """Outputs written in several runs: the same as in one, whatever interrupted them."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -7,20 +8,27 @@ import os
 import signal
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gdd_fast import signals
 from gdd_fast.errors import ConfigError
 from gdd_fast.inference import writers
-from gdd_fast.inference.resume import part_folder, resume_writer
+from gdd_fast.inference.resume import ResumableWriter, part_folder, reserve
 
 SEEDS = [*range(997, 1007), 5]
 RUN = {"network": "abc", "dtype": "torch.float32"}
 OUTPUTS = pytest.mark.parametrize("name", ["out.zip", "out.npz", "out"])
+
+
+@contextlib.contextmanager
+def resume_writer(path: Path, seeds, run, **options) -> Iterator[ResumableWriter]:
+    with reserve(path) as output, output.writer(seeds, run, **options) as writer:
+        yield writer
 
 
 def images(seeds) -> torch.Tensor:
@@ -131,6 +139,16 @@ def test_a_second_process_is_refused_and_takes_nothing_away(tmp_path):
     assert content(path) == content(tmp_path / "whole.zip")
 
 
+def test_an_output_is_taken_before_anything_is_written(tmp_path):
+    path = tmp_path / "folder" / "below" / "out.zip"
+    with reserve(path):
+        with pytest.raises(ConfigError, match="another process is writing"), reserve(path):
+            pytest.fail("is not to be entered")
+        assert [file.name for file in part_folder(path).iterdir()] == ["lock"]
+    assert not list(tmp_path.iterdir()), "and nothing is left of it"
+    assert write(path) == 0 and [file.name for file in path.parent.iterdir()] == ["out.zip"]
+
+
 def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
     flock = fcntl.flock
 
@@ -182,28 +200,56 @@ def test_parts_of_other_seeds_are_refused(tmp_path, name):
     assert not path.exists()
 
 
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+
+
 @OUTPUTS
+@SIGNALS
 @pytest.mark.parametrize("part_seconds", [60.0, 0.0])
-def test_ctrl_c_costs_no_image(tmp_path, monkeypatch, name, part_seconds):
+def test_a_signal_costs_no_image(tmp_path, monkeypatch, name, part_seconds, number):
     """Neither while images are put nor while a part is closed."""
     path = tmp_path / name
     as_array, rename = writers._as_array, Path.rename
 
     def while_put(*arguments):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         return as_array(*arguments)
 
     def while_closed(*arguments):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         return rename(*arguments)
 
     for stop, owner, method, interrupted in ((2, writers, "_as_array", while_put), (4, Path, "rename", while_closed)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(ENDS[number]):
             patch.setattr(owner, method, interrupted)
             write(path, stop=stop, part_seconds=part_seconds)
     assert write(path) == 4
     write(tmp_path / "whole" / name)
     assert content(path) == content(tmp_path / "whole" / name)
+
+
+@SIGNALS
+@pytest.mark.parametrize(("closed", "kept"), [(False, 2), (True, 4)])
+def test_a_second_signal_does_not_wait_for_the_part(tmp_path, monkeypatch, number, closed, kept):
+    """It comes just before or just after the part takes its name."""
+    path, rename = tmp_path / "out.zip", Path.rename
+    write(path, stop=2)
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+
+    def while_closed(*arguments):
+        if closed:
+            rename(*arguments)
+        signal.raise_signal(number)
+
+    with monkeypatch.context() as patch, pytest.raises(ENDS[number]), reserve(path) as output:
+        patch.setattr(Path, "rename", while_closed)
+        with output.writer(SEEDS, RUN, subdirs=True) as writer:
+            writer.put(SEEDS[2:4], images(SEEDS[2:4]), classes(SEEDS[2:4]))
+            signal.raise_signal(number)
+    assert write(path) == kept
+    write(tmp_path / "whole.zip")
+    assert content(path) == content(tmp_path / "whole.zip")
 
 
 def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:

@@ -2,8 +2,10 @@
 
 import importlib
 import pkgutil
+import re
 
 import pytest
+import torch
 from tiny_run import ALONE, BATCH, tiny_config
 
 import gdd_fast.ops
@@ -13,9 +15,13 @@ from gdd_fast.distill.distillation import Distillation
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.errors import BackendError
 from gdd_fast.evaluate import main as evaluate
+from gdd_fast.inference.one_step import OneStepGenerator
+from gdd_fast.models.load import save_network
+from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.modules import choose_backend, operators_of
 from gdd_fast.sample import main as sample
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("plain")
 
 CPP, NEITHER = Operator("a", fused=frozenset({"cpp"})), Operator("d", fused=frozenset())
@@ -122,6 +128,38 @@ def test_a_backend_that_cannot_run_is_one_error(inputs, tmp_path, capsys, comman
         command(["--net", str(inputs / "teacher"), "--device", "cpu", "--backend", "cuda", *what])
     assert end.value.code == 2
     assert "backend 'cuda' cannot run here: the cuda implementation takes CUDA tensors" in capsys.readouterr().err
+
+
+def attending(channels: int) -> EDMPrecond:
+    """A network whose only attention has one head of `channels`."""
+    return EDMPrecond(8, 1, model_type="SongUNet", model_channels=channels, channel_mult=[1], num_blocks=1,
+                      attn_resolutions=[8])  # fmt: skip
+
+
+def test_heads_that_the_kernels_do_not_take_are_refused_before_work(tmp_path, capsys):
+    pytest.importorskip("triton")
+    net, reason = attending(24), r"takes heads of 16, 32, .* not 24 in torch\.float32"
+    with pytest.raises(BackendError, match=reason):
+        choose_backend("triton", DEVICE, [net])
+    assert {layer.backend for layer in net.modules() if hasattr(layer, "backend")} == {"auto"}
+    with pytest.raises(BackendError, match=reason):
+        OneStepGenerator.from_network(net, device=DEVICE, backend="triton")
+    save_network(net, tmp_path / "net")
+    with pytest.raises(SystemExit) as end:
+        flags = ["--backend", "triton", "--device", DEVICE, "--out", str(tmp_path / "out.zip")]
+        sample(["--net", str(tmp_path / "net"), *flags])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch(f"error: .*{reason}.*\n", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert choose_backend("auto", DEVICE, [net])["attention"] == "torch"
+
+    net = attending(16)
+    assert choose_backend("triton", DEVICE, [net])["attention"] == "triton"
+    OneStepGenerator.from_network(net, device=DEVICE, backend="triton")
+    if DEVICE == "cpu":  # the interpreter
+        net.dtype = torch.bfloat16
+        with pytest.raises(BackendError, match="bfloat16"):
+            choose_backend("triton", DEVICE, [net])
 
 
 def test_a_choice_reaches_the_backbones_pooling(inputs):

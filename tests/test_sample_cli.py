@@ -1,6 +1,12 @@
 """`python -m gdd_fast.sample`: what it writes, and what it refuses before it starts."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ from PIL import Image
 
 from gdd_fast.data.dataset import open_dataset
 from gdd_fast.inference.generate import launch
+from gdd_fast.inference.resume import part_folder, reserve
 from gdd_fast.inference.sampler import heun, one_step
 from gdd_fast.inference.seeds import latents
 from gdd_fast.models.load import RUN_GENERATOR, load_network, save_network
@@ -106,20 +113,20 @@ def test_a_run_folder_gives_its_moving_average(tmp_path):
     assert np.array_equal(npz_images(tmp_path / "run.npz"), npz_images(tmp_path / "net.npz"))
 
 
-@pytest.mark.parametrize("name", ["out.zip", "out"])
-def test_an_interrupted_run_goes_on(conditional, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize(("name", "number"), [("out.zip", signal.SIGINT), ("out", signal.SIGTERM)])
+def test_an_interrupted_run_goes_on(conditional, tmp_path, monkeypatch, capsys, name, number):
     def options(where):
         return ["--net", conditional, "--seeds", "0-9", "--batch", 2, "--out", where, "--grid", tmp_path / "g.png"]
 
     def interrupted(*args, **kwargs):
         batches = launch(*args, **kwargs)
         yield from itertools.islice(batches, 4)
-        raise KeyboardInterrupt  # while two batches are on their way
+        signal.raise_signal(number)  # while two batches are on their way
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("gdd_fast.sample.launch", interrupted)
         sample(*options(tmp_path / name))
-    assert end.value.code == 130
+    assert end.value.code == 128 + number
     assert not (tmp_path / name).exists()
 
     with pytest.raises(SystemExit):
@@ -137,6 +144,42 @@ def test_an_interrupted_run_goes_on(conditional, tmp_path, monkeypatch, capsys, 
         assert np.array_equal(here.image(i), whole.image(i))
         assert here.label(i) == whole.label(i)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.png", name, f"whole-{name}"]
+
+
+def test_a_scheduler_that_ends_the_process_loses_nothing(folder, tmp_path):
+    out = tmp_path / "out.zip"
+    arguments = ["--net", str(folder), "--seeds", "0-99999", "--batch", "2", "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gdd_fast.sample", *arguments],
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not list(part_folder(out).glob(".open.*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, error
+    assert "\nterminated\n" in error and "Traceback" not in error
+    (part,) = part_folder(out).glob("000000-*.zip")
+    assert len(open_dataset(part)) == int(part.stem.split("-")[1]) > 0
+
+
+def test_a_second_process_is_refused_before_it_loads_its_network(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.zip"
+    with reserve(out), pytest.raises(SystemExit) as end:
+        monkeypatch.setattr("gdd_fast.sample.load_generator", lambda *_, **__: pytest.fail("loads its network"))
+        sample("--net", folder, "--out", out)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: another process is writing {out}; let it end, or name another --out\n"
+
+
+def test_an_output_of_a_network_that_is_not_there_is_not_begun(tmp_path):
+    with pytest.raises(SystemExit):
+        sample("--net", tmp_path / "nowhere", "--out", tmp_path / "new" / "out.zip")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_compute_type_is_obeyed(folder, tmp_path):

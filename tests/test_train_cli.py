@@ -188,14 +188,14 @@ def test_the_largest_seed(inputs, tmp_path):
     main(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6, seed=2**63 - 1))
 
 
-@pytest.mark.parametrize(("precision", "products", "tf32"), [("tf32", "high", True), ("fp32", "highest", False)])
-def test_settings_of_torch_are_the_runs_own_and_put_back(inputs, tmp_path, monkeypatch, precision, products, tf32):
+@pytest.mark.parametrize(("precision", "arithmetic"), [("tf32", "tf32"), ("fp32", "ieee")])
+def test_settings_of_torch_are_the_runs_own_and_put_back(inputs, tmp_path, monkeypatch, precision, arithmetic):
     def settings():
         cudnn = torch.backends.cudnn
-        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+        return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark
 
     before, during, iteration = settings(), [], Distillation.iteration
     monkeypatch.setattr(Distillation, "iteration", lambda *args: (during.append(settings()), iteration(*args)))
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6)
     main([*flags, "--g-precision", precision, "--d-precision", precision])
-    assert during == [(products, tf32, True)] and settings() == before
+    assert during == [(arithmetic, arithmetic, True)] and settings() == before

@@ -13,9 +13,9 @@ from gdd_fast.distill import checkpoint
 from gdd_fast.distill.checkpoint import Checkpoint
 from gdd_fast.distill.distributed import World
 from gdd_fast.distill.output import Averages, RunOutput
-from gdd_fast.distill.signals import StopRequest
 from gdd_fast.errors import CheckpointError, DivergedError
 from gdd_fast.files import atomic_write, remove_leftovers
+from gdd_fast.signals import StopRequest
 
 CHECKPOINT = "checkpoint.safetensors"
 DIVERGED = "diverged.safetensors"

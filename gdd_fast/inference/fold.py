@@ -43,6 +43,7 @@ from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.modules import Conv2d, GroupNorm
 from gdd_fast.ops import attention, group_norm_silu, resample2d, residual
+from gdd_fast.ops.attention import check_triton
 
 SIGMA = 80.0
 
@@ -137,7 +138,8 @@ def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedU
         target: where and how the result runs; `make_target` makes it.
         sigma: the noise level, > 0.
 
-    Raises ConfigError if sigma is not positive.
+    Raises ConfigError if sigma is not positive, BackendError if the target's attention does not take the network's
+    heads or the type.
     """
     if not sigma > 0 or math.isinf(sigma):
         raise ConfigError(f"sigma must be a positive number, not {sigma}")
@@ -350,6 +352,8 @@ class _Folder:
 
     def attention(self, block: UNetBlock, gain: float, accumulates: bool) -> Attention:
         """The block's attention on its map times `gain`."""
+        if self.target.attention == "triton":
+            check_triton(block.attend.head_dim, self.target.dtype, self.target.device.type)
         scale, norm = block.skip_scale, block.norm2
         eps = norm.eps * gain**2
         norm2 = Norm(norm.weight, norm.bias, norm.num_groups, eps, self.target, silu=False)

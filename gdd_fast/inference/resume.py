@@ -4,7 +4,7 @@ Until a run is whole, its images lie in parts beside the output, in a folder `.<
 of the same kind (a zip, an npz, a folder), and `run.json` says what run they are of. A part is closed every minute, and
 when the run is interrupted, by taking a name that says how many images it holds; one without such a name is not
 counted. Parts hold a beginning of the seeds, in order, so where to go on is the sum of these numbers. One process at a
-time: whoever writes holds a lock on `lock`, which ends with the process.
+time: whoever is to write holds a lock on `lock`, which ends with the process.
 
 A process may be killed between any two of its steps on files, and the next one goes on. At the end
 
@@ -26,6 +26,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ import torch
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, leftovers, remove_leftovers, sync_folder
-from gdd_fast.inference.interrupts import interrupt_held
 from gdd_fast.inference.writers import ImageWriter, check_new_output, image_name, open_writer
+from gdd_fast.signals import Interruptible
 
 PART_SECONDS = 60.0
 _RUN, _LOCK, _LABELS, _WHOLE, _OPEN = "run.json", "lock", "dataset.json", "whole", "open"
@@ -48,11 +49,12 @@ class ResumableWriter:
     """An `ImageWriter` for the seeds after the first `done`, which an earlier run has written."""
 
     def __init__(
-        self, path: Path, folder: Path, seeds: Sequence[int], *, subdirs: bool, workers: int | None, seconds: float
+        self, output: "Reserved", seeds: Sequence[int], *, subdirs: bool, workers: int | None, seconds: float
     ) -> None:
-        self.folder = folder
+        self.folder = folder = output.folder
+        self.held = output.interruptible.held
         self.seeds = list(seeds)
-        self.suffix = _suffix(path)
+        self.suffix = _suffix(output.path)
         self.options = {"subdirs": subdirs, "workers": workers}
         self.seconds = seconds
         self.parts = _closed_parts(folder, self.suffix)
@@ -63,9 +65,12 @@ class ResumableWriter:
         self._opened = 0.0
         self._broken = False  # putting or closing did not return: the open part may hold anything
 
-    @interrupt_held()
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
-        """As `ImageWriter.put`; the seeds have to be the next ones. Ctrl-C waits until it is done."""
+        """As `ImageWriter.put`; the seeds have to be the next ones. SIGINT and SIGTERM wait until it is done."""
+        with self.held():
+            self._put(seeds, images, classes)
+
+    def _put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None) -> None:
         start = self.done + self._count
         if list(seeds) != self.seeds[start : start + len(seeds)]:
             raise ValueError(
@@ -76,8 +81,8 @@ class ResumableWriter:
             self._opened = time.monotonic()
         self._broken = True
         self._writer.put(seeds, images, classes)
-        self._broken = False
         self._count += len(seeds)
+        self._broken = False
         if time.monotonic() - self._opened >= self.seconds:
             self.close_part()
 
@@ -85,20 +90,22 @@ class ResumableWriter:
     def _open_part(self) -> Path:
         return self.folder / f"{_OPEN}{self.suffix}"
 
-    @interrupt_held()
     def close_part(self) -> None:
-        """Make what has been put since the last part one of its own. Ctrl-C waits until it is done."""
-        if self._writer is None:
-            return
+        """Make what has been put since the last part one of its own. SIGINT and SIGTERM wait until it is done."""
+        if self._writer is not None:
+            with self.held():
+                self._close_part()
+
+    def _close_part(self) -> None:
         self._broken = True
         self._stack.close()
-        self._broken = False
         part = self.folder / f"{len(self.parts):06d}-{self._count}{self.suffix}"
         self._open_part.rename(part)  # from here on it counts
         sync_folder(self.folder)
         self.parts.append(part)
         self.done += self._count
         self._writer, self._count = None, 0
+        self._broken = False
 
     def give_up(self) -> None:
         """After an exception, the one being handled: keep the part if the images in it are whole, else drop it."""
@@ -109,31 +116,54 @@ class ResumableWriter:
             self._writer, self._count = None, 0
 
 
-@contextlib.contextmanager
-def resume_writer(
-    path: str | Path,
-    seeds: Sequence[int],
-    run: Mapping[str, Any],
-    *,
-    subdirs: bool = False,
-    workers: int | None = None,
-    part_seconds: float = PART_SECONDS,
-) -> Iterator[ResumableWriter]:
-    """A writer for the images of `seeds` at `path`, as `open_writer`, that goes on from an interrupted run.
+@dataclass(frozen=True)
+class Reserved:
+    """An output that this process alone may write, and the folder of its parts. See `reserve`."""
 
-    Args:
-        run: what the images depend on, in JSON's types. Parts of another run are not taken up.
-        part_seconds: how often a part is closed, which is what a crash can cost.
+    path: Path
+    folder: Path
+    interruptible: Interruptible
 
-    The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears at
-    `path`, and what was put is kept for the next call with the same arguments.
-    Raises `ConfigError`, before anything is created, for a path that cannot be written, for parts of another run, and
-    while another process writes there; and at the end, with the parts kept, for a path that has been filled meanwhile,
-    and for parts that do not hold the images of their seeds.
-    """
-    path = Path(path)
-    with _locked(path, check_resumable(path, run)):
-        folder = check_resumable(path, run)  # another process may have come to its end just now
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` if `writer` would for such a run, before anything is made for it; touches nothing."""
+        _check_free(self.path)
+        if not (self.folder / _RUN).is_file():
+            return
+        before, now = _read_run(self.folder), json.loads(_text(run))
+        del before[_PHASE]
+        if _phase(self.path, self.folder) == _WRITING:
+            check_new_output(self.path)
+        if before != now:
+            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+            raise ConfigError(
+                f"{self.folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start "
+                "again, or name another --out"
+            )
+
+    @contextlib.contextmanager
+    def writer(
+        self,
+        seeds: Sequence[int],
+        run: Mapping[str, Any],
+        *,
+        subdirs: bool = False,
+        workers: int | None = None,
+        part_seconds: float = PART_SECONDS,
+    ) -> Iterator[ResumableWriter]:
+        """A writer for the images of `seeds`, as `open_writer`, that goes on from an interrupted run.
+
+        Args:
+            run: what the images depend on, in JSON's types. Parts of another run are not taken up.
+            part_seconds: how often a part is closed, which is what a crash can cost.
+
+        The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears
+        at the output's path, and what was put is kept for the next call with the same arguments.
+        Raises `ConfigError`, before anything is written, for a path that cannot be written and for parts of another
+        run; and at the end, with the parts kept, for a path that has been filled meanwhile, and for parts that do not
+        hold the images of their seeds.
+        """
+        self.check(run)
+        path, folder = self.path, self.folder
         phase = _phase(path, folder)
         if phase == _WRITING:
             parts = _closed_parts(folder, _suffix(path))
@@ -143,7 +173,7 @@ def resume_writer(
             kept = {folder / _RUN, folder / _LOCK, folder / f"{_WHOLE}{_suffix(path)}", *parts}
             for leftover in set(folder.iterdir()) - kept:
                 _remove(leftover)
-        writer = ResumableWriter(path, folder, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
+        writer = ResumableWriter(self, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
         if phase != _WRITING:
             writer.done = len(writer.seeds)  # parts may have gone already
         try:
@@ -158,42 +188,42 @@ def resume_writer(
             _finish(path, folder, run, phase)
 
 
+@contextlib.contextmanager
+def reserve(path: str | Path) -> Iterator[Reserved]:
+    """The output at `path` for this process alone, from before the network is loaded until the images are written.
+
+    Within the block SIGTERM ends what is done as Ctrl-C does, see `Interruptible`. A block that writes nothing leaves
+    nothing behind. Raises `ConfigError` for a path that cannot be written, and while another process has it.
+    """
+    path = Path(path)
+    _check_free(path)
+    with Interruptible() as interruptible, _locked(path) as folder:
+        yield Reserved(path, folder, interruptible)
+
+
 def part_folder(path: Path) -> Path:
     """Where the parts of an unfinished output lie."""
     return path.with_name(f".{path.name}.part")
 
 
-def check_resumable(path: str | Path, run: Mapping[str, Any]) -> Path:
-    """The folder of parts of `path`; touches nothing.
-
-    Raises `ConfigError` if `resume_writer` would, but for an output that another process is writing.
-    """
-    path = Path(path)
+def _check_free(path: Path) -> None:
+    """Raise `ConfigError` if `path` cannot be written whatever the run, but for another process; touches nothing."""
     folder = part_folder(path)
     if not (folder / _RUN).is_file():
         check_new_output(path)
         if folder.exists() and set(folder.iterdir()) - {folder / _LOCK, *leftovers(folder / _RUN)}:
             raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
-        return folder
-    before, now = _read_run(folder), json.loads(_text(run))
-    del before[_PHASE]
-    if _phase(path, folder) == _WRITING:
-        check_new_output(path)
-    if before != now:
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        raise ConfigError(
-            f"{folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start again, "
-            "or name another --out"
-        )
-    return folder
 
 
 @contextlib.contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    """The folder of parts, made if it is not there, as this process's alone. It goes if it ends empty.
+def _locked(path: Path) -> Iterator[Path]:
+    """The folder of parts, made if it is not there, as this process's alone. It goes if it ends empty, and with it the
+    folders above it that were made for it.
 
     Raises `ConfigError` if another process has it.
     """
+    folder = part_folder(path)
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / _LOCK
     with lock.open("ab") as file:
@@ -207,11 +237,12 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
         if not held:  # or it was, of a process that removed the file as it ended, before this one came to lock it
             raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
         try:
-            yield
+            yield folder
         finally:
             lock.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # there are parts in it, or the next process has begun
-                folder.rmdir()
+                for empty in (folder, *made):
+                    empty.rmdir()
 
 
 def _phase(path: Path, folder: Path) -> str:

@@ -63,7 +63,7 @@ class UNetBlock(nn.Module):
             self.norm2 = GroupNorm(out_channels, eps=eps)
             self.qkv = QkvConv2d(out_channels, num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
-            self.attend = Attention(num_heads)
+            self.attend = Attention(out_channels, num_heads)
 
     def forward(
         self, x: Tensor | Pair, emb: Tensor, *, statistics: Statistics = None, return_statistics: bool = False

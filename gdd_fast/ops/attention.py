@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser
-from gdd_fast.errors import InputError
+from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
@@ -58,9 +58,8 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
         (N, C, H, W) in qkv's dtype and memory format.
 
     Raises:
-        InputError: channels that do not divide, an unknown order, or a type or width that the backend asked for by
-            name does not take.
-        BackendError: the backend asked for cannot run here.
+        InputError: channels that do not divide, or an unknown order.
+        BackendError: the backend asked for cannot run here, or not with heads of this width or in this type.
     """
     if qkv.dim() != 4 or num_heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads):
         raise InputError(
@@ -71,19 +70,23 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
         raise InputError(f"attention: order must be one of {', '.join(get_args(Order))}, not {order!r}")
     if _choose(qkv, num_heads, backend) == "torch":
         return attention_ref(qkv, num_heads, order)
-    head_dim = qkv.shape[1] // (3 * num_heads)
-    if head_dim not in HEAD_DIMS or qkv.dtype not in DTYPES:
-        raise InputError(
-            f"attention: the triton backend takes heads of {', '.join(map(str, HEAD_DIMS))} channels in float32, "
-            f"bfloat16 or float16, not {head_dim} in {qkv.dtype}"
-        )
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-        raise InputError("attention: Triton's interpreter does not multiply bfloat16 matrices: use float32 or float16")
+    check_triton(qkv.shape[1] // (3 * num_heads), qkv.dtype, qkv.device.type)
     if qkv.shape[1:].numel() >= 2**31:
-        raise InputError("attention: the triton backend takes fewer than 2^31 values an image")
+        raise BackendError("attention: the triton backend takes fewer than 2^31 values an image; use 'torch'")
     layout = memory_format(qkv)
     y = _Attention.apply(qkv.contiguous(memory_format=torch.channels_last), num_heads, order)
     return y.contiguous(memory_format=layout)
+
+
+def check_triton(head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """Raise BackendError unless "triton" takes heads of `head_dim` channels in `dtype` on tensors of `device`."""
+    if head_dim not in HEAD_DIMS or dtype not in DTYPES:
+        raise BackendError(
+            f"attention: backend 'triton' takes heads of {', '.join(map(str, HEAD_DIMS))} channels in float32, "
+            f"bfloat16 or float16, not {head_dim} in {dtype}: use backend 'auto' or 'torch'"
+        )
+    if device == "cpu" and dtype == torch.bfloat16:
+        raise BackendError("attention: Triton's interpreter does not multiply bfloat16 matrices: use another type")
 
 
 def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") -> Tensor:

@@ -1,0 +1,121 @@
+"""Stopping on SIGINT (Ctrl-C) or SIGTERM (a scheduler) between steps that belong together instead of within one."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal's Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun.
+SAME_REQUEST_SECONDS = 1.0
+
+
+class _Handlers:
+    """While entered, SIGINT and SIGTERM go to `_handle`.
+
+    They reach Python's main thread alone: entered in another thread, this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.getsignal(number)  # first, as the other may need it at once
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not installed from Python, which cannot be put back from Python either
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            self._on_first(number, frame)
+        elif now - self._first > SAME_REQUEST_SECONDS:
+            self._on_later(number, frame)
+
+    def _on_first(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+    def _on_later(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopRequest(_Handlers):
+    """While entered, the first SIGINT or SIGTERM is only noted in `signal`; a later SIGINT interrupts at once.
+
+    Args:
+        announce: say on stderr that the signal has been seen, as the iteration in progress may take a while.
+    """
+
+    def __init__(self, announce: bool = True) -> None:
+        super().__init__()
+        self.signal = 0
+        self._announce = announce
+
+    def _on_first(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if self._announce:  # not print: the signal may have interrupted one
+            os.write(2, b"\nStopping after this iteration; Ctrl-C again stops at once, without saving.\n")
+
+    def _on_later(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+class Interruptible(_Handlers):
+    """While entered, SIGTERM raises `SystemExit(143)`, as SIGINT raises `KeyboardInterrupt`: what the block leaves is
+    put in order before the process ends. Either goes to the handler that there was before, if that was set.
+
+    Within `held` the first signal takes effect at the end; a later one at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = 0
+        self._waiting = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For steps that belong together. May be entered again within."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._waiting and not self._depth:
+                number, self._waiting = self._waiting, 0
+                self._act(number, None)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._previous[number] is not signal.SIG_IGN:
+            super()._handle(number, frame)
+
+    def _on_first(self, number: int, frame: FrameType | None) -> None:
+        if self._depth:
+            self._waiting = number
+        else:
+            self._act(number, frame)
+
+    def _on_later(self, number: int, frame: FrameType | None) -> None:
+        self._waiting = 0
+        self._act(number, frame)
+
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        before = self._previous[number]
+        if callable(before):
+            before(number, frame)
+            self._first = None  # it did not want an end
+        else:
+            os.write(2, b"\nterminated\n")  # not print: the signal may have interrupted one
+            raise SystemExit(128 + number)
