@@ -13,7 +13,7 @@ from benchmarks.case import COMPILED, Bench, Case
 from benchmarks.checks import spoil
 from benchmarks.timing import Call
 from benchmarks.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.training_checks import Batch, Gradient, Reference, Types, step_call
+from benchmarks.training_checks import FLOAT32, Batch, Gradient, Reference, Types, step_call
 from benchmarks.training_engines import captured
 
 STEPS = ("G step", "D step", "R1 step", "iteration")
@@ -74,10 +74,9 @@ def settings_bench(
             reference.check_step(Types.of(settings), outputs)
 
     def peer(name: str, settings: Settings) -> Call:
-        extra[name]["compared, float32"] = reference.check_in_float32(settings)
         # what a CPU computes in float32 is checked in a GPU's types as well
-        types = Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)
-        extra[name][f"compared, {types}"] = reference.check_in(types, settings)
+        for types in (FLOAT32, Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)):
+            extra[name][f"compared, {types}"] = reference.check_in(types, settings)
         training = Training(setup, settings, device, trials=True)
 
         def prepared(batch: Batch) -> Call:
