@@ -54,17 +54,29 @@ class Batch:
         return cls(z, noise.clamp(-1, 1), labels)
 
 
-def step_call(step: str, training: Training, batch: Batch) -> Callable[[], Gradient]:
-    """The gradients that a step computed and applied."""
+def step_parts(step: str, training: Training, batch: Batch) -> list[tuple[Callable[[], Gradient], float]]:
+    """The gradients that a step computes and applies; of an iteration, what each one has and the share it has of R1."""
     z, real, labels = batch.z, batch.real, batch.labels
-    match step:
-        case "G step":
-            return lambda: {"G": training.generator_step(z, labels)}
-        case "D step":
-            return lambda: {"D": training.discriminator_step(z, real, labels)}
-        case "R1 step":
-            return lambda: {"R1": training.r1_step(real, labels)}
-    return lambda: {"G": training.generator_step(z, labels), "D": training.discriminator_step(z, real, labels)}
+
+    def generator() -> Gradient:
+        return {"G": training.generator_step(z, labels)}
+
+    def discriminator() -> Gradient:
+        return {"D": training.discriminator_step(z, real, labels)}
+
+    def r1() -> Gradient:
+        return {"R1": training.r1_step(real, labels)}
+
+    if step == "iteration":
+        interval = training.setup.config.loss.r1_interval
+        return [(lambda: generator() | discriminator(), 1.0), (r1, 1.0 / interval)]
+    return [({"G step": generator, "D step": discriminator, "R1 step": r1}[step], 1.0)]
+
+
+def step_call(step: str, training: Training, batch: Batch) -> Callable[[], Gradient]:
+    """All parts of a step, one after the other."""
+    parts = step_parts(step, training, batch)
+    return lambda: {name: gradients for part, _ in parts for name, gradients in part().items()}
 
 
 class Types(NamedTuple):
@@ -140,16 +152,18 @@ class Reference:
         return Training(self._setup, settings, self._device, trials=self._trials)
 
     def _probe(self, training: Training) -> Gradient:
-        """The gradients of the step, of G's in halves; G and D before either is updated."""
+        """The gradients of the step, of G's in halves; of an iteration each before any is applied."""
         z, real, labels = self.batch.z, self.batch.real, self.batch.labels
         found: Gradient = {}
         if self._step in ("G step", "iteration"):
             found["images"] = [training.image_gradient(self._images, labels)]
             upstream = found["images"][0] if self._image_gradient is None else self._image_gradient
             found["G"] = training.weight_gradients(z, labels, upstream)
+        put_back = training.undo()
         if self._step in ("D step", "iteration"):
             found["D"] = training.discriminator_step(z, real, labels)
-        if self._step == "R1 step":
+        if self._step in ("R1 step", "iteration"):
+            put_back()
             found["R1"] = training.r1_step(real, labels)
         return {name: _copied(gradients) for name, gradients in found.items()}
 
