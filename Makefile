@@ -7,23 +7,24 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXTENSION_SOURCES := setup.py pyproject.toml $(shell find csrc -type f -name '*.*')
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# Tests: a process a core, each computing with one thread.
+# Tests: two processes, each computing with one thread. Benchmarks: each once, for its results alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
+BENCHMARKS_ONCE := OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/ --benchmark-disable -q
 
 .PHONY: demo test test-all lint format bench setup setup-dev clean
 
 demo: setup
 	$(BIN)/python -m gdd_fast.train
 
-# and the benchmarks once, for their results alone
 test: setup-dev
 	$(PYTEST)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/ --benchmark-disable -q
+	$(BENCHMARKS_ONCE)
 
 test-all: setup-dev
 	$(PYTEST) -m ""
+	$(BENCHMARKS_ONCE)
 
 lint: setup-dev
 	$(BIN)/ruff check .

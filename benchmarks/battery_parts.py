@@ -7,7 +7,8 @@ second of one core for a Triton kernel that is not in the cache, 5 s for a proce
     correctness   127 cases, 125 kernels, float64 definitions (3 TFLOP at 1 TFLOP/s), 6 cases of whole networks:
                   240 s in one process, 50 in six
     inference     9 generators of 7 peers, 5 cases of pieces; 1.6 s a peer, of which 0.5 are timed: 130 s
-    train         a case is 5 s of definitions in fp32 and 6 to 8 s a peer: 25 s, 7 cases 175 s
+    train         a case is 5 s of definitions in fp32 and 6 to 8 s a peer: 25 s, 7 cases 175 s; R1 in the rounds of
+                  4 iterations 25 s more, most of it of the public settings' fp32 (0.5 s each time at batch 128)
     ops           242 cases of 5 peers, 0.1 s a peer and 0.2 s a case: 180 s
     pipelines     60 s, of which plain PyTorch's images to disk take 15 and SciPy's square root of a matrix 40
     tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own

@@ -67,8 +67,9 @@ def record(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Callab
 class Runner:
     """Runs one case: every peer is checked and timed as everywhere else, and the test fails if one is wrong.
 
-    pytest-benchmark drives the rounds of one peer and shows them: ours if there is one, else the last. The times of all
-    peers go to `extra_info`, to the summary and to the record.
+    pytest-benchmark drives the rounds of one peer and shows them: ours if there is one, else the last. It shows whole
+    rounds, those of an iteration with all of R1. The times of all peers, in which a sixteenth of it counts, go to
+    `extra_info`, to the summary and to the record.
     """
 
     def __init__(self, benchmark: Any, device: torch.device, keep: Callable[[Row], None]) -> None:

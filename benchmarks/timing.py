@@ -5,6 +5,9 @@
 `call()` does the work once and returns its outputs. On a GPU a round has two parts: one from an idle device (host and
 wall time), one with the queue filled beforehand (device time between two events, without launch latency). Calls of more
 than `_LONG` seconds are timed once a round; launch latency does not matter there.
+
+A call with `parts`, as `WithParts` makes it, stands for work of which some is done more rarely, such as the R1 step of
+every sixteenth iteration. Every round times each part once, and a part's time counts by its share.
 """
 
 import contextlib
@@ -23,6 +26,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
+Parts = Sequence[tuple[Call, float]]
+"""Calls, each with the times a whole call has it: 1/16 is once in sixteen."""
 
 _LONG = 0.02
 _VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
@@ -72,13 +77,27 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+class WithParts:
+    """The call that runs each of `parts` once and returns what the last one returns; `Sampler` counts their shares."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def __call__(self) -> Any:
+        outputs = None
+        for part, _ in self.parts:
+            outputs = part()
+        return outputs
+
+
 class Sampler:
     """Takes rounds of `call` one by one, so that others (pytest-benchmark) can drive it too."""
 
     def __init__(self, call: Call, device: torch.device) -> None:
         if device.type == "cpu":
             reuse_memory()
-        self.call, self.device = call, device
+        self.device = device
+        self._parts: Parts = getattr(call, "parts", [(call, 1.0)])
         self._flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
         self._samples: dict[str, list[float]] = {"wall": [], "host": [], "device": [], "cpu": []}
         self._host_estimate = 0.0
@@ -88,20 +107,20 @@ class Sampler:
         """Call at least `least` times and for `seconds`, or once if that takes a second; the shortest time in s."""
         shortest, start, calls = math.inf, time.perf_counter(), 0
         while calls == 0 or (shortest < _VERY_LONG and (calls < least or time.perf_counter() - start < seconds)):
-            wall, host, _ = self._from_idle()
-            shortest, calls = min(shortest, wall), calls + 1
-            self._host_estimate = host
-        self._queued = self.device.type == "cuda" and shortest < _LONG
+            taken, _ = self._from_idle()
+            shortest, calls = min(shortest, taken["wall"]), calls + 1
+            self._host_estimate = taken.get("host", 0.0)
+        self._queued = self.device.type == "cuda" and shortest < _LONG and len(self._parts) == 1
         return shortest
 
     def round(self) -> Any:
-        """One measured round; returns the call's outputs."""
+        """One measured round; returns the outputs of the call, or of its last part."""
         self._flush.zero_()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        wall, host, outputs = self._from_idle()
-        self._samples["wall"].append(wall)
-        self._samples["host"].append(host)
+        seconds, outputs = self._from_idle()
+        for clock, value in seconds.items():
+            self._samples[clock].append(value)
         if self._queued:
             outputs = None  # freed first, so that the allocator can give the same memory again
             outputs = self._from_full_queue()
@@ -114,33 +133,42 @@ class Sampler:
             return Timing(len(s["wall"]), *(Quantiles.of(s[name]) for name in ("wall", "host", "device")))
         return Timing(len(s["wall"]), Quantiles.of(s["wall"]), cpu=Quantiles.of(s["cpu"]))
 
-    def _from_idle(self) -> tuple[float, float, Any]:
-        """Wall and host seconds, outputs. Unqueued device times and CPU times are noted on the way."""
+    def _from_idle(self) -> tuple[dict[str, float], Any]:
+        """Seconds by clock, of every part by its share, and the outputs of the last part."""
+        total: dict[str, float] = {}
+        outputs = None
+        for part, share in self._parts:
+            outputs = None  # freed first, so that the allocator can give the same memory again
+            seconds, outputs = self._once(part)
+            for clock, value in seconds.items():
+                total[clock] = total.get(clock, 0.0) + share * value
+        return total, outputs
+
+    def _once(self, call: Call) -> tuple[dict[str, float], Any]:
         if self.device.type != "cuda":
             cpu, start = time.process_time(), time.perf_counter()
-            outputs = self.call()
+            outputs = call()
             wall = time.perf_counter() - start
-            self._samples["cpu"].append(time.process_time() - cpu)
-            return wall, wall, outputs
+            return {"wall": wall, "cpu": time.process_time() - cpu}, outputs
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         before.record()
-        outputs = self.call()
+        outputs = call()
         after.record()
-        host = time.perf_counter() - start
+        seconds = {"host": time.perf_counter() - start}
         torch.cuda.synchronize(self.device)
-        wall = time.perf_counter() - start
+        seconds["wall"] = time.perf_counter() - start
         if not self._queued:
-            self._samples["device"].append(before.elapsed_time(after) / 1e3)
-        return wall, host, outputs
+            seconds["device"] = before.elapsed_time(after) / 1e3
+        return seconds, outputs
 
     def _from_full_queue(self) -> Any:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda._sleep(int(min(1.5 * self._host_estimate + 50e-6, 0.05) * _SLEEP_CYCLES_PER_SECOND))
         before.record()
-        outputs = self.call()
+        outputs = self._parts[0][0]()
         after.record()
         after.synchronize()
         self._samples["device"].append(before.elapsed_time(after) / 1e3)

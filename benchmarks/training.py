@@ -1,8 +1,9 @@
 """One training iteration of GDD under given settings: those of the public code, of plain PyTorch at its best, and ours.
 
-`Training(setup, settings, device)` has the three steps of an iteration. Networks, losses and random numbers are the
-same whatever the settings, so that the gradients of a step can be compared. Fields of `Settings` are the techniques
-that the waterfall of roofline.py switches on one after the other.
+`Training(setup, settings, device)` has the three steps of an iteration, the last of which, R1, only every sixteenth one
+has (`r1_interval` of the preset). Networks, losses and random numbers are the same whatever the settings, so that the
+gradients of a step can be compared. Fields of `Settings` are the techniques that the waterfall of roofline.py switches
+on one after the other.
 """
 
 import json
@@ -162,17 +163,21 @@ class Training:
             found = torch.autograd.grad(fake, self._g_weights, image_gradient, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self._g_weights, found, strict=True)]
 
-    def changing(self) -> list[Tensor]:
-        """All that steps change, but for the optimizers' moments."""
+    def undo(self) -> Callable[[], None]:
+        """To be called before the first step: a function that puts back all that steps have changed since."""
         heads = [t for t in self.heads.buffers() if t.is_floating_point()]
-        return [*self._g_weights, *self._averages, *self._d_weights, *heads]
+        changing = [*self._g_weights, *self._averages, *self._d_weights, *heads]
+        before = [t.detach().clone() for t in changing]
 
-    def forget_moments(self) -> None:
-        """Both optimizers as before their first step."""
-        for adam in (self._g_adam, self._d_adam):
-            for state in adam.state.values():
-                for tensor in state.values():
-                    tensor.zero_()
+        def put_back() -> None:
+            with torch.no_grad():
+                torch._foreach_copy_(changing, before)
+            for adam in (self._g_adam, self._d_adam):
+                for state in adam.state.values():
+                    for tensor in state.values():
+                        tensor.zero_()
+
+        return put_back
 
     def _generator_loss(self, z: Tensor, labels: Tensor | None) -> Tensor:
         return self._images_loss(one_step(self.generator, z, labels), labels)

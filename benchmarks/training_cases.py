@@ -1,5 +1,7 @@
 """Cases of training: the three steps and a whole iteration of a preset, under the settings of training.py.
 
+An iteration is a G step, a D step and its share of the R1 step, which the presets take every sixteenth time.
+
 A peer is checked on few images before it is timed, in float32 and in bf16 (training_checks.py), and its first step on
 these images once more. From the second step on the weights have moved apart, and nothing is compared.
 """
@@ -11,9 +13,9 @@ import torch
 
 from benchmarks.case import COMPILED, Bench, Case
 from benchmarks.checks import spoil
-from benchmarks.timing import Call
+from benchmarks.timing import Call, WithParts
 from benchmarks.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.training_checks import Batch, Gradient, Reference, Types, step_call
+from benchmarks.training_checks import FLOAT32, Batch, Gradient, Reference, Types, step_parts
 from benchmarks.training_engines import captured
 
 STEPS = ("G step", "D step", "R1 step", "iteration")
@@ -74,30 +76,39 @@ def settings_bench(
             reference.check_step(Types.of(settings), outputs)
 
     def peer(name: str, settings: Settings) -> Call:
-        extra[name]["compared, float32"] = reference.check_in_float32(settings)
         # what a CPU computes in float32 is checked in a GPU's types as well
-        types = Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)
-        extra[name][f"compared, {types}"] = reference.check_in(types, settings)
+        for types in (FLOAT32, Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)):
+            extra[name][f"compared, {types}"] = reference.check_in(types, settings)
         training = Training(setup, settings, device, trials=True)
 
-        def prepared(batch: Batch) -> Call:
-            call = step_call(step, training, batch)
-            return captured(training, call) if settings.engine == "graph" else call
+        def prepared(batch: Batch) -> list[tuple[Call, float]]:
+            (call, share), *r1 = step_parts(step, training, batch)
+            return [(captured(training, call) if settings.engine == "graph" else call, share), *r1]
 
-        first, timed = [prepared(reference.batch)], prepared(Batch.draw(training))
-
-        def call() -> Gradient | None:
-            if first:
-                compared = first.pop()
-                spoil(compared)
-                return compared()
-            timed()
-            return None
-
-        return call
+        return _ComparedOnce(prepared(reference.batch), prepared(Batch.draw(training)))
 
     extra: dict[str, dict[str, str]] = {name: {} for name in peers}
     makers = {name: partial(peer, name, settings) for name, settings in peers.items()}
     precision = "bf16" if device.type == "cuda" else "fp32"
     checks = {name: partial(check, settings) for name, settings in peers.items()}
     return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks, extra=extra)
+
+
+class _ComparedOnce(WithParts):
+    """The first call runs `compared` and returns its gradients; all further ones, timed in parts, return nothing."""
+
+    def __init__(self, compared: list[tuple[Call, float]], timed: list[tuple[Call, float]]) -> None:
+        super().__init__([(partial(_quiet, call), share) for call, share in timed])
+        self._compared = compared
+
+    def __call__(self) -> Gradient | None:
+        compared, self._compared = self._compared, []
+        found: Gradient = {}
+        for call, _ in compared:
+            spoil(call)
+            found |= call()
+        return found or super().__call__()
+
+
+def _quiet(call: Call) -> None:
+    call()

@@ -1,11 +1,16 @@
 """Whether a training step computes what the public code's does in float32, in float32 and in the types that are timed.
 
 The rule is that of parity, gradient by gradient (`checks.Gradients`): at most twice the error of plain PyTorch in the
-same types. In bf16 that needs care. Rounding opens and closes ReLUs of the frozen networks, and the gradient that plain
-PyTorch brings back through them to the images differs from float32's by half its norm or more; beside that, any mistake
-of the generator would pass. So the G step is compared in halves, each given what the other makes of it in float32: the
-gradient of the images, and for float32's gradient of the images that of every weight. The D and R1 steps are
-compared as they are.
+same types. Two things would let a mistake pass or make a fault of rounding, in float32 already:
+
+Rounding opens and closes ReLUs of the frozen networks. The gradient that plain PyTorch brings back through them to the
+images differs from the definition's by up to a percent of its norm in float32 and by half of it in bf16. So the G step
+is compared in halves, each given what the other makes of it in float32: the gradient of the images, and for float32's
+gradient of the images that of every weight, which has no kink behind it.
+
+Adam's first step is the learning rate times a gradient's sign. Where a gradient is nearly 0, that percent turns the
+sign over, and what is computed with the new weights is a tenth off. So all steps are compared as they are before any is
+taken, and a whole iteration that is timed is held to its first gradients' values and to the size of the others.
 """
 
 from collections.abc import Callable
@@ -20,7 +25,10 @@ from benchmarks.training import OFFICIAL_SETTINGS, STOCK_SETTINGS, Settings, Set
 
 FLOOR = 0.1
 """float32 alone differs by some percent between memory formats: kinks, and batch norms over few images."""
-_FLOOR_OF_WEIGHTS = 0.01  # behind a given gradient of the images there are neither
+_FLOOR_OF_WEIGHTS = 3e-3
+"""Of G, given the gradient of the images: neither is behind that. float32 alone differs by 1e-5 on a CPU."""
+_FLOOR_OF_WHOLE = 0.3
+"""Of a whole G step: the kinks cost its smallest gradients 0.07 of their norm with four images."""
 
 Gradient = dict[str, list[Tensor]]
 """Of one step or several, by the step's name."""
@@ -46,23 +54,29 @@ class Batch:
         return cls(z, noise.clamp(-1, 1), labels)
 
 
-def step_call(step: str, training: Training, batch: Batch) -> Callable[[], Gradient]:
-    """The gradients that a step computed and applied."""
+def step_parts(step: str, training: Training, batch: Batch) -> list[tuple[Callable[[], Gradient], float]]:
+    """The gradients that a step computes and applies; of an iteration, what each one has and the share it has of R1."""
     z, real, labels = batch.z, batch.real, batch.labels
-    match step:
-        case "G step":
-            return lambda: {"G": training.generator_step(z, labels)}
-        case "D step":
-            return lambda: {"D": training.discriminator_step(z, real, labels)}
-        case "R1 step":
-            return lambda: {"R1": training.r1_step(real, labels)}
-    return lambda: {"G": training.generator_step(z, labels), "D": training.discriminator_step(z, real, labels)}
+
+    def generator() -> Gradient:
+        return {"G": training.generator_step(z, labels)}
+
+    def discriminator() -> Gradient:
+        return {"D": training.discriminator_step(z, real, labels)}
+
+    def r1() -> Gradient:
+        return {"R1": training.r1_step(real, labels)}
+
+    if step == "iteration":
+        interval = training.setup.config.loss.r1_interval
+        return [(lambda: generator() | discriminator(), 1.0), (r1, 1.0 / interval)]
+    return [({"G step": generator, "D step": discriminator, "R1 step": r1}[step], 1.0)]
 
 
-def in_float32(settings: Settings) -> Settings:
-    """The same code in float32 throughout, and eager: compilers and graphs are PyTorch's own affair."""
-    wide = {"generator_dtype": torch.float32, "discriminator_dtype": torch.float32}
-    return replace(settings, **wide, tf32=False, engine="eager")
+def step_call(step: str, training: Training, batch: Batch) -> Callable[[], Gradient]:
+    """All parts of a step, one after the other."""
+    parts = step_parts(step, training, batch)
+    return lambda: {name: gradients for part, _ in parts for name, gradients in part().items()}
 
 
 class Types(NamedTuple):
@@ -101,23 +115,19 @@ class Reference:
         self._halves = self._probe(training)
         self._image_gradient = self._halves.get("images", [None])[0]
         self._whole = {name: _copied(g) for name, g in self._run(settings)().items()}
-        self._exact = self._rules(self._whole, self._run(in_float32(STOCK_SETTINGS))())
         self._rules_of: dict[Types, dict[str, Gradients]] = {}
-        self._sizes_of: dict[Types, dict[str, Gradients]] = {}
-
-    def check_in_float32(self, settings: Settings) -> str:
-        """Raise MismatchError or UncheckedError unless the step in float32 is right; returns what was compared."""
-        for rule in self._exact.values():
-            rule.require_values()
-        for name, gradients in self._run(in_float32(settings))().items():
-            self._exact[name].check(gradients)
-        return _counted(self._exact)
+        self._whole_rules_of: dict[Types, dict[str, Gradients]] = {}
 
     def check_in(self, types: Types, settings: Settings) -> str:
-        """The same in `types`, the G step in halves."""
+        """Raise MismatchError or UncheckedError unless the step under `settings`, but in `types`, is right.
+
+        The G step is compared in halves. Returns how much could be compared in value: most of every gradient in
+        float32, and of G's in any type.
+        """
         rules = self._rules_in(types)
-        if "G" in rules:
-            rules["G"].require_values()
+        for name, rule in rules.items():
+            if types == FLOAT32 or name == "G":
+                rule.require_values()
         for name, gradients in self._probe(self._training(_of_types(settings, types))).items():
             rules[name].check(gradients)
         return _counted(rules)
@@ -125,15 +135,15 @@ class Reference:
     def check_step(self, types: Types, found: Gradient) -> None:
         """The outputs of a whole step that is timed in `types`.
 
-        In 16 bits of a G step, and of what follows it in an iteration, no more than the size of every gradient.
+        Of a G step in 16 bits, and of what follows the first update of an iteration, the size of every gradient alone.
         """
+        first = next(iter(found))
         for name, gradients in found.items():
-            if types == FLOAT32:
-                self._exact[name].check(gradients)
-            elif name == "G" or self._step == "iteration":
-                self._sizes_in(types)[name].check_sizes(gradients)
+            rule = self._whole_rules_in(types)[name]
+            if name == first and (name != "G" or types == FLOAT32):
+                rule.check(gradients)
             else:
-                self._rules_in(types)[name].check(gradients)
+                rule.check_sizes(gradients)
 
     def _run(self, settings: Settings) -> Callable[[], Gradient]:
         return step_call(self._step, self._training(settings), self.batch)
@@ -142,45 +152,52 @@ class Reference:
         return Training(self._setup, settings, self._device, trials=self._trials)
 
     def _probe(self, training: Training) -> Gradient:
-        """The gradients of the step, of G's in halves; G and D before either is updated."""
+        """The gradients of the step, of G's in halves; of an iteration each before any is applied."""
         z, real, labels = self.batch.z, self.batch.real, self.batch.labels
         found: Gradient = {}
         if self._step in ("G step", "iteration"):
             found["images"] = [training.image_gradient(self._images, labels)]
             upstream = found["images"][0] if self._image_gradient is None else self._image_gradient
             found["G"] = training.weight_gradients(z, labels, upstream)
+        put_back = training.undo()
         if self._step in ("D step", "iteration"):
             found["D"] = training.discriminator_step(z, real, labels)
-        if self._step == "R1 step":
+        if self._step in ("R1 step", "iteration"):
+            put_back()
             found["R1"] = training.r1_step(real, labels)
         return {name: _copied(gradients) for name, gradients in found.items()}
 
     def _rules_in(self, types: Types) -> dict[str, Gradients]:
         """Plain PyTorch is run in `types` once."""
         if types not in self._rules_of:
-            plain = _of_types(in_float32(STOCK_SETTINGS), types)
+            plain = _of_types(STOCK_SETTINGS, types)
             eager = self._probe(self._training(plain))
             self._rules_of[types] = self._rules(self._halves, eager)
         return self._rules_of[types]
 
-    def _sizes_in(self, types: Types) -> dict[str, Gradients]:
-        if types not in self._sizes_of:
-            plain = _of_types(in_float32(STOCK_SETTINGS), types)
-            self._sizes_of[types] = self._rules(self._whole, self._run(plain)())
-        return self._sizes_of[types]
+    def _whole_rules_in(self, types: Types) -> dict[str, Gradients]:
+        if types not in self._whole_rules_of:
+            plain = _of_types(STOCK_SETTINGS, types)
+            self._whole_rules_of[types] = self._rules(self._whole, self._run(plain)())
+        return self._whole_rules_of[types]
 
     @staticmethod
     def _rules(expected: Gradient, eager: Gradient) -> dict[str, Gradients]:
-        halves = "images" in expected
+        floors = {"G": _FLOOR_OF_WEIGHTS if "images" in expected else _FLOOR_OF_WHOLE}
         return {
-            name: Gradients(gradients, _FLOOR_OF_WEIGHTS if halves and name == "G" else FLOOR, eager[name])
-            for name, gradients in expected.items()
+            name: Gradients(gradients, floors.get(name, FLOOR), eager[name]) for name, gradients in expected.items()
         }
 
 
 def _of_types(settings: Settings, types: Types) -> Settings:
+    """The same code in other types, and eager: compilers and graphs are PyTorch's own affair."""
     dtypes = {"generator_dtype": types.generator, "discriminator_dtype": types.discriminator}
     return replace(settings, **dtypes, tf32=types.tf32, engine="eager")
+
+
+def in_float32(settings: Settings) -> Settings:
+    """The same code in float32 throughout, and eager."""
+    return _of_types(settings, FLOAT32)
 
 
 def _copied(gradients: list[Tensor]) -> list[Tensor]:

@@ -5,8 +5,6 @@ whose count is on the device (`capturable`), and inputs that stay where they are
 warm-up did is undone before the capture: the first replay is the first step.
 """
 
-import torch
-
 from benchmarks.peers import graphed
 from benchmarks.timing import Call
 from benchmarks.training import Training
@@ -14,11 +12,4 @@ from benchmarks.training import Training
 
 def captured(training: Training, step: Call) -> Call:
     """`step`, one of `training`'s with fixed inputs, replayed; its outputs are the graph's, written anew each time."""
-    before = [t.detach().clone() for t in training.changing()]
-
-    def undo() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(training.changing(), before)
-        training.forget_moments()
-
-    return graphed(step, undo)
+    return graphed(step, training.undo())

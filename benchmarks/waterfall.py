@@ -1,4 +1,4 @@
-"""One technique switched on after another, for a training iteration and for sampling: the cases behind the waterfalls.
+"""One technique switched on after another, for an iteration with R1's share, and for sampling: behind the waterfalls.
 
 Each step keeps what the ones before it brought. All are compared with the public code's settings in float32 before
 they are timed, like any peer.

@@ -8,13 +8,21 @@
 namespace gdd_fast {
 namespace {
 
+// Where a size is 1, its stride says nothing of where the elements are.
+bool same_memory(const at::Tensor& t, const at::Tensor& p) {
+  for (int64_t d = 0; d < p.dim(); d++) {
+    if (p.size(d) > 1 && t.stride(d) != p.stride(d)) return false;
+  }
+  return true;
+}
+
 void check_like(const char* name, at::TensorList tensors, at::TensorList params, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(tensors.size() == params.size(), "adam_ema_: ", tensors.size(), " ", name, " for ", params.size(),
                     " parameters");
   for (size_t k = 0; k < params.size(); k++) {
     const at::Tensor &t = tensors[k], &p = params[k];
     TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.device() == p.device() && t.sizes() == p.sizes() &&
-                          t.strides() == p.strides() && t.is_non_overlapping_and_dense(),
+                          same_memory(t, p) && t.is_non_overlapping_and_dense(),
                       "adam_ema_: ", name, "[", k, "] must be ", dtype, ", dense, and in memory like its parameter");
   }
 }

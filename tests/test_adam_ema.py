@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdd_fast.distill.adam_ema import AdamEma
 from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
@@ -284,6 +285,55 @@ def test_low_precision_copies_are_the_rounded_parameters(dtype, backend):
     assert (step.item(), skipped.item()) == (1, 0)
 
 
+class Copies(TorchDispatchMode):
+    """Counts the copies that PyTorch is asked for, but those of single numbers."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.made += function is torch.ops.aten.copy_.default and arguments[0].dim() > 0
+        return function(*arguments, **(options or {}))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("shape", "strides", "copies"),
+    [
+        ((6, 5, 1, 1), (5, 1, 1, 1), 0),  # of a 1x1 convolution in channels_last: the same memory
+        ((1, 5, 3, 3), (7, 1, 15, 5), 0),
+        ((6, 5, 3, 3), (45, 9, 3, 1), 1),  # contiguous
+        ((6, 5, 1, 1), (1, 6, 1, 1), 1),  # transposed
+    ],
+)
+def test_a_gradient_is_copied_only_if_its_memory_differs(shape, strides, copies, backend):
+    """Strides of sizes of 1 say nothing of it."""
+    device = device_for(backend)
+    weight = torch.empty(shape, device=device, memory_format=torch.channels_last).normal_()
+    one, other = (nn.Parameter(weight.clone()) for _ in range(2))
+    one.grad = torch.empty_strided(shape, strides, device=device).normal_()
+    other.grad = torch.empty_like(other).copy_(one.grad)
+    assert one.grad.stride() == strides != one.stride() == other.grad.stride()
+    with Copies() as seen:
+        AdamEma([one], backend=backend).step()
+    assert seen.made == copies
+    torch.optim.Adam([other]).step()
+    assert_close(one, other)
+
+
+@BACKENDS
+def test_state_may_differ_in_strides_that_say_nothing(backend):
+    (params, *lists), state = arguments(backend, [(6, 5, 1, 1), (3,)])[:5], arguments(backend)[5:]
+    params[0] = torch.as_strided(params[0], (6, 5, 1, 1), (5, 1, 5, 5))
+    others = [[torch.as_strided(t[0], (6, 5, 1, 1), (5, 1, 1, 1)), t[1]] for t in lists]
+    before = params[0].clone()
+    torch.ops.gdd_fast.adam_ema_(params, *others, *state[:-6], [1, 1], *state[-5:])
+    assert (params[0] != before).all()
+    wrong = [torch.empty(5, 6, 1, 1, device=before.device).transpose(0, 1), lists[1][1]]
+    if backend != "torch":
+        with pytest.raises(ValueError, match="in memory like its parameter"):
+            torch.ops.gdd_fast.adam_ema_(params, lists[0], wrong, *lists[2:], *state[:-6], [1, 1], *state[-5:])
+
+
 @BACKENDS
 def test_repeats_to_the_bit(backend):
     results = []
@@ -295,8 +345,8 @@ def test_repeats_to_the_bit(backend):
     assert_close(*results, rtol=0, atol=0)
 
 
-def arguments(backend):
-    params = [p.detach() for p in parameters(backend)]
+def arguments(backend, shapes=SHAPES):
+    params = [p.detach() for p in parameters(backend, shapes=shapes)]
     lists = [[torch.rand_like(p) for p in params] for _ in range(4)]
     one = lambda value, dtype: torch.tensor(value, dtype=dtype, device=params[0].device)
     lr = torch.tensor([1e-3, 1e-2], dtype=torch.float64, device=params[0].device)

@@ -42,6 +42,38 @@ def test_a_convolution_is_as_accurate_as_torchs(dtype: torch.dtype, layout: torc
     assert_as_accurate_as_torch(pair(pointwise), pair(pointwise_ref), [x, skip, weight, *bias])
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_under_autocast_as_torchs_convolutions(layout: torch.memory_format, paired: bool, biased: bool) -> None:
+    """The type of the result, whatever those of the inputs, and the bits of inputs cast by hand; compiled as well."""
+    skip, x, weight = tensors(torch.float32, layout)
+    bias = torch.linspace(-3, 3, 12) if biased else None
+    maps, weight = ((x, skip), weight.repeat(1, 3, 1, 1)[:, :19]) if paired else (x.bfloat16(), weight)
+    cast = tuple(t.bfloat16() for t in maps) if paired else maps
+    want = pointwise(cast, weight.bfloat16(), None if bias is None else bias.bfloat16())
+    for function in (pointwise, torch.compile(pointwise, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = function(maps, weight, bias)
+            assert got.dtype == pointwise_ref(maps, weight, bias).dtype == torch.bfloat16
+        assert got.is_contiguous(memory_format=layout) and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_in_place_under_autocast(dtype: torch.dtype) -> None:
+    """What is added to keeps its type. Autocast leaves float64 alone."""
+    y, x, weight = tensors(dtype)
+    weight = weight if dtype == torch.float64 else weight.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = y.clone().add_(torch.nn.functional.conv2d(x, weight))
+        add_pointwise_(y, x, weight)
+        mixed = tensors(torch.float64)[1]
+        with pytest.raises(InputError, match="one dtype"):
+            add_pointwise_(y, *((mixed, weight) if dtype != torch.float64 else (x, weight.float())))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, want, rtol=1e-2, atol=1e-2)
+
+
 def test_as_torch_library_knows_it() -> None:
     opcheck(torch.ops.gdd_fast.add_pointwise_.default, tensors(torch.float32))
     for layout in (torch.channels_last, torch.contiguous_format):

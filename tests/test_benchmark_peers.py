@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,12 +25,14 @@ from benchmarks.results import Results, Row
 from benchmarks.shapes import MapCall
 from benchmarks.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.training import OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.training_cases import settings_for, training_cases
-from benchmarks.training_checks import Batch, Reference, Types, in_float32, step_call
+from benchmarks.training_cases import settings_bench, settings_for, training_cases
+from benchmarks.training_checks import FLOAT32, Batch, Reference, Types, in_float32, step_call, step_parts
 from benchmarks.training_engines import captured
 from gdd_fast import modules
+from gdd_fast.models import discriminator, frozen_conv
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ops import group_norm_silu, residual
 
 CPU = torch.device("cpu")
 TINY = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0}
@@ -134,25 +137,107 @@ BF16 = Types(torch.bfloat16, torch.bfloat16)
 def test_the_halves_of_a_generator_step_make_the_whole():
     training = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU)
     batch = Batch.draw(training)
-    state = [t.clone() for t in training.changing()]
+    put_back = training.undo()
     upstream = training.image_gradient(training.images(batch.z, None), None)
     halves = training.weight_gradients(batch.z, None, upstream)
-    torch._foreach_copy_([t.detach() for t in training.changing()], state)
+    put_back()
     for half, whole in zip(halves, training.generator_step(batch.z, None), strict=True):
         assert_close(half, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
 
 
-def test_ours_is_compared_in_bf16_weight_by_weight(generator_step):
-    assert "138 of 138 gradients of G" in generator_step.check_in(BF16, OUR_SETTINGS)
-    assert "138 of 138 gradients of G" in generator_step.check_in_float32(OUR_SETTINGS)
+@pytest.mark.parametrize("types", [BF16, FLOAT32], ids=str)
+def test_ours_is_compared_weight_by_weight(generator_step, types):
+    assert "138 of 138 gradients of G" in generator_step.check_in(types, OUR_SETTINGS)
 
 
-@pytest.mark.parametrize("types", [BF16, Types(torch.float32, torch.float32)], ids=str)
-def test_a_wrong_operator_gives_a_training_step_no_time(generator_step, types, monkeypatch):
-    right = modules.resample2d
-    monkeypatch.setattr(modules, "resample2d", lambda *args, **options: right(*args, **options) * 1.2)
+def multiplied(monkeypatch, place, operator, factor):
+    """`operator` of the module `place` returns `factor` times what it should."""
+    right = getattr(place, operator)
+
+    def wrong(*args, **options):
+        found = right(*args, **options)
+        return [t * factor for t in found] if isinstance(found, list) else found * factor
+
+    monkeypatch.setattr(place, operator, wrong)
+
+
+OPERATORS = [
+    (modules, "resample2d"),
+    (modules, "attention"),
+    (modules, "frozen_conv2d"),
+    (group_norm_silu, "group_norm_silu"),
+    (residual, "residual"),
+    (frozen_conv, "frozen_conv2d_relu"),
+    (discriminator, "discriminator_input"),
+]
+
+
+@pytest.mark.parametrize(("place", "operator"), OPERATORS, ids=lambda p: p if isinstance(p, str) else "")
+def test_an_operator_wrong_by_a_percent_gives_a_training_step_no_time(generator_step, place, operator, monkeypatch):
+    multiplied(monkeypatch, place, operator, 1.01)
     with pytest.raises(MismatchError, match="gradient"):
-        generator_step.check_in(types, OUR_SETTINGS)
+        generator_step.check_in(FLOAT32, OUR_SETTINGS)
+
+
+def test_in_bf16_an_operator_has_to_be_more_wrong_than_its_rounding(generator_step, monkeypatch):
+    multiplied(monkeypatch, modules, "resample2d", 1.2)
+    with pytest.raises(MismatchError, match="gradient"):
+        generator_step.check_in(BF16, OUR_SETTINGS)
+
+
+@pytest.mark.parametrize("turned", [0.0, 0.003])
+def test_what_follows_an_update_is_held_to_its_size(turned):
+    """Rounding turns over the signs, and so the updates, of a few weights in a thousand whose gradient is nearly 0."""
+    reference = Reference("iteration", Setup("demo", 4), CPU)
+    training = Training(Setup("demo", 4), in_float32(OUR_SETTINGS), CPU)
+    found = {"G": training.generator_step(reference.batch.z, None)}
+    with torch.no_grad():
+        for weight in training.generator.parameters():
+            off = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < turned
+            weight += off * 2 * training.setup.config.generator.g_lr
+    found["D"] = training.discriminator_step(reference.batch.z, reference.batch.real, None)
+    found["R1"] = training.r1_step(reference.batch.real, None)
+    reference.check_step(FLOAT32, found)
+    for name, wrong in (("G", 1.4), ("D", 20), ("R1", 20)):
+        with pytest.raises(MismatchError):
+            reference.check_step(FLOAT32, {**found, name: [g * wrong for g in found[name]]})
+
+
+def test_an_iteration_is_both_steps_and_a_sixteenth_of_r1(monkeypatch):
+    """All of it compared, and timed by its shares; R1, which only some iterations have, stays out of a peer's graph."""
+    graphs = []
+    monkeypatch.setattr("benchmarks.training_cases.captured", lambda training, call: graphs.append(call) or call)
+    settings = replace(in_float32(OUR_SETTINGS), engine="graph")
+    bench = settings_bench("iteration", Setup("demo", 2), {"graph": settings}, CPU)
+    call = bench.peers["graph"]()
+    assert [share for _, share in call.parts] == [1, 1 / 16]
+    first = call()
+    assert list(first) == ["G", "D", "R1"] and call() is None
+    bench.checks["graph"](first)
+    assert "gradients of R1 in value" in bench.extra["graph"]["compared, float32"]
+    assert len(graphs) == 2 and all(list(graph()) == ["G", "D"] for graph in graphs)
+
+
+def test_a_run_of_the_demo_has_r1_in_one_iteration_of_sixteen(monkeypatch):
+    ran = []
+
+    class Task:
+        r1_interval, batch = 16, 32
+
+        def __init__(self, *_):
+            self.averages = SimpleNamespace(take=lambda: {"loss": 1.0})
+
+        def iteration(self, images):
+            ran.append(images / self.batch % self.r1_interval == 0)
+
+    monkeypatch.setattr("benchmarks.pipeline_cases.package", lambda name: None)
+    monkeypatch.setattr("gdd_fast.distill.parts.build", lambda config: None)
+    monkeypatch.setattr("gdd_fast.distill.distillation.Distillation", Task)
+    (case,) = [c for c in pipeline_cases(False) if c.group == "training run"]
+    call = case.build(CPU).peers["gdd_fast"]()
+    for _ in range(2):
+        call()
+    assert ran == [False, True] * 2 and [share for _, share in call.parts] == [15 / 16, 1 / 16]
 
 
 class FakeCuda:
@@ -187,10 +272,10 @@ class FakeCuda:
 def test_a_captured_step_begins_where_its_warm_up_did(monkeypatch, step):
     settings = in_float32(STOCK_SETTINGS)
     expected = Training(Setup("demo", 2), settings, CPU)
-    want = step_call(step, expected, Batch.draw(expected))()
+    want = step_parts(step, expected, Batch.draw(expected))[0][0]()
     training = Training(Setup("demo", 2), replace(settings, engine="graph"), CPU)
     fake, gradients_before = FakeCuda(monkeypatch), []
-    work = step_call(step, training, Batch.draw(training))
+    work, _ = step_parts(step, training, Batch.draw(training))[0]
     replayed = captured(training, lambda: (gradients_before.append(fake.noted[-1]), work())[1])
     assert gradients_before == ["stream"] * 3 + ["graph"]
     assert fake.noted.count("wait") == 2 and "replay" not in fake.noted

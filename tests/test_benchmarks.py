@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from benchmarks import case, compare, conftest, tables, timing
 from benchmarks.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.checks import Accuracy, Closeness, Gradients, MismatchError, UncheckedError, poisoned
 from benchmarks.results import Results, Row, format_seconds
-from benchmarks.timing import Quantiles, Sampler, measure, peak_bytes
+from benchmarks.timing import Quantiles, Sampler, WithParts, measure, peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -43,6 +44,22 @@ def test_measure_runs_the_rounds_asked_for_and_returns_the_last_outputs():
     assert timing.rounds == 4 and outputs == len(calls) >= 4
     assert 0 < timing.wall.p20 <= timing.wall.p50 <= timing.wall.p80
     assert timing.cpu is not None and timing.device is None
+
+
+def test_parts_of_a_call_are_timed_by_their_shares(monkeypatch):
+    """A clock that only the parts move, by 1 and by 4 seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: 2 * clock[0])
+
+    def part(seconds):
+        clock[0] += seconds
+        return seconds
+
+    call = WithParts([(partial(part, 1.0), 1.0), (partial(part, 4.0), 1 / 16)])
+    assert call() == 4.0 and clock == [5.0]
+    timed, outputs = measure(call, CPU, seconds=0, least=3)
+    assert timed.wall == Quantiles(1.25, 1.25, 1.25) and timed.cpu == Quantiles(2.5, 2.5, 2.5) and outputs == 4.0
 
 
 def test_a_sampler_forgets_its_warm_up():

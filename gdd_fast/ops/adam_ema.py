@@ -166,9 +166,7 @@ def adam_ema_(
         raise InputError("adam_ema_: the parameters must all be on one device")
     if not params:
         return
-    grads = [
-        g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params, strict=True)
-    ]
+    grads = [_laid_out_like(g, p) for g, p in zip(grads, params, strict=True)]
     tensors = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages), list(copies))
     options = zip(*((g.tensors, *g.betas, g.eps, g.weight_decay) for g in groups), strict=True)
     torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *map(list, options), backend)
@@ -180,6 +178,22 @@ def _dense(p: Tensor) -> bool:
     return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
+def _same_memory(t: Tensor, p: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same places: strides of sizes of 1 say nothing."""
+    if t.stride() == p.stride():
+        return True
+    return all(n < 2 or a == b for n, a, b in zip(p.shape, t.stride(), p.stride(), strict=True))
+
+
+def _laid_out_like(g: Tensor, p: Tensor) -> Tensor:
+    """A gradient with its parameter's strides, copied only if its memory is laid out otherwise."""
+    if g.stride() == p.stride():
+        return g
+    if _same_memory(g, p):  # PyTorch's foreach functions, too, are quick only where the strides are equal
+        return g.as_strided(p.shape, p.stride())
+    return torch.empty_like(p).copy_(g)
+
+
 def _check_like(name: str, t: Tensor, p: Tensor) -> None:
     dtypes = (torch.bfloat16, torch.float16) if name == "copies" else (torch.float32,)
     if p.dtype != torch.float32 or t.dtype not in dtypes or t.shape != p.shape or t.device != p.device:
@@ -187,7 +201,7 @@ def _check_like(name: str, t: Tensor, p: Tensor) -> None:
             f"adam_ema_: {name} must be {' or '.join(map(str, dtypes))} like their float32 parameters, not {t.dtype} "
             f"{tuple(t.shape)} on {t.device} for {p.dtype} {tuple(p.shape)} on {p.device}"
         )
-    if name != "grads" and t.stride() != p.stride():
+    if name != "grads" and not _same_memory(t, p):
         raise InputError(
             f"adam_ema_: {name} must lie in memory as the parameters do, but strides are {t.stride()} and {p.stride()}"
         )

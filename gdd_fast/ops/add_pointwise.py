@@ -1,7 +1,7 @@
 """`W x + b` for every pixel, and `y += W x`: 1x1 convolutions as the matrix products that they are in channels_last.
 
 For inference: without gradients. A product adds its bias, or what is in `y`, on the way, where libraries' convolutions
-on a GPU take a pass over the map for that.
+on a GPU take a pass over the map for that. Under autocast they compute in its type, as torch's convolutions do.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
+from gdd_fast.ops._maps import autocast_dtype, cast
 
 OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
 
@@ -23,6 +24,8 @@ def pointwise_ref(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) 
 
 def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of `x` (N, C, H, W) with `weight` (C', C, 1, 1) and `bias` (C',), all of one floating dtype.
+
+    Under autocast they may be of several, and are cast to autocast's, which is the result's.
 
     A pair (x, skip) stands for `torch.cat([x, skip], 1)`, which is not built. Where all maps are channels_last, this is
     a matrix product for each, the second added to the first by itself, and the result is channels_last; in other memory
@@ -38,6 +41,7 @@ def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> T
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(str(tuple(t.shape)) for t in (*maps, weight, bias) if t is not None)
         raise InputError(f"pointwise: x, weight and bias do not fit: {shapes}")
+    x, skip, weight, bias = (None if t is None else _as_convolved(t) for t in (x, skip, weight, bias))
     if not all(t is None or t.dtype == x.dtype for t in (skip, weight, bias)):
         raise InputError(f"pointwise: x, weight and bias must be of one dtype, x is {x.dtype}")
     return torch.ops.gdd_fast.pointwise(x, skip, weight, bias)
@@ -57,7 +61,8 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
         weight: (C', C, 1, 1), of the dtype of y.
 
     Where x and y are channels_last, this is one matrix product that accumulates into y; in other memory formats, a
-    convolution and an addition.
+    convolution and an addition. Under autocast x and weight are cast to its type, and y keeps its own: where that is
+    another one, this is a convolution and an addition too.
 
     Raises:
         InputError: shapes or dtypes do not fit.
@@ -67,7 +72,8 @@ def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
         raise InputError(
             f"add_pointwise_: y {tuple(y.shape)}, x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit"
         )
-    if not x.dtype == y.dtype == weight.dtype:
+    x, weight = _as_convolved(x), _as_convolved(weight)
+    if not x.dtype == autocast_dtype(y) == weight.dtype:
         raise InputError(
             f"add_pointwise_: y, x and weight must be of one dtype, not {y.dtype}, {x.dtype}, {weight.dtype}"
         )
@@ -107,7 +113,7 @@ torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tenso
 
 @torch.library.impl("gdd_fast::add_pointwise_", "CompositeExplicitAutograd")
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    if not _channels_last(x, y):
+    if x.dtype != y.dtype or not _channels_last(x, y):
         y.add_(F.conv2d(x, weight))
         return
     rows = _pixels(y)
@@ -117,6 +123,11 @@ def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
 @torch.library.register_fake("gdd_fast::add_pointwise_")
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
     return None
+
+
+def _as_convolved(t: Tensor) -> Tensor:
+    """t in autocast's type where that is on."""
+    return cast(t, autocast_dtype(t))
 
 
 def _pixels(x: Tensor) -> Tensor:
