@@ -31,7 +31,8 @@ at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::
   const int64_t taps = kernel.size(2);
   TORCH_CHECK_VALUE(padding >= 0 && padding < taps, "resample2d: the padding must be less than K");
   for (const auto& [in, out] : {std::pair(x.size(2), out_height), std::pair(x.size(3), out_width)}) {
-    const int64_t expected = up ? 2 * (in - 1) + taps - 2 * padding : (in + 2 * padding - taps) / 2 + 1;
+    const int64_t down = ((in + 2 * padding - taps) >> 1) + 1;  // a division that rounds down, below zero too
+    const int64_t expected = up ? 2 * (in - 1) + taps - 2 * padding : down;
     TORCH_CHECK_VALUE(out >= 0 && (out == expected || (up && out == expected + 1)), "resample2d: ", in,
                       " pixels do not become ", out);
   }

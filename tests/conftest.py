@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from hypothesis import settings
 # triton reads this when a kernel is defined, so it is set before any test can import triton
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell has its background jobs ignore Ctrl-C, and Python leaves it so: tests of it need what a user has.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("gdd_fast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("gdd_fast")

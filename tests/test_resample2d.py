@@ -192,6 +192,29 @@ def test_registration_and_compile(up, backend):
 
 
 @BACKENDS
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_batched_gradients_and_tracing(backend):
+    """Some look into a call through tensors that stand for others."""
+    x, _, kernel, options = case((1, 2, 4, 4), "fir", False, backend=backend)
+    function = lambda x: resample2d(x, kernel, **options, backend=backend)
+    rows = torch.autograd.functional.jacobian(function, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(function, x, vectorize=True), rows)
+    traced = torch.jit.trace(function, x)
+    torch.testing.assert_close(traced(x + 1), function(x + 1))
+
+
+@BACKENDS
+def test_a_border_without_an_image(backend):
+    """Zeros, where a filter reaches over an image that has no columns."""
+    kernel = resample_kernel([1, 3, 3, 1]).to(device_for(backend))
+    for channels in (1, 64):
+        x = LAYOUTS["channels_last"](torch.zeros(1, channels, 4, 0, device=kernel.device))
+        y = resample2d(x, kernel, up=True, padding=0, backend=backend)
+        assert torch.equal(y, torch.zeros_like(y)) and y.shape == (1, channels, 10, 2)
+        assert resample2d(x, kernel, up=False, padding=1, backend=backend).shape == (1, channels, 2, 0)
+
+
+@BACKENDS
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
 def test_empty(shape, backend):
     kernel = resample_kernel([1, 3, 3, 1]).to(device_for(backend))
@@ -246,6 +269,18 @@ def test_every_half_is_read_and_rounded_as_pytorch_does(dtype, layout, scale, ba
     y = resample2d(x, resample_kernel([1, 1]).to(x.device), up=False, padding=0, scale=scale, backend=backend)
     want = (every.float() * scale).to(dtype).view(1, 16, 64, 64)
     torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+
+
+@FUSED
+def test_subnormal_halves_are_no_subnormal_floats(backend):
+    kernel = resample_kernel([1, 1]).to(device_for(backend))
+    x = torch.full((1, 2, 4, 4), 2**-24, dtype=torch.float16, device=kernel.device)
+    flushes = torch.set_flush_denormal(True)
+    try:
+        y = resample2d(x, kernel, up=False, padding=0, backend=backend)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, x[..., :2, :2]) and flushes
 
 
 @DIRECTIONS

@@ -58,7 +58,7 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
   std::vector<R> horizontal(factors.horizontal.begin(), factors.horizontal.end());
   for (R& v : vertical) v *= static_cast<R>(r.gain);
   const int64_t numbers = r.channels_last ? r.channels : 1, planes = r.channels_last ? 1 : r.channels;
-  const std::vector<T> zeros(r.width * numbers);
+  const std::vector<T> zeros(std::max<int64_t>(r.width, 1) * numbers);  // a pixel at least, also where x has none
   const resampling::Images<T> m{x,
                                 add,
                                 y,

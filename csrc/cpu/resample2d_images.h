@@ -14,7 +14,7 @@ template <typename T>
 struct Images {
   const T *x, *add;  // add may be null
   T* y;
-  const T* zeros;  // as many as a row has numbers
+  const T* zeros;  // as many as a row has numbers, and as a pixel has
   int64_t planes, stride_n, stride_c, stride_h, stride_w;
   int64_t height, width, numbers, out_height, out_width;
   int taps, padding;
@@ -85,6 +85,8 @@ template <typename Function>
 GDD_FAST_INLINE void with_taps(int taps, const Function& function) {
   if (taps == 2) return function(std::integral_constant<int, 2>());
   if (taps == 4) return function(std::integral_constant<int, 4>());
+  if (taps == 6) return function(std::integral_constant<int, 6>());
+  if (taps == 8) return function(std::integral_constant<int, 8>());
   function(std::integral_constant<int, 0>());
 }
 

@@ -12,15 +12,15 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // numbers summed in a block: 16 KiB of floats, which stay in the first-level cache
 
-// Two numbers side by side.
-template <typename T>
-GDD_FAST_INLINE void widen_pair(const T* x, Real<T>& first, Real<T>& second) {
-  if constexpr (std::is_same_v<T, at::BFloat16>) {  // in one word, each of them the upper half of a float
+// Of two numbers side by side the one and the other. In one word, each bfloat16 is the upper half of a float.
+template <bool Second, typename T>
+GDD_FAST_INLINE Real<T> widen_of_pair(const T* x) {
+  if constexpr (std::is_same_v<T, at::BFloat16> && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
     uint32_t both;
     std::memcpy(&both, x, sizeof both);
-    first = float_of(both << 16), second = float_of(both & 0xffff0000u);
+    return float_of(Second ? both & 0xffff0000u : both << 16);
   } else {
-    first = widen(x[0]), second = widen(x[1]);
+    return widen(x[Second]);
   }
 }
 
@@ -57,10 +57,8 @@ GDD_FAST_INLINE void halve(const Images<T>& m, int64_t begin, int64_t end) {
       R *const even = evens.data() + row * stride + left, *const odd = odds.data() + row * stride + left;
 #pragma GCC ivdep
       for (int64_t i = 0; i < pairs; i++) {
-        R first[kMost] = {}, second[kMost] = {};
-        for (int k = 0; k < taps; k++) widen_pair(in[k] + 2 * i, first[k], second[k]);
-        even[i] = weights.sum([&](int k) { return first[k]; });
-        odd[i] = weights.sum([&](int k) { return second[k]; });
+        even[i] = weights.sum([&](int k) { return widen_of_pair<false>(in[k] + 2 * i); });
+        odd[i] = weights.sum([&](int k) { return widen_of_pair<true>(in[k] + 2 * i); });
       }
       if (m.width % 2) even[pairs] = weights.sum([&](int k) { return widen(in[k][2 * pairs]); });
     }

@@ -24,7 +24,8 @@ def runs_eagerly(x: Tensor) -> bool:
 
     Not so where a compiler traces, a mode (a counter of FLOP, fake tensors) looks on, or x is a tensor of another kind.
     """
-    return not torch.compiler.is_compiling() and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
 
 
 def evenly_spaced(x: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def build(compiler: str, folder: Path, *, sanitize: bool) -> Path:
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text('#include "shim.h"\n')
     (folder / "gdd_fast_sources.h").write_text(f'#define GDD_FAST_SOURCES "{digest(CSRC)}"\n')
-    units = ["ops.cpp", *(f"{name}.cpp" for name in OPERATORS), *(f"cuda/{name}.cu" for name in OPERATORS)]
+    units = ["ops.cpp", *(f"{name}.cpp" for name in OPERATORS), "resample2d_autograd.cpp"]
+    units += [f"cuda/{name}.cu" for name in OPERATORS]
     includes = "".join(f'#include "{unit}"\n' for unit in (*units, "forward.cpp"))
     (folder / "all.cpp").write_text(includes)
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": "", "CUDA_ARCHITECTURES": "host", "NVCC_FLAGS": ""}
