@@ -13,6 +13,9 @@ from gdd_fast.config import Precision
 def gpu_arithmetic(*precisions: Precision) -> Iterator[None]:
     """float32 matrix products and convolutions on tensor cores in TF32 if one of `precisions` is, else in full fp32.
 
+    With TF32, PyTorch refuses to read its older switch of matrix products (`torch.get_float32_matmul_precision`,
+    `torch.backends.cuda.matmul.allow_tf32`) within the block.
+
     torch's own default allows TF32 in convolutions only; the public recipe allows it nowhere.
 
     cuDNN times its algorithms once for each convolution and keeps the fastest, as in the public code: the shapes of a
@@ -42,7 +45,8 @@ def _float32(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     Whichever of PyTorch's two interfaces they chose with, older (`allow_tf32`) or newer (`fp32_precision`), their
     choice is not lost. Only the newer is read and set: the older cannot be read where the newer says something else.
     """
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    # recurrent networks too, which we have none of: what the older interface reads of cuDNN is both
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = precision

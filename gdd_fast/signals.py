@@ -14,6 +14,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_SECONDS = 1.0
 
 
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Neither signal reaches this thread before the block's end."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class _Handlers:
     """While entered, SIGINT and SIGTERM go to `_handle`.
 
@@ -26,15 +36,21 @@ class _Handlers:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.getsignal(number)  # first, as the other may need it at once
-                signal.signal(number, self._handle)
+            try:
+                with _blocked():
+                    for number in SIGNALS:
+                        self._previous[number] = signal.getsignal(number)
+                        signal.signal(number, self._handle)
+            except BaseException:  # of a signal that came meanwhile
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            # None: a handler that was not installed from Python, which cannot be put back from Python either
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        with _blocked():
+            for number, handler in self._previous.items():
+                # None: a handler that was not installed from Python, which cannot be put back from Python either
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

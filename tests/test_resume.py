@@ -168,7 +168,8 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(ConfigError, match="cannot be locked: No locks"):
-        write(tmp_path / "out.zip")
+        write(tmp_path / "new" / "out.zip")
+    assert not (tmp_path / "new").exists()
 
 
 @OUTPUTS
@@ -250,6 +251,25 @@ def test_a_second_signal_does_not_wait_for_the_part(tmp_path, monkeypatch, numbe
     assert write(path) == kept
     write(tmp_path / "whole.zip")
     assert content(path) == content(tmp_path / "whole.zip")
+
+
+@SIGNALS
+@pytest.mark.parametrize("method", ["mkdir", "open", "unlink", "rmdir"])
+def test_a_signal_while_the_output_is_taken_or_given_back_leaves_nothing(tmp_path, monkeypatch, number, method):
+    path, plain = tmp_path / "new" / "out.zip", getattr(Path, method)
+    handlers = [signal.getsignal(each) for each in ENDS]
+
+    def interrupted(*arguments, **options):
+        result = plain(*arguments, **options)
+        signal.raise_signal(number)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(ENDS[number]):
+        patch.setattr(Path, method, interrupted)
+        with reserve(path):
+            pass
+    assert not path.parent.exists() and [signal.getsignal(each) for each in ENDS] == handlers
+    assert write(path) == 0
 
 
 def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:

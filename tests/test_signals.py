@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM, held back for a block; what a run asks of them is in test_loop.py."""
 
 import signal
+import sys
 import threading
 import time
 
@@ -24,6 +25,29 @@ def test_a_block_ends_in_an_exception(number):
         signal.raise_signal(number)
         pytest.fail("went on")
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@BOTH
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_handlers_are_put_back_whenever_it_comes(monkeypatch, number, call):
+    """After any of the four calls that set a handler or put one back."""
+    set_handler, calls = signal.signal, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        set_handler(*arguments)
+        if len(calls) == call:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    old = set_handler(signal.SIGTERM, lambda *_: sys.exit(1))  # the default one would end the tests
+    before = [signal.getsignal(each) for each in SIGNALS]
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)), Interruptible():
+            pass
+        assert [signal.getsignal(each) for each in SIGNALS] == before
+    finally:
+        set_handler(signal.SIGTERM, old)
 
 
 @BOTH

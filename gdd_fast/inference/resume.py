@@ -197,7 +197,7 @@ def reserve(path: str | Path) -> Iterator[Reserved]:
     """
     path = Path(path)
     _check_free(path)
-    with Interruptible() as interruptible, _locked(path) as folder:
+    with Interruptible() as interruptible, _locked(path, interruptible) as folder:
         yield Reserved(path, folder, interruptible)
 
 
@@ -216,33 +216,44 @@ def _check_free(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[Path]:
+def _locked(path: Path, interruptible: Interruptible) -> Iterator[Path]:
     """The folder of parts, made if it is not there, as this process's alone. It goes if it ends empty, and with it the
     folders above it that were made for it.
 
     Raises `ConfigError` if another process has it.
     """
     folder = part_folder(path)
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / _LOCK
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        except BlockingIOError:
-            held = False
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be locked: {error.strerror}; name an --out on another disk") from error
-        if not held:  # or it was, of a process that removed the file as it ended, before this one came to lock it
-            raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
+    with contextlib.ExitStack() as stack:
+        with interruptible.held():
+            made = [parent for parent in folder.parents if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, [folder, *made])
+            file = stack.enter_context(lock.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except BlockingIOError:
+                ours = False
+            except OSError as error:
+                lock.unlink()
+                raise ConfigError(
+                    f"{folder} cannot be locked: {error.strerror}; name an --out on another disk"
+                ) from error
+            if not ours:  # or it was, of a process that removed the file as it ended, before this one came to lock it
+                raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
+            stack.callback(lock.unlink, missing_ok=True)
         try:
             yield folder
         finally:
-            lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there are parts in it, or the next process has begun
-                for empty in (folder, *made):
-                    empty.rmdir()
+            with interruptible.held():
+                stack.close()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):  # there are parts in it, or the next process has begun
+        for folder in folders:
+            folder.rmdir()
 
 
 def _phase(path: Path, folder: Path) -> str:

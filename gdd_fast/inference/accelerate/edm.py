@@ -219,7 +219,7 @@ def _plan_block(plan: Plan, block: nn.Module) -> None:
 
     conv = block.conv0
     sampling = tuple(getattr(conv, name, None) for name in ("up", "down", "fused_resample"))
-    head_dim = heads and conv.weight.shape[0] // heads  # kernels do not take any
+    head_dim = heads and conv.weight.shape[0] // heads  # not every width has kernels
     like: Any = (head_dim, block.adaptive_scale, float(block.skip_scale), block.skip is None, sampling)
     if plan.try_to_replace(block, FastBlock, state, ", ".join(parts), inputs, like):
         plan.absorb(*(block._modules[name] for name in norms))
