@@ -72,12 +72,30 @@ struct Weights {
   }
 };
 
-// sums[i] = the weighted sum of what `count` rows have at i.
+// sums[i] = the weighted sum of what the rows have at i. Where their number is not known to the compiler, one row after
+// the other: a loop within the loop it does not vectorise.
 template <int Count, typename T>
 GDD_FAST_INLINE void sum_rows(const T* const* rows, const Weights<Count, Real<T>>& weights, Real<T>* sums, int64_t n) {
-  const auto w = weights;
+  if constexpr (Count > 0) {
+    const auto w = weights;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) sums[i] = w.sum([&](int k) { return widen(rows[k][i]); });
+    for (int64_t i = 0; i < n; i++) sums[i] = w.sum([&](int k) { return widen(rows[k][i]); });
+  } else {
+    for (int64_t i = 0; i < n; i++) sums[i] = 0;
+    for (int k = 0; k < weights.count; k++) {
+      const T* const row = rows[k];
+      const Real<T> weight = weights.at[k];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; i++) sums[i] += weight * widen(row[i]);
+    }
+  }
+}
+
+// A sum that is one already.
+template <typename R>
+GDD_FAST_INLINE Weights<1, R> as_it_is() {
+  const R one = 1;
+  return Weights<1, R>(&one, 1, 1);
 }
 
 // function(Taps): the number of taps as a constant, or 0 where it is none of those compiled.

@@ -29,7 +29,7 @@ GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end) {
   const Weights<kCount, R> filters[] = {{m.horizontal, kEvery, count}, {m.horizontal + kEvery - 1, kEvery, count}};
   // zeros on both sides of a row, as many pixels as the filter can reach over
   const int64_t before = Up ? count - 1 : p, after = Up ? count : p;
-  std::vector<R> sums((before + m.width + after) * c);
+  std::vector<R> sums((before + m.width + after) * c), filtered(Taps > 0 ? 0 : c);
   const bool dense = m.stride_w == c || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * c : c;
   Place<T> place(m, begin);
@@ -43,8 +43,17 @@ GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end) {
     for (int64_t v = 0; v < m.out_width; v++) {
       const int64_t at = (row * m.out_width + v) * c;
       const R* const first = sums.data() + (Up ? before + (v + p) / 2 : 2 * v) * c;
-      filter_pixel<kCount>(first, Up ? -c : c, filters[(v + p) % kEvery], m.add ? m.add + at : nullptr, m.scale,
-                           m.y + at, c);
+      const auto& filter = filters[(v + p) % kEvery];
+      const int64_t step = Up ? -c : c;
+      const T* const add = m.add ? m.add + at : nullptr;
+      if constexpr (Taps > 0) {
+        filter_pixel<kCount>(first, step, filter, add, m.scale, m.y + at, c);
+      } else {
+        const R* met[kMost];  // by each tap
+        for (int k = 0; k < count; k++) met[k] = first + k * step;
+        sum_rows<0, R>(met, filter, filtered.data(), c);
+        filter_pixel(filtered.data(), 0, as_it_is<R>(), add, m.scale, m.y + at, c);
+      }
     }
   }
 }

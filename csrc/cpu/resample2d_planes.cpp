@@ -46,6 +46,7 @@ GDD_FAST_INLINE void halve(const Images<T>& m, int64_t begin, int64_t end) {
   const int64_t p = m.padding, pairs = m.width / 2, left = (p + 1) / 2, stride = left + (m.width + 1) / 2;
   const int64_t most = std::min(end - begin, std::max<int64_t>(1, kBlock / 2 / stride));
   std::vector<R> evens(most * stride + taps), odds(most * stride + taps), filtered(most * stride);
+  std::vector<R> sums(Taps > 0 ? 0 : m.width);
   const Weights<Taps, R> weights(m.vertical, 1, taps), filter(m.horizontal, 1, taps);
   const R* met[kMost];  // by each tap of the first row's outputs
   for (int k = 0; k < taps; k++) met[k] = ((k + p) % 2 ? odds : evens).data() + left + (k + p) / 2 - p;
@@ -55,19 +56,23 @@ GDD_FAST_INLINE void halve(const Images<T>& m, int64_t begin, int64_t end) {
       const T* in[kMost];
       place.template inputs<false>(in, taps);
       R *const even = evens.data() + row * stride + left, *const odd = odds.data() + row * stride + left;
+      if constexpr (Taps > 0) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < pairs; i++) {
-        even[i] = weights.sum([&](int k) { return widen_of_pair<false>(in[k] + 2 * i); });
-        odd[i] = weights.sum([&](int k) { return widen_of_pair<true>(in[k] + 2 * i); });
+        for (int64_t i = 0; i < pairs; i++) {
+          even[i] = weights.sum([&](int k) { return widen_of_pair<false>(in[k] + 2 * i); });
+          odd[i] = weights.sum([&](int k) { return widen_of_pair<true>(in[k] + 2 * i); });
+        }
+      } else {
+        sum_rows<Taps, T>(in, weights, sums.data(), m.width);
+#pragma GCC ivdep
+        for (int64_t i = 0; i < pairs; i++) even[i] = sums[2 * i], odd[i] = sums[2 * i + 1];
       }
       if (m.width % 2) even[pairs] = weights.sum([&](int k) { return widen(in[k][2 * pairs]); });
     }
-    R* const out = filtered.data();
-#pragma GCC ivdep
-    for (int64_t i = 0; i < rows * stride; i++) out[i] = filter.sum([&](int k) { return met[k][i]; });
+    sum_rows<Taps, R>(met, filter, filtered.data(), rows * stride);
     for (int64_t row = 0; row < rows; row++) {
       const int64_t at = (begin + row) * m.out_width;
-      round_row<T>(out + row * stride, m.add ? m.add + at : nullptr, m.scale, m.y + at, m.out_width);
+      round_row<T>(filtered.data() + row * stride, m.add ? m.add + at : nullptr, m.scale, m.y + at, m.out_width);
     }
   }
 }
@@ -94,7 +99,7 @@ GDD_FAST_INLINE void enlarge(const Images<T>& m, int64_t begin, int64_t end) {
   const int count = Taps > 0 ? kCount : m.taps / 2;
   const int64_t p = m.padding, left = count - 1, stride = left + m.width + count, pairs = m.out_width / 2;
   const int64_t most = std::min(end - begin, std::max<int64_t>(1, kBlock / stride));
-  std::vector<R> sums(most * stride + m.taps);
+  std::vector<R> sums(most * stride + m.taps), filtered(Taps > 0 ? 0 : 2 * pairs);
   const Weights<kCount, R> weights[] = {{m.vertical, 2, count}, {m.vertical + 1, 2, count}};
   const Weights<kCount, R> even_filter(m.horizontal + p % 2, 2, count),
       odd_filter(m.horizontal + (p + 1) % 2, 2, count);
@@ -109,8 +114,20 @@ GDD_FAST_INLINE void enlarge(const Images<T>& m, int64_t begin, int64_t end) {
       const R *const even = sums.data() + row * stride + left + p / 2, *const odd = even + p % 2;
       const int64_t at = (begin + row) * m.out_width;
       T* const y = m.y + at;
-      m.add ? filter_pairs<true>(even, odd, even_filter, odd_filter, m.add + at, m.scale, y, pairs)
-            : filter_pairs<false>(even, odd, even_filter, odd_filter, m.add, m.scale, y, pairs);
+      const auto filter = [&](const R* first, const R* second, const auto& first_filter,
+                              const auto& second_filter) __attribute__((always_inline)) {
+        m.add ? filter_pairs<true>(first, second, first_filter, second_filter, m.add + at, m.scale, y, pairs)
+              : filter_pairs<false>(first, second, first_filter, second_filter, m.add, m.scale, y, pairs);
+      };
+      if constexpr (Taps > 0) {
+        filter(even, odd, even_filter, odd_filter);
+      } else {
+        const R *met_even[kMost], *met_odd[kMost];  // by each tap
+        for (int k = 0; k < count; k++) met_even[k] = even - k, met_odd[k] = odd - k;
+        sum_rows<0, R>(met_even, even_filter, filtered.data(), pairs);
+        sum_rows<0, R>(met_odd, odd_filter, filtered.data() + pairs, pairs);
+        filter(filtered.data(), filtered.data() + pairs, as_it_is<R>(), as_it_is<R>());
+      }
       if (m.out_width % 2) {
         const R last = even_filter.sum([&](int k) { return even[pairs - k]; });
         round_row<T>(&last, m.add ? m.add + at + 2 * pairs : nullptr, m.scale, y + 2 * pairs, 1);
