@@ -4,6 +4,7 @@ A fused implementation passes if its error is at most twice that of eager PyTorc
 against the definition in float64: for every output and for the gradient of every input that requires one.
 """
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -31,6 +32,12 @@ def backends(operator: Operator) -> list:
         marks = [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
         parameters.append(pytest.param(backend, marks=marks))
     return parameters
+
+
+def promised(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of a CPU that is not there until it is written to; PyTorch's own may be filled where it is allocated."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=private), dtype=dtype)
 
 
 def assert_as_accurate_as_torch(

@@ -7,7 +7,7 @@ from torch import Tensor
 from gdd_fast.ops._maps import memory_format
 from gdd_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from norm_case import BACKENDS, LAYOUTS, Case
-from parity import device_for
+from parity import device_for, promised
 
 LAYOUT_CASES = {
     "channel slice": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
@@ -70,11 +70,11 @@ def test_samples_more_than_two_to_the_31_elements_apart(backend):
     case = Case((2, 4, 3, 3), 2, pair=4, rows=(), backend=backend)
     if case.inputs[0].is_cuda:
         pytest.skip("takes the memory that a CPU only promises")
-    far = [torch.empty(2**31 + 64).as_strided(t.shape, (2**31 + 16, 1, 12, 4)).copy_(t) for t in case.inputs[:2]]
+    far = [promised(2**31 + 64).as_strided(t.shape, (2**31 + 16, 1, 12, 4)).copy_(t) for t in case.inputs[:2]]
     inputs = [t.detach().requires_grad_() for t in (*far, *case.inputs[2:])]
     y, want = case.fused(*inputs), case.ref(*case.inputs)
     torch.testing.assert_close(y, want)
-    dy = torch.empty(2**31 + 128).as_strided(y.shape, (2**31 + 16, 1, 24, 8)).copy_(y.detach())
+    dy = promised(2**31 + 128).as_strided(y.shape, (2**31 + 16, 1, 24, 8)).copy_(y.detach())
     got = torch.autograd.grad(y, inputs, dy)
     for a, b in zip(got, torch.autograd.grad(want, case.inputs, y.detach()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_tiles_two_to_the_32_elements_apart(backend):
     if device_for(backend) == "cuda":
         pytest.skip("takes the memory that a CPU only promises")
     dense = torch.randn((1, 1, 4097, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float16)
-    memory = torch.empty(2**32 + 1, dtype=torch.float16)
+    memory = promised(2**32 + 1, torch.float16)
     x = memory.as_strided(dense.shape, (1, 1, 2**20, 1)).copy_(dense).expand(8, 1, 4097, 1)
     weight, bias = torch.full((1,), 1.5), torch.ones(1)
     got = group_norm_silu(x, 1, weight, bias, backend=backend)

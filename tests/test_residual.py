@@ -9,7 +9,7 @@ from torch.library import opcheck
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._maps import channel_statistics_ref, statistics_parts
 from gdd_fast.ops.residual import OPERATOR, residual, residual_ref
-from parity import assert_as_accurate_as_torch, backends, device_for
+from parity import assert_as_accurate_as_torch, backends, device_for, promised
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
 SCALE = math.sqrt(0.5)
@@ -78,7 +78,7 @@ def test_samples_more_than_two_to_the_31_elements_apart(backend):
     h, skip = (t.detach() for t in tensors((2, 4, 3, 3), backend, bias=False))
     if h.is_cuda:
         pytest.skip("takes the memory that a CPU only promises")
-    far = torch.empty(2**31 + 64).as_strided(h.shape, (2**31 + 16, 1, 12, 4)).copy_(h)
+    far = promised(2**31 + 64).as_strided(h.shape, (2**31 + 16, 1, 12, 4)).copy_(h)
     torch.testing.assert_close(residual(far, skip, scale=SCALE, backend=backend), residual_ref(h, skip, None, SCALE))
 
 
