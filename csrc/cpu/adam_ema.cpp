@@ -58,9 +58,7 @@ struct Factors {
 GDD_FAST_SIMD bool finite(const float* x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffff;
+    const uint32_t bits = bits_of(x[i]) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
   return largest < 0x7f800000;

@@ -77,7 +77,7 @@ GDD_FAST_INLINE void halve(const Images<T>& m, int64_t begin, int64_t end) {
   }
 }
 
-// The two outputs of row[2 i] and row[2 i + 1].
+// Pairs of outputs: the first takes even[i] and what is to its left, by its own filter; the second likewise odd[i].
 template <bool Add, int Count, typename T>
 GDD_FAST_INLINE void filter_pairs(const Real<T>* even, const Real<T>* odd, const Weights<Count, Real<T>>& even_filter,
                                   const Weights<Count, Real<T>>& odd_filter, const T* add, Real<T> scale, T* y,
