@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
-sources_digest = runpy.run_path(str(ROOT / "gdd_fast" / "sources.py"))["digest"]  # the package need not be importable
+sources_digest = runpy.run_path(str(ROOT / "gdd_fast" / "extension_sources.py"))["digest"]
 
 
 def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine
-from benchmarks.case import OUT_OF_MEMORY, Case, Effort, UnavailableError, measure_peer
-from benchmarks.results import FOLDER, Results, Row, format_seconds
-from benchmarks.timing import Call, Sampler, Timing, measure
+from benchmarks.harness import machine
+from benchmarks.harness.case import OUT_OF_MEMORY, Case, Effort, UnavailableError, measure_peer
+from benchmarks.harness.results import FOLDER, Results, Row, format_seconds
+from benchmarks.harness.timing import Call, Sampler, Timing, measure
 
 CASES = {
-    "operator_case": ("benchmarks.operator_cases", "operator_cases"),
-    "network_case": ("benchmarks.network_cases", "network_cases"),
-    "training_case": ("benchmarks.training_cases", "training_cases"),
-    "pipeline_case": ("benchmarks.pipeline_cases", "pipeline_cases"),
+    "operator_case": ("benchmarks.cases.operator_cases", "operator_cases"),
+    "network_case": ("benchmarks.cases.network_cases", "network_cases"),
+    "training_case": ("benchmarks.cases.training_cases", "training_cases"),
+    "pipeline_case": ("benchmarks.cases.pipeline_cases", "pipeline_cases"),
 }
 """Fixture names, and where the cases behind them come from: imported only by the run that wants them."""
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
-from benchmarks.case import OUT_OF_MEMORY, Effort, Outcome, computes, measure_case, release
-from benchmarks.results import FOLDER, Results, Row
+from benchmarks.cases.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
+from benchmarks.harness import machine
+from benchmarks.harness.case import OUT_OF_MEMORY, Effort, Outcome, computes, measure_case, release
+from benchmarks.harness.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUILD_SECONDS = 170
@@ -73,7 +73,7 @@ def run_part(part: str, options: Options) -> int:
     device, path = torch.device(options.device), Path(options.out)
     results = Results.load(path)
     if part == "tune":
-        from benchmarks.tune import tune
+        from benchmarks.reports.tune import tune
 
         return 0 if tune(results, path, device, options.left, smoke=options.smoke) else _DIED
     seconds = PARTS[part].seconds

@@ -12,19 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdd_fast.inference.accelerate import accelerate, restore
-    from gdd_fast.inference.one_step import OneStepGenerator
-    from gdd_fast.models.load import load_generator
+    from gdd_fast.acceleration import accelerate, restore
+    from gdd_fast.engine.one_step import OneStepGenerator
+    from gdd_fast.models.files.load import load_generator
 
 __version__ = "0.1.0"
 
 __all__ = ["OneStepGenerator", "__version__", "accelerate", "load_generator", "restore"]
 
 _LAZY = {
-    "OneStepGenerator": "gdd_fast.inference.one_step",
-    "accelerate": "gdd_fast.inference.accelerate",
-    "load_generator": "gdd_fast.models.load",
-    "restore": "gdd_fast.inference.accelerate",
+    "OneStepGenerator": "gdd_fast.engine.one_step",
+    "accelerate": "gdd_fast.acceleration",
+    "load_generator": "gdd_fast.models.files.load",
+    "restore": "gdd_fast.acceleration",
 }
 
 

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from gdd_fast.errors import BackendError
-from gdd_fast.sources import digest
+from gdd_fast.extension_sources import digest
 
 Backend = Literal["auto", "torch", "triton", "cuda", "cpp"]
 

@@ -266,7 +266,7 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
 
 
 # What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
-# path alone: their contents are compared (gdd_fast.distill.contents).
+# path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}

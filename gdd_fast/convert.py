@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 import tyro
 
-from gdd_fast.errors import ConfigError, WeightsError, command
+from gdd_fast.cli import command
+from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.files import atomic_write, check_destination, check_writable, write_tensors
-from gdd_fast.interop import edm_pickle
-from gdd_fast.models.load import RUN_GENERATOR, load_network, network_from_pickle, save_network
+from gdd_fast.models.files import pickle_reader
+from gdd_fast.models.files.load import RUN_GENERATOR, load_network, network_from_pickle
+from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt")
@@ -84,7 +86,7 @@ def _read(source: Path, key: str) -> EDMPrecond:
     if source.is_dir():
         generator = source / RUN_GENERATOR
         return load_network(generator if generator.is_dir() else source)
-    networks = edm_pickle.load(source)
+    networks = pickle_reader.load(source)
     if key not in networks:
         raise WeightsError(f"{source} has no network {key!r}; --key can be {' or '.join(networks)}")
     return network_from_pickle(networks[key])

@@ -14,21 +14,20 @@ import tyro
 from tqdm import tqdm
 
 from gdd_fast.backend import Backend
-from gdd_fast.cli import parse
+from gdd_fast.bundled import teacher_path
+from gdd_fast.cli import command, parse
 from gdd_fast.data import ImageDataset, load_data, open_dataset
-from gdd_fast.distill.distributed import pick_device
-from gdd_fast.distill.parts import teacher_path
-from gdd_fast.errors import ConfigError, command, require
+from gdd_fast.device import full_float32, pick_device
+from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
-from gdd_fast.inference.generate import SamplerConfig
-from gdd_fast.inference.seeds import check_class, parse_seeds
-from gdd_fast.metrics.evaluate import dataset_statistics, generator_statistics
+from gdd_fast.layers.backends import choose_backend
 from gdd_fast.metrics.features import FeatureExtractor, build_extractor
 from gdd_fast.metrics.frechet import Statistics, frechet_distance
-from gdd_fast.models.load import load_generator
-from gdd_fast.modules import choose_backend
+from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
+from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
-from gdd_fast.precision import full_float32
+from gdd_fast.sampling.generate import SamplerConfig
+from gdd_fast.sampling.seeds import check_class, parse_seeds
 
 
 @dataclass(frozen=True)

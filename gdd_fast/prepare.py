@@ -8,10 +8,11 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from gdd_fast.data.convert import convert
+from gdd_fast.cli import command
+from gdd_fast.data.conversion import convert
 from gdd_fast.data.sources import Labels, Split, open_source
 from gdd_fast.data.transform import Transform
-from gdd_fast.errors import ConfigError, command
+from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination
 
 

@@ -9,14 +9,13 @@ signal's number.
 
 from collections.abc import Sequence
 
-from gdd_fast.cli import parse
+from gdd_fast.cli import command, parse
 from gdd_fast.config import to_dict
-from gdd_fast.distill import loop
-from gdd_fast.distill.distributed import join
+from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
-from gdd_fast.errors import command
 from gdd_fast.files import check_writable
-from gdd_fast.precision import gpu_arithmetic
+from gdd_fast.training import loop
+from gdd_fast.training.ranks import join
 
 
 @command

@@ -19,22 +19,21 @@ import tyro
 from tqdm import tqdm
 
 from gdd_fast.backend import Backend
-from gdd_fast.cli import parse
-from gdd_fast.distill.distributed import pick_device
-from gdd_fast.distill.parts import teacher_path
-from gdd_fast.errors import ConfigError, command
+from gdd_fast.bundled import teacher_path
+from gdd_fast.cli import command, parse
+from gdd_fast.device import full_float32, pick_device
+from gdd_fast.engine.engines import Engine, choose_engine
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination, check_writable
-from gdd_fast.inference.engines import Engine, choose_engine
-from gdd_fast.inference.generate import Batch, SamplerConfig, launch, to_host
-from gdd_fast.inference.grid import save_grid
-from gdd_fast.inference.one_step import OneStepGenerator
-from gdd_fast.inference.resume import Reserved, part_folder, reserve
-from gdd_fast.inference.seeds import check_class, parse_seeds
-from gdd_fast.inference.writers import check_new_output
-from gdd_fast.models.load import load_generator, network_digest
-from gdd_fast.modules import choose_backend
+from gdd_fast.layers.backends import choose_backend
+from gdd_fast.models.files.load import load_generator, network_digest
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
-from gdd_fast.precision import full_float32
+from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
+from gdd_fast.sampling.grid import save_grid
+from gdd_fast.sampling.resume import Reserved, part_folder, reserve
+from gdd_fast.sampling.seeds import check_class, parse_seeds
+from gdd_fast.sampling.writers import check_new_output
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 

@@ -15,9 +15,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gdd_fast.cli import parse, pop_option
+from gdd_fast.cli import command, parse, pop_option
 from gdd_fast.config import DEMO, PRESETS, TrainConfig, preset
-from gdd_fast.errors import command
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = read(sys.argv[1:] if arguments is None else arguments)
     config = asked.config
     # imported late: --help needs no torch
-    from gdd_fast.distill import dry_run, report
-    from gdd_fast.distill.distributed import is_main
+    from gdd_fast.distill import comparison, dry_run
     from gdd_fast.distill.run import distill, preflight
+    from gdd_fast.training.ranks import is_main
 
     if asked.dry_run:
         shown = dry_run.describe(config, preflight(config))
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not result.new_images:
         print(f"{config.run_dir} is finished: {result.images:,} images. A longer --duration-mimg goes on from there.")
     if result.distances:
-        print(report.table(config.run_dir))
+        print(comparison.table(config.run_dir))
     print(f"One-step generator in {result.generator}")
 
 

@@ -55,7 +55,7 @@ def switches():
 @pytest.fixture
 def plain(monkeypatch):
     """One thread, so that a sum is the same sum everywhere; no TensorBoard, whose import takes seconds."""
-    from gdd_fast.distill import output
+    from gdd_fast.training import output
 
     monkeypatch.setattr(output, "find_spec", lambda name: None)
     threads = torch.get_num_threads()

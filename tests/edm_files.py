@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gdd_fast.errors import UnsafePickleError
-from gdd_fast.interop.edm_pickle import load
+from gdd_fast.models.files.pickle_reader import load
 
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # numpy.core.multiarray.scalar, wherever this NumPy has it
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import Results
+from benchmarks.harness.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = [
@@ -18,15 +18,15 @@ HIDDEN = [
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))\n"
 GENERATOR = """
 import torch
-import benchmarks.exactness, benchmarks.peak_memory, gdd_fast.distill.loop, gdd_fast.distill.parts
-from benchmarks.battery_parts import PARTS, cases_of
-from benchmarks.training import Setup
-from gdd_fast.inference.one_step import OneStepGenerator
+import benchmarks.counts.exactness, benchmarks.counts.peak_memory, gdd_fast.training.loop, gdd_fast.distill.components
+from benchmarks.cases.battery_parts import PARTS, cases_of
+from benchmarks.peers.training import Setup
+from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.models.precond import GDDPrecond
-import benchmarks.compare, benchmarks.roofline, benchmarks.tables, benchmarks.tune
+import benchmarks.reports.compare, benchmarks.reports.roofline, benchmarks.reports.tables, benchmarks.reports.tune
 
 assert all(cases_of(part, False) for part in PARTS if part != "tune")
-assert len(benchmarks.tune.entries(False)) > 3
+assert len(benchmarks.reports.tune.entries(False)) > 3
 groups = [case.group for case in cases_of("inference", True)]
 assert groups.count("generator") == 1, groups
 assert Setup("demo", 2).generator(torch.device("cpu")).img_resolution == 16

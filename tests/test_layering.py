@@ -17,12 +17,16 @@ SOURCES = [*PACKAGE, *KERNELS]
 COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
 # From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
 LAYERS = (
-    ("config", "errors", "files", "cli", "backend", "sources", "kernels", "precision", "signals", "data", "interop"),
+    ("config", "errors", "files", "cli", "backend", "extension_sources", "kernels", "device", "signals"),
+    ("bundled", "data", "interop"),
     ("ops",),
-    ("modules",),
+    ("layers",),
     ("models",),
-    ("interop.hub",),
-    ("distill", "inference", "metrics"),
+    ("interop.hub", "interop.edm_pickle"),
+    ("sampling",),
+    ("engine", "acceleration", "metrics"),
+    ("training",),
+    ("distill",),
     ("interop.diffusers",),
     COMMANDS,
 )
@@ -31,8 +35,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Modules that need a library which is no requirement of ours, and may not be there.
 OPTIONAL = {"gdd_fast.interop.diffusers"}
 
+# What these need of training belongs below both.
+NOT_TRAINING = ("sample", "evaluate", "sampling", "engine", "acceleration", "metrics")
+
 # The only files that may take a pickle apart, each by an unpickler that executes nothing.
-UNPICKLERS = {"gdd_fast/interop/edm_pickle.py", "gdd_fast/data/cifar.py"}
+UNPICKLERS = {"gdd_fast/models/files/pickle_reader.py", "gdd_fast/data/cifar.py"}
 
 
 def name_of(path: Path) -> str:
@@ -95,6 +102,24 @@ def test_imports_go_one_way(path):
         if package == "gdd_fast" and target is not None:
             assert RANK[target] <= RANK[layer], f"{name_of(path)} ({layer}) imports {name} from a layer above"
             assert target not in COMMANDS or target == layer, f"{name_of(path)} imports the command {name}"
+
+
+@by_file(
+    [
+        path
+        for path in PACKAGE
+        if layer_of(".".join(path.relative_to(ROOT / "gdd_fast").with_suffix("").parts)) in NOT_TRAINING
+    ]
+)
+def test_sampling_and_evaluating_do_not_import_training(path):
+    for name in imported(path):
+        assert not name.startswith(("gdd_fast.training", "gdd_fast.distill")), f"{name_of(path)} imports {name}"
+
+
+def test_no_file_name_twice():
+    """Where a thing is, its file's name says."""
+    names = [path.stem for path in PACKAGE if not path.stem.startswith("__")]
+    assert sorted(names) == sorted(set(names))
 
 
 @by_file(KERNELS)

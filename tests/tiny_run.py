@@ -8,11 +8,12 @@ import torch
 
 from gdd_fast.config import TrainConfig, override, preset
 from gdd_fast.data import write_edm_zip
-from gdd_fast.distill import loop, parts
-from gdd_fast.distill.distillation import Distillation
-from gdd_fast.distill.distributed import World
-from gdd_fast.models.load import save_network
+from gdd_fast.distill import components
+from gdd_fast.distill.gdd import Distillation
+from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.training import loop
+from gdd_fast.training.ranks import World
 
 SIZE = 16
 CLASSES = 3
@@ -86,7 +87,7 @@ def tiny_flags(folder: Path, **settings: Any) -> list[str]:
 
 
 def tiny_task(config: TrainConfig, world: World = ALONE) -> Distillation:
-    return Distillation(config, parts.build(config), world)
+    return Distillation(config, components.build(config), world)
 
 
 def schedule_of(config: TrainConfig) -> loop.Schedule:

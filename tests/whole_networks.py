@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast import accelerate, restore
-from gdd_fast.inference.accelerate import Report
+from gdd_fast.acceleration import Report
 
 Run = Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
 

@@ -18,3 +18,13 @@ def demo_dataset(
 def demo_path(split: Literal["train", "test"] = "train") -> Path:
     """The file of one split of the bundled set."""
     return _ASSETS / f"fashion-mnist-16x16-{split}.npz"
+
+
+DEMO_SPLITS = {"demo": "train", "demo-test": "test"}
+
+
+def load_data(name: str, *, use_labels: bool = False) -> ImageDataset:
+    """`demo` (the bundled set), `demo-test` (its held-out part), or anything that `open_dataset` reads."""
+    if name in DEMO_SPLITS:
+        return demo_dataset(DEMO_SPLITS[name], use_labels=use_labels)
+    return open_dataset(name, use_labels=use_labels)

@@ -4,10 +4,10 @@ import json
 
 from gdd_fast.backend import summary
 from gdd_fast.config import TrainConfig, override, to_dict
-from gdd_fast.distill.parts import Parts
+from gdd_fast.distill.components import Components
 
 
-def describe(config: TrainConfig, parts: Parts) -> str:
+def describe(config: TrainConfig, parts: Components) -> str:
     """The configuration as JSON and the table of parameters."""
     dataset, generator = parts.dataset, parts.generator
     backbones = sum(p.numel() for p in parts.features.parameters())

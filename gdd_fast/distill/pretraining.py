@@ -15,25 +15,24 @@ from torch import Tensor, nn
 from gdd_fast.backend import Backend
 from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
-from gdd_fast.distill.adam_ema import AdamEma
-from gdd_fast.distill.batches import chunks, split_batch
-from gdd_fast.distill.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
-from gdd_fast.distill.contents import dataset_digest
-from gdd_fast.distill.distributed import World
-from gdd_fast.distill.ema import Ema
-from gdd_fast.distill.optim import StepGuard
-from gdd_fast.distill.output import Averages, reading_bar
-from gdd_fast.distill.parts import OPERATORS
-from gdd_fast.distill.random_state import RandomState
+from gdd_fast.data.fingerprint import dataset_digest
+from gdd_fast.distill.components import OPERATORS
 from gdd_fast.errors import ConfigError
-from gdd_fast.inference.grid import save_grid
-from gdd_fast.inference.sampler import heun
-from gdd_fast.inference.seeds import latents
+from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
-from gdd_fast.models.load import save_network
+from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
-from gdd_fast.modules import choose_backend
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.sampling.grid import save_grid
+from gdd_fast.sampling.sampler import heun
+from gdd_fast.sampling.seeds import latents
+from gdd_fast.training.batches import chunks, split_batch
+from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.training.ema import Ema
+from gdd_fast.training.optimizer import AdamEma, StepGuard
+from gdd_fast.training.output import Averages, reading_bar
+from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.ranks import World
 
 SIGMA_DATA = 0.5
 GRID_SEEDS = range(36)

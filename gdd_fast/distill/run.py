@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdd_fast.config import TrainConfig, to_dict
-from gdd_fast.distill import loop, parts, report
-from gdd_fast.distill.batches import split_batch
-from gdd_fast.distill.distillation import Distillation
-from gdd_fast.distill.distributed import join, world_size
-from gdd_fast.distill.parts import Parts
+from gdd_fast.device import gpu_arithmetic
+from gdd_fast.distill import comparison, components
+from gdd_fast.distill.components import Components
+from gdd_fast.distill.gdd import Distillation
 from gdd_fast.files import check_writable
-from gdd_fast.models.load import RUN_GENERATOR
-from gdd_fast.precision import gpu_arithmetic
+from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.training import loop
+from gdd_fast.training.batches import split_batch
+from gdd_fast.training.ranks import join, world_size
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Result:
     """Frechet distances by network and feature; None without `evaluate_images`, on other ranks, and if stopped."""
 
 
-def preflight(config: TrainConfig) -> Parts:
+def preflight(config: TrainConfig) -> Components:
     """The parts of a run, once everything is checked that could keep the run from its end. Writes nothing.
 
     Raises:
@@ -41,9 +42,9 @@ def preflight(config: TrainConfig) -> Parts:
     config.validate()
     check_writable(config.run_dir)
     split_batch(config.run.batch, config.run.batch_gpu, world_size())
-    built = parts.build(config)
+    built = components.build(config)
     if config.run.evaluate_images:
-        report.check(config, built.generator)
+        comparison.check(config, built.generator)
     loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images)
     return built
 
@@ -65,7 +66,7 @@ def distill(config: TrainConfig) -> Result:
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
-        distances = None if outcome.new_images else report.read(config, built.contents, outcome.images)
-        distances = distances or report.write(config, built.contents, world.device, outcome.images)
+        distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
+        distances = distances or comparison.write(config, built.contents, world.device, outcome.images)
     generator = config.run_dir / RUN_GENERATOR
     return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)

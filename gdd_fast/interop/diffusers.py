@@ -18,9 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor
 
+from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
-from gdd_fast.inference.one_step import OneStepGenerator, check_finite
-from gdd_fast.models.load import PRECONDS, load_generator
+from gdd_fast.models.files.load import PRECONDS, load_generator
 from gdd_fast.models.precond import EDMPrecond
 
 OutputType = Literal["pil", "np", "pt"]

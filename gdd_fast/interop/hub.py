@@ -7,8 +7,8 @@
 `gdd_fast.OneStepGenerator.from_pretrained` takes a repository as well, and reads it by `locate`.
 
 `net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), or a network that `accelerate` changed.
-What is stored is the folder format of `gdd_fast.models.load`: no code, no pickle. Arguments that are not described
-here mean what they mean in huggingface_hub.
+What is stored is the folder format of `gdd_fast.models.files.save`: no code, no pickle. Arguments that are not
+described here mean what they mean in huggingface_hub.
 """
 
 import re
@@ -21,7 +21,8 @@ from torch import nn
 
 from gdd_fast.errors import WeightsError
 from gdd_fast.files import atomic_write
-from gdd_fast.models.load import load_generator, save_network
+from gdd_fast.models.files.load import load_generator
+from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 
 FILES = ("config.json", "model.safetensors")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
+from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
-from gdd_fast.precision import full_float32
 
 FeatureName = Literal["lite0", "pixels"]
 LITE0 = "tf_efficientnet_lite0"
@@ -27,7 +27,7 @@ class FeatureExtractor(Protocol):
     name: str
     """Names the function and its settings, for example `lite0-64`."""
     network: nn.Module | None
-    """What computes them, if anything does that has fused operators to choose; see modules.choose_backend."""
+    """What computes them, if anything does that has fused operators to choose; see layers.backends.choose_backend."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `(N, C, H, W)`, C 1 or 3 -> float32 `(N, F)`, without gradient, on the extractor's device."""

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.layers.convolution import Conv2d
+from gdd_fast.layers.embedding import PositionalEmbedding
+from gdd_fast.layers.group_norm import GroupNorm
+from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.models.arguments import check_probabilities, check_resolutions, check_sizes
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.models.unet_parts import decode, drop_labels, size_name
-from gdd_fast.modules import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding
+from gdd_fast.models.unet_helpers import decode, drop_labels, size_name
 
 
 class DhariwalUNet(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.models.frozen_conv import FrozenConv2d
+from gdd_fast.layers.frozen_conv import FrozenConv2d
 
 MIXED_CHANNELS = (64, 128, 256, 512)
 OUT_CHANNELS = (64, 64, 128, 256)

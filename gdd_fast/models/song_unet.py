@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
+from gdd_fast.layers.convolution import Conv2d
+from gdd_fast.layers.embedding import FourierEmbedding, PositionalEmbedding
+from gdd_fast.layers.group_norm import GroupNorm
+from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.models.arguments import check_choice, check_filter, check_probabilities, check_resolutions, check_sizes
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.models.unet_parts import decode, drop_labels, layer_role, size_name
-from gdd_fast.modules import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, merge
-from gdd_fast.ops.residual import OPERATOR
+from gdd_fast.models.unet_helpers import decode, drop_labels, layer_role, size_name
+from gdd_fast.ops import residual
 
 
 class SongUNet(nn.Module):
@@ -33,7 +36,7 @@ class SongUNet(nn.Module):
     Raises ConfigError for arguments that cannot make a network.
     """
 
-    operator = OPERATOR
+    operator = residual.OPERATOR
     backend: Backend = "auto"
 
     def __init__(
@@ -175,10 +178,10 @@ class SongUNet(nn.Module):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x, statistics = merge(x, layer(aux), backend=self.backend), None
+                    x, statistics = residual.residual(x, layer(aux), backend=self.backend), None
                     skips[-1] = x, statistics
                 case "aux_residual":
-                    x, statistics = merge(x, layer(aux), math.sqrt(0.5), backend=self.backend), None
+                    x, statistics = residual.residual(x, layer(aux), scale=math.sqrt(0.5), backend=self.backend), None
                     aux, skips[-1] = x, (x, statistics)
                 case "conv":
                     x = layer(x)
@@ -197,7 +200,7 @@ class SongUNet(nn.Module):
                     normed = layer(x, statistics=statistics)
                 case "aux_conv":
                     y = layer(normed)
-                    image = y if image is None else merge(image, y, backend=self.backend)
+                    image = y if image is None else residual.residual(image, y, backend=self.backend)
                 case _:
                     x, statistics = decode(layer, x, statistics, skips, emb)
         return image

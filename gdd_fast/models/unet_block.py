@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
-from gdd_fast.modules import Attention, Conv2d, GroupNorm, Init, Linear, Pair, QkvConv2d, Statistics, concat, merge
-from gdd_fast.ops.residual import OPERATOR
+from gdd_fast.layers.convolution import Conv2d
+from gdd_fast.layers.group_norm import GroupNorm
+from gdd_fast.layers.linear import Init, Linear
+from gdd_fast.layers.self_attention import Attention, QkvConv2d
+from gdd_fast.layers.skip_pair import Pair, Statistics
+from gdd_fast.ops import residual
 
 
 class UNetBlock(nn.Module):
@@ -17,7 +22,7 @@ class UNetBlock(nn.Module):
     The embedding enters before the second norm as an offset, or after it as scale and shift (`adaptive_scale`).
     """
 
-    operator = OPERATOR
+    operator = residual.OPERATOR
     backend: Backend = "auto"
 
     def __init__(
@@ -89,7 +94,7 @@ class UNetBlock(nn.Module):
             x = self.skip(x, add_bias=not fused)
             bias = bias + self.skip.bias if fused and self.skip.bias is not None else bias
         elif isinstance(x, tuple):
-            x = concat(*x)
+            x = torch.cat(x, 1)
         x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))
         if self.num_heads:
             h = self.attend(self.qkv(self.norm2(x, activation=None, statistics=statistics)))
@@ -98,5 +103,5 @@ class UNetBlock(nn.Module):
         return (x, statistics) if return_statistics else x
 
     def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        merged = merge(h, x, self.skip_scale, bias=bias, statistics=statistics, backend=self.backend)
+        merged = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
         return merged if statistics else (merged, None)

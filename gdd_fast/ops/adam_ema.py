@@ -8,7 +8,7 @@ number of steps taken (Kingma & Ba, arXiv 1412.6980, written as torch.optim.Adam
     average <- lerp(average, p, average_weight)        copy <- p, rounded
 
 Unfused this reads and writes the parameters' memory 11 times and more; here it is 9 times (8 with beta1 = 0) and one
-look at the gradients before. `gdd_fast.distill.adam_ema` wraps it as an optimizer.
+look at the gradients before. `gdd_fast.training.optimizer` wraps it as an optimizer.
 """
 
 import math

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import autocast_dtype, cast
+from gdd_fast.ops._memory_format import autocast_dtype, cast
 
 OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
 

@@ -4,9 +4,9 @@ Softmax is in float32 in every dtype. "torch" calls PyTorch's scaled_dot_product
 number a query and head, and recomputes the probabilities in backward.
 
 EDM's convolution interleaves q, k and v. Parameters keep its order everywhere, in training, checkpoints and exports;
-`gdd_fast.modules.QkvConv2d` reorders its weight at every call, which is a few hundred kilobytes where activations are
-many megabytes, so that the result comes in "blocks". Those both implementations read where the convolution left them
-if the memory is channels_last; "interleaved" ones, and contiguous memory, cost "torch" one copy.
+`gdd_fast.layers.self_attention.QkvConv2d` reorders its weight at every call, which is a few hundred kilobytes where
+activations are many megabytes, so that the result comes in "blocks". Those both implementations read where the
+convolution left them if the memory is channels_last; "interleaved" ones, and contiguous memory, cost "torch" one copy.
 
 "auto" takes the Triton kernels at the shapes that kernels/tuned.json lists as measured to be faster than PyTorch's on
 the architecture at hand. None has been measured yet, so it is "torch" everywhere.
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._maps import compute_dtype, memory_format
+from gdd_fast.ops._memory_format import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
 _implementation = chooser(OPERATOR)

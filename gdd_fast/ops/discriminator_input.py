@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import memory_format
+from gdd_fast.ops._memory_format import memory_format
 
 OPERATOR = Operator("discriminator_input", fused=frozenset({"cuda", "cpp"}))
 

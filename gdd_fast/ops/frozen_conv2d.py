@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, has_extension
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import autocast_dtype, cast, memory_format, runs_eagerly
+from gdd_fast.ops._memory_format import autocast_dtype, cast, memory_format, runs_eagerly
 
 OPERATOR = Operator("frozen_conv2d", fused=frozenset())
 

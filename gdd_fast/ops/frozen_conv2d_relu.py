@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import ConfigError
-from gdd_fast.ops._maps import memory_format, runs_eagerly
+from gdd_fast.ops._memory_format import memory_format, runs_eagerly
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
     Size2,

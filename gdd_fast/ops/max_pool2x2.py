@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import memory_format
+from gdd_fast.ops._memory_format import memory_format
 
 OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
 

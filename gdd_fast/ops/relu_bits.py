@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, resolve
 from gdd_fast.errors import ConfigError, InputError
-from gdd_fast.ops._maps import memory_format
+from gdd_fast.ops._memory_format import memory_format
 from gdd_fast.ops.frozen_conv2d_relu import CEILING, OPERATOR, Activation, masked
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._maps import DTYPES, memory_format, runs_eagerly
+from gdd_fast.ops._memory_format import DTYPES, memory_format, runs_eagerly
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._maps import (
+from gdd_fast.ops._memory_format import (
     DTYPES,
     channel_statistics_ref,
     compute_dtype,
@@ -52,7 +52,7 @@ def residual(
     Returns:
         y (N, C, H, W) in h's dtype, dense, channels_last if h's channels are innermost ("torch": as eager torch adds).
         With `statistics` the pair (y, s): s is float32 (N, P, 2, C), of each channel the mean and the sum of squared
-        deviations over each of P runs of pixels (see gdd_fast.ops._maps); it carries no gradient.
+        deviations over each of P runs of pixels (see gdd_fast.ops._memory_format); it carries no gradient.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.errors import InputError
-from gdd_fast.ops._maps import DTYPES, compute_dtype, evenly_spaced
+from gdd_fast.ops._memory_format import DTYPES, compute_dtype, evenly_spaced
 
 OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
 

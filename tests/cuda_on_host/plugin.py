@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from gdd_fast.sources import digest
+from gdd_fast.extension_sources import digest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.models.backbones.attention import attention
+from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.models.backbones.base import Backbone
-from gdd_fast.models.frozen_conv import FrozenConv2d
+from gdd_fast.models.backbones.vit_attention import attention
 
 _WIDTH, _DEPTH, _HEADS, _PATCH = 768, 12, 12, 16
 _GRID = 224 // _PATCH

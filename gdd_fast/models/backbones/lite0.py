@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.layers.frozen_conv import FrozenConv2d, conv_norm_relu
 from gdd_fast.models.backbones.base import Backbone, ConvNorm
-from gdd_fast.models.frozen_conv import FrozenConv2d, conv_norm_relu
 from gdd_fast.ops.frozen_conv2d_relu import Activation
 
 _BN_EPS = 1e-3

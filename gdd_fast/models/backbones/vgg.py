@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
+from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.models.backbones.base import Backbone, ConvNorm
-from gdd_fast.models.frozen_conv import FrozenConv2d
 from gdd_fast.ops.max_pool2x2 import OPERATOR, max_pool2x2
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

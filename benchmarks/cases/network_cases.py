@@ -1,0 +1,289 @@
+"""Cases of whole networks and their pieces: generators, U-Net blocks, frozen backbones."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases.layer_calls import build
+from benchmarks.counts.flops import count_flops
+from benchmarks.harness.case import COMPILED, Bench, Case
+from benchmarks.harness.checks import Closeness, tensors
+from benchmarks.harness.timing import Call
+from benchmarks.peers import networks as peers
+from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockBlock, StockGenerator
+from gdd_fast.distill.freeze import freeze
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.sampling.sampler import one_step
+
+FLOOR = 1e-3
+"""A relative error in norm that is never too large; beyond it, twice plain PyTorch's in the same type is."""
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_BACKBONES = ("vgg16_bn", "tf_efficientnet_lite0")
+_BLOCKS = {"ncsnpp-32": ("enc.16x16_block1", "dec.32x32_block0"), "adm-64": ("enc.32x32_block1",)}
+
+
+def network_cases(full: bool) -> list[Case]:
+    """On a CPU NCSN++ 32 at batch 1 and 4, a block, lite0; the last one compiles. `full`: more batches and networks."""
+    if not full:
+        return [
+            generator_case("ncsnpp-32", 1, torch.float32),
+            generator_case("ncsnpp-32", 1, torch.bfloat16),
+            block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32),
+            backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
+            generator_case("ncsnpp-32", 4, torch.bfloat16, compiled=("compile",)),
+        ]
+    bf16 = torch.bfloat16
+    cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
+    others = [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
+    backbones = [backbone_case(name, 64, bf16) for name in _BACKBONES]
+    blocks = [block_case(*block, 64, bf16) for block in _blocks()]
+    return [*cases, *others[:3], *backbones, *blocks, *others[3:]]
+
+
+def compiled_cases() -> list[Case]:
+    """What torch.compile takes a minute or more to get ready on a GPU, the most telling first; no other peers.
+
+    The rows belong to the cases of the same names in `network_cases(True)`.
+    """
+    bf16 = torch.bfloat16
+
+    def generator(name: str, batch: int, peer: str) -> Case:
+        return generator_case(name, batch, bf16, ready=False, compiled=(peer,))
+
+    cases = [generator("ncsnpp-32", n, "compile") for n in (256, 1)]
+    cases += [generator("ncsnpp-32", n, "max-autotune") for n in (1, 256)]
+    cases += [block_case(*block, 64, bf16, compiled=True) for block in _blocks()]
+    cases += [backbone_case(name, 64, bf16, compiled=True) for name in _BACKBONES]
+    cases += [generator("adm-64", 256, "compile"), generator("ncsnpp-32", 16, "compile")]
+    return [*cases, generator("ncsnpp-32", 256, "OneStepGenerator:compile")]
+
+
+def _blocks() -> list[tuple[str, str]]:
+    return [(name, block) for name, some in _BLOCKS.items() for block in some]
+
+
+def generator_case(
+    name: str, batch: int, dtype: torch.dtype, *, ready: bool = True, compiled: tuple[str, ...] = ()
+) -> Case:
+    """One-step sampling, latents to float images. On a CPU a half-precision case has the best of float32 beside it.
+
+    `ready` has the peers that run at once; `compiled` names those wanted that have to be compiled: "compile",
+    "max-autotune", "OneStepGenerator:compile".
+    """
+    build = partial(_generator, name, batch, dtype, ready, compiled)
+    return Case("generator", f"{name} batch {batch} {_NAMES[dtype]}", build, larger=batch > 1)
+
+
+def _generator(
+    name: str, batch: int, dtype: torch.dtype, ready: bool, compiled: tuple[str, ...], device: torch.device
+) -> Bench:
+    net = peers.make_generator(name, device).requires_grad_(False)
+    z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
+    labels = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim] if net.label_dim else None
+    with torch.no_grad():
+        with peers.tf32(False, trials=True):  # chooses the algorithms for the peers of this type as well
+            eager = one_step(StockGenerator(net, BEST, dtype), z, labels)
+        with peers.tf32(False, trials=dtype == torch.float32):  # they take seconds
+            expected = one_step(StockGenerator(net, OFFICIAL, torch.float32), z, labels)
+    check = Closeness(expected, FLOOR, eager)
+
+    def sampling(network: Callable[..., Tensor]) -> Call:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return one_step(network, z, labels)
+
+        return call
+
+    def stock(mode: str | None = None, own: torch.dtype = dtype) -> Call:
+        model = StockGenerator(copy.deepcopy(net), BEST, own).to(memory_format=torch.channels_last)
+        cast_convolutions(model, own)
+        return peers.under_tf32(
+            sampling(model if mode is None else torch.compile(model, **_compile_options(mode))), True
+        )
+
+    def ours() -> Call:
+        model = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        model.dtype = dtype
+        return peers.under_tf32(sampling(model), None)
+
+    def engine(kind: str) -> Call:
+        generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
+        classes = None if labels is None else labels.argmax(1)  # as its users name them
+        # as when images are written
+        return peers.under_tf32(lambda: generator.run(z, classes, check_classes=False), None)
+
+    official = StockGenerator(net, OFFICIAL, dtype)
+    makers: dict[str, Callable[[], Call]] = {
+        "official": lambda: peers.under_tf32(sampling(official), False),
+        "stock": stock,
+        "gdd_fast": ours,
+    }
+    gpu = device.type == "cuda"
+    makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
+    if gpu:
+        makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
+    elif dtype != torch.float32:
+        makers["stock fp32"] = partial(stock, None, torch.float32)
+    slow: dict[str, Callable[[], Call]] = {mode: partial(stock, mode) for mode in COMPILED}
+    slow["OneStepGenerator:compile"] = partial(engine, "compile")
+    makers = (makers if ready else {}) | {peer: slow[peer] for peer in compiled}
+    weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
+    with torch.no_grad():
+        flops = count_flops(lambda: _meta_generator(name, batch))
+    return Bench(
+        makers,
+        check.check,
+        bytes=weights + 2 * 4 * z.numel(),
+        flops=flops,
+        images=batch,
+        precision=_NAMES[dtype],
+        precisions={"stock fp32": "fp32"},
+    )
+
+
+def _meta_generator(name: str, batch: int) -> None:
+    net = StockGenerator(build(name), BEST, torch.float32)
+    z = torch.empty((batch, 3, net.img_resolution, net.img_resolution), device="meta")
+    one_step(net, z, torch.empty((batch, net.label_dim), device="meta") if net.label_dim else None)
+
+
+def _compile_options(mode: str) -> dict[str, Any]:
+    return {"dynamic": False, **({} if mode == "compile" else {"mode": mode})}
+
+
+def cast_convolutions(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convolutions' weights in the compute type once and for all, as one does for sampling."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 4:
+            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+
+
+def block_case(name: str, block: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
+    """One U-Net block of a GDD-I generator, forward and backward to its input and to the weights that train."""
+    title = f"{name} {block} {batch} {_NAMES[dtype]}"
+    return Case("U-Net block forward+backward", title, partial(_block, name, block, batch, dtype, compiled))
+
+
+def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> Bench:
+    net = peers.make_generator(name, device)
+    freeze(net, 1)
+    ours = net.model.get_submodule(block)
+    shapes, emb_channels = _block_inputs(name, block)
+    maps = [torch.randn((batch, *shape), device=device) for shape in shapes]
+    emb = torch.randn((batch, emb_channels), device=device)
+    wanted = [p for p in ours.parameters() if p.requires_grad]
+
+    def run(layer: nn.Module, kind: torch.dtype, layout: torch.memory_format, pair: bool) -> Call:
+        leaves = [m.to(kind).contiguous(memory_format=layout).requires_grad_() for m in maps]
+        e = emb.to(kind) if isinstance(layer, StockBlock) else emb
+        cotangent = torch.ones((), device=device, dtype=kind)
+
+        def call() -> list[Tensor]:
+            x = leaves[0] if len(leaves) == 1 else tuple(leaves) if pair else torch.cat(leaves, 1)
+            y = layer(x, e)
+            return [y.detach(), *torch.autograd.grad(y, [*leaves, *wanted], cotangent.expand_as(y))]
+
+        return call
+
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
+    official, best = StockBlock(ours, OFFICIAL), StockBlock(ours, BEST)
+    with peers.tf32(False, trials=True):  # chooses the algorithms for the peers as well
+        expected = run(official, torch.float32, contiguous, False)()
+        check = Closeness(expected, FLOOR, run(best, dtype, channels_last, False)())
+    makers = {
+        "official": lambda: peers.under_tf32(run(official, dtype, contiguous, False), False),
+        "stock": lambda: peers.under_tf32(run(best, dtype, channels_last, False), True),
+        "gdd_fast": lambda: peers.under_tf32(run(ours, dtype, channels_last, True), None),
+    }
+    if compiled:
+        makers = {"compile": lambda: peers.under_tf32(run(_Compiled(best), dtype, channels_last, False), True)}
+    return Bench(makers, check.check, precision=_NAMES[dtype], images=batch)
+
+
+class _Compiled(StockBlock):
+    """A compiled block that still says it is a block."""
+
+    def __init__(self, block: StockBlock) -> None:
+        nn.Module.__init__(self)
+        self.compiled = torch.compile(block, dynamic=False)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.compiled(x, emb)
+
+
+def _block_inputs(name: str, block: str) -> tuple[list[tuple[int, ...]], int]:
+    """Shapes (C, H, W) of the maps that the block is called with, and the width of the embedding."""
+    from benchmarks.cases.layer_calls import call
+
+    net, seen = build(name), []
+
+    def hook(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(([tuple(t.shape[1:]) for t in tensors(inputs[0])], inputs[1].shape[1]))
+
+    net.model.get_submodule(block).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        call(net)
+    return seen[0]
+
+
+def backbone_case(name: str, batch: int, dtype: torch.dtype, *, resolution: int = 224, compiled: bool = False) -> Case:
+    """A frozen backbone: four maps and the gradient of its input, as the generator step needs."""
+    title = f"{name} {batch}x3x{resolution}² {_NAMES[dtype]}"
+    return Case("backbone forward+input gradient", title, partial(_backbone, name, batch, dtype, resolution, compiled))
+
+
+def _backbone(
+    name: str, batch: int, dtype: torch.dtype, resolution: int, compiled: bool, device: torch.device
+) -> Bench:
+    x = torch.randn((batch, 3, resolution, resolution), device=device)
+
+    def run(net: Callable[[Tensor], Any], kind: torch.dtype, layout: torch.memory_format) -> Call:
+        leaf = x.to(kind).contiguous(memory_format=layout).requires_grad_()
+
+        def call() -> list[Tensor]:
+            maps = net(leaf)
+            (gradient,) = torch.autograd.grad(maps, [leaf], cotangents(maps))
+            return [*(m.detach() for m in maps), gradient]
+
+        return call
+
+    def cotangents(maps: Any) -> list[Tensor]:
+        return [torch.ones((), dtype=m.dtype, device=device).expand_as(m) / m[0].numel() for m in maps]
+
+    def as_published() -> nn.Module:
+        return peers.plain(peers.make_backbone(name, resolution, device, folded=False))
+
+    def folded(kind: Callable[[nn.Module], Any]) -> nn.Module:
+        net = kind(peers.make_backbone(name, resolution, device, folded=True))
+        return net.to(dtype=dtype, memory_format=torch.channels_last)
+
+    def stock(compile_it: bool = False) -> Call:
+        net = folded(peers.plain)
+        net = torch.compile(net, dynamic=False) if compile_it else net
+        return peers.under_tf32(run(net, dtype, torch.channels_last), True)
+
+    with peers.tf32(False, trials=True):
+        check = Closeness(run(as_published(), torch.float32, torch.contiguous_format)(), FLOOR, stock()())
+    makers: dict[str, Callable[[], Call]] = {
+        "official fp32": lambda: peers.under_tf32(run(as_published(), torch.float32, torch.contiguous_format), False),
+        "stock": stock,
+        "gdd_fast": lambda: peers.under_tf32(run(folded(lambda net: net), dtype, torch.channels_last), None),
+    }
+    if compiled:
+        makers = {"compile": partial(stock, True)}
+    shapes = (name, batch, resolution)
+    flops, precisions = count_flops(lambda: _meta_backbone(*shapes)), {"official fp32": "fp32"}
+    return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions=precisions)
+
+
+def _meta_backbone(name: str, batch: int, resolution: int) -> None:
+    net = peers.plain(peers.make_backbone(name, resolution, torch.device("cpu"), folded=True)).to("meta")
+    x = torch.empty((batch, 3, resolution, resolution), device="meta", requires_grad=True)
+    maps = net(x)
+    torch.autograd.backward(maps, [torch.empty_like(m) for m in maps])

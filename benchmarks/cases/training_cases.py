@@ -1,0 +1,114 @@
+"""Cases of training: the three steps and a whole iteration of a preset, under the settings of training.py.
+
+An iteration is a G step, a D step and its share of the R1 step, which the presets take every sixteenth time.
+
+A peer is checked on few images before it is timed, in float32 and in bf16 (training_checks.py), and its first step on
+these images once more. From the second step on the weights have moved apart, and nothing is compared.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks.harness.case import COMPILED, Bench, Case
+from benchmarks.harness.checks import spoil
+from benchmarks.harness.timing import Call, WithParts
+from benchmarks.harness.training_checks import FLOAT32, Batch, Gradient, Reference, Types, step_parts
+from benchmarks.peers.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
+from benchmarks.peers.training_engines import captured
+
+STEPS = ("G step", "D step", "R1 step", "iteration")
+_COMPARED_IMAGES, _COMPARED_ON_CPU = 16, 8
+
+
+def training_cases(full: bool, steps: tuple[str, ...] = STEPS) -> list[Case]:
+    """On a CPU the demo's steps; `full` the CIFAR-10 preset's, then others."""
+    if not full:
+        return [training_case(step, Setup("demo", 16)) for step in steps]
+    setup = Setup("cifar10-uncond-gdd-i", 128)
+    cases = [training_case(step, setup) for step in ("iteration", "G step", "R1 step", "D step")]
+    more = (Setup("cifar10-uncond-gdd-i", 256), Setup("cifar10-uncond-gdd", 128), Setup("imagenet-64-gdd-i", 64))
+    compiled = [training_case(step, setup, compiled=True) for step in ("iteration", "G step", "D step")]
+    return [*cases, *(training_case("iteration", s) for s in more), *compiled]
+
+
+def training_case(step: str, setup: Setup, *, compiled: bool = False) -> Case:
+    """One step; `compiled` measures torch.compile of the stock losses alone, which takes minutes to get ready."""
+    title = f"{setup.preset} batch {setup.batch}"
+    return Case(step, title, partial(_bench, step, setup, compiled))
+
+
+def settings_for(device: torch.device) -> dict[str, Settings]:
+    """The peers. On a CPU all compute in fp32: the demo does, and few CPUs are quicker in bf16."""
+    found = {"official": OFFICIAL_SETTINGS, "stock": STOCK_SETTINGS, "gdd_fast": OUR_SETTINGS}
+    if device.type == "cuda":
+        return found
+    fp32 = {"generator_dtype": torch.float32, "discriminator_dtype": torch.float32}
+    return {name: replace(settings, **fp32) for name, settings in found.items()}
+
+
+def _bench(step: str, setup: Setup, compiled: bool, device: torch.device) -> Bench:
+    peers = settings_for(device)
+    if compiled:
+        # compared as they are timed: for another batch they would be compiled again
+        peers = {mode: replace(peers["stock"], engine=mode) for mode in COMPILED}
+        return settings_bench(step, setup, peers, device, compared=setup.batch)
+    if device.type == "cuda" and step != "R1 step":
+        peers["graph"] = replace(peers["stock"], engine="graph")
+    return settings_bench(step, setup, peers, device)
+
+
+def settings_bench(
+    step: str, setup: Setup, peers: dict[str, Settings], device: torch.device, *, compared: int | None = None
+) -> Bench:
+    """A step under several settings, each of which is compared with the public code's in float32.
+
+    By default on few images: the definition in float32 takes the most memory of all.
+    """
+    few = compared or (_COMPARED_IMAGES if device.type == "cuda" else _COMPARED_ON_CPU)
+    few = replace(setup, batch=min(setup.batch, few))
+    # of the timed size it chooses the algorithms for what is timed
+    reference = Reference(step, few, device, trials=few.batch == setup.batch)
+
+    def check(settings: Settings, outputs: Gradient | None) -> None:
+        if outputs is not None:
+            reference.check_step(Types.of(settings), outputs)
+
+    def peer(name: str, settings: Settings) -> Call:
+        # what a CPU computes in float32 is checked in a GPU's types as well
+        for types in (FLOAT32, Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)):
+            extra[name][f"compared, {types}"] = reference.check_in(types, settings)
+        training = Training(setup, settings, device, trials=True)
+
+        def prepared(batch: Batch) -> list[tuple[Call, float]]:
+            (call, share), *r1 = step_parts(step, training, batch)
+            return [(captured(training, call) if settings.engine == "graph" else call, share), *r1]
+
+        return _ComparedOnce(prepared(reference.batch), prepared(Batch.draw(training)))
+
+    extra: dict[str, dict[str, str]] = {name: {} for name in peers}
+    makers = {name: partial(peer, name, settings) for name, settings in peers.items()}
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    checks = {name: partial(check, settings) for name, settings in peers.items()}
+    return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks, extra=extra)
+
+
+class _ComparedOnce(WithParts):
+    """The first call runs `compared` and returns its gradients; all further ones, timed in parts, return nothing."""
+
+    def __init__(self, compared: list[tuple[Call, float]], timed: list[tuple[Call, float]]) -> None:
+        super().__init__([(partial(_quiet, call), share) for call, share in timed])
+        self._compared = compared
+
+    def __call__(self) -> Gradient | None:
+        compared, self._compared = self._compared, []
+        found: Gradient = {}
+        for call, _ in compared:
+            spoil(call)
+            found |= call()
+        return found or super().__call__()
+
+
+def _quiet(call: Call) -> None:
+    call()

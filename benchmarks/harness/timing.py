@@ -1,0 +1,269 @@
+"""How a time is taken: rounds of one call, on a device that is idle before and has cold caches.
+
+    timing = measure(call, device)
+
+`call()` does the work once and returns its outputs. On a GPU a round has two parts: one from an idle device (host and
+wall time), one with the queue filled beforehand (device time between two events, without launch latency). Calls of more
+than `_LONG` seconds are timed once a round; launch latency does not matter there.
+
+A call with `parts`, as `WithParts` makes it, stands for work of which some is done more rarely, such as the R1 step of
+every sixteenth iteration. Every round times each part once, and a part's time counts by its share.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], Any]
+Components = Sequence[tuple[Call, float]]
+"""Calls, each with the times a whole call has it: 1/16 is once in sixteen."""
+
+_LONG = 0.02
+_VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
+_SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
+_FLUSH_CPU = 16 << 20
+_FLUSH_GPU_CACHES = 4  # times the L2
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of mallopt(3)
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """20 %, 50 % and 80 % quantiles, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Quantiles":
+        ordered = sorted(samples)
+        return cls(*(_quantile(ordered, q) for q in (0.2, 0.5, 0.8)))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles over `rounds` rounds; host and device on a GPU alone, cpu (process time of all threads) on a CPU."""
+
+    rounds: int
+    wall: Quantiles
+    host: Quantiles | None = None
+    device: Quantiles | None = None
+    cpu: Quantiles | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [value["p20"], value["p50"], value["p80"]] if isinstance(value, dict) else value
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear between neighbours, as numpy's default."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+class WithParts:
+    """The call that runs each of `parts` once and returns what the last one returns; `Sampler` counts their shares."""
+
+    def __init__(self, parts: Components) -> None:
+        self.parts = parts
+
+    def __call__(self) -> Any:
+        outputs = None
+        for part, _ in self.parts:
+            outputs = part()
+        return outputs
+
+
+class Sampler:
+    """Takes rounds of `call` one by one, so that others (pytest-benchmark) can drive it too."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        if device.type == "cpu":
+            reuse_memory()
+        self.device = device
+        self._parts: Components = getattr(call, "parts", [(call, 1.0)])
+        self._flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
+        self._samples: dict[str, list[float]] = {"wall": [], "host": [], "device": [], "cpu": []}
+        self._host_estimate = 0.0
+        self._queued = False
+
+    def warm_up(self, seconds: float = 0.1, least: int = 2) -> float:
+        """Call at least `least` times and for `seconds`, or once if that takes a second; the shortest time in s."""
+        shortest, start, calls = math.inf, time.perf_counter(), 0
+        while calls == 0 or (shortest < _VERY_LONG and (calls < least or time.perf_counter() - start < seconds)):
+            taken, _ = self._from_idle()
+            shortest, calls = min(shortest, taken["wall"]), calls + 1
+            self._host_estimate = taken.get("host", 0.0)
+        self._queued = self.device.type == "cuda" and shortest < _LONG and len(self._parts) == 1
+        return shortest
+
+    def round(self) -> Any:
+        """One measured round; returns the outputs of the call, or of its last part."""
+        self._flush.zero_()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds, outputs = self._from_idle()
+        for clock, value in seconds.items():
+            self._samples[clock].append(value)
+        if self._queued:
+            outputs = None  # freed first, so that the allocator can give the same memory again
+            outputs = self._from_full_queue()
+        return outputs
+
+    def timing(self) -> Timing:
+        """Of the rounds so far."""
+        s = self._samples
+        if self.device.type == "cuda":
+            return Timing(len(s["wall"]), *(Quantiles.of(s[name]) for name in ("wall", "host", "device")))
+        return Timing(len(s["wall"]), Quantiles.of(s["wall"]), cpu=Quantiles.of(s["cpu"]))
+
+    def _from_idle(self) -> tuple[dict[str, float], Any]:
+        """Seconds by clock, of every part by its share, and the outputs of the last part."""
+        total: dict[str, float] = {}
+        outputs = None
+        for part, share in self._parts:
+            outputs = None  # freed first, so that the allocator can give the same memory again
+            seconds, outputs = self._once(part)
+            for clock, value in seconds.items():
+                total[clock] = total.get(clock, 0.0) + share * value
+        return total, outputs
+
+    def _once(self, call: Call) -> tuple[dict[str, float], Any]:
+        if self.device.type != "cuda":
+            cpu, start = time.process_time(), time.perf_counter()
+            outputs = call()
+            wall = time.perf_counter() - start
+            return {"wall": wall, "cpu": time.process_time() - cpu}, outputs
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        before.record()
+        outputs = call()
+        after.record()
+        seconds = {"host": time.perf_counter() - start}
+        torch.cuda.synchronize(self.device)
+        seconds["wall"] = time.perf_counter() - start
+        if not self._queued:
+            seconds["device"] = before.elapsed_time(after) / 1e3
+        return seconds, outputs
+
+    def _from_full_queue(self) -> Any:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        torch.cuda._sleep(int(min(1.5 * self._host_estimate + 50e-6, 0.05) * _SLEEP_CYCLES_PER_SECOND))
+        before.record()
+        outputs = self._parts[0][0]()
+        after.record()
+        after.synchronize()
+        self._samples["device"].append(before.elapsed_time(after) / 1e3)
+        return outputs
+
+    def forget(self) -> None:
+        """Drop the rounds so far (those of the warm-up)."""
+        for samples in self._samples.values():
+            samples.clear()
+
+
+def measure(
+    call: Call, device: torch.device, *, seconds: float = 0.5, least: int = 5, most: int = 200
+) -> tuple[Timing, Any]:
+    """Time `call` for about `seconds`, in `least` to `most` rounds; the timing and the outputs of the last round.
+
+    The warm-up takes another fifth of the time. The garbage collector is off meanwhile.
+    """
+    sampler = Sampler(call, device)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        sampler.warm_up(seconds / 5)
+        sampler.forget()
+        start, outputs = time.perf_counter(), None
+        for number in range(most):
+            outputs = None
+            outputs = sampler.round()
+            if number + 1 >= least and time.perf_counter() - start >= seconds:
+                break
+    finally:
+        if enabled:
+            gc.enable()
+    return sampler.timing(), outputs
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most memory of tensors that one call holds above what is allocated before it, its outputs included.
+
+    By the allocator on a GPU; on a CPU by PyTorch's profiler, which sees what operators allocate in this process. None
+    for other devices.
+    """
+    if device.type == "cpu":
+        return _profiled_peak(call)
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _profiled_peak(call: Call) -> int:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        outputs = call()
+    del outputs
+    held = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler writes there whenever it starts and stops, past Python, and cannot be told not to."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@functools.cache
+def reuse_memory() -> None:
+    """Let glibc keep freed memory from now on, so that no call has its large results paged in anew.
+
+    By default every block of 32 MiB and more is mapped when it is allocated, and writing to it first costs a page fault
+    each 4 KiB: as much for every peer, and several times what operators take. Nothing happens elsewhere.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _flush_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _FLUSH_CPU
+    return _FLUSH_GPU_CACHES * max(torch.cuda.get_device_properties(device).L2_cache_size, 16 << 20)

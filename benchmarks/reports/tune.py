@@ -1,0 +1,188 @@
+"""Candidates for kernels/tuned.json: each Triton kernel's launch options, tried on layers of the real networks.
+
+For every entry of the table the defaults are varied one grid at a time, and the setting with the smallest geometric
+mean over the layers wins. Nothing is written to the table: winners and times go to the notes of the results file, as
+the entry that a person would add ("sm_90": {...}).
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import operator_inputs as problems
+from benchmarks.cases.layer_calls import ConvCall, convolution_calls, norm_calls, pool_calls, residual_calls
+from benchmarks.harness.case import Bench, Case, computes, describe_error
+from benchmarks.harness.checks import MismatchError
+from benchmarks.harness.operator_case import operator_case
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import measure
+from gdd_fast.ops.frozen_conv2d_relu import CEILING, mask_bits_ref, relu_bits_ref_
+
+Options = dict[str, int]
+
+_FACTORS = (0.5, 1, 2, 4)
+_WARPS = (2, 4, 8, 16)
+_SECONDS = 0.05
+
+
+def grid(default: Options) -> list[Options]:
+    """The default first, then its size times each factor with each number of warps."""
+    size = next(name for name in ("elements", "BLOCK") if name in default)
+    found = [dict(default)]
+    for factor, warps in itertools.product(_FACTORS, _WARPS):
+        options = {**default, size: int(default[size] * factor), "num_warps": warps}
+        if options not in found:
+            found.append(options)
+    return found
+
+
+@contextlib.contextmanager
+def using(entry: str, architecture: str, options: Options) -> Iterator[None]:
+    """`entry` of the table of launch options overridden for `architecture`, put back afterwards."""
+    from gdd_fast.kernels import _launch
+
+    table = _launch._table()[entry]
+    before = table.get(architecture)
+    table[architecture] = options
+    _launch.configuration.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[architecture]
+        else:
+            table[architecture] = before
+        _launch.configuration.cache_clear()
+
+
+def entries(smoke: bool) -> dict[str, list[Case]]:
+    """The entries that can be tuned, with the cases each is judged by: three layers, small to large."""
+    batch, dtype = (1, torch.float32) if smoke else (64, torch.bfloat16)
+    norms, residuals, convolutions, pools = norm_calls(), residual_calls(), convolution_calls(), pool_calls()
+
+    def some(layers: Sequence[Any]) -> list[Any]:
+        return [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
+
+    def bits(layer: ConvCall) -> Case:
+        return Case("frozen_conv2d_relu bits", str(layer), partial(_bits, layer, batch, dtype))
+
+    def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
+        chosen = some(layers)
+        build = [partial(problem, layer, batch, kind) for layer in chosen]
+        return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
+
+    return {
+        "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
+        "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
+        "residual": cases("residual", residuals, problems.residual_problem, False),
+        "frozen_conv2d_relu": [bits(layer) for layer in some(convolutions)],
+        "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
+        "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
+    }
+
+
+def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device) -> Bench:
+    """What the kernels of frozen_conv2d_relu do, for one output and its gradient: the convolution, which is the
+    library's and takes most of the time, is left out.
+    """
+    side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
+    shape, ceiling = (batch, layer.size[0], side, side), CEILING[layer.activation]
+    start, dy = (4 * torch.randn(shape, device=device) for _ in range(2))
+    start, dy = (t.to(dtype, memory_format=torch.channels_last) for t in (start, dy))
+    y, clamped = start.clone(), start.clone()
+    expected_bits = relu_bits_ref_(clamped, ceiling)
+    expected = [clamped, expected_bits, mask_bits_ref(dy, expected_bits)]
+
+    def call() -> list[torch.Tensor]:
+        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
+        return [y, bits, torch.ops.gdd_fast.mask_bits(dy, bits, "triton")]
+
+    def check(outputs: list[torch.Tensor]) -> None:
+        right = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        y.copy_(start)
+        if not right:
+            raise MismatchError("the bits, or what they mask, are not the definition's")
+
+    return Bench({"gdd_fast:triton": lambda: call}, check)
+
+
+def tune(results: Results, path: Path, device: torch.device, left: Callable[[], float], *, smoke: bool = False) -> bool:
+    """Try every entry that the file does not have while `left()` is positive; saves after each.
+
+    What is wrong or fails is no candidate. False if the device was lost on the way: another process may go on.
+    """
+    from gdd_fast.kernels import _launch
+
+    notes = results.notes.setdefault("tuning", {})
+    if device.type != "cuda":
+        notes["skipped"] = f"the Triton kernels do not run on {device.type} at full speed"
+        results.save(path)
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    architecture = f"sm_{major}{minor}"
+    for entry, cases in entries(smoke).items():
+        if entry in notes:
+            continue
+        if entry not in _launch._table() or left() <= 0:
+            notes[entry] = {"not tried": "no such entry" if left() > 0 else "no time left"}
+            continue
+        notes[entry] = {"failed": "the process ended"}  # stands unless the next line returns
+        results.save(path)
+        try:
+            notes[entry] = tune_entry(entry, cases, architecture, device, left)
+        except Exception as error:  # the other entries are still worth their time
+            notes[entry] = {"failed": describe_error(error)}
+        results.save(path)
+        if not computes(device):
+            return False
+    results.save(path)
+    return True
+
+
+def tune_entry(
+    entry: str, cases: list[Case], architecture: str, device: torch.device, left: Callable[[], float]
+) -> dict[str, Any]:
+    """Geometric mean of the times by setting, and the best as an entry of the table."""
+    from gdd_fast.kernels import _launch
+
+    benches = [case.build(device) for case in cases]
+    tried: list[dict[str, Any]] = []
+    for options in grid(_launch._table()[entry]["default"]):
+        if left() <= 0:
+            break
+        try:
+            with using(entry, architecture, options):
+                times = [_time(bench, device) for bench in benches]
+            tried.append({"options": options, "seconds": math.exp(sum(map(math.log, times)) / len(times))})
+        except MismatchError as error:
+            tried.append({"options": options, "failed": str(error)})
+        except Exception as error:  # out of registers or shared memory, say: no setting for this GPU
+            tried.append({"options": options, "failed": describe_error(error)})
+            if not computes(device):
+                break
+    timed = [one for one in tried if "seconds" in one]
+    if not timed:
+        return {"tried": tried}
+    best = min(timed, key=lambda one: one["seconds"])
+    default = tried[0].get("seconds")
+    return {
+        "candidate": {architecture: best["options"]},
+        "gain": None if default is None else default / best["seconds"],
+        "complete": left() > 0,
+        "tried": tried,
+    }
+
+
+def _time(bench: Any, device: torch.device) -> float:
+    """Device seconds of the Triton peer, compared before and after."""
+    call = bench.peers["gdd_fast:triton"]()
+    bench.check(call())
+    timing, outputs = measure(call, device, seconds=_SECONDS, least=5)
+    bench.check(outputs)
+    return (timing.device or timing.wall).p50

@@ -1,0 +1,117 @@
+"""One technique switched on after another, for an iteration with R1's share, and for sampling: behind the waterfalls.
+
+Each step keeps what the ones before it brought. All are compared with the public code's settings in float32 before
+they are timed, like any peer.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.network_cases import FLOOR, cast_convolutions
+from benchmarks.cases.training_cases import settings_bench
+from benchmarks.harness.case import Bench, Case
+from benchmarks.harness.checks import Closeness
+from benchmarks.harness.timing import Call
+from benchmarks.peers import networks as peers
+from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator, Style
+from benchmarks.peers.training import OFFICIAL_SETTINGS, Settings, Setup
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.sampling.sampler import one_step
+
+TRAINING, SAMPLING = "waterfall training", "waterfall sampling"
+
+
+def waterfall_cases(device: torch.device, *, smoke: bool = False) -> list[Case]:
+    """Training: the CIFAR-10 preset on a GPU, the demo on a CPU. Sampling: NCSN++ 32."""
+    gpu = device.type == "cuda"
+    setup = Setup("cifar10-uncond-gdd-i", 128) if gpu else Setup("demo", 4 if smoke else 16)
+    batch = 16 if gpu else 1
+    name = "demo" if smoke else "ncsnpp-32"
+    build = partial(settings_bench, "iteration", setup, training_steps(device))
+    return [
+        Case(TRAINING, f"{setup.preset} batch {setup.batch}", build),
+        Case(SAMPLING, f"{name} batch {batch}", partial(_sampling, name, batch)),
+    ]
+
+
+def training_steps(device: torch.device) -> dict[str, Settings]:
+    """Name of the technique -> the settings with it and all before it."""
+    found: dict[str, Settings] = {}
+    gpu = device.type == "cuda"
+    settings = OFFICIAL_SETTINGS if gpu else replace(OFFICIAL_SETTINGS, generator_dtype=torch.float32)
+    bf16 = {"discriminator_dtype": torch.bfloat16}
+    steps: list[tuple[str, dict]] = [
+        ("public settings", {}),
+        ("channels_last", {"channels_last": True}),
+        ("fused Adam, foreach average", {"optimizer": "fused"}),
+        *([("TF32", {"tf32": True}), ("bf16 discriminator", bf16)] if gpu else []),
+        ("folded batch norms", {"features": "stock"}),
+        ("fused attention, norms in one type", {"unet": "stock"}),
+        ("gdd_fast: frozen backbones", {"features": "gdd_fast"}),
+        ("gdd_fast: U-Net", {"unet": "gdd_fast"}),
+        ("gdd_fast: Adam and average in one", {"optimizer": "adam_ema"}),
+        *([] if gpu or not _fast_bf16() else [("bf16", {"generator_dtype": torch.bfloat16, **bf16})]),
+    ]
+    for name, change in steps:
+        settings = replace(settings, **change)
+        found[name] = settings
+    return found
+
+
+def _fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
+    return torch.backends.cpu.get_cpu_capability() != "NO AVX" and torch.cpu._is_amx_tile_supported()
+
+
+def _sampling(name: str, batch: int, device: torch.device) -> Bench:
+    net = Setup("demo", 1).generator(device) if name == "demo" else peers.make_generator(name, device)
+    net = net.eval().requires_grad_(False)
+    z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
+    gpu = device.type == "cuda"
+
+    def sampling(network: Callable[..., Tensor]) -> Call:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return one_step(network, z)
+
+        return peers.under_tf32(call, False)  # all alike: TF32 is none of the techniques
+
+    expected = sampling(StockGenerator(net, OFFICIAL, torch.float32))()
+
+    def stock(style: Style, layout: torch.memory_format, dtype: torch.dtype, cast: bool = False) -> Call:
+        model = StockGenerator(copy.deepcopy(net), style, dtype).to(memory_format=layout)
+        if cast:
+            cast_convolutions(model, dtype)
+        return sampling(model)
+
+    def ours(dtype: torch.dtype) -> Call:
+        model = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        model.dtype = dtype
+        return sampling(model)
+
+    def engine(kind: str) -> Call:
+        generator = OneStepGenerator.from_network(net, device=device, dtype=last, engine=kind)
+        return peers.under_tf32(lambda: generator.run(z), False)
+
+    nchw, nhwc, bf16 = torch.contiguous_format, torch.channels_last, torch.bfloat16
+    first = bf16 if gpu else torch.float32
+    last = bf16 if gpu or _fast_bf16() else torch.float32
+    steps: dict[str, Callable[[], Call]] = {
+        "public settings": partial(stock, OFFICIAL, nchw, first),
+        "channels_last": partial(stock, OFFICIAL, nhwc, first),
+        "fused attention, norms in one type": partial(stock, BEST, nhwc, first),
+    }
+    if last != first:
+        steps["bf16"] = partial(stock, BEST, nhwc, last)
+    steps["weights cast once"] = partial(stock, BEST, nhwc, last, True)
+    steps["gdd_fast: operators"] = partial(ours, last)
+    steps["gdd_fast: folded"] = partial(engine, "eager")
+    if gpu:
+        steps["gdd_fast: folded, CUDA graph"] = partial(engine, "graph")
+    closeness = Closeness(expected, FLOOR, sampling(StockGenerator(net, BEST, last))())
+    return Bench(steps, closeness.check, images=batch)

@@ -1,0 +1,77 @@
+"""Make somebody else's network faster without changing what it computes.
+
+    net = gdd_fast.accelerate(net)
+    net, report = gdd_fast.accelerate(net, report=True)
+    print(report)
+    gdd_fast.restore(net)
+
+Known are the U-Nets of EDM and GDD as their own code builds or unpickles them, diffusers' UNet2DModel and the blocks it
+is made of, and frozen networks of convolutions, batch norms, ReLU and pooling such as timm's and torchvision's.
+"""
+
+import itertools
+import warnings
+from typing import Literal, TypeVar, get_args, overload
+
+import torch
+from torch import nn
+
+from gdd_fast.acceleration import diffusers_unet as unet2d
+from gdd_fast.acceleration import edm_unet as edm
+from gdd_fast.acceleration import frozen
+from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.summary import Entry, Report, restore
+from gdd_fast.backend import Backend
+from gdd_fast.errors import BackendError, InputError
+
+__all__ = ["Entry", "Report", "accelerate", "restore"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@overload
+def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[False] = False) -> Network: ...
+
+
+@overload
+def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[True]) -> tuple[Network, Report]: ...
+
+
+def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False) -> Network | tuple[Network, Report]:
+    """Replace, in place, the forward of those modules of `net` that gdd_fast computes faster or in less memory.
+
+    Parameters, buffers, the state_dict, hooks and classes stay as they are; only how is computed changes. What depends
+    on modes, `requires_grad` or hooks is decided at every call, so the network can be trained, frozen, moved and
+    copied as before. A network that was accelerated already is restored first. See docs/accelerate.md.
+
+    Args:
+        net: a module; put it on its device first, as what is worth replacing depends on it.
+        backend: "auto" replaces what is no slower on the network's device. Any other name, as of gdd_fast.backend,
+            replaces everything that is known and runs that implementation of the operators that have it, PyTorch's
+            definition of the others.
+        report: also return what was replaced, what was left, and why.
+
+    Returns:
+        `net`, or `(net, report)`.
+
+    Raises:
+        InputError: `net` is not a module, or has no memory yet (its parameters are on the meta device).
+        BackendError: an unknown backend, or one that cannot run on the network's device.
+    """
+    if not isinstance(net, nn.Module):
+        raise InputError(f"accelerate: give a torch.nn.Module, not {type(net).__name__}")
+    if backend not in get_args(Backend):
+        raise BackendError(f"accelerate: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    restore(net)
+    first = next(itertools.chain(net.parameters(), net.buffers()), None)
+    if first is not None and first.is_meta:
+        raise InputError("accelerate: the network's parameters are on the meta device: load its weights first")
+    plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
+    for decide in (edm.decide, unet2d.decide, frozen.decide):
+        decide(plan)
+    done = plan.carry_out()
+    if report:
+        return net, done
+    if not done.replaced:
+        warnings.warn(f"nothing could be replaced; accelerate(net, report=True) says why\n{done}", stacklevel=2)
+    return net

@@ -1,0 +1,249 @@
+"""diffusers' UNet2DModel and whatever else is made of its blocks. Nothing of diffusers is imported.
+
+    ResnetBlock2D                       `group_norm_silu`, `residual`
+    Attention                           one product for query, key and value; its norm reads the image as it lies
+    FirUpsample2D, FirDownsample2D      `resample2d`
+
+A block is known by its class's forward being diffusers' own, and by a trial, in which a version of diffusers that
+computes differently shows. Convolutions are decided about in `frozen`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.acceleration.blocks import kinds, merge, normalise, unchanged
+from gdd_fast.acceleration.class_exchange import Fast, capturing, library_class
+from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.backend import Backend
+from gdd_fast.layers.convolution import resample_kernel
+from gdd_fast.ops import group_norm_silu, resample2d, residual
+
+SIZE = 8  # of the images in trials
+
+
+def decide(plan: Plan) -> None:
+    """Decide about every block of diffusers' that the network has."""
+    planners = {
+        library_class("diffusers.models.resnet", "ResnetBlock2D"): _plan_resnet,
+        library_class("diffusers.models.attention_processor", "Attention"): _plan_attention,
+        library_class("diffusers.models.upsampling", "FirUpsample2D"): _plan_fir,
+        library_class("diffusers.models.downsampling", "FirDownsample2D"): _plan_fir,
+    }
+    planners.pop(None, None)
+    for module in plan.names:
+        for known, planner in planners.items():
+            if isinstance(module, known) and plan.undecided(module):
+                if type(module).forward is known.forward:
+                    planner(plan, module)
+                else:
+                    plan.leave(module, "its class has a forward of its own")
+
+
+# --- residual blocks
+
+
+@dataclass
+class BlockState:
+    """Who computes what in a block, and the children that are not called."""
+
+    norm: Backend | None
+    residual: Backend | None
+    passed_over: Mapping[str, type[nn.Module]]
+
+
+class FastResnet(Fast):
+    """diffusers' residual block."""
+
+    _gdd_fast: BlockState
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        state, x = self._gdd_fast, input_tensor
+        unusual = args or kwargs or x.dim() != 4 or (temb is None) != (self.time_emb_proj is None)
+        if unusual or not unchanged(self, state.passed_over):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        h = normalise(self.norm1, x, state.norm)
+        sample = self.upsample if self.upsample is not None else self.downsample
+        if sample is not None:
+            x, h = sample(x), sample(h)
+        h = self.conv1(h)
+        embedded = {}
+        if temb is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+            embedded = {"add": temb}
+            if self.time_embedding_norm == "scale_shift":
+                scale, shift = temb.chunk(2, dim=1)
+                embedded = {"scale": scale, "shift": shift}
+        h = self.conv2(self.dropout(normalise(self.norm2, h, state.norm, **embedded)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x.contiguous() if self.training else x)  # as diffusers has it
+        return merge(x, h, 1 / float(self.output_scale_factor), state.residual)
+
+
+def _plan_resnet(plan: Plan, block: nn.Module) -> None:
+    norm = plan.backend_of(group_norm_silu.OPERATOR)
+    parts = kinds(block, "norm1", "norm2", "nonlinearity")
+    if norm is None:
+        plan.leave(block, plan.missing(group_norm_silu.OPERATOR))
+        return
+    if parts != {"norm1": nn.GroupNorm, "norm2": nn.GroupNorm, "nonlinearity": nn.SiLU}:
+        plan.leave(block, "it normalises or activates otherwise than by GroupNorm and SiLU")
+        return
+    state = BlockState(norm, plan.backend_of(residual.OPERATOR), parts)
+
+    def inputs(generator: torch.Generator) -> Iterator[Tensor]:
+        yield torch.randn(2, block.in_channels, SIZE, SIZE, generator=generator)
+        if block.time_emb_proj is not None:
+            yield torch.randn(2, block.time_emb_proj.in_features, generator=generator)
+
+    sampling = (type(block.upsample), type(block.downsample))
+    options = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.time_emb_proj is None)
+    like = (*options, sampling, block.conv_shortcut is None)
+    if plan.try_to_replace(block, FastResnet, state, "group_norm_silu and residual", inputs, like):
+        plan.absorb(block.norm1, block.norm2, block.nonlinearity)
+
+
+# --- attention
+
+
+class Packed:
+    """The weights and biases of the query, key and value side by side, made again when one changes.
+
+    Kept only while all are frozen. What is trained is also what averages such as diffusers' EMAModel write to through
+    `.data`, of which a tensor's version says nothing; it is put together in every call.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, Tensor | None]] | None = None
+
+    def __call__(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        sources = tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)
+        trained = any(t.requires_grad for t in sources)
+        passing = torch.compiler.is_compiling() or capturing(sources[0]) or any(t.is_inference() for t in sources)
+        if trained:
+            self._made = None
+        if trained or passing:
+            return self._pack(layers)
+        key = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
+        made = self._made
+        if made is None or made[0] != key or any(a is not b for a, b in zip(made[1], sources, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor that autograd can save later
+                made = self._made = (key, sources, self._pack(layers))
+        return made[2]
+
+    @staticmethod
+    def _pack(layers: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        return torch.cat([layer.weight for layer in layers]), bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
+        return Packed()
+
+
+@dataclass
+class AttentionState:
+    """As BlockState, with the packed weights and the class of the processor, which users may exchange."""
+
+    norm: Backend | None
+    residual: Backend | None
+    passed_over: Mapping[str, type[nn.Module]]
+    processor: type
+    packed: Packed
+
+
+class FastAttention(Fast):
+    """diffusers' self-attention over the pixels of an image."""
+
+    _gdd_fast: AttentionState
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        state, x = self._gdd_fast, hidden_states
+        plain = encoder_hidden_states is None and attention_mask is None and kwargs.keys() <= {"temb"}
+        expected = type(self.processor) is state.processor and unchanged(self, state.passed_over)
+        if not (plain and expected) or x.dim() != 4:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        n, _, height, width = x.shape
+        tokens = normalise(self.group_norm, x, state.norm, activation=None).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, *state.packed(self.to_q, self.to_k, self.to_v))
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = self.to_out[1](self.to_out[0](y)).transpose(1, 2).reshape(n, -1, height, width)
+        scale = 1 / float(self.rescale_output_factor)
+        if self.residual_connection:
+            return merge(y, x, scale, state.residual)
+        return y if scale == 1 else y * scale
+
+
+def _plan_attention(plan: Plan, block: nn.Module) -> None:
+    processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
+    absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
+    parts = kinds(block, "group_norm", "to_q", "to_k", "to_v")
+    if type(block.processor) is not processor:
+        plan.leave(block, "its processor is not diffusers' scaled_dot_product_attention")
+        return
+    if any(getattr(block, name, None) is not None for name in absent) or block.is_cross_attention:
+        plan.leave(block, "it attends to something else than the image's own pixels, or normalises more than once")
+        return
+    if parts != {"group_norm": nn.GroupNorm, "to_q": nn.Linear, "to_k": nn.Linear, "to_v": nn.Linear} or (
+        block.to_k.weight.shape != block.to_q.weight.shape or block.to_v.weight.shape != block.to_q.weight.shape
+    ):
+        plan.leave(block, "it is not made of a GroupNorm and three Linear layers of one size")
+        return
+    norm = plan.backend_of(group_norm_silu.OPERATOR)
+    state = AttentionState(norm, plan.backend_of(residual.OPERATOR), parts, type(block.processor), Packed())
+    inputs = lambda generator: [torch.randn(2, block.query_dim, SIZE, SIZE, generator=generator)]
+    like = (block.heads > 1, block.residual_connection, block.rescale_output_factor, block.to_q.bias is None)
+    note = "one product for query, key and value; its norm reads the image as it lies"
+    if plan.try_to_replace(block, FastAttention, state, note, inputs, like):
+        plan.absorb(*(block._modules[name] for name in parts))
+
+
+# --- filters
+
+
+@dataclass
+class FilterState:
+    """The normalised filter, on the device it was last used on."""
+
+    kernel: Tensor
+    backend: Backend
+    up: bool
+
+
+class FastFir(Fast):
+    """diffusers' up- and downsampling by a short filter."""
+
+    _gdd_fast: FilterState
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        state, x = self._gdd_fast, hidden_states
+        if state.kernel.device != x.device:
+            state.kernel = state.kernel.to(x.device)
+        padding = state.kernel.shape[-1] // 2 - 1
+        return resample2d.resample2d(x, state.kernel, up=state.up, padding=padding, backend=state.backend)
+
+
+def _plan_fir(plan: Plan, module: nn.Module) -> None:
+    backend = plan.backend_of(resample2d.OPERATOR)
+    taps = tuple(module.fir_kernel)
+    if module.use_conv:
+        plan.leave(module, "it filters and convolves in one")
+    elif len(taps) % 2 or taps != taps[::-1]:
+        plan.leave(module, "its filter is not symmetric with an even number of taps")
+    elif backend is None:
+        plan.leave(module, plan.missing(resample2d.OPERATOR))
+    else:
+        up = isinstance(module, library_class("diffusers.models.upsampling", "FirUpsample2D") or ())
+        state = FilterState(resample_kernel(taps), backend, up)
+        inputs = lambda generator: [torch.randn(2, 3, SIZE, SIZE, generator=generator)]
+        plan.try_to_replace(module, FastFir, state, "resample2d", inputs, (up, taps))

@@ -1,0 +1,170 @@
+"""What a run ends with: Frechet distances of teacher, untrained and distilled generator, and samples side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdd_fast.backend import Backend
+from gdd_fast.bundled import teacher_path
+from gdd_fast.config import TrainConfig
+from gdd_fast.data import load_data
+from gdd_fast.data.fingerprint import dataset_digest
+from gdd_fast.device import full_float32
+from gdd_fast.distill.components import load_teacher
+from gdd_fast.errors import ConfigError
+from gdd_fast.files import atomic_write
+from gdd_fast.layers.backends import choose_backend
+from gdd_fast.metrics.features import build_extractor
+from gdd_fast.metrics.frechet import frechet_distance
+from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
+from gdd_fast.models.files.load import as_generator, load_generator
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.sampling.generate import SamplerConfig, generate
+from gdd_fast.sampling.grid import save_panel
+
+REPORT = "report.json"
+PANEL_IMAGES = 36
+FEATURES = ("lite0", "pixels")
+TEACHER_FIGURES = "figures.json"  # beside a bundled teacher: its own many-step distances, which take long to compute
+HEUN = SamplerConfig(sampler="heun", steps=18)
+ONE_STEP = SamplerConfig(sampler="one-step")
+
+
+def check(config: TrainConfig, generator: nn.Module) -> None:
+    """Raise a `GddFastError` now for what would keep `write` from measuring at the end of the run."""
+    reference = load_data(_evaluate_data(config))
+    ours, theirs = (generator.img_channels, generator.img_resolution), (reference.channels, reference.resolution)
+    if ours != theirs:
+        raise ConfigError(
+            f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images and the generator makes {ours[0]} x "
+            f"{ours[1]}^2; give images of one form (python -m gdd_fast.prepare resizes)"
+        )
+    for name in FEATURES:
+        build_extractor(name, **_options(config, name))
+
+
+def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
+    """The distances that `write` has left in the run folder; None if there are none of this very measurement."""
+    path = config.run_dir / REPORT
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    return report["distances"] if report.get("measured") == _measured(config, contents, trained_images) else None
+
+
+@full_float32()
+def write(
+    config: TrainConfig, contents: dict[str, str], device: torch.device, trained_images: int
+) -> dict[str, dict[str, float]]:
+    """Measure, and write report.json and comparison.png to the run folder; `contents` as of `components.Components`.
+
+    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`. What is float32 is
+    computed so in full, whatever the run's own arithmetic was.
+    Returns distances by row and feature.
+    """
+    images = config.run.evaluate_images
+    extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
+    reference_set = load_data(_evaluate_data(config))
+    teacher = load_teacher(config.generator.teacher).to(device)
+    untrained = as_generator(teacher).eval().requires_grad_(False)
+    distilled = load_generator(config.run_dir, device)
+    networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
+    backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
+    stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
+    work = len(reference_set) + images * (2 if stored else 3)
+    from tqdm import tqdm
+
+    with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
+        reference = dataset_statistics(reference_set, extractors, progress=bar.update)
+
+        def distances(net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
+            seeds = range(images)
+            found = generator_statistics(net, extractors, seeds, sampler, backend=backend, progress=bar.update)
+            return {
+                e.name: round(frechet_distance(own, ref), 4)
+                for e, own, ref in zip(extractors, found, reference, strict=True)
+            }
+
+        rows = {
+            "teacher": stored or distances(teacher, HEUN),
+            "untrained": distances(untrained, ONE_STEP),
+            "distilled": distances(distilled, ONE_STEP),
+        }
+    report = {
+        "images": images,
+        "reference": reference_set.name,
+        "reference_images": len(reference_set),
+        "distances": rows,
+        "teacher_is_stored": bool(stored),
+        "measured": _measured(config, contents, trained_images),
+    }
+    with atomic_write(config.run_dir / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    panel = [
+        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN, backend)),
+        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP, backend)),
+        ("Distilled, one step", _samples(distilled, ONE_STEP, backend)),
+    ]
+    save_panel(panel, config.run_dir / "comparison.png", cols=12)
+    return rows
+
+
+def table(run_dir: Path) -> str:
+    """The distances in a run folder's report.json as text."""
+    report = json.loads((run_dir / REPORT).read_text())
+    rows = report["distances"]
+    features = list(rows["distilled"])
+    titles = {
+        "teacher": f"teacher, {HEUN.steps} steps" + (" (stored with it)" if report["teacher_is_stored"] else ""),
+        "untrained": "teacher's weights, 1 step",
+        "distilled": "distilled, 1 step",
+    }
+    lines = [
+        f"Frechet distance of {report['images']:,} images to {report['reference_images']:,} images of "
+        f"{report['reference']}, lower is better"
+    ]
+    lines.append(f"  {'':36}" + "".join(f"{feature:>12}" for feature in features))
+    for row, values in rows.items():
+        lines.append(f"  {titles[row]:36}" + "".join(f"{values[feature]:12.2f}" for feature in features))
+    return "\n".join(lines)
+
+
+def _evaluate_data(config: TrainConfig) -> str:
+    return config.run.evaluate_data or config.data.data
+
+
+def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, Any]:
+    """What a report is valid for."""
+    return {
+        "trained_images": trained_images,
+        "evaluate_images": config.run.evaluate_images,
+        "evaluate_data": dataset_digest(load_data(_evaluate_data(config))),
+        "teacher": contents["teacher"],
+    }
+
+
+def _options(config: TrainConfig, name: str) -> dict[str, Path]:
+    weights = config.backbone_weight_paths().get("tf_efficientnet_lite0")
+    return {"weights": weights} if name == "lite0" and weights else {}
+
+
+def _samples(net: nn.Module, sampler: SamplerConfig, backend: Backend) -> torch.Tensor:
+    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler, backend=backend)])
+
+
+def _stored_figures(
+    config: TrainConfig, images: int, features: Sequence[str], reference_images: int
+) -> dict[str, float] | None:
+    """The figures beside the teacher if they were measured exactly as this report would."""
+    path = teacher_path(config.generator.teacher) / TEACHER_FIGURES
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    asked = {"images": images, "reference": config.run.evaluate_data, "reference_images": reference_images}
+    if any(stored.get(key) != value for key, value in asked.items()):
+        return None
+    return {name: stored["distances"][name] for name in features}

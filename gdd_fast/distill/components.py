@@ -1,0 +1,129 @@
+"""Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdd_fast.backend import plan
+from gdd_fast.bundled import teacher_path
+from gdd_fast.config import Precision, TrainConfig
+from gdd_fast.data import ImageDataset, load_data
+from gdd_fast.data.fingerprint import dataset_digest
+from gdd_fast.device import pick_device
+from gdd_fast.distill.freeze import FreezeReport, freeze
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.layers.backends import choose_backend
+from gdd_fast.models.backbone_weights import load_backbone_weights
+from gdd_fast.models.backbones import build_backbone, fold_batch_norm
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.files.load import as_generator, load_generator, network_digest
+from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+
+# What a run calls beside its networks: in the optimizer's steps and for sample grids.
+OPERATORS = (ADAM_EMA, TO_UINT8)
+
+
+@dataclass
+class Components:
+    """The networks of a run and its data, on the CPU, and what runs of each fused operator, by its name."""
+
+    dataset: ImageDataset
+    generator: GDDPrecond
+    frozen: FreezeReport
+    features: ProjectedFeatures
+    heads: DiscriminatorHeads
+    operators: dict[str, str]
+    contents: dict[str, str]
+    """Digests of what was given as --data and --teacher."""
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The compute type behind a precision; tf32 is float32 with another switch."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build(config: TrainConfig) -> Components:
+    """All parts of a run.
+
+    Raises:
+        ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
+    """
+    config.validate()
+    device = pick_device(config.run.device).type
+    plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
+    dataset = load_data(config.data.data, use_labels=config.data.cond)
+    teacher = load_teacher(config.generator.teacher)
+    generator = as_generator(teacher)
+    generator.dtype = dtype_of(config.generator.g_precision)
+    _check_fit(generator, dataset, config)
+    contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
+    # last, as these may have to be downloaded
+    weights = {
+        name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
+        for name in config.discriminator.backbones
+    }
+    features = build_features(config, weights)
+    heads = build_heads(config, features, dataset.label_dim, weights)
+    frozen = freeze(generator, config.generator.freeze)
+    operators = choose_backend(config.run.backend, device, [generator, features, heads], OPERATORS)
+    return Components(dataset, generator, frozen, features, heads, operators, contents)
+
+
+def load_teacher(name: str) -> EDMPrecond:
+    """The pretrained network, float32, on the CPU."""
+    return load_generator(teacher_path(name))
+
+
+def build_features(config: TrainConfig, weights: dict[str, dict[str, Tensor]]) -> ProjectedFeatures:
+    """The frozen half of the discriminator: backbones with folded batch norm, and the random projection."""
+    options = config.discriminator
+    backbones = [
+        fold_batch_norm(build_backbone(name, weights[name], options.disc_resolution)) for name in options.backbones
+    ]
+    return ProjectedFeatures(
+        backbones, options.disc_resolution, seed=config.run.seed, dtype=dtype_of(options.d_precision)
+    )
+
+
+def build_heads(
+    config: TrainConfig, features: ProjectedFeatures, label_dim: int, weights: dict[str, dict[str, Tensor]]
+) -> DiscriminatorHeads:
+    """The trainable half of the discriminator, initialised from the run's seed."""
+    embedding = None
+    if label_dim and config.discriminator.class_embedding == "imagenet":
+        lite0 = weights.get("tf_efficientnet_lite0")
+        if lite0 is None:
+            raise ConfigError(
+                "--class-embedding imagenet is EfficientNet-lite0's: add tf_efficientnet_lite0 to --backbones "
+                "or use --class-embedding learned"
+            )
+        embedding = lite0["classifier.weight"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return DiscriminatorHeads(
+            features.channels,
+            features.resolutions,
+            label_dim=label_dim,
+            embedding=embedding,
+            dtype=dtype_of(config.discriminator.d_precision),
+            width=config.discriminator.head_width,
+        )
+
+
+def _check_fit(generator: GDDPrecond, dataset: ImageDataset, config: TrainConfig) -> None:
+    """The teacher has to speak of the same kind of images as the data set."""
+    ours = (dataset.channels, dataset.resolution)
+    teachers = (generator.img_channels, generator.img_resolution)
+    if ours != teachers:
+        raise WeightsError(
+            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {config.data.data} holds {ours[0]} x "
+            f"{ours[1]}^2; use a matching pair, or python -m gdd_fast.prepare to resize the images"
+        )
+    if generator.label_dim != dataset.label_dim:
+        raise WeightsError(
+            f"the teacher knows {generator.label_dim} classes, the data set is read with {dataset.label_dim}; "
+            "--cond and --no-cond choose whether labels are used"
+        )

@@ -1,0 +1,201 @@
+"""Distillation by an exclusive GAN loss (GDD / GDD-I): what one iteration does.
+
+Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750). The teacher gives its weights and
+nothing else: it is not in the loop. An iteration is a generator step, a discriminator step, and sometimes an R1 step.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdd_fast.config import TrainConfig
+from gdd_fast.data import BatchStream
+from gdd_fast.distill.components import Components
+from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
+from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.models.files.save import save_network
+from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.sampling.grid import save_grid
+from gdd_fast.sampling.sampler import one_step
+from gdd_fast.sampling.seeds import latents
+from gdd_fast.training.batches import chunks, split_batch
+from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.training.ema import Ema
+from gdd_fast.training.optimizer import StepGuard, make_adam
+from gdd_fast.training.output import Averages, reading_bar
+from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.ranks import World
+
+GRID_SEEDS = range(64)
+
+
+class Distillation:
+    """The task of `loop.run` that turns a teacher into a one-step generator."""
+
+    remedy = "a lower --g-lr and --d-lr, or with --g-precision fp32 --d-precision fp32,"
+
+    def __init__(self, config: TrainConfig, parts: Components, world: World) -> None:
+        run, device = config.run, world.device
+        self.config, self.world, self.batch = config, world, run.batch
+        self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
+        # channels_last is what tensor cores and oneDNN read without a layout copy
+        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()
+        self.features = parts.features.to(device)
+        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()
+        self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
+        # the class table of conditional heads may be frozen for good
+        self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
+        r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
+        self.operators = parts.operators
+        self.contents = parts.contents
+        backend = parts.operators["adam_ema"]
+        g_optimizer = make_adam(
+            self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
+        )
+        d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
+        self.g_guard = StepGuard("generator", g_optimizer, world, run.max_skipped_steps)
+        self.d_guard = StepGuard("discriminator", d_optimizer, world, run.max_skipped_steps)
+        self.r1_guard = StepGuard("R1", d_optimizer, world, run.max_skipped_steps)
+        self.r1_interval = r1_interval
+        self.random = RandomState(run.seed, world)
+        self.averages = Averages()
+        with reading_bar(world.is_main) as progress:
+            self.stream = BatchStream(
+                parts.dataset,
+                self.local_batch,
+                seed=run.seed,
+                rank=world.rank,
+                world_size=world.size,
+                x_flip=config.data.x_flip,
+                device=device,
+                workers=config.data.workers,
+                memory_limit=int(config.data.data_memory_gib * 2**30),
+                progress=progress,
+            )
+
+    def iteration(self, images: int) -> None:
+        """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
+        real, labels = next(self.stream)
+        real = real.float() / 127.5 - 1
+        self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
+        self.generator_step(labels)
+        self.discriminator_step(real, labels)
+        number = images // self.batch
+        if self.r1_interval and number and number % self.r1_interval == 0:
+            self.r1_step(real, labels)
+
+    def generator_step(self, labels: Tensor | None) -> None:
+        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average."""
+        self._train_heads(False)
+        total = torch.zeros((), device=self.world.device)
+        for label in chunks(labels, self.micro_batch, self.local_batch):
+            fake = self._discriminate(self._fakes(label), label)
+            # a loss against the teacher (the paper's ablation) would be added to this one
+            loss = generator_loss(fake, self.config.loss.logit_reduction, self.local_batch)
+            loss.backward()
+            total += loss.detach()
+        self.averages.add("loss_g", total)
+        self.g_guard.step()
+
+    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+        self._train_heads(True)
+        total = torch.zeros((), device=self.world.device)
+        for part, label in self._micro_batches(real, labels):
+            with torch.no_grad():
+                fake_features = self.features(self._fakes(label))
+                real_features = self.features(part)
+            # one after the other, as batch norm must not mix them
+            fake, true = self.heads(fake_features, label), self.heads(real_features, label)
+            loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
+            loss.backward()
+            total += loss.detach()
+            self.averages.add("logit_fake", mean_logit(fake))
+            self.averages.add("logit_real", mean_logit(true))
+        self.averages.add("loss_d", total)
+        self.d_guard.step()
+
+    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+        self._train_heads(True)
+        for part, label in self._micro_batches(real, labels):
+            part = part.detach().requires_grad_()
+            penalty = r1_penalty(part, self._discriminate(part, label))
+            loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
+            loss.backward()
+            self.averages.add("r1_penalty", penalty.mean())
+        self.r1_guard.step()
+
+    def _train_heads(self, train: bool) -> None:
+        """Where gradients are not wanted, autograd computes none."""
+        for weight in self._head_weights:
+            weight.requires_grad_(train)
+
+    def _discriminate(self, images: Tensor, labels: Tensor | None) -> Logits:
+        return self.heads(self.features(images), labels)
+
+    def _fakes(self, labels: Tensor | None) -> Tensor:
+        return one_step(self.generator, self._draw(), labels)
+
+    def _draw(self) -> Tensor:
+        """The latents of the next micro-batch."""
+        return torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
+
+    def _shape(self, images: int) -> tuple[int, int, int, int]:
+        net = self.generator
+        return images, net.img_channels, net.img_resolution, net.img_resolution
+
+    def _micro_batches(self, images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        size, total = self.micro_batch, len(images)
+        return zip(images.split(size), chunks(labels, size, total), strict=True)
+
+    def tick(self, images: int) -> dict[str, float]:
+        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it, and the counts of skipped steps."""
+        z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
+        with torch.no_grad():
+            samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
+        pixels = to_uint8(samples, self.operators["to_uint8"])
+        save_grid(pixels, self.config.run_dir / "samples" / f"{images:09d}.png")
+        return {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+
+    def _guards(self) -> dict[str, StepGuard]:
+        return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        sections = {
+            "generator": self.generator.state_dict(),
+            "ema": self.ema.net.state_dict(),
+            "heads": self.heads.state_dict(),
+            "projection": self.features.projection_state(),
+            "g_optimizer": optimizer_tensors(self.g_guard.optimizer),
+            "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
+            "random": self.random.tensors(),
+        }
+        values = {
+            "g_optimizer": optimizer_values(self.g_guard.optimizer),
+            "d_optimizer": optimizer_values(self.d_guard.optimizer),
+            "stream": self.stream.state_dict(),
+            "skipped": {name: guard.skipped for name, guard in self._guards().items()},
+        }
+        return sections, values
+
+    def restore(self, saved: Checkpoint) -> None:
+        saved.load_module("generator", self.generator)
+        saved.load_module("ema", self.ema.net)
+        saved.load_module("heads", self.heads)
+        self.features.load_projection_state(saved.section("projection"))
+        saved.load_optimizer("g_optimizer", self.g_guard.optimizer)
+        saved.load_optimizer("d_optimizer", self.d_guard.optimizer)
+        self.random.restore(saved.section("random"), saved.values["images"])
+        self.stream.load_state_dict(saved.values["stream"])
+        for name, guard in self._guards().items():
+            guard.restore(saved.values["skipped"][name])
+
+    def export(self, run_dir: Path) -> None:
+        save_network(self.ema.net, run_dir / RUN_GENERATOR)
+
+    def close(self) -> None:
+        self.stream.close()

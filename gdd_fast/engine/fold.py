@@ -1,0 +1,375 @@
+"""Folding: a preconditioned U-Net at one noise level, with everything constant computed beforehand.
+
+With x = sigma z, z standard normal, D(x; sigma) = c_skip sigma z + c_out F(c_in sigma z, c_noise, labels), and in F:
+
+- The embedding depends on nothing, or on the label alone. So do the affine layers of all blocks, which become
+  constants, or a table with one row a class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
+  before it, a constant scale and shift (ADM) the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
+- c_in sigma scales the convolutions that read the image, c_out those that write it; both pad with zeros and are linear.
+- A block ends in (conv1(h) + skip) k, k = sqrt(1/2) or 1. k goes into conv1 and into a projection on the skip path;
+  without projection, `h + k x` is one operator. A projection before doubling the resolution equals one after it.
+- Biases that are added to the same map are added to each other. Queries, keys and values are brought together.
+
+All of it is exact but for rounding; weights are folded in float64 and cast once.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.engine.folded_layers import (
+    Attention,
+    Block,
+    Convolution,
+    ConvolutionDown,
+    FoldedUNet,
+    Identity,
+    Merge,
+    MergedProjection,
+    Norm,
+    Projection,
+    Resampled,
+    Resampling,
+    Target,
+)
+from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.layers.convolution import Conv2d
+from gdd_fast.layers.group_norm import GroupNorm
+from gdd_fast.models.edm import layer_role
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.unet_block import UNetBlock
+from gdd_fast.ops import attention, group_norm_silu, resample2d, residual
+from gdd_fast.ops.attention import check_triton
+
+SIGMA = 80.0
+
+
+class Conditioning(nn.Module):
+    """What a label does to a folded network: its rows, float32 (N, sum of row_sizes).
+
+    Rows of classes come from a table; those of soft labels are computed anew, on the device, from a copy of the
+    embedding and affine layers that is brought there for the first of them.
+    """
+
+    def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float, device: torch.device) -> None:
+        super().__init__()
+        self.embedding = _Embedding(net, blocks, sigma)
+        self.table = nn.Buffer(torch.cat(self.embedding(torch.eye(net.label_dim)), 1).to(device))
+        self._here: _Embedding | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.embedding.sizes
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
+        if labels.is_floating_point():
+            if self._here is None or self._here.device != labels.device:
+                self._here = self.embedding.to(labels.device)
+            return torch.cat(self._here(labels), 1)
+        return self.table.index_select(0, labels)
+
+
+class _Embedding:
+    """Labels -> rows of every block; a copy of what of `net` that takes, on the CPU until `to` another device.
+
+    The waves of the noise level are the network's own, in float32. What follows is computed in float64, of which no
+    setting such as TF32 takes bits away, from weights that are kept as they are.
+    """
+
+    def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float) -> None:
+        model = net.model
+        # everything but the convolutions
+        left_out = {id(layer): nn.Identity() for name, layer in model.named_children() if not name.startswith("map_")}
+        self.model = copy.deepcopy(model, left_out).cpu().float().eval()
+        with torch.no_grad():
+            waves = self.model.map_noise(torch.tensor([sigma], dtype=torch.float32).log() / 4)
+        self.model.map_noise = _Constant(waves.double())
+        affines = [(block.affine.weight, block.affine.bias, block.conv0.bias) for block in blocks]
+        self.affines = [[t.detach().to("cpu", copy=True) for t in affine] for affine in affines]
+        self.adaptive = [block.adaptive_scale for block in blocks]
+        self.sizes = [block.out_channels for block in blocks for _ in range(2 if block.adaptive_scale else 1)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.map_noise.value.device
+
+    def to(self, device: torch.device) -> "_Embedding":
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).to(device)
+        twin.affines = [[t.to(device) for t in affine] for affine in self.affines]
+        return twin
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor | None) -> list[Tensor]:
+        """float32 (N, C) for each of `sizes`: the offset before norm1, with conv0's bias, or its scale and shift."""
+        noise = self.model.map_noise.value
+        labels = None if labels is None else labels.double()
+        emb = self.model.embed(noise, labels, None, batch=1 if labels is None else len(labels))
+        rows = []
+        for affine, adaptive in zip(self.affines, self.adaptive, strict=True):
+            weight, bias, offset = (t.double() for t in affine)
+            row = torch.addmm(bias, emb, weight.t())
+            rows += [part.float() for part in (row.chunk(2, 1) if adaptive else (row + offset,))]
+        return rows
+
+
+class _Constant(nn.Module):
+    """`value`, whatever it is given."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Buffer(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedUNet, Conditioning | None]:
+    """The network D(sigma z; sigma) as a function of z and, with classes, of the rows that `Conditioning` gives.
+
+    Args:
+        net: EDMPrecond or GDDPrecond, on any device; read, not changed. Its augmentation layer is left out, as no
+            generated image is augmented, and so is dropout.
+        target: where and how the result runs; `make_target` makes it.
+        sigma: the noise level, > 0.
+
+    Raises ConfigError if sigma is not positive, BackendError if the target's attention does not take the network's
+    heads or the type.
+    """
+    if not sigma > 0 or math.isinf(sigma):
+        raise ConfigError(f"sigma must be a positive number, not {sigma}")
+    with torch.inference_mode(False), torch.no_grad():
+        return _Folder(net, sigma, target).fold()
+
+
+def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False) -> Target:
+    """How a folded network runs on `device` in `dtype`.
+
+    Args:
+        backend: of the fused operators; those without an implementation of that name run their definition.
+        traced: for torch.compile: nothing is written in place, and "auto" is "torch", which the compiler fuses itself.
+
+    Raises BackendError if a backend asked for by name is unknown or cannot run on `device`.
+    """
+    if backend not in get_args(Backend):
+        raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+
+    def choose(operator: Operator) -> str:
+        wanted = backend if backend == "auto" or backend in operator.fused else "torch"
+        return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
+
+    packed = device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in _packable()
+    attend = choose(attention.OPERATOR)
+    return Target(
+        device=device,
+        dtype=dtype,
+        convolve="traced" if traced else "packed" if packed else "plain",
+        norm=choose(group_norm_silu.OPERATOR),
+        residual=choose(residual.OPERATOR),
+        resample=choose(resample2d.OPERATOR),
+        attention="auto" if backend == "auto" and not traced else attend,  # its "auto" looks at shapes as well
+        late_bias=device.type == "cuda",
+    )
+
+
+def _packable() -> tuple[torch.dtype, ...]:
+    """What oneDNN convolves in on this processor."""
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+
+
+class _Folder:
+    """The folding of one network; each method makes the layer that takes the place of one or several of its."""
+
+    def __init__(self, net: EDMPrecond, sigma: float, target: Target) -> None:
+        variance = net.sigma_data**2
+        offset = sigma - net.sigma_eps
+        self.image_scale = sigma / math.sqrt(sigma**2 + variance)
+        self.c_out = offset * net.sigma_data / math.sqrt(sigma**2 + variance)
+        self.latent_scale = sigma * variance / (offset**2 + variance)
+        self.net = net
+        self.sigma = sigma
+        self.target = target
+
+    def fold(self) -> tuple[FoldedUNet, Conditioning | None]:
+        model = self.net.model
+        layers = [*model.enc.values(), *model.dec.values()]
+        blocks = [layer for layer in layers if isinstance(layer, UNetBlock)]
+        self.conditioning = None
+        if self.net.label_dim:
+            self.conditioning = Conditioning(self.net, blocks, self.sigma, self.target.device)
+            sizes = self.conditioning.sizes
+        else:
+            self.constants = iter(_Embedding(self.net, blocks, self.sigma)(None))
+            sizes = []
+
+        # The residual encoder reads the image once, then its own maps; the skip encoder reads it at every resolution.
+        encoder, channels, first = [], self.net.img_channels, True
+        for name, layer in model.enc.items():
+            role = layer_role(name)
+            match role:
+                case "conv":
+                    folded = self.convolution(layer, reads_image=True)
+                case "aux_down":
+                    folded = self.resampling(layer)
+                case "aux_skip":
+                    folded = self.convolution(layer, reads_image=True)
+                case "aux_residual":
+                    conv = self.convolution(layer, reads_image=first)
+                    folded, first = ConvolutionDown(conv, self.resampling(layer)), False
+                case _:
+                    role, folded = "block", self.block(layer, channels)
+            channels = channels if role.startswith("aux") else layer.out_channels
+            encoder.append((role, folded))
+
+        decoder = []
+        for name, layer in model.dec.items():
+            role = layer_role(name)
+            match role:
+                case "aux_up":
+                    folded = self.resampling(layer)
+                case "aux_norm":
+                    folded = self.norm(layer)
+                case "aux_conv":
+                    folded = self.convolution(layer, writes_image=True)
+                case _:
+                    role, folded, channels = "block", self.block(layer, channels), layer.out_channels
+            decoder.append((role, folded))
+        if hasattr(model, "out_conv"):
+            decoder += [
+                ("aux_norm", self.norm(model.out_norm)),
+                ("aux_conv", self.convolution(model.out_conv, writes_image=True)),
+            ]
+
+        unet = FoldedUNet(
+            encoder,
+            decoder,
+            row_sizes=sizes,
+            aux_scale=math.sqrt(0.5),
+            latent_scale=self.latent_scale,
+            dtype=self.target.dtype,
+        )
+        return unet.eval().requires_grad_(False), self.conditioning
+
+    def convolution(
+        self,
+        conv: Conv2d,
+        *,
+        reads_image: bool = False,
+        writes_image: bool = False,
+    ) -> Convolution:
+        """A convolution with its bias, without its resampling."""
+        out = self.c_out if writes_image else 1.0
+        weight = _f64(conv.weight) * (self.image_scale if reads_image else out)
+        padding = conv.padding + (conv.border if conv.conv_first else 0)
+        return Convolution(weight, _f64(conv.bias) * out, padding, self.target)
+
+    def resampling(self, conv: Conv2d) -> Resampling:
+        """The resampling of a convolution, without what it convolves."""
+        padding = 0 if conv.conv_first else conv.border  # conv_first pads before it convolves
+        return Resampling(conv.resample_filter, up=conv.up, padding=padding, box=conv.box, target=self.target)
+
+    def norm(self, norm: GroupNorm) -> Norm:
+        return Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, self.target)
+
+    def block(self, block: UNetBlock, stream: int) -> Block:
+        """`stream`: channels of the map that comes in; where the block takes more, the rest are an encoder's skip."""
+        paired = block.in_channels != stream
+        # Attention that accumulates into the block's map adds to k times that map, and its norm undoes the factor.
+        accumulates = bool(block.num_heads) and self.target.convolve == "packed"
+        gain = block.skip_scale if accumulates else 1.0
+        conv1, skip = self.merge(block, block.skip_scale * gain, stream, paired)
+        conv0, norm1, condition = self.condition(block)
+        sampled = block.conv0.up or block.conv0.down
+        return Block(
+            norm0=self.norm(block.norm0),
+            resample=self.resampling(block.conv0) if sampled else None,
+            conv0=conv0,
+            norm1=norm1,
+            conv1=conv1,
+            skip=skip,
+            attention=self.attention(block, gain, accumulates) if block.num_heads else None,
+            condition=condition,
+            paired=paired,
+        )
+
+    def condition(self, block: UNetBlock) -> tuple[Convolution, Norm, str | None]:
+        """conv0, norm1, and how the rows of a label enter between them (`Block`)."""
+        adaptive, norm = block.adaptive_scale, block.norm1
+        weight, bias = _f64(norm.weight), _f64(norm.bias)
+        offset: Tensor | None = _f64(block.conv0.bias)
+        condition = None
+        if self.conditioning is not None:
+            condition = "scale_shift" if adaptive else "add"
+            offset = offset if adaptive else None  # it is in the rows
+        elif adaptive:
+            scale, shift = (next(self.constants)[0].double() for _ in range(2))
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        else:
+            offset = next(self.constants)[0].double()
+        late = offset if self.target.late_bias else None
+        conv0 = Convolution(
+            _f64(block.conv0.weight), None if self.target.late_bias else offset, block.conv0.padding, self.target
+        )
+        norm1 = Norm(weight, bias, norm.num_groups, norm.eps, self.target, add=late)
+        return conv0, norm1, condition
+
+    def merge(
+        self, block: UNetBlock, scale: float, stream: int, paired: bool
+    ) -> tuple[Convolution, Identity | Merge | Projection | MergedProjection | Resampled]:
+        """conv1, and the end of the block: (conv1(h) + skip) * scale."""
+        conv1, skip = block.conv1, block.skip
+        if skip is None:  # never of a pair, which has more channels than a block returns
+            return self.identity(conv1, scale)
+        weight, bias = _f64(conv1.weight), _f64(conv1.bias)
+        if skip.bias is not None:
+            bias = bias + _f64(skip.bias)
+        if skip.up or skip.weight is None:
+            conv = None if skip.weight is None else Convolution(_f64(skip.weight), None, 0, self.target)
+            end = Resampled(self.resampling(skip), conv, scale)
+            return Convolution(weight, bias, conv1.padding, self.target), end
+        resample = self.resampling(skip) if skip.down else None
+        weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
+        if self.target.pointwise and self.target.residual != "torch":
+            merge = Merge(1.0, bias, self.target)
+            end = MergedProjection(Convolution(projection, None, 0, self.target), resample, merge)
+            return Convolution(weight, None, conv1.padding, self.target), end
+        widths = [stream, block.in_channels - stream] if paired else [stream]
+        convs = [Convolution(part, None, 0, self.target) for part in projection.split(widths, 1)]
+        return Convolution(weight, bias, conv1.padding, self.target), Projection(convs, resample)
+
+    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity | Merge]:
+        """The last convolution of a branch, and its merge with a map that stays as it is."""
+        weight, bias = _f64(conv.weight), _f64(conv.bias)
+        if self.target.residual == "torch":
+            return Convolution(weight * scale, bias * scale, conv.padding, self.target), Identity(scale, self.target)
+        return Convolution(weight, None, conv.padding, self.target), Merge(scale, bias, self.target)
+
+    def attention(self, block: UNetBlock, gain: float, accumulates: bool) -> Attention:
+        """The block's attention on its map times `gain`."""
+        if self.target.attention == "triton":
+            check_triton(block.attend.head_dim, self.target.dtype, self.target.device.type)
+        scale, norm = block.skip_scale, block.norm2
+        eps = norm.eps * gain**2
+        norm2 = Norm(norm.weight, norm.bias, norm.num_groups, eps, self.target, silu=False)
+        # EDM's order is (channel, which of the three), and is here (which, channel)
+        weight, bias = (
+            _f64(t).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) for t in (block.qkv.weight, block.qkv.bias)
+        )
+        qkv = Convolution(weight, bias, 0, self.target)
+        if accumulates:
+            weight, bias = _f64(block.proj.weight) * scale, _f64(block.proj.bias) * scale
+            proj, merge = Convolution(weight, bias, 0, self.target), None
+        else:
+            proj, merge = self.identity(block.proj, scale)
+        return Attention(norm2, qkv, proj, block.num_heads, merge, self.target)
+
+
+def _f64(t: Tensor) -> Tensor:
+    return t.detach().to("cpu", torch.float64)

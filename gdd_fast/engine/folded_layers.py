@@ -1,0 +1,399 @@
+"""The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them.
+
+Weights are in the compute type and channels_last from the start, nothing requires a gradient, and a layer may write to
+the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
+
+With a map go its statistics, for the norm that reads it next, if what made the map has taken them: a fused residual
+does, and spares every norm that reads the map a pass over it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdd_fast.layers.skip_pair import Pair, Statistics
+from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
+from gdd_fast.ops.attention import attention, attention_inference
+from gdd_fast.ops.group_norm_silu import group_norm_silu
+from gdd_fast.ops.resample2d import resample2d
+from gdd_fast.ops.residual import residual
+
+Convolve = Literal["plain", "packed", "traced"]
+"""How convolutions run: PyTorch's own; oneDNN's on weights in its own order (CPU); or without writing in place, for a
+compiler."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
+
+    late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
+        product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    convolve: Convolve
+    norm: str
+    residual: str
+    resample: str
+    attention: str
+    late_bias: bool
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether 1x1 convolutions are matrix products."""
+        return self.convolve == "plain" and self.late_bias
+
+    @property
+    def statistics(self) -> bool:
+        """Whether residuals take the statistics of their results: both that and the norms are fused."""
+        return self.norm == "triton" and self.residual == "triton"
+
+
+class Convolution(nn.Module):
+    """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
+
+    Args:
+        weight: (out, in, K, K), any floating dtype; cast once.
+        bias: (out,) or None.
+        padding: rows and columns of zeros around the image.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, target: Target) -> None:
+        super().__init__()
+        options = {"device": target.device, "dtype": target.dtype}
+        weight = weight.to(**options, memory_format=torch.channels_last)
+        self.bias = None if bias is None else nn.Buffer(bias.to(**options))
+        self.padding = padding
+        self.traced = target.convolve == "traced"
+        self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
+        self.packed: Tensor | None = None
+        if target.convolve == "packed":
+            # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [padding] * 2, [1, 1], [1, 1], 1, None)
+        else:
+            self.weight = nn.Buffer(weight)
+
+    def forward(self, x: Tensor | Pair) -> Tensor:
+        if self.pointwise:
+            return pointwise(x, self.weight, self.bias)
+        if self.packed is None:
+            return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        geometry = [self.padding] * 2, [1, 1], [1, 1], 1
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *geometry, "none", [], "")
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + self(x)`, in the memory of `y` unless traced. Without bias only if the convolution is 1x1."""
+        if self.packed is not None:
+            geometry = [self.padding] * 2, [1, 1], [1, 1], 1
+            fused = torch.ops.mkldnn._convolution_pointwise_.binary
+            return fused(y, x, self.packed, self.bias, *geometry, "add", 1.0, None, [], None)
+        if self.traced or self.bias is not None or self.padding:
+            return y + self(x)
+        add_pointwise_(y, x, self.weight)
+        return y
+
+
+class Norm(nn.Module):
+    """`group_norm_silu` with constants."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        target: Target,
+        *,
+        silu: bool = True,
+        add: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(weight.to(target.device, torch.float32, copy=True))
+        self.bias = nn.Buffer(bias.to(target.device, torch.float32, copy=True))
+        self.add = None if add is None else nn.Buffer(add.to(target.device, torch.float32)[None])
+        self.groups = groups
+        self.eps = eps
+        self.activation = "silu" if silu else None
+        self.backend = target.norm
+
+    def forward(
+        self,
+        x: Tensor | Pair,
+        statistics: Statistics = None,
+        *,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return group_norm_silu(
+            x,
+            self.groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            add=self.add if add is None else add,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+            statistics=statistics,
+            backend=self.backend,
+        )
+
+
+class Resampling(nn.Module):
+    """Up or down by two; on request `(R(x) + add) * scale`."""
+
+    def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
+        super().__init__()
+        self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
+        self.options = {"up": up, "padding": padding, "box": box, "backend": target.resample}
+
+    def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
+
+
+class Merge(nn.Module):
+    """`(h + x + bias) * scale` by the fused `residual`, with the result's statistics if a norm can use them."""
+
+    def __init__(self, scale: float, bias: Tensor, target: Target) -> None:
+        super().__init__()
+        self.scale = scale
+        self.bias = nn.Buffer(bias.to(target.device, torch.float32))
+        self.backend = target.residual
+        self.statistics = target.statistics
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        options = {"statistics": self.statistics, "backend": self.backend}
+        merged = residual(h, x, self.bias, self.scale, **options)
+        return merged if self.statistics else (merged, None)
+
+
+class Identity(nn.Module):
+    """End of a residual branch whose skip path changes nothing, and which comes scaled: `h + scale * x`, in the memory
+    of h. With a fused residual this is `Merge`."""
+
+    def __init__(self, scale: float, target: Target) -> None:
+        super().__init__()
+        self.scale = scale
+        self.traced = target.convolve == "traced"
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale), None
+
+
+class Projection(nn.Module):
+    """End of a residual branch whose skip path is a 1x1 convolution, of a tensor, downsampled first, or a pair.
+
+    The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
+    """
+
+    def __init__(self, convs: list[Convolution], resample: Resampling | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.resample = resample
+
+    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, None]:
+        if self.resample is not None:
+            x = self.resample(x)
+        for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
+            h = conv.add_to(h, part)
+        return h, None
+
+
+class MergedProjection(nn.Module):
+    """`Projection` with a map of its own, which a fused residual adds to the branch: no more memory is moved, the bias
+    of both is added on the way, and the result has its statistics."""
+
+    def __init__(self, conv: Convolution, resample: Resampling | None, merge: Merge) -> None:
+        super().__init__()
+        self.conv = conv
+        self.resample = resample
+        self.merge = merge
+
+    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
+        return self.merge(h, self.conv(x if self.resample is None else self.resample(x)))
+
+
+class Resampled(nn.Module):
+    """End of a residual branch whose skip path is resampled: `(R(x) + h) * scale`.
+
+    A projection of it comes before doubling the resolution, where it costs a quarter and gives the same.
+    """
+
+    def __init__(self, resample: Resampling, conv: Convolution | None, scale: float) -> None:
+        super().__init__()
+        self.resample = resample
+        self.conv = conv
+        self.scale = scale
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        x = x if self.conv is None else self.conv(x)
+        return self.resample(x, add=h, scale=self.scale), None
+
+
+class Attention(nn.Module):
+    """Self-attention with its residual. `qkv` puts all queries first, then all keys, then all values."""
+
+    def __init__(
+        self,
+        norm: Norm,
+        qkv: Convolution,
+        proj: Convolution,
+        heads: int,
+        merge: Identity | Merge | None,
+        target: Target,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.qkv = qkv
+        self.proj = proj
+        self.heads = heads
+        self.merge = merge
+        self.backend = target.attention
+        self.traced = target.convolve == "traced"
+
+    def forward(self, x: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        h = self.qkv(self.norm(x, statistics))
+        if self.traced:
+            h = attention(h, self.heads, "blocks", self.backend)
+        else:
+            h = attention_inference(h, self.heads, self.backend)
+        return (self.proj.add_to(x, h), None) if self.merge is None else self.merge(self.proj(h), x)
+
+
+class Block(nn.Module):
+    """A residual block. `condition` names what its rows of a conditional network's table mean to its second norm."""
+
+    def __init__(
+        self,
+        *,
+        norm0: Norm,
+        resample: Resampling | None,
+        conv0: Convolution,
+        norm1: Norm,
+        conv1: Convolution,
+        skip: Identity | Merge | Projection | MergedProjection | Resampled,
+        attention: Attention | None,
+        condition: Literal["add", "scale_shift"] | None,
+        paired: bool,
+    ) -> None:
+        super().__init__()
+        self.norm0 = norm0
+        self.resample = resample
+        self.conv0 = conv0
+        self.norm1 = norm1
+        self.conv1 = conv1
+        self.skip = skip
+        self.attention = attention
+        self.condition = condition
+        self.paired = paired
+
+    def forward(self, x: Tensor | Pair, statistics: Statistics, rows: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`x` (N, C, H, W) or a pair, with its statistics -> the same of the result.
+
+        `rows` are (N, C) each; the next of them are this block's if it is conditional.
+        """
+        h = self.norm0(x, statistics)
+        if self.resample is not None:
+            h = self.resample(h)
+        h = self.conv0(h)
+        match self.condition:
+            case None:
+                h = self.norm1(h)
+            case "add":
+                h = self.norm1(h, add=next(rows))
+            case "scale_shift":
+                h = self.norm1(h, scale=next(rows), shift=next(rows))
+        h, statistics = self.skip(self.conv1(h), x)
+        return (h, statistics) if self.attention is None else self.attention(h, statistics)
+
+
+class FoldedUNet(nn.Module):
+    """A preconditioned U-Net at one noise level, from standard normal latents to images.
+
+    Args:
+        encoder, decoder: (role, layer) in order; the roles are those of `gdd_fast.models.edm.layer_role`.
+        row_sizes: widths of the conditional blocks' rows, in the order they are taken; empty without classes.
+        aux_scale: of the residual encoder's merges.
+        latent_scale: what of the latents goes straight to the images.
+    """
+
+    def __init__(
+        self,
+        encoder: list[tuple[str, nn.Module]],
+        decoder: list[tuple[str, nn.Module]],
+        *,
+        row_sizes: list[int],
+        aux_scale: float,
+        latent_scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.encoder_roles, encoder_layers = zip(*encoder, strict=True)
+        self.decoder_roles, decoder_layers = zip(*decoder, strict=True)
+        self.encoder = nn.ModuleList(encoder_layers)
+        self.decoder = nn.ModuleList(decoder_layers)
+        self.row_sizes = row_sizes
+        self.aux_scale = aux_scale
+        self.latent_scale = latent_scale
+        self.dtype = dtype
+
+    def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
+        """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
+        conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
+        x = aux = latents.to(self.dtype, memory_format=torch.channels_last)
+        statistics: Tensor | None = None
+        skips: list[tuple[Tensor, Tensor | None]] = []
+        for role, layer in zip(self.encoder_roles, self.encoder, strict=True):
+            match role:
+                case "conv":
+                    x = layer(x)
+                    skips.append((x, None))
+                case "aux_down":
+                    aux = layer(aux)
+                case "aux_skip":
+                    x, statistics = layer.add_to(x, aux), None
+                    skips[-1] = x, None
+                case "aux_residual":
+                    x, statistics = layer(aux, x, self.aux_scale), None
+                    aux, skips[-1] = x, (x, None)
+                case _:
+                    x, statistics = layer(x, statistics, conditions)
+                    skips.append((x, statistics))
+
+        image = None
+        normed = x
+        for role, layer in zip(self.decoder_roles, self.decoder, strict=True):
+            match role:
+                case "aux_up":
+                    up = layer
+                case "aux_norm":
+                    normed = layer(x, statistics)
+                case "aux_conv":
+                    y = layer(normed)
+                    image = y if image is None else up(image, add=y)
+                case _:
+                    if layer.paired:
+                        skip, skip_statistics = skips.pop()
+                        x, statistics = layer((x, skip), (statistics, skip_statistics), conditions)
+                    else:
+                        x, statistics = layer(x, statistics, conditions)
+        return torch.add(image, latents, alpha=self.latent_scale)
+
+
+class ConvolutionDown(nn.Module):
+    """The residual encoder's path: `(R(conv(x)) + add) * scale`, the convolution at the full resolution."""
+
+    def __init__(self, conv: Convolution, resample: Resampling) -> None:
+        super().__init__()
+        self.conv = conv
+        self.resample = resample
+
+    def forward(self, x: Tensor, add: Tensor, scale: float) -> Tensor:
+        return self.resample(self.conv(x), add=add, scale=scale)

@@ -1,0 +1,293 @@
+"""`OneStepGenerator`: a trained generator as a function from seeds to images, made fast once and called often.
+
+    generator = OneStepGenerator.from_pretrained("run", device="cuda", dtype="bfloat16")
+    images = generator(16, seeds=range(16))             # uint8 (16, H, W, 3)
+
+A generator of GDD is evaluated at one noise level, so most of its conditioning is constant: `fold` takes it out of the
+network once. What is left runs under one of three engines:
+
+    "eager"     operator after operator
+    "compile"   torch.compile of the folded network
+    "graph"     CUDA graphs, one a batch size, so that a small batch does not wait for the host
+
+Seeds: image i is a function of seeds[i] and labels[i] alone, but for rounding; neither the batch size nor how seeds are
+split over processes changes it. The order of draws is EDM's (Karras et al., arXiv 2206.00364): one generator a seed,
+the latent before the label.
+"""
+
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_fast.backend import Backend
+from gdd_fast.engine.engines import Engine, choose_engine, make_engine
+from gdd_fast.engine.fold import SIGMA, fold, make_target
+from gdd_fast.errors import ConfigError, InputError, WeightsError
+from gdd_fast.interop import hub
+from gdd_fast.models.precond import EDMPrecond, compute_dtype
+from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.sampling.seeds import SeedStreams
+
+Labels = int | Sequence[int] | Tensor
+Output = Literal["uint8", "float"]
+
+
+class OneStepGenerator:
+    """Images in one evaluation of a network, on one device and in one compute type.
+
+    Attributes:
+        network: the plain network it was made from, unchanged; a copy in host memory after `from_pretrained`.
+        img_resolution, img_channels, label_dim: of the images (square), and the number of classes (0: none).
+        dtype, device: what it computes in and where.
+        engine: "eager", "compile" or "graph", as decided.
+        folded, conditioning: what runs, and what gives it the labels' constants (None without classes); see `fold`.
+    """
+
+    def __init__(
+        self,
+        network: EDMPrecond,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        engine: Engine = "auto",
+        backend: Backend = "auto",
+        sigma: float = SIGMA,
+    ) -> None:
+        """As `from_network`."""
+        if not isinstance(network, EDMPrecond):
+            raise InputError(
+                f"a OneStepGenerator is made of a network of gdd_fast, not {type(network).__name__}: load one with "
+                "gdd_fast.load_generator, or make this one faster with gdd_fast.accelerate"
+            )
+        own = next((p.device for p in network.parameters()), torch.device("cpu"))
+        self.network = network
+        self.device = _device(own if device is None else device)
+        self.dtype = network.dtype if dtype is None else compute_dtype(dtype)
+        self.img_resolution: int = network.img_resolution
+        self.img_channels: int = network.img_channels
+        self.label_dim: int = network.label_dim
+        self.engine = choose_engine(engine, self.device)
+        target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
+        with torch.autocast("cpu", enabled=False):
+            self.folded, self.conditioning = fold(network, target, sigma)
+        self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
+        self._run = make_engine(self.engine, self.folded, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        engine: Engine = "auto",
+        backend: Backend = "auto",
+        **hub_options: Any,
+    ) -> "OneStepGenerator":
+        """A generator from an EDM or GDD .pkl, a network folder, a training run folder (its EMA generator), or a
+        repository of the Hugging Face Hub that holds a network folder, such as "user/name".
+
+        Args:
+            path: where it is; what exists as a path is no repository.
+            device: where to compute; by default a GPU if there is one.
+            dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with. On a
+                GPU, float16 is the half precision to choose where images have to be those of float32: a trained
+                generator keeps to 2 levels of a byte in it; in bfloat16 some 0.3 % of values do not, in the plain
+                network either (counted on a CPU, docs/one_step.md).
+            engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
+            backend: of the fused operators, see gdd_fast.backend.
+            hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.
+
+        Raises:
+            WeightsError: there is no network at `path` or in the repository, the Hub cannot be reached, or the network
+                is broken.
+            ConfigError: an unknown dtype, device or engine.
+            BackendError: an engine or backend asked for by name cannot run here.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        net = hub.from_pretrained(path, **hub_options)
+        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend)
+
+    @classmethod
+    def from_network(
+        cls,
+        net: EDMPrecond,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        engine: Engine = "auto",
+        backend: Backend = "auto",
+        sigma: float = SIGMA,
+    ) -> "OneStepGenerator":
+        """A generator with the weights `net` has now; `net` is read, not changed, and kept as `.network`.
+
+        By default on the device of `net` and in its compute type. `sigma` is the noise level of the one evaluation.
+        The rest, and what it raises, as `from_pretrained`; InputError if `net` is none of gdd_fast's networks.
+        """
+        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, sigma=sigma)
+
+    def __call__(
+        self,
+        n: int,
+        labels: Labels | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        output: Output = "uint8",
+        generator: torch.Generator | None = None,
+        generator_device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """`n` images: uint8 (n, H, W, C), or with `output="float"` float32 (n, H, W, C), about -1 to 1.
+
+        Args:
+            n: how many, computed as one batch.
+            labels: a class for all, n classes, or one-hot or soft labels float (n, label_dim); None draws classes.
+            seeds: n seeds, each of which gives its image whatever the others are.
+            output: "uint8" or "float".
+            generator: draws the whole batch at once, faster than seeds, and in the order latents, labels. Without
+                seeds and generator, torch's default generator of the device draws.
+            generator_device: where the seeds draw. On the CPU a seed names the same image on every machine; on "cuda",
+                the one that EDM's own code gives it on a GPU.
+
+        Raises:
+            InputError: numbers, labels or seeds that do not fit together or the network.
+            WeightsError: the network returns values that are not finite.
+        """
+        if output not in get_args(Output):
+            raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
+        latents, drawn = self.draw(n, seeds, generator, generator_device)
+        own = labels is None
+        images = self.run(latents, drawn if own else labels, check_classes=not own)
+        check_finite(images)
+        return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
+
+    def draw(
+        self,
+        n: int,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        generator_device: torch.device | str = "cpu",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents float32 (n, C, H, W) and classes int64 (n,), None without classes, as `__call__` draws them."""
+        number = _whole(n)
+        if number is None or number < 0:
+            raise InputError(f"n must be a whole number of images, not {n!r:.100}")
+        n = number
+        shape = (self.img_channels, self.img_resolution, self.img_resolution)
+        if seeds is not None:
+            if generator is not None:
+                raise InputError("give seeds or a generator, not both")
+            seeds = _seeds(seeds)
+            if len(seeds) != n:
+                raise InputError(f"{n} images take {n} seeds, not {len(seeds)}")
+            streams = SeedStreams(seeds, self.device, _device(generator_device))
+            latents = streams.normal(shape)
+            return latents, streams.integers(self.label_dim) if self.label_dim else None
+        device = self.device if generator is None else generator.device
+        latents = torch.randn((n, *shape), generator=generator, device=device)
+        classes = None
+        if self.label_dim:
+            classes = torch.randint(self.label_dim, (n,), generator=generator, device=device).to(self.device)
+        return latents.to(self.device), classes
+
+    def run(self, latents: Tensor, labels: Labels | None = None, *, check_classes: bool = True) -> Tensor:
+        """Images float32 (N, C, H, W) of standard normal latents float32 (N, C, H, W), unclipped and unchecked.
+
+        `labels` as in `__call__`; None stands for zeros, "no class", as in the plain network. The result is the
+        caller's: no later call writes to it. Autocast is without effect: `dtype` alone decides.
+
+        That classes are in range is checked by looking at them, which on a GPU waits for all that was asked of it.
+        `check_classes=False` leaves that out: for classes that are known to be; others then fail on the device.
+        """
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+            raise InputError(f"latents must be (N, {', '.join(map(str, expected))}), not {tuple(latents.shape)}")
+        labels = self._labels(labels, len(latents), check_classes)
+        latents = latents.to(self.device, torch.float32)
+        if not len(latents):
+            return latents
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            rows = None if self.conditioning is None else self.conditioning(labels)
+            return self._run(latents, rows)
+
+    def _labels(self, labels: Labels | None, n: int, check_classes: bool) -> Tensor | None:
+        """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
+        if self.label_dim == 0:
+            if labels is None or (isinstance(labels, Tensor) and labels.shape[-1:] == (0,)):
+                return None
+            raise InputError("the network is without classes: leave labels out")
+        if labels is None:
+            return torch.zeros(n, self.label_dim, device=self.device)
+        if not isinstance(labels, Tensor) and (label := _whole(labels)) is not None:
+            labels = [label] * n
+        try:
+            labels = torch.as_tensor(labels, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(labels, Tensor):
+                raise  # it could not be copied there
+            raise InputError(f"labels must be numbers of classes, not {labels!r:.100}") from error
+        if labels.is_floating_point() and tuple(labels.shape) == (n, self.label_dim):
+            return labels.float()
+        whole = not (labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex())
+        if not whole or tuple(labels.shape) != (n,):
+            raise InputError(
+                f"labels must be a class, {n} classes, or floating ({n}, {self.label_dim}); "
+                f"not {labels.dtype} {tuple(labels.shape)}"
+            )
+        if check_classes and n and not bool(((labels >= 0) & (labels < self.label_dim)).all()):
+            raise InputError(f"classes are 0 to {self.label_dim - 1}, not {labels.tolist()}")
+        return labels.long()
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """`images` themselves, or WeightsError if a value is not finite. Waits for them."""
+    if not bool(images.isfinite().all()):
+        raise WeightsError(
+            "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
+            "(try bfloat16 or float32)"
+        )
+    return images
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is none that PyTorch knows: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device}: nothing here was written for it; give cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: there is no usable CUDA device; use cpu")
+    # with its number: what "cuda" alone means differs between threads
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device {device}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
+    return torch.device("cuda", index)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of Python's, NumPy's or PyTorch's as an int; None for anything else, truth values among it."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _seeds(seeds: Sequence[int]) -> list[int]:
+    try:
+        numbers = [_whole(seed) for seed in seeds]
+    except TypeError:
+        numbers = [None]
+    if None in numbers:
+        raise InputError(f"seeds must be a sequence of whole numbers, such as range(16), not {seeds!r:.100}")
+    return numbers

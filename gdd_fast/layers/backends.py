@@ -1,0 +1,52 @@
+"""Which implementation of the operators a whole network runs."""
+
+from collections.abc import Iterable
+from typing import get_args
+
+import torch
+from torch import nn
+
+from gdd_fast.backend import Backend, Operator, plan
+from gdd_fast.errors import BackendError
+from gdd_fast.layers.self_attention import Attention
+from gdd_fast.ops.attention import OPERATOR as ATTENTION
+from gdd_fast.ops.attention import check_triton
+
+
+def operators_of(net: nn.Module) -> set[Operator]:
+    """The operators in `net` that `set_backend` chooses an implementation for."""
+    found = (getattr(module, "operator", None) for module in net.modules())
+    return {operator for operator in found if isinstance(operator, Operator)}
+
+
+def set_backend(net: nn.Module, backend: Backend) -> None:
+    """Choose the implementation of every operator in `net`, of those that have it; the others run their definition.
+
+    "auto" is the default of every layer. Raises BackendError for an unknown name; that a backend cannot run on the
+    network's device shows, as the same error, when it is first called.
+    """
+    if backend not in get_args(Backend):
+        raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    for module in net.modules():
+        operator = getattr(module, "operator", None)
+        if isinstance(operator, Operator):
+            module.backend = backend if backend == "auto" or backend in operator.fused else "torch"
+
+
+def choose_backend(
+    backend: Backend, device: str, nets: Iterable[nn.Module], further: Iterable[Operator] = ()
+) -> dict[str, str]:
+    """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.plan.
+
+    `further` are the operators that the run calls itself. Raises BackendError before anything is set, also for layers
+    of a form, or a network's compute type, that the backend asked for by name does not take.
+    """
+    nets = list(nets)
+    runs = plan(backend, {*further}.union(*(operators_of(net) for net in nets)), device)
+    for net in nets:
+        for layer in net.modules():
+            if isinstance(layer, Attention) and runs[ATTENTION.name] == "triton":
+                check_triton(layer.head_dim, getattr(net, "dtype", torch.float32), device)
+    for net in nets:
+        set_backend(net, backend)
+    return runs

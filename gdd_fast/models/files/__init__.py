@@ -1,0 +1,1 @@
+"""Networks on disk: folders, run folders, EDM's pickles."""

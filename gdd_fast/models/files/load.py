@@ -1,0 +1,187 @@
+"""Networks on disk: a folder of config.json and model.safetensors, an EDM pickle, or a training run."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.layers.convolution import Conv2d, resample_kernel
+from gdd_fast.models.files import pickle_reader
+from gdd_fast.models.files.pickle_reader import PickledNetwork
+from gdd_fast.models.files.save import FORMAT, PRECONDS, VERSION
+from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
+
+PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond, "GDDPrecond": GDDPrecond}
+RUN_GENERATOR = "generator_ema"
+
+
+def load_network(folder: str | Path, device: torch.device | str | None = None) -> EDMPrecond:
+    """The network in `folder`, float32 parameters whatever they were stored in, in evaluation mode.
+
+    Raises WeightsError if a file is missing or broken, or the weights do not fit the configuration.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"{folder} has no model.safetensors: the network was not saved completely; save it again.")
+    from safetensors import SafetensorError  # a network from elsewhere runs without that library
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}): the file is damaged; copy or make it again.") from error
+    return _build(PRECONDS[config["precond"]], config["init"], state, str(folder)).to(device)
+
+
+def network_from_pickle(
+    pickled: PickledNetwork, *, drop_augment: bool = False, dtype: torch.dtype | str = torch.float32
+) -> EDMPrecond:
+    """The network of an EDM or GDD pickle, computing in `dtype`; without its augmentation layer if `drop_augment`.
+
+    Raises WeightsError for a network under another preconditioning (VP, VE, iDDPM), and if the weights do not fit.
+    """
+    cls = PICKLED_CLASSES.get(pickled.class_name)
+    if cls is None:
+        raise WeightsError(
+            f"the file holds a {pickled.class_name}, and only {' and '.join(PICKLED_CLASSES)} can be loaded: "
+            "choose one of EDM's own models, not one of its VP, VE or iDDPM baselines."
+        )
+    init = {**pickled.init_kwargs, "dtype": dtype}
+    state = dict(pickled.state_dict)
+    if drop_augment:
+        init.pop("augment_dim", None)
+        state.pop("model.map_augment.weight", None)
+    return _build(cls, init, state, "the pickle")
+
+
+def load_generator(
+    path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+) -> EDMPrecond:
+    """A network to sample from: an EDM or GDD .pkl, a network folder, or a training run (its EMA generator).
+
+    Called as `net(x, sigma, class_labels=None)`; in evaluation mode, without gradients and augmentation layer.
+    `dtype` is the compute type (default: what a folder was saved with, float32 for a .pkl).
+
+    Raises WeightsError if there is no network at `path`, or it is broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path / RUN_GENERATOR if (path / RUN_GENERATOR).is_dir() else path
+        net = load_network(folder)
+        if net.model_kwargs.get("augment_dim"):
+            net = _rebuild(net, type(net), augment_dim=0)
+    elif path.suffix == ".pkl" and path.is_file():
+        networks = pickle_reader.load(path)
+        if "ema" not in networks:
+            raise WeightsError(f"{path} has no 'ema' network, only {', '.join(networks) or 'nothing'}.")
+        net = network_from_pickle(networks["ema"], drop_augment=True)
+    else:
+        problem = "is not a network" if path.exists() else "does not exist"
+        raise WeightsError(f"{path} {problem}: give an EDM .pkl, a network folder or a training run folder.")
+    if dtype is not None:
+        net.dtype = compute_dtype(dtype)
+    return net.to(device).eval().requires_grad_(False)
+
+
+def network_digest(net: EDMPrecond) -> str:
+    """SHA-256 of the weights and the configuration but for the compute type: alike where the function is."""
+    kind = {"class": type(net).__name__, **net.init_config(), "dtype": None}
+    digest = hashlib.sha256(json.dumps(kind, sort_keys=True).encode())
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def as_generator(teacher: EDMPrecond) -> GDDPrecond:
+    """A one-step generator that starts from `teacher`: copies of its weights under GDD's preconditioning.
+
+    The augmentation layer is dropped, and so is dropout; the result is on the teacher's device, in training mode.
+    """
+    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()
+
+
+def _rebuild(net: EDMPrecond, cls: type[EDMPrecond], **changes: Any) -> EDMPrecond:
+    init = {**net.init_config(), **changes}
+    if cls is not type(net):
+        del init["sigma_eps"]
+    state = net.state_dict()
+    if not init.get("augment_dim"):
+        state.pop("model.map_augment.weight", None)
+    return _build(cls, init, state, "the network")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    where = f"{path.parent} is not a network folder"
+    if not path.is_file():
+        raise WeightsError(f"{where}: it has no config.json. Give the folder that holds it and model.safetensors.")
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
+    if config.get("version") != VERSION:
+        raise WeightsError(
+            f"{path} has version {config.get('version')!r} and this program reads version {VERSION}: update gdd_fast."
+        )
+    unknown = sorted(set(config) - {"format", "version", "precond", "init"})
+    if unknown:
+        raise WeightsError(f"{path} has unknown keys {', '.join(unknown)}: remove them, or update gdd_fast.")
+    if config.get("precond") not in list(PRECONDS):
+        raise WeightsError(f"{path}: 'precond' must be one of {', '.join(PRECONDS)}, got {config.get('precond')!r}.")
+    if not isinstance(config.get("init"), dict):
+        raise WeightsError(f"{path}: 'init' must hold the network's arguments.")
+    return config
+
+
+def _build(cls: type[EDMPrecond], init: dict[str, Any], state: dict[str, Tensor], where: str) -> EDMPrecond:
+    """A network of `cls` with float32 copies of the tensors of `state`, in evaluation mode.
+
+    The arguments may be anything that a file can hold. The network is laid out without memory for its weights, within
+    the bounds of `gdd_fast.models.arguments`, and gets the file's tensors when they are what it consists of.
+    """
+    try:
+        with torch.device("meta"):
+            net = cls(**init)
+    except (ConfigError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise WeightsError(f"{where}: the network cannot be built from its arguments: {error}") from error
+    _check_state(net, state, where)
+    net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+    return net.eval()
+
+
+def _check_state(net: EDMPrecond, state: dict[str, Tensor], where: str) -> None:
+    """Raise one WeightsError for everything in which `state` differs from what `net` (on any device) consists of."""
+    expected = net.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not part of the network" for name in state if name not in expected]
+    for name, tensor in state.items():
+        if name not in expected:
+            continue
+        if tensor.shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, not floating point")
+    if not problems:
+        problems += [f"{name} is not the filter {list(taps)}" for name, taps in _filters(net, state)]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise WeightsError(f"{where}: the weights do not fit the network: {shown}.")
+
+
+def _filters(net: EDMPrecond, state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """The resampling filters that are stored with other values than the network's arguments give them."""
+    for name, layer in net.named_modules():
+        if isinstance(layer, Conv2d) and layer.resample_filter is not None:
+            stored = state[f"{name}.resample_filter"].to("cpu", torch.float32)
+            # The tolerance is for filters that were stored in half precision.
+            if not torch.allclose(stored, resample_kernel(layer.taps), rtol=1e-2):
+                yield f"{name}.resample_filter", layer.taps

@@ -1,0 +1,338 @@
+"""Network pickles of EDM and GDD, read without running anything in them.
+
+Loaded the ordinary way such a file executes the Python source code it carries. Here its opcodes are evaluated by
+`Machine`, which only knows the globals that these files consist of, each as an inert stand-in; the source code is
+skipped over, and the tensors are rebuilt from their bytes.
+
+Such a file is a dict with `ema` and, in training snapshots, `net`, `loss_fn`, `augment_pipe` and `dataset_kwargs`. An
+object in it is `torch_utils.persistence._reconstruct_persistent_obj(meta)` with meta = {type: "class", version: 6,
+module_src, class_name, state}, and the state of a network is the `__dict__` of a torch.nn.Module.
+"""
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gdd_fast.errors import UnsafePickleError, WeightsError
+from gdd_fast.models.files.pickle_machine import Constructor, Machine, Reader, StandIn
+from gdd_fast.models.files.pickle_tensors import NumpyType, PickledTensor, Storage, Storages, numpy_scalar
+
+MAX_FILE_BYTES = 8 * 2**30
+MIN_PROTOCOL = 4
+PERSISTENCE_VERSION = 6
+# Bounds on what all networks of a file can be, so that shared or circular references, which cost a file nothing, cannot
+# unfold into more than it holds.
+MAX_MODULES = 10_000
+MAX_MEMBERS = 100_000  # entries of modules' dicts that are looked at
+MAX_TENSORS = 10_000
+MAX_SETTINGS = 10_000
+MAX_DEPTH = 32
+MAX_TEXT = 200  # characters of a dotted name or a setting; EDM's longest have about forty
+# The order in which EDMPrecond and GDDPrecond take their arguments, for files that recorded them by position.
+PRECOND_ARGUMENTS = (
+    "img_resolution",
+    "img_channels",
+    "label_dim",
+    "use_fp16",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "model_type",
+)
+KNOWN_FORMATS = (
+    (b"PK\x03\x04", "a zip archive (a torch.save checkpoint or a data set)"),
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"<", "a web page (the download failed)"),
+    (b"version https://git-lfs", "a Git LFS pointer (run `git lfs pull`)"),
+)
+
+
+@dataclass(frozen=True)
+class PickledNetwork:
+    """One network of the file.
+
+    `class_name`: the network's class, e.g. "EDMPrecond". `init_kwargs`: its constructor's arguments, plain JSON types.
+    `state_dict`: the parameters and persistent buffers under their dotted names; contiguous CPU tensors, none sharing
+    memory with another.
+    """
+
+    class_name: str
+    init_kwargs: dict[str, object]
+    state_dict: dict[str, torch.Tensor]
+
+
+def load(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, PickledNetwork]:
+    """Read every network (module with parameters) of an EDM or GDD network pickle, by its key, e.g. "ema".
+
+    Nothing in the file is executed; other entries (loss, augmentation, data set options) are skipped.
+    Raises `WeightsError` if there is no such file or it has more than `max_bytes`, and `UnsafePickleError` if it is
+    not such a pickle, is damaged, or holds anything that a pickled EDM network does not.
+    """
+    path = Path(path)
+    data = _read(path, max_bytes)
+    try:
+        return _networks(data)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path}: {error}") from None
+
+
+def _read(path: Path, max_bytes: int) -> memoryview:
+    try:
+        if not path.is_file():
+            raise WeightsError(f"{path}: there is no such file; give the path of an EDM or GDD network pickle (.pkl)")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise WeightsError(f"{path}: {size} bytes, more than the {max_bytes} a network pickle may have here")
+        data = bytearray(size)
+        with path.open("rb") as file:
+            count = file.readinto(data)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
+    return memoryview(data)[:count]
+
+
+def _networks(data: memoryview) -> dict[str, PickledNetwork]:
+    if not len(data):
+        raise UnsafePickleError("the file is empty; get it again")
+    start = bytes(data[:32])
+    for signature, name in KNOWN_FORMATS:
+        if start.startswith(signature):
+            raise UnsafePickleError(f"this is {name}, not an EDM or GDD network pickle (.pkl)")
+    if start[0] != pickle.PROTO[0] or len(start) < 2:
+        raise UnsafePickleError("this is not a pickle; give an EDM or GDD network pickle (.pkl)")
+    if start[1] < MIN_PROTOCOL:
+        raise UnsafePickleError(
+            f"this is a pickle of protocol {start[1]}, as old torch.save checkpoints are; EDM and GDD network pickles "
+            f"(.pkl) have protocol {MIN_PROTOCOL} or later"
+        )
+    storages = Constructor(Storages())
+    content = Machine(Reader(data), {**_GLOBALS, "torch.storage._load_from_bytes": storages}).load()
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UnsafePickleError(f"the file holds a {_kind(content)}; a network pickle holds a dict with an entry 'ema'")
+    budget = _Budget(tensor_bytes=2 * len(data))
+    networks = {}
+    barren: set[int] = set()
+    for key, value in content.items():
+        if isinstance(value, Module) and value.class_name is not None and _has_parameters(value, budget, barren):
+            networks[key] = _network(key, value, budget)
+    if not networks:
+        found = ", ".join(f"{key[:40]!a} ({_kind(value)})" for key, value in list(content.items())[:10])
+        raise UnsafePickleError(f"the file holds no network; it holds {found or 'nothing'}")
+    return networks
+
+
+@dataclass
+class _Budget:
+    """What may still be unfolded from the file, by all that is done with it."""
+
+    tensor_bytes: int
+    tensors: int = MAX_TENSORS
+    modules: int = MAX_MODULES
+    members: int = MAX_MEMBERS
+    settings: int = MAX_SETTINGS
+
+    def spend(self, what: str, count: int = 1) -> None:
+        left = getattr(self, what) - count
+        if left < 0:
+            raise UnsafePickleError(f"the networks in the file unfold into too many {what.replace('_', ' ')}")
+        setattr(self, what, left)
+
+
+class Module(StandIn):
+    """An object of the file: its class's name (None for a plain torch.nn container) and its `__dict__`."""
+
+    __slots__ = ("class_name", "state")
+
+    def __init__(self, class_name: str | None, state: dict) -> None:
+        self.class_name = class_name
+        self.state = state
+
+    @classmethod
+    def persistent(cls, arguments: tuple) -> "Module":
+        """For `torch_utils.persistence._reconstruct_persistent_obj(meta)`."""
+        match arguments:
+            case ({"type": "class", "version": version, "class_name": str(name), "state": dict(state)},):
+                if version != PERSISTENCE_VERSION or type(version) is not int:
+                    raise UnsafePickleError(
+                        f"an object in the file has another persistence version than {PERSISTENCE_VERSION}, the one of "
+                        "EDM and GDD; it is from another project"
+                    )
+                if len(name) > 100 or not name.isidentifier() or not name.isascii():
+                    raise UnsafePickleError(f"an object in the file has the class name {name[:100]!a}")
+                return cls(name, state)
+        raise UnsafePickleError(
+            "an object in the file lacks one of type = 'class', version, class_name and state; the file is corrupt or "
+            "from another project"
+        )
+
+    @classmethod
+    def container(cls, arguments: tuple) -> "Module":
+        """For `torch.nn.modules.container.ModuleDict`, whose state comes with BUILD."""
+        if arguments:
+            raise UnsafePickleError("torch.nn.modules.container.ModuleDict is made with arguments")
+        return cls(None, {})
+
+    def build(self, state: object) -> None:
+        if self.class_name is not None or self.state or not isinstance(state, dict):
+            raise UnsafePickleError("the file sets an object's state twice, or to something that is not a dict")
+        self.state = state
+
+    def members(self, name: str, budget: _Budget) -> dict:
+        """`_parameters`, `_buffers` or `_modules`, with the entries that are None left out."""
+        members = self.state.get(name)
+        if not isinstance(members, dict):
+            raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has no dict {name}")
+        budget.spend("members", len(members))
+        for key in members:
+            if not _is_text(key) or not key or "." in key:
+                raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has a bad name in {name}")
+        return {key: value for key, value in members.items() if value is not None}
+
+
+def _empty_dict(arguments: tuple) -> dict:
+    if arguments:
+        raise UnsafePickleError("a dict in the file is made with arguments")
+    return {}
+
+
+_GLOBALS: dict[str, Constructor] = {
+    name: Constructor(make)
+    for name, make in {
+        "collections.OrderedDict": _empty_dict,
+        "dnnlib.util.EasyDict": _empty_dict,
+        "torch_utils.persistence._reconstruct_persistent_obj": Module.persistent,
+        "torch.nn.modules.container.ModuleDict": Module.container,
+        "torch._utils._rebuild_tensor_v2": PickledTensor.from_arguments,
+        "torch._utils._rebuild_parameter": PickledTensor.from_parameter,
+        "numpy.dtype": NumpyType,
+        "numpy.core.multiarray.scalar": numpy_scalar,
+        "numpy._core.multiarray.scalar": numpy_scalar,
+    }.items()
+}
+
+
+def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
+    """The module and all below it with the prefix of their names, in the order of torch.nn.Module.state_dict."""
+    pending = [("", 0, root)]
+    while pending:
+        prefix, depth, module = pending.pop()
+        budget.spend("modules")
+        if depth > MAX_DEPTH:
+            raise UnsafePickleError(f"the modules of the network are nested more than {MAX_DEPTH} deep")
+        _check_name(prefix)
+        yield prefix, module
+        children = _children(module, budget).items()
+        pending.extend([(f"{prefix}{name}.", depth + 1, child) for name, child in children][::-1])
+
+
+def _children(module: Module, budget: _Budget) -> dict[str, Module]:
+    children = module.members("_modules", budget)
+    for name, child in children.items():
+        if not isinstance(child, Module):
+            raise UnsafePickleError(f"module {name!a} is a {_kind(child)}")
+    return children
+
+
+def _check_name(full: str) -> None:
+    if len(full) > MAX_TEXT:
+        raise UnsafePickleError(f"the name {full[:MAX_TEXT]!a}... is longer than {MAX_TEXT} characters")
+
+
+def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
+    """Whether the object is a network; a loss is no module, and an augmentation pipe has buffers alone.
+
+    `barren`: ids of modules known to have no parameter in or below them. A module that is searched in vain is added, so
+    that those shared within the file are searched once.
+    """
+    if not isinstance(root.state.get("_modules"), dict):
+        return False
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        module = pending.pop()
+        if id(module) in barren or id(module) in seen:
+            continue
+        seen.add(id(module))
+        budget.spend("modules")
+        if module.members("_parameters", budget):
+            return True
+        pending.extend(_children(module, budget).values())
+    barren |= seen
+    return False
+
+
+def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module in _modules(root, budget):
+        skipped = module.state.get("_non_persistent_buffers_set", set())
+        if not isinstance(skipped, set):
+            raise UnsafePickleError(f"_non_persistent_buffers_set of a module is a {_kind(skipped)}")
+        parameters = module.members("_parameters", budget)
+        buffers = {name: value for name, value in module.members("_buffers", budget).items() if name not in skipped}
+        for name, value in (*parameters.items(), *buffers.items()):
+            full = prefix + name
+            _check_name(full)
+            shown = ascii(full)
+            if not isinstance(value, PickledTensor):
+                raise UnsafePickleError(f"{key[:40]!a}: {shown} is a {_kind(value)}, not a tensor")
+            if full in state:
+                raise UnsafePickleError(f"{key[:40]!a}: {shown} occurs twice")
+            if name in parameters and not value.storage.dtype.is_floating_point:
+                raise UnsafePickleError(
+                    f"{key[:40]!a}: parameter {shown} has dtype {value.storage.dtype}, not a floating-point one"
+                )
+            budget.spend("tensors")
+            budget.spend("tensor_bytes", value.bytes)
+            state[full] = value.materialise()
+    return PickledNetwork(root.class_name, _settings(root, budget), state)
+
+
+def _settings(root: Module, budget: _Budget) -> dict[str, object]:
+    """The constructor's arguments, by name."""
+    arguments = root.state.get("_init_args")
+    keywords = root.state.get("_init_kwargs")
+    if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+        raise UnsafePickleError(
+            f"{root.class_name} was saved without its constructor's arguments; it cannot be rebuilt"
+        )
+    if arguments and (root.class_name not in ("EDMPrecond", "GDDPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)):
+        raise UnsafePickleError(
+            f"{root.class_name} was made with {len(arguments)} arguments by position, whose names are not known"
+        )
+    positional = dict(zip(PRECOND_ARGUMENTS, arguments, strict=False))
+    for name in keywords:
+        if not _is_text(name) or name in positional:
+            raise UnsafePickleError(
+                f"{root.class_name} was saved with a constructor argument that cannot be: {name!a:.100}"
+            )
+    return {name: _plain(value, name, budget) for name, value in {**positional, **keywords}.items()}
+
+
+def _plain(value: object, name: str, budget: _Budget, depth: int = 0) -> object:
+    """The value with tuples as lists; only what JSON has."""
+    budget.spend("settings")
+    if value is None or isinstance(value, bool | int | float) or _is_text(value):
+        return value
+    if depth < MAX_DEPTH and isinstance(value, list | tuple):
+        return [_plain(item, name, budget, depth + 1) for item in value]
+    if depth < MAX_DEPTH and isinstance(value, dict) and all(map(_is_text, value)):
+        return {key: _plain(item, name, budget, depth + 1) for key, item in value.items()}
+    raise UnsafePickleError(
+        f"constructor argument {name!a} holds a {_kind(value)}, is nested more than {MAX_DEPTH} deep or has a text of "
+        f"more than {MAX_TEXT} characters; a network's settings are numbers, short strings, lists and dicts"
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _kind(value: object) -> str:
+    """What the value was in the file, for messages."""
+    if isinstance(value, Module):
+        return value.class_name or "ModuleDict"
+    names = {PickledTensor: "tensor", Storage: "tensor storage", memoryview: "bytes"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,40 @@
+"""Writing a network as a folder of config.json and model.safetensors."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.files import atomic_write, write_tensors
+from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+
+FORMAT = "gdd_fast.network"
+VERSION = 1
+PRECONDS: dict[str, type[EDMPrecond]] = {"edm": EDMPrecond, "gdd": GDDPrecond}
+
+
+def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`.
+
+    Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.
+    The configuration goes last, so a folder that has one is complete.
+    """
+    folder = Path(folder)
+    kind = next((name for name, cls in PRECONDS.items() if type(net) is cls), None)
+    if kind is None:
+        raise ConfigError(f"only {', '.join(cls.__name__ for cls in PRECONDS.values())} can be saved, not {type(net)}.")
+    config = {"format": FORMAT, "version": VERSION, "precond": kind, "init": net.init_config()}
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    parameters = {name for name, _ in net.named_parameters()}
+    state = {
+        name: tensor.detach().to("cpu", dtype if name in parameters else tensor.dtype).contiguous()
+        for name, tensor in net.state_dict().items()
+    }
+
+    path = folder / "config.json"
+    if path.exists() and path.read_text() != text:
+        path.unlink()  # Never another network's configuration beside these weights, whenever the writing stops.
+    write_tensors(folder / "model.safetensors", state)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)

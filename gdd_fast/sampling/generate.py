@@ -1,0 +1,211 @@
+"""The loop every command shares: seeds in, batches of uint8 images out."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import torch
+
+from gdd_fast.backend import Backend
+from gdd_fast.errors import ConfigError, WeightsError, require
+from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.sampling import sampler
+from gdd_fast.sampling.seeds import SeedStreams, check_class
+
+
+class OneStepFunction(Protocol):
+    """A generator whose one noise level is fixed, such as `gdd_fast.engine.one_step.OneStepGenerator`."""
+
+    device: torch.device
+    img_channels: int
+    img_resolution: int
+    label_dim: int
+
+    def run(self, latents: torch.Tensor, classes: torch.Tensor | None, *, check_classes: bool = True) -> torch.Tensor:
+        """Standard normal latents (N, C, H, W), class indices (N,) or None -> images in [-1, 1], float32."""
+
+
+Network = torch.nn.Module | OneStepFunction
+SamplerName = Literal["one-step", "heun"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How latents become images."""
+
+    sampler: SamplerName = "one-step"
+    """`one-step`: GDD's, one evaluation at sigma 80. `heun`: EDM's, 2 * steps - 1 evaluations."""
+    steps: int = 18
+    """Steps of the heun sampler."""
+    sigma_min: float = 0.002
+    """Lowest noise level of the heun sampler."""
+    sigma_max: float = 80.0
+    """Highest noise level of the heun sampler, and the only one of one-step."""
+    rho: float = 7.0
+    """How far the heun sampler's steps crowd towards low noise."""
+    s_churn: float = 0.0
+    """Stochasticity of the heun sampler; 0 is deterministic."""
+    s_min: float = 0.0
+    """Lowest noise level at which noise is added."""
+    s_max: float = math.inf
+    """Highest noise level at which noise is added."""
+    s_noise: float = 1.0
+    """Standard deviation of the noise that is added."""
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for settings that cannot work, or that a sampler of one step would ignore."""
+        if self.sampler not in get_args(SamplerName):
+            raise ConfigError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(get_args(SamplerName))}")
+        for option in fields(self):
+            flag, value = f"--{option.name.replace('_', '-')}", getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
+            require(
+                self.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
+                f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
+            )
+        if self.s_churn < 0:
+            raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
+        sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def __call__(self, net: Network, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
+        """Images in the dtype and shape of `latents`."""
+        if not isinstance(net, torch.nn.Module):
+            return net.run(latents, None if labels is None else labels.argmax(1), check_classes=False)
+        if self.sampler == "one-step":
+            return sampler.one_step(net, latents, labels, self.sigma_max)
+        return sampler.heun(
+            net,
+            latents,
+            labels,
+            steps=self.steps,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            rho=self.rho,
+            s_churn=self.s_churn,
+            s_min=self.s_min,
+            s_max=self.s_max,
+            s_noise=self.s_noise,
+            noise=streams.normal_like,
+        )
+
+
+class Batch(NamedTuple):
+    """Images of some seeds: uint8 `(N, H, W, C)` on the network's device, class indices int64 `(N,)` or `None`.
+
+    `finite`, a boolean on the device: whether the network's output was. Bytes cannot say NaN: without it, a broken
+    network makes black images.
+    """
+
+    seeds: list[int]
+    images: torch.Tensor
+    classes: torch.Tensor | None
+    finite: torch.Tensor
+
+    def check(self) -> "Batch":
+        """The batch itself, or `WeightsError` if its images are of values that are not finite. Waits for them."""
+        if not bool(self.finite):
+            raise WeightsError(
+                f"the network's output for seeds {self.seeds[0]} to {self.seeds[-1]} holds NaN or infinite values: "
+                "its weights are broken, or its dtype overflows (try float32)"
+            )
+        return self
+
+
+def generate(
+    net: Network,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    batch: int = 64,
+    class_index: int | None = None,
+    generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+) -> Iterator[Batch]:
+    """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
+
+    `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
+    `OneStepFunction`, for the sampler one-step at its own noise level. `backend` is that of the conversion to bytes;
+    `layers.backends.set_backend` chooses the network's own. Options are checked here, before the first batch is asked
+    for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
+    """
+    batches = launch(
+        net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device, backend=backend
+    )
+    return (part.check() for part in batches)
+
+
+def launch(
+    net: Network,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    batch: int = 64,
+    class_index: int | None = None,
+    generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+) -> Iterator[Batch]:
+    """As `generate`, but a GPU may still be computing what it yields: nothing waits, and nothing is checked."""
+    sampler = sampler or SamplerConfig()
+    sampler.validate()
+    if not isinstance(net, torch.nn.Module) and sampler.sampler != "one-step":
+        raise ConfigError(f"a one-step generator takes one step; give the network itself to {sampler.sampler!r}")
+    if batch < 1:
+        raise ConfigError(f"--batch must be at least 1, not {batch}")
+    check_class(class_index, net.label_dim)
+    return _batches(net, list(seeds), sampler, batch, class_index, generator_device, backend)
+
+
+def _batches(net, seeds, sampler, batch, class_index, generator_device, backend) -> Iterator[Batch]:
+    if not isinstance(net, torch.nn.Module):
+        device = net.device
+    else:
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, len(seeds), batch):
+        part = seeds[start : start + batch]
+        streams = SeedStreams(part, device, generator_device)
+        with torch.no_grad():
+            latents, labels = streams.start(shape, net.label_dim, class_index)
+            images = sampler(net, streams, latents, labels)
+            finite = images.isfinite().all()
+        yield Batch(part, to_uint8(images, backend), None if labels is None else labels.argmax(1), finite)
+
+
+def to_host(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
+    """The batches of `launch` in host memory, checked, while the GPU computes up to `ahead` more.
+
+    Copies go to pinned memory behind the images they are of; the host waits for one when its turn comes.
+    """
+    copies: deque[_HostCopy] = deque()
+    for batch in batches:
+        copies.append(_HostCopy(batch))
+        if len(copies) > ahead:
+            yield copies.popleft().wait()
+    while copies:
+        yield copies.popleft().wait()
+
+
+class _HostCopy:
+    """A batch on its way to the host."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.event = None
+        self.batch = batch
+        if batch.images.is_cuda:
+            tensors = (None if t is None else self._start(t) for t in batch[1:])
+            self.batch = Batch(batch.seeds, *tensors)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(batch.images.device))
+
+    @staticmethod
+    def _start(t: torch.Tensor) -> torch.Tensor:
+        # PyTorch keeps pinned memory for the next batch once this one's is let go of
+        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+
+    def wait(self) -> Batch:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.batch.check()

@@ -1,0 +1,1 @@
+"""What anything trains in: loop, checkpoint, optimizer, moving average, ranks, output."""

@@ -1,0 +1,189 @@
+"""The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
+from gdd_fast.errors import CheckpointError, DivergedError
+from gdd_fast.files import atomic_write, remove_leftovers
+from gdd_fast.signals import StopRequest
+from gdd_fast.training import checkpoint
+from gdd_fast.training.checkpoint import Checkpoint
+from gdd_fast.training.output import Averages, RunOutput
+from gdd_fast.training.ranks import World
+
+CHECKPOINT = "checkpoint.safetensors"
+DIVERGED = "diverged.safetensors"
+"""The state in which a run diverged, to look at; nothing reads it. `CHECKPOINT` is what the run goes on from."""
+
+
+class Task(Protocol):
+    """Something that trains. `images` is always the number of real images seen before the call.
+
+    contents: digests of what was given as flags of these names; a run resumes only with the same. remedy: the flags
+    that help a run that diverged.
+    """
+
+    batch: int
+    averages: Averages
+    contents: dict[str, str]
+    remedy: str
+
+    def iteration(self, images: int) -> None: ...
+    def tick(self, images: int) -> dict[str, float]:
+        """Extra metrics and files of a tick; main rank only."""
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Sections of tensors and JSON values to save. Called on every rank."""
+
+    def restore(self, saved: Checkpoint) -> None: ...
+    def export(self, run_dir: Path) -> None:
+        """Write the network that the run is for; main rank only."""
+
+    def close(self) -> None:
+        """End the processes that belong to the task."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length of a run, of a tick, and between checkpoints, in images."""
+
+    total: int
+    tick: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, duration_mimg: float, tick_kimg: float, checkpoint_ticks: int) -> "Schedule":
+        tick = max(1, round(tick_kimg * 1e3))
+        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: images seen in its whole life, those of them seen by this call, the signal that stopped it."""
+
+    images: int
+    new_images: int
+    signal: int = 0
+    """0: it is finished."""
+
+
+def run(task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World) -> Outcome:
+    """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
+
+    Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
+    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched. One that
+    diverges leaves its state beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these
+    changes are printed, and written to metrics.jsonl.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
+        DivergedError: see `StepGuard`.
+    """
+    images, changes = _resume(task, run_dir, config, schedule, world)
+    started_at = images
+    if images >= schedule.total:
+        task.close()
+        return Outcome(images, 0)
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, DIVERGED):
+            remove_leftovers(run_dir / name)
+        with atomic_write(run_dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
+    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main)
+    if images:
+        output.say(f"Resuming {run_dir} at {images:,} of {schedule.total:,} images.")
+    if changes:
+        output.changes(images, changes)
+
+    def save(name: str = CHECKPOINT) -> None:
+        sections, values = task.state()
+        if world.is_main:
+            values = {**values, "images": images, "config": config, "contents": task.contents}
+            checkpoint.save(run_dir / name, sections, values)
+            if name == CHECKPOINT:
+                task.export(run_dir)
+        world.barrier()
+
+    def tick() -> None:
+        means = task.averages.take()
+        if world.is_main:
+            output.metrics(images, {**means, **task.tick(images)})
+
+    stopped_by, saved_at = 0, images
+    try:
+        with StopRequest(announce=world.is_main) as stop:
+            while images < schedule.total and not stopped_by:
+                try:
+                    task.iteration(images)
+                except DivergedError as error:
+                    save(DIVERGED)
+                    raise DivergedError(f"{error}. {_advice(task, run_dir, saved_at)}") from None
+                before, images = images, images + task.batch
+                output.advance(task.batch)
+                stopped_by = world.largest(stop.signal)
+                if images // schedule.tick > before // schedule.tick or images >= schedule.total:
+                    tick()
+                if images // schedule.checkpoint > before // schedule.checkpoint:
+                    save()
+                    saved_at = images
+            if images != saved_at:
+                save()
+    finally:
+        output.close()
+        task.close()
+    return Outcome(images, images - started_at, stopped_by)
+
+
+def check_same_run(
+    run_dir: Path, config: dict[str, Any], contents: dict[str, str], total: int
+) -> dict[str, Any] | None:
+    """The values of the checkpoint in `run_dir`, None without one.
+
+    Raises `CheckpointError` if it is not of a run to `total` images with these settings and contents.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    values = checkpoint.load_values(path)
+    elsewhere = "choose another --run-dir or move it away"
+    finished = values["images"] >= total  # and what it came to is no result of other settings
+    changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE)
+    if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        kind = "a finished run" if finished else "a run"
+        raise CheckpointError(
+            f"{run_dir} holds {kind} with other settings ({'; '.join(changed[:5])}{more}); {elsewhere}"
+        )
+    for name, digest in contents.items():
+        if values.get("contents", {}).get(name) != digest:
+            raise CheckpointError(
+                f"{run_dir} holds a run with another --{name}: its path may change, its content may not; {elsewhere}"
+            )
+    return values
+
+
+def _resume(
+    task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World
+) -> tuple[int, list[str]]:
+    """Restore the task from the run folder's checkpoint, if any; the images it had seen, and what is set otherwise."""
+    values = check_same_run(run_dir, config, task.contents, schedule.total)
+    images, changes = 0, []
+    if values is not None:
+        task.restore(checkpoint.load(run_dir / CHECKPOINT))
+        images, changes = values["images"], differences(values["config"], config)
+    if any(images != other.item() for other in world.gather(torch.tensor([images]))):
+        raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
+    return images, changes
+
+
+def _advice(task: Task, run_dir: Path, saved_at: int) -> str:
+    """What to do about a run that diverged."""
+    start = f"goes on from the checkpoint of {saved_at:,} images" if saved_at else "begins again"
+    return f"The state is in {run_dir / DIVERGED}. The same command with {task.remedy} {start}"

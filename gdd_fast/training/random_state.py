@@ -1,0 +1,55 @@
+"""The random numbers of a run: one generator a rank, saved with the checkpoint."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gdd_fast.training.ranks import World
+
+
+class RandomState:
+    """A generator on the training device for this rank.
+
+    Args:
+        seed: of the run; every rank draws other numbers from the same seed.
+        world: the ranks whose states are saved together.
+    """
+
+    def __init__(self, seed: int, world: World) -> None:
+        self._seed, self._world = seed, world
+        self.generator = torch.Generator(world.device)
+        self._reseed(0)
+
+    def _reseed(self, images: int) -> None:
+        self.generator.manual_seed(self._derive("generator", images))
+
+    def _derive(self, purpose: str, images: int) -> int:
+        key = f"{purpose} {self._seed} {images} {self._world.rank}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+
+    @contextlib.contextmanager
+    def for_layers(self, images: int) -> Iterator[None]:
+        """torch's own generators, from which layers such as dropout draw, as they are for this iteration in any run."""
+        device = self._world.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._derive("layers", images))
+            yield
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of every rank by rank number; called on every rank."""
+        return {str(rank): state for rank, state in enumerate(self._world.gather(self.generator.get_state()))}
+
+    def restore(self, states: dict[str, Tensor], images: int) -> None:
+        """Go on where `tensors` was taken.
+
+        With another number of ranks or another kind of device there is no such place: reseed from `images`.
+        """
+        own = states.get(str(self._world.rank))
+        same_world = own is not None and len(states) == self._world.size
+        if same_world and own.shape == self.generator.get_state().shape:
+            self.generator.set_state(own)
+        else:
+            self._reseed(images)

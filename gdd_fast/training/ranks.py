@@ -1,0 +1,113 @@
+"""Data parallelism: each rank sees its share of the batch, gradients are averaged in one flat all-reduce.
+
+One buffer instead of DistributedDataParallel's hooks: the D step runs the heads twice before its backward pass and the
+R1 step differentiates twice, both outside what those hooks support. GDD-I on CIFAR-10 exchanges 8.8 M (generator) and
+20.7 M (heads) float32 gradients, 118 MB an iteration: about 1 ms over NVLink beside hundreds of compute, so hiding the
+exchange behind the backward pass would bring nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gdd_fast.device import pick_device
+from gdd_fast.errors import ConfigError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together. A single process is a world of size 1 in which every exchange is a no-op."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks; all must have one dtype."""
+        tensors = list(tensors)
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        means = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers. Exchanged by the hosts alone: asked for in every iteration, it must not
+        wait for what their GPUs have still to do."""
+        if self.size == 1:
+            return number
+        votes = torch.tensor([number])
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return int(votes.item())
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """This tensor of every rank, in rank order, on the CPU; shapes must agree."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        own = tensor.to(self.device)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return [part.cpu() for part in parts]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, 1 without it. Raises `ConfigError` as `join`."""
+    launched = _launched()
+    return 1 if launched is None else launched[1]
+
+
+def is_main() -> bool:
+    """Whether this process is the one of its run that writes and prints. Raises `ConfigError` as `join`."""
+    launched = _launched()
+    return launched is None or launched[0] == 0
+
+
+def _launched() -> tuple[int, int, int] | None:
+    """Rank, size and local rank as torchrun sets them; None in a process that it did not start."""
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if len(missing) == len(_TORCHRUN):
+        return None
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
+    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
+    return rank, size, local
+
+
+@contextlib.contextmanager
+def join(option: str) -> Iterator[World]:
+    """Enter the world torchrun started this process in, or a world of one; leave it at the end.
+
+    Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's.
+    """
+    device = pick_device(option)
+    launched = _launched()
+    if launched is None:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        yield World(0, 1, device)
+        return
+    rank, size, local = launched
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield World(rank, size, device)
+    # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
+    dist.destroy_process_group()

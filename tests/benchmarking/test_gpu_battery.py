@@ -1,0 +1,286 @@
+"""The battery of one GPU: it survives what it measures, and says what it has not seen."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_battery
+from benchmarks.cases.battery_parts import DEFAULT, PARTS, cases_of
+from benchmarks.cases.operator_cases import operator_cases
+from benchmarks.harness.case import Bench, Case, Effort, measure_case
+from benchmarks.harness.checks import MismatchError
+from benchmarks.harness.results import Results
+from benchmarks.reports import tune
+from gdd_fast import backend
+from gdd_fast.errors import BackendError
+
+CPU = torch.device("cpu")
+
+
+def battery_file(tmp_path):
+    path = tmp_path / "b.json"
+    Results({"device": "d", "commit": "c"}, {"copy": 1.0}).save(path)
+    return path
+
+
+def fake_case(name, *, fails=False, peers=("p",), missing=None):
+    def build(device):
+        if fails:
+            raise ValueError("no")
+        return Bench({p: lambda: lambda: torch.ones(1) for p in peers}, lambda outputs: None, missing=missing or {})
+
+    return Case("g", name, build)
+
+
+def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case("a"), fake_case("b", fails=True), fake_case("c")]
+    cases.append(cases[0])  # the same name again, as of a case whose other peers have to be compiled: it runs too
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    assert gpu_battery.run_part("ops", options) == 0
+    assert Results.load(path).notes["done"]["ops"] == [0, 1, 2, 3]
+    found = Results.load(path)
+    assert [(r.case, bool(r.failure)) for r in found.rows] == [("a", False), ("b", True), ("c", False)]
+    cases.append(fake_case("d"))
+    gpu_battery.run_part("ops", options)
+    again = Results.load(path)
+    assert again.rows[:3] == found.rows and again.rows[3].case == "d"  # times untouched: they were not taken anew
+
+
+def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
+    pipelines = {c.group for c in cases_of("pipelines", False)}
+    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
+    checked = {c.group for c in cases_of("correctness", False)}
+    assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
+    assert "attention forward" not in checked and next(iter(PARTS)) == "correctness"
+
+
+def test_training_begins_with_an_iteration_at_the_published_batch():
+    cases = cases_of("train", False)
+    assert (cases[0].group, cases[0].name) == ("iteration", "cifar10-uncond-gdd-i batch 128")
+    assert [c.group for c in cases[1:4]] == ["G step", "R1 step", "D step"]
+
+
+def test_what_has_to_be_compiled_is_a_part_of_its_own():
+    for part in ("inference", "train", "ops"):
+        names = [(c.group, c.name) for c in cases_of(part, False)]
+        assert len(set(names)) == len(names)
+    compiled = {(c.group, c.name) for c in cases_of("compiled", False)}
+    assert compiled <= {(c.group, c.name) for part in ("inference", "train", "ops") for c in cases_of(part, False)}
+    assert "compiled" not in DEFAULT and set(DEFAULT) < set(PARTS)
+
+
+def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case(name, fails=name == "c") for name in "abcde"]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+
+    def here(command, **options):
+        return subprocess.CompletedProcess(
+            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+        )
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
+    found = Results.load(path).notes["correctness"]
+    assert found["checked"] == 5 and found["failures"] == ["g | c | -: ValueError: no"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
+    assert any("1 failures" in line for line in gpu_battery.summary(Results.load(path)))
+
+
+def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: [fake_case("a")])
+    gpu_battery.run_part("ops", gpu_battery.Options("cpu", str(path), True, time.time() - 1))
+    assert Results.load(path).notes["cut_off"] == {"ops": ["g-a"]} and Results.load(path).rows == []
+
+
+def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp_path, monkeypatch):
+    path, started = battery_file(tmp_path), []
+
+    def die_once(command, **options):
+        started.append(command)
+        if len(started) == 1:
+            results = Results.load(path)
+            results.notes |= {"running": ["ops", 0, "g", "a"], "done": {"ops": []}}
+            results.save(path)
+        return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", die_once)
+    gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
+    found = Results.load(path)
+    assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
+    assert [r.failure for r in found.rows] == ["the process ended with status -11"]
+
+
+def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+
+    def late(command, **options):
+        results = Results.load(path)
+        results.notes |= {"running": ["compiled", 0, "g", "a"], "done": {"compiled": []}}
+        results.save(path)
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", late)
+    options = gpu_battery.Options("cpu", str(path), True, time.time())
+    gpu_battery.supervise("compiled", options, lambda text: None)
+    found = Results.load(path)
+    assert found.notes["cut_off"] == {"compiled": ["g | a"]} and found.rows == [] and "died" not in found.notes
+
+
+@pytest.fixture
+def stale_extension(monkeypatch):
+    def stale():
+        raise BackendError("gdd_fast._C is stale")
+
+    monkeypatch.setattr(backend, "extension", stale)
+
+
+def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_path, stale_extension):
+    path = tmp_path / "b.json"
+    gpu_battery.begin(path, CPU, {}, [], 0.001, None)
+    found = Results.load(path)
+    assert "stale" in found.machine["extension"]["error"] and found.rates["copy"] > 0
+    (case,) = [c for c in operator_cases(False) if c.group == "group_norm_silu forward"][:1]
+    rows = {r.peer: r.failure for r in measure_case(case, CPU, Effort(0.001, least=1))}
+    assert rows["official"] is rows["stock"] is None and "stale" in rows["gdd_fast:cpp"]
+
+
+def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(monkeypatch):
+    from gdd_fast.kernels import _launch
+
+    before = {k: dict(v) for k, v in _launch._table().items()}
+
+    def current():
+        return _launch._table()["residual"]["sm_90"]
+
+    def bench(device):
+        def check(outputs):
+            if current()["num_warps"] == 2:
+                raise tune.MismatchError("wrong")
+
+        return Bench({"gdd_fast:triton": lambda: lambda: None}, check)
+
+    def seconds(found, device):
+        found.check(None)
+        return 1.0 if current()["num_warps"] == 4 else 0.5
+
+    monkeypatch.setattr(tune, "_time", seconds)
+    outcome = tune.tune_entry("residual", [Case("g", "c", bench)], "sm_90", CPU, lambda: 1.0)
+    assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
+    assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
+    assert {k: dict(v) for k, v in _launch._table().items()} == before
+
+
+def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
+    path, tried = battery_file(tmp_path), []
+    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "to_uint8": [], "no such": []})
+    monkeypatch.setattr(tune, "tune_entry", lambda entry, *rest: tried.append(entry) or {"tried": []})
+    monkeypatch.setattr(tune, "computes", lambda device: len(tried) > 1)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert not tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tune.tune(Results.load(path), path, gpu, lambda: 1.0)
+    assert tried == ["residual", "to_uint8"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
+
+
+def test_a_case_that_one_process_has_begun_is_no_other_ones(tmp_path, monkeypatch):
+    cases, begun = [fake_case(name) for name in "abcd"], []
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+    (tmp_path / "taken").mkdir()
+    one = gpu_battery.Options("cpu", str(battery_file(tmp_path)), True, time.time() + 100, str(tmp_path / "taken"))
+    assert one.take(2) and not one.take(2)
+    monkeypatch.setattr(gpu_battery, "measure_case", lambda case, *_, **__: begun.append(case.name) or iter(()))
+    gpu_battery.run_part("correctness", one)
+    gpu_battery.run_part("correctness", one)
+    assert begun == ["a", "b", "d"]
+
+
+def test_a_case_cut_off_between_two_peers_is_not_called_checked(tmp_path, monkeypatch):
+    path = battery_file(tmp_path)
+    cases = [fake_case("a", peers=("stock", "gdd_fast:triton")), fake_case("b"), fake_case("c")]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+    left = iter([1, 1])  # for the case and its first peer
+    monkeypatch.setattr(gpu_battery.Options, "left", lambda self: next(left, 0))
+    gpu_battery.run_part("correctness", gpu_battery.Options("cpu", str(path), True, 0.0))
+    notes = Results.load(path).notes
+    assert notes["cut_off"]["correctness"] == ["g-a before gdd_fast:triton", "g-b and 1 more"]
+    assert notes["correctness"]["checked"] == 0 and notes["correctness"]["right"] == {"stock": 1}
+
+
+def test_the_record_counts_what_each_peer_was_right_in_and_names_backends_that_could_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "extension", lambda: None)  # not built
+    (case,) = [c for c in operator_cases(False) if c.group == "resample2d forward+backward"][:1]
+    path, cases = battery_file(tmp_path), [case, fake_case("b", missing={"gdd_fast:cpp": "it is gone"})]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+    gpu_battery.run_part("correctness", gpu_battery.Options("cpu", str(path), True, time.time() + 100))
+    found = Results.load(path)
+    checked = found.notes["correctness"]
+    assert checked["checked"] == 2 and checked["failures"] == []
+    assert {"official": 1, "stock": 1, "p": 1}.items() <= checked["right"].items()
+    assert checked["missing"] == {"gdd_fast:cpp": [2, "it is gone"]} and "gdd_fast:cpp" not in checked["right"]
+    gpu_battery.merge(found, Results.load(path))
+    assert any("gdd_fast:cpp not checked in 4 cases: it is gone" in line for line in gpu_battery.summary(found))
+
+
+def test_what_an_earlier_run_left_unfinished_is_known_until_its_part_is_run_again(tmp_path):
+    """Also what it could not put together, as it was ended from outside."""
+    path = tmp_path / "b.json"
+    gpu_battery.begin(path, CPU, {}, [], 0.001, None)
+    earlier = Results.load(path)
+    earlier.notes |= {"cut_off": {"ops": ["g-a"], "tune": ["residual"]}, "died": [["ops", "-11", None]]}
+    earlier.notes |= {"running": ["pipelines", 3, "data path", "zip"]}
+    earlier.save(path)
+    for number in range(2):
+        part = Results(earlier.machine, earlier.rates)
+        checked = {"checked": 2, "failures": [f"f{number}"], "right": {"stock": 2}, "missing": {}}
+        part.notes |= {"correctness": checked, "running": ["correctness", number, "g", f"c{number}"]}
+        part.save(gpu_battery._part_file(path, "correctness", number))
+    gpu_battery.begin(path, CPU, {}, ["tune"], 0.001, None)
+    found = Results.load(path)
+    assert found.notes["cut_off"] == {
+        "ops": ["g-a"],
+        "pipelines": ["data path | zip"],
+        "correctness": ["g | c0", "g | c1"],
+    }
+    assert found.notes["died"] == [["ops", "-11", None]] and "running" not in found.notes
+    assert found.notes["correctness"]["checked"] == 4 and found.notes["correctness"]["failures"] == ["f0", "f1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    gpu_battery.begin(path, CPU, {}, PARTS, 0.001, None)
+    again = Results.load(path).notes
+    assert not again["cut_off"] and not again["died"] and "correctness" not in again
+
+
+def test_a_build_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
+    late = tmp_path / "late"
+    command = ["sh", "-c", f"(sleep 1; touch {late}) & echo begun; wait"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_battery.run_group(command, dict(os.environ), 0.3)
+    time.sleep(1.2)
+    assert not late.exists()
+    command = [sys.executable, "-c", "import sys; print('out'); sys.exit('no')"]
+    assert gpu_battery.run_group(command, dict(os.environ), 60) == (1, "no\n")
+
+
+def test_the_kernels_of_the_frozen_relu_are_tuned_without_their_convolution(monkeypatch):
+    from gdd_fast.ops import frozen_conv2d_relu
+
+    monkeypatch.setattr(frozen_conv2d_relu, "resolve", lambda *arguments: "torch")
+    (case,) = tune.entries(True)["frozen_conv2d_relu"]
+    bench = case.build(CPU)
+    call = bench.peers["gdd_fast:triton"]()
+    bench.check(call())
+    call()
+    bench.check(call())
+    y, bits, masked = call()
+    assert 0 < int((masked == 0).sum()) < masked.numel()
+    with pytest.raises(MismatchError):
+        bench.check([y, bits ^ 1, masked])

@@ -1,0 +1,212 @@
+"""docs/kernels_table.md: it holds every kernel that the networks launch, none spills, and it is what Triton makes."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.cases.layer_calls import layers
+from benchmarks.counts.launches import OPERATORS
+from benchmarks.counts.offline_table import ARCHITECTURES, read, sources
+from offline import ROOT
+
+TRITON, SOURCES, ROWS = read()
+COMMAND = "run `python -m benchmarks.counts.offline_table`"
+
+# Launches are recorded in a process of its own: this one's kernels may be the interpreter's.
+_RECORD = """
+import json
+from dataclasses import asdict
+from benchmarks.counts.offline_table import ARCHITECTURES, all_rows, kernel_name
+from benchmarks.cases.layer_calls import layers
+from tests.offline import _compile_triton_here
+
+rows = all_rows(layers())
+first = {}
+for key, variants in rows.items():
+    first.setdefault(kernel_name(variants[0]), (key, variants[0]))
+compiled = {
+    key: _compile_triton_here(f"gdd_fast.kernels.{launch.operator}", [asdict(launch.case)], ARCHITECTURES)
+    for key, launch in first.values()
+}
+print(json.dumps([{key: kernel_name(variants[0]) for key, variants in rows.items()}, compiled]))
+"""
+_COMPILE = """
+import json, sys
+from benchmarks.counts.offline_table import all_rows, measure
+from benchmarks.cases.layer_calls import layers
+found = all_rows(layers())
+print(json.dumps([str(row) for row in measure([found[key] for key in sys.argv[1:]])]))
+"""
+
+
+def run(script: str, *arguments: str):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_table_was_made_from_these_kernels():
+    stale = [name for name, digest in sources().items() if SOURCES.get(name) != digest]
+    assert not stale, f"the table is older than {', '.join(stale)}: {COMMAND}"
+
+
+def test_digests_tell_code_from_comments(monkeypatch, tmp_path):
+    import benchmarks.counts.offline_table as table
+
+    for path in table.KERNELS.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(table, "KERNELS", tmp_path)
+    before = table.sources()
+    channels = tmp_path / "_channels.py"
+    channels.write_text("# a comment\n" + channels.read_text().replace("Values (N, C) of sample n", "Values of n"))
+    assert table.sources() == before
+    channels.write_text(channels.read_text().replace("mean += delta", "mean -= delta"))
+    after = table.sources()
+    assert {name for name in before if before[name] != after[name]} == {"group_norm_silu", "residual"}
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(tuned.read_text().replace("4096", "2048"))
+    assert table.sources()["tuned.json"] != before["tuned.json"]
+
+
+def test_no_kernel_spills():
+    assert not [str(row) for row in ROWS.values() if row.spills]
+    for row in ROWS.values():
+        assert len(row.registers) == len(row.spilled) == len(row.shared) == len(ARCHITECTURES), row
+        assert any(n is not None for n in row.registers), row
+        assert all(n is None or n <= 160 * 1024 for n in row.shared), row  # of an A100's 163 KiB
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[dict[str, str], dict[str, list[dict]]]:
+    """Kernels by the rows that the table should have; and what compiling the first of each kernel took, by row."""
+    return tuple(run(_RECORD))
+
+
+def test_every_kernel_that_the_networks_launch_is_in_the_table(recorded):
+    launched, _ = recorded
+    missing = sorted({name for key, name in launched.items() if key not in ROWS})
+    assert not missing, f"not in the table, {COMMAND}: {missing}"
+    assert not ROWS.keys() - launched.keys(), "the table has kernels that nothing launches"
+    assert {name.partition(".")[0] for name in launched.values()} == set(OPERATORS)
+
+
+def test_one_of_every_kernel_compiles_for_ampere_and_hopper(recorded):
+    """Without spills, and no worse than the row says that it is one of."""
+    launched, compiled = recorded
+    assert {launched[key] for key in compiled} == set(launched.values())
+    for key, results in compiled.items():
+        assert [result["architecture"] for result in results] == list(ARCHITECTURES)
+        assert not any(result["spilled"] for result in results), results
+        if version("triton") == TRITON:
+            row = ROWS[key]
+            most = [row.registers, row.shared]
+            taken = [[result[name] for result in results] for name in ("registers", "shared")]
+            assert all(a <= b for pair in zip(taken, most, strict=True) for a, b in zip(*pair, strict=True)), (
+                taken,
+                row,
+            )
+
+
+@pytest.mark.slow
+def test_rows_of_every_kernel_are_what_triton_makes():
+    if version("triton") != TRITON:
+        pytest.skip(f"the table is Triton {TRITON}'s")
+    last = {row.kernel: key for key, row in ROWS.items()}
+    for row in run(_COMPILE, *last.values()):
+        assert row == str(ROWS[row.split("|")[1].strip()])
+
+
+def test_layers_are_those_of_the_papers_networks():
+    """The widths, groups and tokens that are known of NCSN++ 32/64, ADM 64, VGG-16 and EfficientNet-lite0."""
+    found = layers()
+    assert {sum(c.channels) for c in found.norms} >= {128, 192, 256, 384, 576, 768, 960, 1152, 1536}
+    assert {(c.resolution**2, c.channels // c.heads) for c in found.attentions} == {
+        (256, 256), (64, 256), (1024, 64), (256, 64), (64, 64),
+    }  # fmt: skip
+    assert {(c.channels, c.resolution) for c in found.pools} == {(64, 224), (128, 112), (256, 56), (512, 28)}
+    assert {c.ceiling for c in found.relus} == {6.0, float("inf")}
+    assert {(c.channels, c.resolution) for c in found.images} == {(3, 32), (3, 64)}
+
+
+def test_launches_are_recorded_as_on_the_device_with_its_programs_and_options(monkeypatch):
+    """Small batches are split over programs, large ones are not; kernels are put back afterwards."""
+    from benchmarks.counts.launches import recording
+    from gdd_fast.kernels import _launch
+
+    module = importlib.import_module("gdd_fast.kernels.group_norm_silu")
+    before = dict(vars(module))
+    with recording(module, 90):
+        plans = [module.Plan("forward", torch.empty(n, 256, 32, 32, device="meta"), 256, 32) for n in (1, 512)]
+    assert plans[0].parts > 1 and plans[1].parts == 1
+    entries = json.loads(json.dumps(_launch._table()))
+    entries["group_norm_silu.forward"]["sm_90"] = {"num_warps": 2}
+    monkeypatch.setattr(_launch, "_table", lambda: entries)
+    for architecture, warps in ((80, 8), (90, 2)):
+        with recording(module, architecture):
+            plan = module.Plan("forward", torch.empty(1, 256, 32, 32, device="meta"), 256, 32)
+        assert plan.options["num_warps"] == warps
+    assert dict(vars(module)) == before
+
+
+# Shapes at which arguments become constants (1 is compiled in) and strides take 64 bits.
+_ODD = """
+import importlib, json
+from dataclasses import asdict
+import torch
+from benchmarks.counts.launches import recording
+from gdd_fast.ops._memory_format import statistics_parts
+from offline import _compile_triton_here
+
+def far(n, c, h, w):
+    return torch.empty(0, device="meta").as_strided((n, c, h, w), (2**32, 2**33, w * 2**34, 2**34))
+
+def dense(*shape):
+    return torch.empty(shape, device="meta")
+
+def norm(module, new, n, c, skip, h, w):
+    x, s, y = new(n, c, h, w), new(n, skip, h, w) if skip else None, new(n, c + skip, h, w)
+    weight, bias = dense(2, c + skip)
+    add, scale, shift = rows = [dense(n, c + skip) for _ in range(3)]
+    mean, rstd = module.forward(
+        x, s, 1, weight, bias, 1e-5, *rows, None, None, True, y, statistics_parts(h * w)
+    )
+    given = (y, x, s, weight, bias, *rows, mean, rstd, True)
+    module.backward(*given, x, s, *(dense(n, c + skip) for _ in range(5)))
+    module.backward(*given, *[None] * 4, dense(n, c + skip), None, None)
+
+def residual(module, new, n, c, _, h, w):
+    x = new(n, c, h, w)
+    module.residual(x, x, dense(c), 1.0, x, dense(n, statistics_parts(h * w), 2, c))
+
+SHAPES = ((dense, 1, 1, 0, 1, 1), (dense, 2, 1, 1, 1, 1), (dense, 1, 1, 0, 40, 1), (far, 1, 4, 2, 9, 1))
+count = 0
+for operator, launch in (("group_norm_silu", norm), ("residual", residual)):
+    module = importlib.import_module(f"gdd_fast.kernels.{operator}")
+    with recording(module, 90) as cases:
+        for shape in SHAPES:
+            launch(module, *shape)
+    unique = {repr(case): asdict(case) for case in cases}
+    results = _compile_triton_here(module.__name__, list(unique.values()), [90])
+    assert not any(r["spilled"] for r in results), results
+    assert any("i64" in case["signature"].values() for case in unique.values())
+    count += len(results)
+print(json.dumps(count))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_odd_shapes_and_64_bit_strides():
+    """What Triton's interpreter does not do: constants for arguments that are 1, types by the size of a number."""
+    assert run("import sys; sys.path.append('tests')\n" + _ODD) > 10

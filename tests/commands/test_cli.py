@@ -1,0 +1,78 @@
+"""Command lines: flags from the fields of a dataclass, and the help of every command."""
+
+import importlib
+from dataclasses import dataclass
+
+import pytest
+
+from gdd_fast.cli import command, parse, pop_option
+from gdd_fast.errors import ConfigError, GddFastError
+from gdd_fast.train import read
+
+COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
+
+
+@dataclass(frozen=True)
+class Options:
+    some_number: int = 3
+    """How many."""
+
+
+def test_flags_are_field_names():
+    assert parse(Options, name="x", args=[]) == Options(3)
+    assert parse(Options, name="x", args=["--some-number", "4"]) == Options(4)
+    assert parse(Options, Options(5), name="x", args=[]) == Options(5)
+
+
+@pytest.mark.parametrize("arguments", [["--other", "4"], ["--some-number", "four"], ["4"]])
+def test_what_is_not_understood_ends_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Options, name="x", args=arguments)
+    assert end.value.code == 2 and capsys.readouterr().err
+
+
+def test_pop_option():
+    assert pop_option(["--a", "1", "--name", "x", "--b"], "name", "y") == ("x", ["--a", "1", "--b"])
+    assert pop_option(["--name=x", "--name", "z"], "name", "y") == ("z", [])
+    assert pop_option(["--names", "x"], "name", "y") == ("y", ["--names", "x"])
+    with pytest.raises(ConfigError, match="takes a value"):
+        pop_option(["--name"], "name", "y")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"gdd_fast.{name}").main(["--help"])
+    assert end.value.code == 0
+    assert f"python -m gdd_fast.{name}" in capsys.readouterr().out
+
+
+def test_train_starts_from_the_preset():
+    asked = read(["--preset", "ffhq-64-gdd", "--data", "d", "--teacher", "t", "--batch", "8", "--dry-run"])
+    assert asked.dry_run and asked.config.preset == "ffhq-64-gdd"
+    assert (asked.config.run.batch, asked.config.generator.g_lr, asked.config.generator.freeze) == (8, 2e-5, 0)
+    assert read([]).config.preset == "demo" and not read([]).dry_run
+
+
+def test_flags_of_train_need_no_section(capsys):
+    names = ["--backbones", "vgg16", "vgg16_bn", "--backbone-weights", "vgg16=a", "vgg16_bn=b", "--no-cond"]
+    options = read(names).config.discriminator
+    assert options.backbones == ("vgg16", "vgg16_bn") and len(options.backbone_weights) == 2
+    for wrong in (["--run.batch", "8"], ["--g-precision", "fp16"], ["--batches", "8"]):
+        with pytest.raises(SystemExit) as end:
+            read(wrong)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [(GddFastError("no such thing"), 2, "error: no such thing\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_how_a_command_fails(error, status, text, capsys):
+    @command
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == status and capsys.readouterr().err == text

@@ -1,0 +1,157 @@
+"""`python -m gdd_fast.evaluate`: distances of generators and of stored images, references kept and reused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gdd_fast.data.demo import demo_dataset
+from gdd_fast.evaluate import main
+from gdd_fast.models.files.save import save_network
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.sample import main as sample
+from gdd_fast.sampling.writers import open_writer
+
+SMALL = ["--device", "cpu", "--features", "pixels"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """128 bundled images as a zip."""
+    path = tmp_path_factory.mktemp("data") / "real.zip"
+    images = np.concatenate(list(demo_dataset("test", max_images=128).chunks()))
+    with open_writer(path) as writer:
+        writer.put(range(len(images)), torch.from_numpy(images).permute(0, 2, 3, 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    path = tmp_path_factory.mktemp("net")
+    torch.manual_seed(0)
+    network = EDMPrecond(
+        16, 1, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+    )
+    save_network(network, path)
+    return path
+
+
+@pytest.fixture
+def evaluate(capsys):
+    def run(*args) -> dict:
+        main([str(arg) for arg in (*args, *SMALL, "--json")])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_a_generator_against_a_data_set(net, real, capsys):
+    main(["--net", str(net), "--data", str(real), "--images", "40", "--device", "cpu", "--features", "lite0, pixels"])
+    out = capsys.readouterr().out
+    assert "40 images to 128 real ones" in out
+    assert "lite0-64" in out
+    assert "pixels-16" in out
+
+
+def test_a_set_has_no_distance_to_itself(real, evaluate):
+    result = evaluate("--samples", real, "--data", real)
+    assert result["generated_images"] == result["real_images"] == 128
+    assert result["frechet_distance"]["pixels-16"] == pytest.approx(0, abs=1e-6)
+
+
+def test_generating_and_storing_first_give_the_same_distance(net, real, tmp_path, evaluate):
+    direct = evaluate("--net", net, "--data", real, "--seeds", "10-49", "--sampler", "heun", "--steps", 3)
+    for name in ("out.zip", "out.npz", "out"):
+        out = ["--out", str(tmp_path / name), "--device", "cpu"]
+        sample(["--net", str(net), "--seeds", "10-49", "--sampler", "heun", "--steps", "3", *out])
+        stored = evaluate("--samples", tmp_path / name, "--data", real)
+        assert stored["generated_images"] == 40
+        assert stored["frechet_distance"] == pytest.approx(direct["frechet_distance"], rel=1e-6)
+
+
+def test_a_kept_reference_stands_for_its_data_set(net, real, tmp_path, evaluate):
+    reference = tmp_path / "ref.npz"
+    assert evaluate("--data", real, "--save-ref", reference)["real_images"] == 128
+    by_data = evaluate("--net", net, "--data", real, "--images", 30)
+    by_reference = evaluate("--net", net, "--ref", reference, "--images", 30)
+    assert by_reference["frechet_distance"] == pytest.approx(by_data["frechet_distance"])
+    assert by_reference["real_images"] == 128
+
+
+def test_parts_of_the_sets(real, evaluate):
+    result = evaluate("--samples", real, "--data", real, "--images", 50, "--data-images", 60)
+    assert (result["generated_images"], result["real_images"]) == (50, 60)
+
+
+def fails(capsys, *args) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, args), "--device", "cpu"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, "one line, and no progress bar: nothing has started"
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "demo"], "--net or --samples"),
+        (["--net", "demo"], "--data"),
+        (["--net", "demo", "--data", "demo", "--ref", "x.npz"], "--data"),
+        (["--net", "demo", "--samples", "x", "--data", "demo"], "choose one"),
+        (["--net", "demo", "--data", "demo", "--save-ref", "x.npz"], "one kind"),
+        (["--net", "demo", "--ref", "x.npz", "--save-ref", "y.npz", "--features", "pixels"], "--save-ref"),
+        (["--net", "demo", "--data", "demo", "--images", "1"], "--images"),
+        (["--net", "demo", "--data", "demo", "--seeds", "3"], "at least 2"),
+        (["--net", "demo", "--data", "demo", "--features", "pixels,pixels"], "twice"),
+        (["--net", "demo", "--data", "demo", "--features", "fid"], "fid"),
+        (["--samples", "nowhere", "--data", "demo-test", "--features", "pixels"], "nowhere"),
+        (["--net", "nowhere", "--data", "demo-test", "--features", "pixels"], "nowhere"),
+        (["--net", "demo", "--ref", "nowhere.npz", "--features", "pixels"], "nowhere"),
+        (["--samples", "x", "--data", "demo", "--seeds", "0-9"], "--seeds"),
+        (["--samples", "x", "--data", "demo", "--class", "3"], "--class"),
+        (["--samples", "x", "--data", "demo", "--dtype", "float16"], "--dtype"),
+        (["--samples", "x", "--data", "demo", "--sampler", "heun"], "--sampler"),
+        (["--samples", "x", "--data", "demo", "--sigma-max", "40"], "--sampler"),
+        (["--data", "demo", "--save-ref", "nowhere/x.npz", "--features", "pixels", "--class", "3"], "--class"),
+        (["--net", "demo", "--ref", "x.npz", "--features", "pixels", "--data-images", "9"], "--data-images"),
+        (["--net", "demo", "--data", "demo", "--seeds", "0-9", "--images", "20"], "--images"),
+        (["--net", "demo", "--data", "demo", "--features", "pixels", "--lite0-weights", "x"], "--lite0-weights"),
+        (["--net", "demo", "--data", "demo", "--steps", "4"], "--steps 4: for --sampler heun"),
+        (["--net", "demo", "--data", "demo", "--s-churn", "1"], "--s-churn"),
+        *(
+            (["--net", "demo", "--data", "demo", "--sampler", "heun", option, value], f"{option} must be a finite")
+            for option in ("--rho", "--s-churn", "--s-min", "--s-noise", "--s-max", "--sigma-min", "--sigma-max")
+            for value in ("nan", "-inf")
+        ),
+    ],
+)
+def test_bad_options(capsys, options, message):
+    assert message in fails(capsys, *options)
+
+
+def test_a_reference_of_other_features(net, real, tmp_path, evaluate, capsys):
+    evaluate("--data", real, "--save-ref", tmp_path / "ref.npz", "--feature-resolution", 8)
+    message = fails(capsys, "--net", net, "--ref", tmp_path / "ref.npz", "--features", "pixels")
+    assert "pixels-8" in message
+    assert "pixels-16" in message
+
+
+def test_images_of_another_size(net, real, tmp_path, evaluate, capsys):
+    with open_writer(tmp_path / "big.zip") as writer:
+        writer.put(range(4), torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
+    message = fails(capsys, "--samples", tmp_path / "big.zip", "--data", real, "--features", "pixels")
+    assert "3 x 32^2" in message
+    assert "1 x 16^2" in message
+    evaluate("--data", tmp_path / "big.zip", "--save-ref", tmp_path / "ref.npz")
+    for ours in (["--samples", real], ["--net", net]):
+        message = fails(capsys, *ours, "--ref", tmp_path / "ref.npz", "--features", "pixels")
+        assert "1 x 16^2" in message
+        assert "ref.npz 3 x 32^2" in message
+
+
+def test_an_infinite_s_max_is_no_bound(net, real, evaluate):
+    options = ["--images", 2, "--sampler", "heun", "--steps", 2, "--s-churn", 1]
+    evaluate("--net", net, "--data", real, *options, "--s-max", "inf")

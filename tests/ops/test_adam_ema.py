@@ -1,0 +1,448 @@
+"""adam_ema_ and its optimizer: torch.optim.Adam followed by lerp, except for steps that are not finite."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdd_fast.errors import BackendError, ConfigError, InputError
+from gdd_fast.ops.adam_ema import OPERATOR, Group, adam_ema_
+from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.training.checkpoint import load as load_checkpoint
+from gdd_fast.training.checkpoint import save as save_checkpoint
+from gdd_fast.training.optimizer import AdamEma
+from parity import backends, device_for
+
+BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
+# one number; less than a vector; more than one chunk of the fused implementations, with a remainder; nothing
+SHAPES = [(), (3,), (5, 7), (4, 3, 3, 3), (33000,), (0, 4)]
+
+
+def parameters(backend, dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+    return [nn.Parameter(t.to(device_for(backend), dtype)) for t in tensors]
+
+
+def set_gradients(params, step, bad=None):
+    """The same numbers for every copy of the parameters; `bad` goes into the last number of the largest."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 10 ** (step % 3 - 2)
+        p.grad = grad.to(p.device, p.dtype)  # contiguous, also for a channels_last parameter
+    if bad is not None:
+        params[4].grad[-1] = bad
+
+
+def averages_of(params):
+    return {p: p.detach().clone() for p in params}
+
+
+def torch_steps(params, averages, steps, decay, bad_steps=(), **options):
+    """What a training loop without this operator does."""
+    optimizer = torch.optim.Adam(params, **options)
+    for step in range(steps):
+        if step in bad_steps:
+            continue
+        set_gradients(params, step)
+        optimizer.step()
+        with torch.no_grad():
+            for p, average in averages.items():
+                average.lerp_(p, 1 - decay)
+    return optimizer
+
+
+def fused_steps(optimizer, params, steps, decay, bad_steps=(), bad=float("nan"), first=0):
+    optimizer.average_weight.fill_(1 - decay)
+    for step in range(first, first + steps):
+        set_gradients(params, step, bad if step in bad_steps else None)
+        optimizer.step()
+        assert optimizer.applied() == (step not in bad_steps)
+
+
+def assert_close(got, want, **tolerances):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerances)
+
+
+@BACKENDS
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999), (0.4, 0.9)], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_hundred_steps_equal_adam_then_lerp(weight_decay, betas, backend):
+    """No further from float64 than twice torch's own float32 steps, apart from the last bit."""
+    options = {"lr": 1e-2, "betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
+    exact, eager, fused = parameters(backend, torch.float64), parameters(backend), parameters(backend)
+    exact_averages, eager_averages, fused_averages = (averages_of(p) for p in (exact, eager, fused))
+    torch_steps(exact, exact_averages, 100, 0.9, **options)
+    torch_steps(eager, eager_averages, 100, 0.9, **options)
+    fused_steps(AdamEma(fused, averages=fused_averages, backend=backend, **options), fused, 100, 0.9)
+    for want, reference, got in (
+        (exact, eager, fused),
+        (exact_averages.values(), eager_averages.values(), fused_averages.values()),
+    ):
+        for w, r, g in zip(want, reference, got, strict=True):
+            if w.numel():
+                eager_error, error = ((t.double() - w).abs().max().item() for t in (r, g))
+                assert error <= 2 * eager_error + torch.finfo(g.dtype).eps * w.abs().max().item()
+
+
+@BACKENDS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(bad, backend):
+    params, twin = parameters(backend), parameters(backend)
+    averages, twin_averages = averages_of(params), averages_of(twin)
+    optimizer = AdamEma(params, lr=1e-2, averages=averages, backend=backend)
+    fused_steps(optimizer, params, 2, 0.5)
+    before = copy.deepcopy([*params, *averages.values(), optimizer.state_dict()["state"]])
+    set_gradients(params, 2, bad)
+    optimizer.step()
+    after = [*params, *averages.values(), optimizer.state_dict()["state"]]
+    assert_close(after[:-1], before[:-1], rtol=0, atol=0)
+    for old, new in zip(before[-1].values(), after[-1].values(), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert int(optimizer.skipped) == 1 and not optimizer.applied() and optimizer.applied()
+    fused_steps(optimizer, params, 2, 0.5, first=3)
+    torch_steps(twin, twin_averages, 5, 0.5, bad_steps=(2,), lr=1e-2)
+    assert_close(params, twin)
+    assert_close(averages.values(), twin_averages.values())
+
+
+@BACKENDS
+def test_huge_gradients_are_finite(backend):
+    params = parameters(backend)
+    optimizer = AdamEma(params, backend=backend)
+    for p in params:
+        p.grad = torch.full_like(p, 3e38)
+    optimizer.step()
+    assert optimizer.applied()
+
+
+@BACKENDS
+def test_state_dict_is_adams_both_ways(backend):
+    ours, theirs = parameters(backend), parameters(backend)
+    fused, adam = AdamEma(ours, lr=1e-2, betas=(0.5, 0.9), backend=backend), torch.optim.Adam(theirs, lr=1e-2)
+    fused_steps(fused, ours, 3, 0)
+    adam.load_state_dict(copy.deepcopy(fused.state_dict()))
+    back = AdamEma(parameters(backend), backend=backend)
+    back.load_state_dict(copy.deepcopy(adam.state_dict()))
+    with torch.no_grad():
+        for p, q, r in zip(ours, theirs, back.param_groups[0]["params"], strict=True):
+            q.copy_(p)
+            r.copy_(p)
+    for step in range(3, 6):
+        for params, optimizer in ((ours, fused), (theirs, adam), (back.param_groups[0]["params"], back)):
+            set_gradients(params, step)
+            optimizer.step()
+    assert_close(theirs, ours)
+    assert_close(back.param_groups[0]["params"], ours, rtol=0, atol=0)
+    assert float(back.state[back.param_groups[0]["params"][0]]["step"]) == 6
+
+
+@BACKENDS
+def test_survives_a_checkpoint_file(tmp_path, backend):
+    """Saved tensors are contiguous, whatever the parameter's memory format, and every step count is on its own."""
+    params, path = parameters(backend), tmp_path / "c.safetensors"
+    optimizer = AdamEma(params, lr=1e-2, backend=backend)
+    fused_steps(optimizer, params, 2, 0)
+    save_checkpoint(path, {"o": optimizer_tensors(optimizer)}, {"o": optimizer_values(optimizer)})
+    saved: Checkpoint = load_checkpoint(path)
+    again = copy.deepcopy(params)
+    restored = AdamEma(again, lr=1e-2, backend=backend)  # the rate is the run's to say
+    saved.load_optimizer("o", restored)
+    for p, o in ((params, optimizer), (again, restored)):
+        fused_steps(o, p, 2, 0, first=2)
+    assert_close(again, params, rtol=0, atol=0)
+
+
+@BACKENDS
+def test_written_tensors_show_it(backend):
+    """Casts of weights are kept by the weights' version: of averages too, or sample grids would be of old weights."""
+    params = parameters(backend)
+    averages = {p: p.detach().clone() for p in params}
+    optimizer = AdamEma(params, lr=1e-2, averages=averages, backend=backend)
+    optimizer.average_weight.fill_(0.5)
+    before = [t._version for t in (*params, *averages.values())]
+    fused_steps(optimizer, params, 1, 0)
+    assert all(t._version > b for t, b in zip((*params, *averages.values()), before, strict=True))
+
+
+@BACKENDS
+def test_learning_rate_can_change_between_steps(backend):
+    params, twin = parameters(backend), parameters(backend)
+    ours, theirs = AdamEma(params, lr=0.0, backend=backend), torch.optim.Adam(twin, lr=0.0)
+    for step, lr in enumerate((0.0, 1e-3, 1e-2)):
+        for p, optimizer in ((params, ours), (twin, theirs)):
+            optimizer.param_groups[0]["lr"] = lr
+            set_gradients(p, step)
+            optimizer.step()
+    assert_close(params, twin)
+
+
+@BACKENDS
+def test_learning_rate_may_be_a_tensor_changed_in_place(backend):
+    params, twin = parameters(backend), parameters(backend)
+    lr = torch.zeros((), device=params[0].device)
+    ours, theirs = AdamEma(params, lr=lr, backend=backend), torch.optim.Adam(twin, lr=0.0)
+    for step, rate in enumerate((0.0, 1e-3, 1e-2)):
+        lr.fill_(rate)
+        theirs.param_groups[0]["lr"] = float(lr)
+        for p, optimizer in ((params, ours), (twin, theirs)):
+            set_gradients(p, step)
+            optimizer.step()
+    assert_close(params, twin)
+
+
+def in_groups(params):
+    """Groups with learning rates, moments and weight decay of their own; one has no gradients."""
+    idle = nn.Parameter(torch.zeros(2, device=params[0].device))
+    return [
+        {"params": params[:2], "lr": 1e-2},
+        {"params": [idle], "lr": 1.0},
+        {"params": params[2:], "betas": (0.5, 0.9), "weight_decay": 0.1, "eps": 1e-4},
+    ]
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda t: 0.5**t, lambda t: 1.0, lambda t: 1 / (1 + t)]),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [1e-2, 1.0, 1e-3], total_steps=6),  # changes the betas too
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4),
+    ],
+    ids=["lambda", "one cycle", "cosine"],
+)
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_groups_and_schedulers(tensor, schedule, backend):
+    optimizers, everything = [], []
+    for make in (torch.optim.Adam, lambda groups, **options: AdamEma(groups, backend=backend, **options)):
+        params = parameters(backend)
+        groups = in_groups(params)
+        if tensor and make is not torch.optim.Adam:
+            groups = [{**g, "lr": torch.tensor(g.get("lr", 1e-3), dtype=torch.float64)} for g in groups]
+        optimizer = make(groups, lr=1e-3)
+        scheduler = schedule(optimizer)
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+            scheduler.step()
+        optimizers.append(optimizer), everything.append(params)
+    assert_close(everything[1], everything[0])
+    ours, theirs = (o.state_dict() for o in reversed(optimizers))
+    assert ours["state"].keys() == theirs["state"].keys()
+    if not tensor:
+        assert ours["param_groups"][2]["lr"] == theirs["param_groups"][2]["lr"]
+
+
+@BACKENDS
+def test_a_group_that_is_not_finite_stops_all(backend):
+    params = parameters(backend)
+    before = copy.deepcopy(params)
+    optimizer = AdamEma(in_groups(params), backend=backend)
+    set_gradients(params, 0, bad=float("nan"))  # in the last group
+    optimizer.step()
+    assert not optimizer.applied()
+    assert_close(params, before, rtol=0, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_alike(duplicate, backend):
+    params = parameters(backend)
+    averages = averages_of(params)
+    optimizer = AdamEma(in_groups(params), lr=1e-3, averages=averages, backend=backend)
+    fused_steps(optimizer, params, 2, 0.5, bad_steps=(1,))
+    # its parameters and averages travel with an optimizer; what else holds them has to be copied in the same breath
+    other, again, means = duplicate((optimizer, params, averages))
+    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.1
+    for o, p in ((optimizer, params), (other, again)):
+        fused_steps(o, p, 2, 0.5, first=2)
+    assert_close(again, params, rtol=0, atol=0)
+    assert_close(means.values(), averages.values(), rtol=0, atol=0)
+    assert int(other.skipped) == int(optimizer.skipped) == 1
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(again, params, strict=True) if a.numel())
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_copies_are_the_rounded_parameters(dtype, backend):
+    params = [p.detach() for p in parameters(backend)]
+    device = params[0].device
+    set_gradients(params, 0)
+    grads = [p.grad for p in params]
+    copies = [torch.empty_like(p, dtype=dtype) for p in params]
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    one = lambda value, dtype: torch.tensor(value, dtype=dtype, device=device)
+    step, skipped = one(0.0, torch.float32), one(0, torch.int64)
+    lr, weight = one(0.1, torch.float64), one(0.0, torch.float64)
+    adam_ema_(params, grads, *moments, step, skipped, lr, average_weight=weight, copies=copies, backend=backend)
+    assert all(torch.equal(c, p.to(dtype)) for c, p in zip(copies, params, strict=True))
+    assert copies[3].is_contiguous(memory_format=torch.channels_last)
+    assert (step.item(), skipped.item()) == (1, 0)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that PyTorch is asked for, but those of single numbers."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.made += function is torch.ops.aten.copy_.default and arguments[0].dim() > 0
+        return function(*arguments, **(options or {}))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("shape", "strides", "copies"),
+    [
+        ((6, 5, 1, 1), (5, 1, 1, 1), 0),  # of a 1x1 convolution in channels_last: the same memory
+        ((1, 5, 3, 3), (7, 1, 15, 5), 0),
+        ((6, 5, 3, 3), (45, 9, 3, 1), 1),  # contiguous
+        ((6, 5, 1, 1), (1, 6, 1, 1), 1),  # transposed
+    ],
+)
+def test_a_gradient_is_copied_only_if_its_memory_differs(shape, strides, copies, backend):
+    """Strides of sizes of 1 say nothing of it."""
+    device = device_for(backend)
+    weight = torch.empty(shape, device=device, memory_format=torch.channels_last).normal_()
+    one, other = (nn.Parameter(weight.clone()) for _ in range(2))
+    one.grad = torch.empty_strided(shape, strides, device=device).normal_()
+    other.grad = torch.empty_like(other).copy_(one.grad)
+    assert one.grad.stride() == strides != one.stride() == other.grad.stride()
+    with Copies() as seen:
+        AdamEma([one], backend=backend).step()
+    assert seen.made == copies
+    torch.optim.Adam([other]).step()
+    assert_close(one, other)
+
+
+@BACKENDS
+def test_state_may_differ_in_strides_that_say_nothing(backend):
+    (params, *lists), state = arguments(backend, [(6, 5, 1, 1), (3,)])[:5], arguments(backend)[5:]
+    params[0] = torch.as_strided(params[0], (6, 5, 1, 1), (5, 1, 5, 5))
+    others = [[torch.as_strided(t[0], (6, 5, 1, 1), (5, 1, 1, 1)), t[1]] for t in lists]
+    before = params[0].clone()
+    torch.ops.gdd_fast.adam_ema_(params, *others, *state[:-6], [1, 1], *state[-5:])
+    assert (params[0] != before).all()
+    wrong = [torch.empty(5, 6, 1, 1, device=before.device).transpose(0, 1), lists[1][1]]
+    if backend != "torch":
+        with pytest.raises(ValueError, match="in memory like its parameter"):
+            torch.ops.gdd_fast.adam_ema_(params, lists[0], wrong, *lists[2:], *state[:-6], [1, 1], *state[-5:])
+
+
+@BACKENDS
+def test_repeats_to_the_bit(backend):
+    results = []
+    for _ in range(2):
+        params = parameters(backend)
+        averages = averages_of(params)
+        fused_steps(AdamEma(params, averages=averages, backend=backend), params, 3, 0.5)
+        results.append([*params, *averages.values()])
+    assert_close(*results, rtol=0, atol=0)
+
+
+def arguments(backend, shapes=SHAPES):
+    params = [p.detach() for p in parameters(backend, shapes=shapes)]
+    lists = [[torch.rand_like(p) for p in params] for _ in range(4)]
+    one = lambda value, dtype: torch.tensor(value, dtype=dtype, device=params[0].device)
+    lr = torch.tensor([1e-3, 1e-2], dtype=torch.float64, device=params[0].device)
+    state = one(2.0, torch.float32), one(0, torch.int64), lr, one(0.5, torch.float64)
+    return (params, *lists, [], *state, [2, len(params) - 2], [0.9, 0.0], [0.99] * 2, [1e-8] * 2, [0.0, 0.1], backend)
+
+
+@BACKENDS
+def test_registration(backend):
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gdd_fast.adam_ema_.default, arguments(backend), test_utils=checks)
+
+
+@BACKENDS
+def test_compiles_in_one_graph(backend):
+    lists, options = arguments(backend)[:10], arguments(backend)[10:]
+    want, got = copy.deepcopy(lists), copy.deepcopy(lists)
+
+    def function(*lists):
+        torch.ops.gdd_fast.adam_ema_(*lists, *options)
+        return lists[0][0] * 1
+
+    function(*want)
+    torch.compile(function, fullgraph=True, backend="aot_eager")(*got)
+    for a, b in zip(got[:5], want[:5], strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    assert float(got[6]) == 3
+
+
+def test_bad_input_is_refused():
+    params = [torch.zeros(3)]
+    one = lambda dtype: torch.zeros((), dtype=dtype)
+    state = one(torch.float32), one(torch.int64), one(torch.float64)
+    weight = one(torch.float64)
+    with pytest.raises(InputError, match="0 grads for 1"):
+        adam_ema_(params, [], params, params, *state, average_weight=weight)
+    with pytest.raises(InputError, match=r"float32 like their.*float64"):
+        adam_ema_(params, [torch.zeros(3, dtype=torch.float64)], params, params, *state, average_weight=weight)
+    with pytest.raises(InputError, match="lr must be one"):
+        adam_ema_(params, params, params, params, *state[:2], one(torch.float32), average_weight=weight)
+    matrix, other = [torch.zeros(2, 3)], [torch.zeros(3, 2).T]
+    with pytest.raises(InputError, match="one a group"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, groups=[Group(1), Group(0)])
+    with pytest.raises(InputError, match=r"groups of \[2\] tensors for 1"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, groups=[Group(2)])
+    with pytest.raises(InputError, match=r"betas must be in \[0, 1\)"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, betas=(0.9, 1.0))
+    with pytest.raises(InputError, match="lie in memory"):
+        adam_ema_(matrix, matrix, other, matrix, *state, average_weight=weight)
+    apart = [torch.zeros(3, 4)[:, :2]]
+    with pytest.raises(InputError, match="dense in memory"):
+        adam_ema_(apart, apart, apart, apart, *state, average_weight=weight)
+    with pytest.raises(BackendError, match="no triton"):
+        adam_ema_(params, params, params, params, *state, average_weight=weight, backend="triton")
+
+
+def test_optimizer_refuses_what_it_cannot_count():
+    params = parameters("torch")
+    optimizer = AdamEma(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    with pytest.raises(ConfigError, match="before the first step"):
+        optimizer.add_param_group({"params": parameters("torch")})
+    params[0].grad = None
+    with pytest.raises(ConfigError, match="always have one"):
+        optimizer.step()
+    with pytest.raises(InputError, match="betas"):
+        AdamEma(params, betas=(0.9, 1.0))
+
+
+def test_a_group_that_is_refused_is_not_kept():
+    optimizer = AdamEma(parameters("torch"))
+    with pytest.raises(InputError, match="betas"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "betas": (0.9, 1.0)})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing():
+    params = parameters("torch")
+    optimizer = AdamEma(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][0]["exp_avg_sq"] = torch.zeros(1)  # broadcasts
+    with pytest.raises(ConfigError, match="exp_avg_sq of parameter 0"):
+        optimizer.load_state_dict(wrong)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][0][name], before["state"][0][name]) for name in before["state"][0])
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"decoupled_weight_decay": True}], ids=str)
+def test_a_state_of_another_algorithm_is_refused_and_changes_nothing(options):
+    params = parameters("torch")
+    optimizer, other = AdamEma(params, lr=0.5), torch.optim.Adam(parameters("torch"), lr=1e-3, **options)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

@@ -1,0 +1,157 @@
+"""group_norm_silu as an operator of PyTorch: derivatives, registration, compilation, backends; what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from gdd_fast.backend import has_extension
+from gdd_fast.errors import BackendError, InputError
+from gdd_fast.ops.group_norm_silu import OPERATOR, fused, group_norm_silu
+from norm_case import BACKENDS, Case
+from parity import backends, device_for
+
+
+@BACKENDS
+def test_repeats_to_the_bit(backend):
+    case = Case((1, 16, 8, 8), 4, backend=backend)
+
+    def run():
+        y = case.fused(*case.inputs)
+        return (y, *torch.autograd.grad(y.square().sum(), case.inputs))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@BACKENDS
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2, 3), (4,), (5,), (6,)], ids=str)
+def test_only_the_gradients_that_are_needed(wanted, backend):
+    case = Case((2, 4, 3, 3), 2, pair=2, rows=("add", "scale", "shift"), backend=backend, requires_grad=False)
+    inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(case.inputs)]
+    y = case.fused(*inputs)
+    got = torch.autograd.grad(y.square().sum(), [inputs[i] for i in wanted])
+    # all of them, then chosen: eager torch itself crashes on channels_last memory if x's is not asked for
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    every = torch.autograd.grad(case.ref(*inputs).square().sum(), inputs)
+    want = [every[i] for i in wanted]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{}, {"pair": 3, "rows": ("add",)}, {"activation": None, "one_row": True}], ids=str)
+def test_gradients_once_and_twice(form):
+    case = Case((2, 3, 2, 3), 3, dtype=torch.float64, **form)
+    assert torch.autograd.gradcheck(case.fused, case.inputs)
+    assert torch.autograd.gradgradcheck(case.fused, case.inputs)
+
+
+@BACKENDS
+def test_second_derivative_of_a_fused_forward(backend):
+    """R1: the gradient of a function of the input's gradient; one input also depends on another."""
+    case = Case((2, 4, 3, 3), 2, rows=("add",), backend=backend)
+
+    def penalty(function):
+        x, weight, bias, add = case.inputs
+        y = function(x, weight, bias, add + x.mean((2, 3)))
+        (dx,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), case.inputs)
+
+    for got, want in zip(penalty(case.fused), penalty(case.ref), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+def test_registration(backend):
+    case = Case((2, 4, 3, 3), 2, pair=2, backend=backend)
+    x, skip, weight, bias, add, scale, shift = case.inputs
+    op = torch.ops.gdd_fast.group_norm_silu.default
+    arguments = (x, skip, 2, weight, bias, 1e-5, add, scale, shift, None, None, True, backend)
+    opcheck(op, arguments)
+    rows_apart = torch.zeros(2, 4, 3, 6, device=x.device).contiguous(memory_format=torch.channels_last)[..., :3]
+    opcheck(op, (rows_apart, *arguments[1:]), test_utils=("test_schema", "test_faketensor"))
+    _, mean, rstd = op(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
+    tensors = [t.detach() for t in (torch.ones(2, 6, 3, 3, device=x.device), *case.inputs)]
+    for needed in ([True] * 7, [False, True, False, True, True, False, False]):
+        opcheck(
+            torch.ops.gdd_fast.group_norm_silu_backward.default,
+            (*tensors, mean, rstd, True, needed, backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@BACKENDS
+def test_compiles_without_graph_breaks(backend):
+    case = Case((2, 4, 3, 3), 2, rows=("add",), backend=backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: case.fused(*t) * 2, fullgraph=True, backend="aot_eager")
+    y, want = compiled(*case.inputs), case.ref(*case.inputs) * 2
+    torch.testing.assert_close(y, want)
+    got = torch.autograd.grad(y.square().sum(), case.inputs)
+    for a, b in zip(got, torch.autograd.grad(want.square().sum(), case.inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_extension(), reason="the extension gdd_fast._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_leaves_small_float32_maps_on_a_cpu_to_pytorch(dtype, monkeypatch):
+    """Without gradients, where nothing is kept."""
+    calls = []
+    forward = fused.forward_cpp
+    monkeypatch.setattr(fused, "forward_cpp", lambda *arguments: calls.append(1) or forward(*arguments))
+
+    def is_fused(shape: tuple[int, ...], rows: tuple[str, ...] = (), **options) -> bool:
+        calls.clear()
+        case = Case(shape, 2, dtype=dtype, rows=rows, backend="cpp")
+        with torch.no_grad():
+            y = case.call(group_norm_silu, *case.inputs, **options)
+        torch.testing.assert_close(y, case.ref(*case.inputs), rtol=0.02, atol=0.02)
+        return bool(calls)
+
+    small, medium, large = (1, 32, 16, 16), (2, 64, 64, 32), (2, 64, 64, 64)
+    wide = dtype == torch.float32
+    assert is_fused(small) is is_fused(medium) is (not wide)
+    assert is_fused(large) and is_fused(medium, ("scale", "shift")) and is_fused(small, backend="cpp")
+
+
+def test_autocast_does_not_change_the_dtype():
+    case = Case((2, 4, 3, 3), 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case.fused(*case.inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 3)}, r"\(N, C, H, W\), not of shape \(2, 4, 3\)"),
+        ({"x": torch.zeros(2, 4, 3, 3).int()}, "int32"),
+        ({"x": torch.zeros(2, 4, 0, 3)}, "no pixels"),
+        ({"num_groups": 3}, "4 channels do not divide into 3 groups"),
+        ({"num_groups": 0}, "into 0 groups"),
+        ({"weight": torch.zeros(5)}, r"weight must be \(4,\)"),
+        ({"bias": torch.zeros(4).int()}, "bias must be floating"),
+        ({"add": torch.zeros(3, 4)}, r"add must be \(2, 4\) or \(1, 4\)"),
+        ({"scale": torch.zeros(4)}, "scale must be"),
+        ({"activation": "relu"}, "activation"),
+        ({"x": (torch.zeros(2, 2, 3, 3), torch.zeros(2, 2, 4, 4))}, "second tensor of a pair"),
+        ({"weight": torch.zeros(4, device="meta")}, "weight is on meta"),
+        ({"shift": torch.zeros(2, 4, device="meta")}, "shift is on meta"),
+        ({"statistics": torch.zeros(2, 1, 2, 4, device="meta")}, "statistics is on meta"),
+        ({"statistics": torch.zeros(2, 1, 2, 5)}, "statistics must be"),
+        ({"statistics": torch.zeros(2, 1, 2, 4).half()}, "statistics must be torch.float32"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_input_is_refused(change, message):
+    arguments = {"x": torch.zeros(2, 4, 3, 3), "num_groups": 2, "weight": torch.ones(4), "bias": torch.zeros(4)}
+    with pytest.raises(InputError, match=message):
+        group_norm_silu(**arguments | change)
+
+
+def test_backend_by_name_is_obeyed_or_refused():
+    x, weight = torch.zeros(1, 4, 2, 2, dtype=torch.float64), torch.ones(4)
+    with pytest.raises(BackendError, match="no cuda implementation"):
+        group_norm_silu(x, 2, weight, weight, backend="cuda")
+    if not backends(OPERATOR)[-1].marks:
+        x, weight = (t.to(device_for("triton")) for t in (x, weight))
+        with pytest.raises(BackendError, match="float64"):
+            group_norm_silu(x, 2, weight, weight, backend="triton")

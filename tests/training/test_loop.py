@@ -1,0 +1,235 @@
+"""The loop itself, over a task that only counts: ticks, checkpoints, metrics, stopping, resuming."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from tiny_run import ALONE
+
+from gdd_fast import signals
+from gdd_fast.errors import CheckpointError, DivergedError
+from gdd_fast.training import checkpoint, output
+from gdd_fast.training.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
+from gdd_fast.training.output import Averages
+
+CONFIG = {"batch": 10, "seed": 0}
+
+
+class Counting:
+    """Adds up the numbers of its iterations."""
+
+    batch = 10
+    remedy = "a lower --x"
+
+    def __init__(self, at=None, contents=None):
+        self.contents = contents or {"data": "a"}
+        self.averages = Averages()
+        self.sum = torch.zeros(())
+        self.at = at or {}
+        self.ticks, self.exports, self.closed = [], 0, 0
+
+    def iteration(self, images):
+        self.sum += images
+        self.averages.add("loss_x", torch.tensor(float(images)))
+        self.at.get(images, lambda: None)()
+
+    def tick(self, images):
+        self.ticks.append(images)
+        return {"extra": 1.0}
+
+    def state(self):
+        return {"x": {"sum": self.sum}}, {}
+
+    def restore(self, saved):
+        self.sum.copy_(saved.section("x")["sum"])
+
+    def export(self, run_dir):
+        self.exports += 1
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(monkeypatch):
+    """Its import takes seconds; one test asks for it."""
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_from_start_to_end(tmp_path):
+    task = Counting()
+    assert run(task, tmp_path / "r", CONFIG, Schedule(100, 30, 60), ALONE) == Outcome(100, 100)
+    assert task.ticks == [30, 60, 90, 100] and task.exports == 2 and task.closed == 1
+    found = lines(tmp_path / "r")
+    assert [line["images"] for line in found] == [30, 60, 90, 100]
+    assert [line["loss_x"] for line in found] == [10, 40, 70, 90]  # means since the last tick
+    assert all(line["images_per_second"] > 0 and line["extra"] == 1 for line in found)
+    assert json.loads((tmp_path / "r" / "config.json").read_text()) == CONFIG
+
+
+def test_checkpoints_are_not_missed_when_a_batch_spans_ticks(tmp_path):
+    task = Counting()
+    run(task, tmp_path, CONFIG, Schedule(100, 4, 20), ALONE)
+    assert task.exports == 5 and len(task.ticks) == 10
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(100, 50, 50), ALONE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = Counting()
+    assert run(again, tmp_path, {**CONFIG, "workers": 3}, Schedule(100, 50, 50), ALONE) == Outcome(100, 0)
+    assert again.sum == 450 and again.closed == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
+
+
+def test_other_settings_do_not_resume_and_touch_nothing(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    with pytest.raises(CheckpointError, match=r"batch: 10 -> 20.*choose another --run-dir"):
+        run(Counting(), tmp_path, {**CONFIG, "batch": 20}, Schedule(40, 10, 10), ALONE)
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_iteration(tmp_path, number, capfd):
+    before = signal.getsignal(number)
+    task = Counting(at={50: lambda: os.kill(os.getpid(), number)})
+    assert run(task, tmp_path, CONFIG, Schedule(100, 1000, 1000), ALONE) == Outcome(60, 60, number)
+    assert signal.getsignal(number) is before and task.closed == 1
+    assert "Stopping after this iteration" in capfd.readouterr().err
+    resumed = Counting()
+    assert run(resumed, tmp_path, CONFIG, Schedule(100, 1000, 1000), ALONE) == Outcome(100, 40)
+    assert resumed.sum == 450
+
+
+def test_a_second_ctrl_c_interrupts_and_one_delivered_twice_does_not(tmp_path, monkeypatch):
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    task = Counting(at={0: lambda: (interrupt(), interrupt())})
+    assert run(task, tmp_path / "a", CONFIG, Schedule(100, 50, 50), ALONE).signal == signal.SIGINT
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(Counting(at=task.at), tmp_path / "b", CONFIG, Schedule(100, 50, 50), ALONE)
+    assert not (tmp_path / "b" / CHECKPOINT).exists()
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(Counting(), tmp_path, CONFIG, Schedule(20, 9, 9), ALONE)))
+    thread.start()
+    thread.join()
+    assert found == [Outcome(20, 20)]
+
+
+def diverge():
+    raise DivergedError("too many")
+
+
+def test_a_run_that_diverges_goes_on_from_the_checkpoint_before(tmp_path):
+    schedule, config = Schedule(100, 10, 50), {**CONFIG, "g_lr": 1.0}
+    task = Counting(at={70: diverge})
+    with pytest.raises(DivergedError, match=r"too many\. .*diverged.* with a lower --x .* checkpoint of 50 images"):
+        run(task, tmp_path, config, schedule, ALONE)
+    assert task.closed == 1 and task.exports == 1
+    assert checkpoint.load_values(tmp_path / DIVERGED)["images"] == 70
+    assert checkpoint.load_values(tmp_path / CHECKPOINT)["images"] == 50
+    again = Counting()
+    assert run(again, tmp_path, {**config, "g_lr": 0.5}, schedule, ALONE) == Outcome(100, 50)
+    assert again.sum == 450
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100]
+    assert lines(tmp_path)[5] == {"images": 50, "changed": ["g_lr: 1.0 -> 0.5"]}
+    assert json.loads((tmp_path / "config.json").read_text())["g_lr"] == 0.5
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_begins_again(tmp_path):
+    with pytest.raises(DivergedError, match="begins again"):
+        run(Counting(at={20: diverge}), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE)
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert run(Counting(), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE) == Outcome(100, 100)
+
+
+def test_learning_rates_of_a_finished_run_do_not_change(tmp_path):
+    config = {**CONFIG, "g_lr": 1.0}
+    run(Counting(), tmp_path, config, Schedule(20, 10, 10), ALONE)
+    with pytest.raises(CheckpointError, match=r"a finished run with other settings \(g_lr: 1.0 -> 0.5\)"):
+        run(Counting(), tmp_path, {**config, "g_lr": 0.5}, Schedule(20, 10, 10), ALONE)
+
+
+def test_other_contents_do_not_resume(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    for total in (20, 40):
+        with pytest.raises(CheckpointError, match=r"another --data: its path may change, its content may not; choose"):
+            run(Counting(contents={"data": "b"}), tmp_path, CONFIG, Schedule(total, 10, 10), ALONE)
+
+
+def test_an_error_closes_the_task(tmp_path):
+    task = Counting(at={20: lambda: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        run(task, tmp_path, CONFIG, Schedule(100, 50, 50), ALONE)
+    assert task.closed == 1
+
+
+def test_metrics_of_lost_work_are_dropped(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(40, 10, 10), ALONE)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # as after a crash: beyond the checkpoint, and cut short
+        file.write('{"images": 50, "loss_x": 1}\n{"images": 6')
+    run(Counting(), tmp_path, CONFIG, Schedule(70, 10, 10), ALONE)
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 60, 70]
+    assert "extra" in lines(tmp_path)[4]
+
+
+def test_a_value_that_is_not_finite_is_null(tmp_path):
+    class Bad(Counting):
+        def tick(self, images):
+            return {"loss_nan": float("nan"), "loss_inf": float("inf")}
+
+    run(Bad(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    assert (lines(tmp_path)[0]["loss_nan"], lines(tmp_path)[0]["loss_inf"]) == (None, None)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    (tmp_path / f".{CHECKPOINT}.01234567.safetensors").write_bytes(b"half")
+    run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    assert len(lines(tmp_path)) == 1
+    shown = capsys.readouterr()
+    assert "TensorBoard is installed but does not import" in shown.out + shown.err
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    run(Counting(), tmp_path, CONFIG, Schedule(40, 20, 20), ALONE)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss_x")] == [(20, 5.0), (40, 25.0)]
+    assert "images_per_second" in events.Tags()["scalars"]
+
+
+def test_averages_do_not_mix_ticks():
+    averages = Averages()
+    averages.add("a", torch.tensor(1.0))
+    averages.add("a", torch.tensor(2.0))
+    averages.add("b", torch.tensor(5.0, requires_grad=True))
+    assert averages.take() == {"a": 1.5, "b": 5.0}
+    averages.add("a", torch.tensor(7.0))
+    assert averages.take() == {"a": 7.0}

@@ -1,0 +1,250 @@
+"""Several processes: exchanges, weights that stay equal, and the images each one sees. On CPUs, over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import tiny_flags, write_inputs
+
+from gdd_fast.device import pick_device
+from gdd_fast.errors import ConfigError
+from gdd_fast.training import checkpoint, loop
+from gdd_fast.training.batches import chunks, split_batch
+from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.ranks import World, join
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def torchrun(*command, processes=2, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+def finished(process, timeout=180):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+# What each process does in the one test that starts several in a world of their own; what it finds goes to a file.
+WORKER = """
+import json, pathlib, sys
+import torch
+from tiny_run import tiny_config, tiny_task
+from gdd_fast.training.ranks import join
+
+folder = pathlib.Path(sys.argv[1])
+with join("cpu") as world:
+    mine = torch.full((2, 2), float(world.rank)), torch.arange(3.0) * (world.rank + 1)
+    world.average_(mine)
+    bad = torch.tensor([float("nan") if world.rank else 1.0])
+    world.average_([bad])
+    found = {
+        "average": [t.tolist() for t in mine],
+        "nan": bool(bad.isnan().all()),
+        "largest": world.largest(15 if world.rank else 0),
+        "gather": [t.tolist() for t in world.gather(torch.tensor([world.rank], dtype=torch.uint8))],
+    }
+    task = tiny_task(tiny_config(folder, batch=4), world)
+    take, seen = type(task.stream).__next__, []
+    latents = task._fakes(None)
+    found["latents"] = float(latents.sum())
+    start = task.stream.state_dict()
+    for _ in range(6):
+        images, _ = next(task.stream)
+        seen += [hash(image.numpy().tobytes()) for image in images]
+    task.stream.load_state_dict(start)
+    found["seen"] = seen
+    for number in range(3):
+        task.iteration(number * 4)
+    weights = [*task.generator.parameters(), *task.heads.parameters(), *task.ema.net.parameters()]
+    found["weights"] = [t.double().sum().item() for t in weights]
+    found["images"] = task.stream.state_dict()
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    write_inputs(tmp_path)
+    (tmp_path / "worker.py").write_text(WORKER)
+    code, _, err = finished(torchrun(tmp_path / "worker.py", tmp_path))
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one["average"] == two["average"] == [[[0.5, 0.5], [0.5, 0.5]], [0.0, 1.5, 3.0]]
+    assert one["nan"] and two["nan"]  # a gradient that is not finite on one rank is skipped on all
+    assert one["largest"] == two["largest"] == 15
+    assert one["gather"] == two["gather"] == [[0], [1]]
+    assert one["latents"] != two["latents"]
+    assert one["weights"] == two["weights"]
+    assert one["images"] == two["images"] and one["images"]["position"] == 12
+    assert len(one["seen"]) == 12 and not set(one["seen"]) & set(two["seen"])  # 24 images: an epoch between them
+    assert len(set(one["seen"] + two["seen"])) == 24
+
+
+# One G step and one D step of a batch of 8, whose images and latents are the same however they are shared out. The
+# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass.
+STEPS = """
+import pathlib, sys
+import torch
+from tiny_run import tiny_config, tiny_task
+from gdd_fast.training.ranks import join
+
+folder, name, batch_gpu, reduction = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+with join("cpu") as world:
+    config = tiny_config(folder, batch=8, batch_gpu=batch_gpu, logit_reduction=reduction)
+    task = tiny_task(config, world)
+    latents = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))[world.rank :: world.size]
+    parts = iter([*latents.split(task.micro_batch)] * 2)
+    task._draw = lambda: next(parts)
+    task.heads.eval()
+    images, labels = next(task.stream)
+    found = {"images": [image for image in images]}
+    for guard, step in ((task.g_guard, lambda: task.generator_step(labels)),
+                        (task.d_guard, lambda: task.discriminator_step(images.float() / 127.5 - 1, labels))):
+        keep = guard.optimizer.step
+        def remember(*, skipped, keep=keep, guard=guard):
+            found[guard.name] = [p.grad.clone() for p in guard.optimizer.param_groups[0]["params"]]
+            return keep(skipped=skipped)
+        guard.optimizer.step = remember
+        step()
+    found["weights"] = [p.detach() for net in (task.generator, task.heads, task.ema.net) for p in net.parameters()]
+    torch.save(found, folder / f"{name}{world.rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(("reduction", "factor"), [("heads", 1), ("rows", 2)])
+def test_two_processes_with_micro_batches_take_the_steps_of_one(tmp_path, reduction, factor):
+    """`rows` sums over the images of a process, so that two processes have half the gradient; Adam undoes a factor."""
+    write_inputs(tmp_path)
+    (tmp_path / "steps.py").write_text(STEPS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    alone = [sys.executable, tmp_path / "steps.py", tmp_path, "alone", "8", reduction]
+    subprocess.run(alone, env=environment, check=True)
+    code, _, err = finished(torchrun(tmp_path / "steps.py", tmp_path, "shared", "2", reduction))
+    assert code == 0, err
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("alone0", "shared0", "shared1"))
+    seen = sorted(image.numpy().tobytes() for image in one["images"])
+    assert seen == sorted(image.numpy().tobytes() for image in first["images"] + second["images"])
+    for name in ("generator", "discriminator"):
+        scale = max(gradient.abs().max().item() for gradient in one[name])
+        assert scale > 0
+        for whole, part, other in zip(one[name], first[name], second[name], strict=True):
+            assert torch.equal(part, other)
+            torch.testing.assert_close(factor * part, whole, rtol=1e-3, atol=1e-5 * scale)
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
+def test_training_with_torchrun_resumes_alone(tmp_path):
+    write_inputs(tmp_path)
+    flags = tiny_flags(tmp_path, duration_mimg=12e-6)
+    code, out, err = finished(torchrun("-m", "gdd_fast.train", *flags))
+    assert code == 0, err
+    assert out.count("One-step generator in") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [8, 12]
+    saved = checkpoint.load(tmp_path / "run" / loop.CHECKPOINT)
+    assert saved.section("random").keys() == {"0", "1"}
+
+    from gdd_fast.train import main
+
+    main([*flags, "--duration-mimg", "16e-6"])
+    saved = checkpoint.load(tmp_path / "run" / loop.CHECKPOINT)
+    assert saved.values["images"] == 16 and saved.section("random").keys() == {"0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path, number):
+    write_inputs(tmp_path)
+    flags = tiny_flags(tmp_path, duration_mimg=1.0, tick_kimg=1.0)
+    process = torchrun("-m", "gdd_fast.train", *flags, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("events.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: torchrun and its processes, to which it passes it on
+    else:
+        process.send_signal(number)
+    finished(process)
+    assert checkpoint.load(tmp_path / "run" / loop.CHECKPOINT).values["images"] > 0
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_them_all(tmp_path):
+    write_inputs(tmp_path)
+    worker = WORKER.replace("task.iteration(number * 4)", "task.iteration(number * 4) if not world.rank else 1 / 0")
+    (tmp_path / "worker.py").write_text(worker)
+    code, _, err = finished(torchrun(tmp_path / "worker.py", tmp_path), timeout=120)
+    assert code != 0 and "ZeroDivisionError" in err
+
+
+def test_a_world_of_one():
+    one = torch.ones(2)
+    ALONE.average_([one])
+    ALONE.average_([])
+    ALONE.barrier()
+    assert one.tolist() == [1, 1] and ALONE.largest(3) == 3 and ALONE.is_main
+    assert [t.tolist() for t in ALONE.gather(one)] == [[1, 1]]
+
+
+def test_the_environment_decides(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with join("cpu") as world:
+        assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE and LOCAL_RANK"), join("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("option", ["tpu", "meta", "cuda:99", ""])
+def test_devices_that_are_not_there(option):
+    with pytest.raises(ConfigError, match="--device"):
+        pick_device(option)
+
+
+def test_split_batch():
+    assert split_batch(64, None, 4) == (16, 16)
+    assert split_batch(64, 8, 4) == (16, 8)
+    assert split_batch(64, 100, 4) == (16, 16)
+    for wrong in ((65, None, 4), (64, 5, 4)):
+        with pytest.raises(ConfigError):
+            split_batch(*wrong)
+
+
+def test_chunks():
+    assert [part.tolist() for part in chunks(torch.arange(5), 2, 5)] == [[0, 1], [2, 3], [4]]
+    assert list(chunks(None, 2, 5)) == [None, None, None]
+
+
+def test_random_numbers_of_a_run():
+    def draws(state):
+        return torch.rand(4, generator=state.generator).tolist()
+
+    first, same, other = RandomState(0, ALONE), RandomState(0, ALONE), RandomState(1, ALONE)
+    second_rank = RandomState(0, World(1, 2, torch.device("cpu")))
+    numbers = draws(first)
+    assert numbers == draws(same) and numbers != draws(other) and numbers != draws(second_rank)
+    saved = first.tensors()
+    following = draws(first)
+    same.restore(saved, images=64)
+    assert draws(same) == following
+    for elsewhere in ({"0": saved["0"], "1": saved["0"]}, {"0": torch.zeros(16, dtype=torch.uint8)}):
+        same.restore(elsewhere, images=64)  # of two ranks; of a GPU
+        assert draws(same) not in (following, numbers)
