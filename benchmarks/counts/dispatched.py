@@ -85,8 +85,8 @@ def plain_pytorch() -> Iterator[None]:
     def norm(*arguments, statistics=None, backend: str, **options) -> Tensor:
         return group_norm_silu.group_norm_silu_ref(*arguments, **options)
 
-    def merged(*arguments, statistics: bool = False, backend: str) -> Tensor:
-        return residual.residual_ref(*arguments)
+    def merged(*arguments, statistics: bool = False, backend: str, **options) -> Tensor:
+        return residual.residual_ref(*arguments, **options)
 
     def resample(*arguments, backend: str, **options) -> Tensor:
         return resample2d_ref(*arguments, **options)

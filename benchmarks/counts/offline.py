@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = (80, 90)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
