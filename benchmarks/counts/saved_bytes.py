@@ -134,7 +134,7 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
 
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
-    """Bytes an image: stock, ours."""
+    """Bytes per image: stock, ours."""
     stock, ours = [], []
     for batch in (1, 2):
         net, inputs = case.make(True, batch)

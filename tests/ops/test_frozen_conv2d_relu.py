@@ -1,4 +1,4 @@
-"""frozen_conv2d_relu: a bit an element for backward, the same bits from every implementation."""
+"""frozen_conv2d_relu: one bit per element for backward, the same bits from every implementation."""
 
 import math
 

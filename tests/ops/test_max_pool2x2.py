@@ -1,4 +1,4 @@
-"""max_pool2x2: PyTorch's pooling to the bit, a byte an output for backward."""
+"""max_pool2x2: PyTorch's pooling to the bit, one byte per output for backward."""
 
 import math
 
