@@ -26,6 +26,7 @@ from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
+from gdd_fast.settings import Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -40,7 +41,7 @@ TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Everything a pretraining run can be told. Field names are flag names."""
 
     data: str = "demo"
