@@ -152,10 +152,13 @@ def measure(rows: Sequence[Sequence[Launch]]) -> list[Row]:
 
 
 def sources() -> dict[str, str]:
-    """Digests of what the table is made from: every operator's kernels, whatever the comments, and tuned.json."""
-    digests = {operator: _digest(" ".join(_code(operator, set()))) for operator in OPERATORS}
-    tuned = json.dumps(json.loads((KERNELS / "tuned.json").read_text(encoding="utf-8")), sort_keys=True)
-    return digests | {"tuned.json": _digest(tuned)}
+    """Digests of what the table is made from: by operator, its kernels without comments and its launch options."""
+    tuned = json.loads((KERNELS / "tuned.json").read_text(encoding="utf-8"))
+
+    def options(operator: str) -> str:
+        return json.dumps({k: v for k, v in tuned.items() if k.partition(".")[0] == operator}, sort_keys=True)
+
+    return {operator: _digest(" ".join(_code(operator, set())) + options(operator)) for operator in OPERATORS}
 
 
 def _digest(text: str) -> str:
