@@ -227,7 +227,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """The inverse of `to_dict`; unknown keys raise `ConfigError`."""
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} is made from a mapping of settings, not {values!r}")
@@ -238,7 +238,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     arguments = {}
     for name, value in values.items():
         kind = known[name].type
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             value = from_dict(kind, value)
         elif isinstance(value, list):
             value = tuple(value)
@@ -256,9 +256,10 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     changed = config
     for name, value in settings.items():
         for section in fields(config):
-            old = getattr(changed, section.name)
-            if is_dataclass(old) and any(f.name == name for f in fields(old)):
-                changed = replace(changed, **{section.name: replace(old, **{name: value})})
+            old: Any = getattr(changed, section.name)
+            if is_dataclass(old) and not isinstance(old, type) and any(f.name == name for f in fields(old)):
+                new: dict[str, Any] = {section.name: replace(old, **{name: value})}
+                changed = replace(changed, **new)
                 break
         else:
             raise ConfigError(f"there is no setting {name!r}")
@@ -288,6 +289,13 @@ def differences(
         elif a != b and name not in ignore:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found
+
+
+def given(path: str | None, flag: str) -> str:
+    """A path that `validate` has made sure of. Raises ConfigError without one."""
+    if path is None:
+        raise ConfigError(f"no {flag} was given")
+    return path
 
 
 _VGG = ("vgg16_bn", "tf_efficientnet_lite0")
