@@ -5,8 +5,10 @@ Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from gdd_fast.backend import Backend
@@ -140,14 +142,25 @@ class TrainConfig:
     def total_images(self) -> int:
         return round(self.run.duration_mimg * 1e6)
 
+    def missing(self) -> list[str]:
+        """What has to be given yet before the run can begin."""
+        needed = {
+            "no data set: pass --data PATH (an EDM-style zip or a folder of images)": self.data.data,
+            "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)": self.generator.teacher,
+        }
+        return [message for message, path in needed.items() if path is None]
+
     def validate(self) -> None:
-        """Raise one `ConfigError` for the first setting that cannot work. Reads no file."""
+        """Raise one `ConfigError` for the first setting that is missing or cannot work. Reads no file."""
+        for message in self.missing():
+            raise ConfigError(message)
+        self.validate_settings()
+
+    def validate_settings(self) -> None:
+        """`validate`, but for what is `missing`."""
         run, loss = self.run, self.loss
         for section in (self.data, self.generator, self.discriminator, loss, run):
             check_values(section)
-        require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
-        teacher = self.generator.teacher
-        require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
@@ -156,9 +169,9 @@ class TrainConfig:
         check_seed(run.seed)
         require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
-        require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
+        require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
-        require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
+        require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
         require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
         require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")
@@ -223,6 +236,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def default_settings(config: Any) -> dict[str, Any]:
+    """The defaults of a configuration's class, as `to_dict` gives them."""
+    return to_dict(type(config)())
+
+
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
@@ -278,14 +296,22 @@ ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "pre
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = RESUMABLE, prefix: str = ""
+    old: dict[str, Any],
+    new: dict[str, Any],
+    ignore: frozenset[str] = RESUMABLE,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    prefix: str = "",
 ) -> list[str]:
-    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`."""
+    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`.
+
+    A setting that `old` lacks, because it is of a version that did not have it, is taken from `defaults`: a default is
+    what the program did before there was a choice.
+    """
     found = []
     for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
+        a, b = old.get(name, defaults.get(name)), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, ignore, f"{prefix}{name}.")
+            found += differences(a, b, ignore, defaults.get(name) or {}, f"{prefix}{name}.")
         elif a != b and name not in ignore:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found

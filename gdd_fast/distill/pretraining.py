@@ -106,7 +106,7 @@ class PretrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")
