@@ -288,6 +288,7 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
         numbers = [_whole(seed) for seed in seeds]
     except TypeError:
         numbers = [None]
-    if None in numbers:
+    whole = [number for number in numbers if number is not None]
+    if len(whole) < len(numbers):
         raise InputError(f"seeds must be a sequence of whole numbers, such as range(16), not {seeds!r:.100}")
-    return numbers
+    return whole

@@ -33,6 +33,8 @@ class Conv2d(nn.Module):
     `backend` is that of the resampling; see gdd_fast.backend.
     """
 
+    resample_filter: Tensor
+
     operator = RESAMPLE2D
     backend: Backend = "auto"
 
@@ -66,7 +68,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(init.draw((out_channels, in_channels, kernel, kernel), init.weight, *fans))
             self.bias = nn.Parameter(init.draw((out_channels,), init.bias, *fans))
         else:
-            self.weight = self.bias = None
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
         self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
@@ -83,8 +86,7 @@ class Conv2d(nn.Module):
             x = self._convolve(x, self.bias, self.padding + self.border)
             return resample2d(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
-            options = {"up": self.up, "padding": self.border, "box": self.box, "backend": self.backend}
-            x = resample2d(x, self.resample_filter, **options)
+            x = resample2d(x, self.resample_filter, up=self.up, padding=self.border, box=self.box, backend=self.backend)
         return x if self.weight is None else self._convolve(x, bias, self.padding)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:

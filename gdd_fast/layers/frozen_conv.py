@@ -27,7 +27,7 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
-        return self._convolve(x, self.padding, activation)
+        return self._convolve(x, self.padding, activation)  # type: ignore[arg-type]
 
     def _convolve(
         self, x: Tensor, padding: tuple[int, int], activation: Activation | None, pad: tuple[int, ...] = ()
@@ -39,8 +39,8 @@ class FrozenConv2d(nn.Conv2d):
             return y if activation is None else F.relu(y) if activation == "relu" else F.relu6(y)
         weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x), pad)
         if activation is None:
-            return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)
-        return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)
+            return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)  # type: ignore[arg-type]
+        return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)  # type: ignore[arg-type]
 
 
 def conv_norm_relu(conv: FrozenConv2d, norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:

@@ -24,7 +24,7 @@ class QkvConv2d(Conv2d):
         super().__init__(channels, 3 * channels, 1, init=init)
         self.num_heads = num_heads
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         bias = self._blocks(self.bias)
         if self.weight.requires_grad:
             return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))

@@ -1,6 +1,7 @@
 """The residual block that all of EDM's U-Nets are made of: the unit that freezing, fusing and folding work on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class UNetBlock(nn.Module):
         self.dropout = dropout
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
-        sampling = {"up": up, "down": down, "resample_filter": resample_filter}
+        sampling: dict[str, Any] = {"up": up, "down": down, "resample_filter": resample_filter}
 
         self.norm0 = GroupNorm(in_channels, eps=eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **sampling, init=init)
@@ -89,13 +90,14 @@ class UNetBlock(nn.Module):
             offset = self.affine(emb)
             h = self.norm1(h, add=offset + self.conv0.bias if fused else offset)
         h = self.conv1(F.dropout(h, self.dropout, self.training), add_bias=not fused)
-        bias = self.conv1.bias if fused else None
+        bias: Tensor | None = self.conv1.bias if fused else None
         if self.skip is not None:
             x = self.skip(x, add_bias=not fused)
-            bias = bias + self.skip.bias if fused and self.skip.bias is not None else bias
+            if bias is not None and self.skip.bias is not None:
+                bias = bias + self.skip.bias
         elif isinstance(x, tuple):
             x = torch.cat(x, 1)
-        x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))
+        x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))  # type: ignore[arg-type]
         if self.num_heads:
             h = self.attend(self.qkv(self.norm2(x, activation=None, statistics=statistics)))
             h = self.proj(h, add_bias=not fused)
@@ -103,5 +105,5 @@ class UNetBlock(nn.Module):
         return (x, statistics) if return_statistics else x
 
     def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        merged = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
+        merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
         return merged if statistics else (merged, None)

@@ -96,8 +96,8 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
 
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
     """The numbers that describe a convolution, every pair spelled out."""
-    pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-    return (*pairs, groups)
+    first, second, third = ((v, v) if isinstance(v, int) else (v[0], v[1]) for v in (stride, padding, dilation))
+    return first, second, third, groups
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
@@ -170,7 +170,7 @@ class FrozenWeight:
         if torch.compiler.is_compiling() or weight.is_inference():
             return _convert(weight, dtype, layout, pad)
         key = (weight._version, weight.data_ptr(), weight.stride(), weight.dtype, dtype, layout, pad)
-        if self._source is not weight or self._key != key:
+        if self._copy is None or self._source is not weight or self._key != key:
             converted = _convert(weight, dtype, layout, pad)
             if weight.is_cuda and torch.cuda.is_current_stream_capturing():
                 return converted  # holds its values only when the graph is replayed
