@@ -65,7 +65,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
     restore(net)
     first = next(itertools.chain(net.parameters(), net.buffers()), None)
     if first is not None and first.is_meta:
-        raise InputError("accelerate: the network's parameters are on the meta device: load its weights first")
+        raise InputError(
+            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
+            "them away (sequential offload), accelerate before these are added"
+        )
     plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
         decide(plan)
