@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdd_fast.acceleration.class_exchange import Fast, silent
+from gdd_fast.acceleration.class_exchange import Fast
+from gdd_fast.layers.silent import silent
 from gdd_fast.ops._memory_format import compute_dtype
 
 

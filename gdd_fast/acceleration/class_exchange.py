@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from gdd_fast.layers.silent import plain
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STATE = "_gdd_fast"
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class Fast:
@@ -75,6 +74,8 @@ def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
             return original.forward(self, *args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 
+    # torch.compile counts recompilations by code object, and this one's would be those of all classes together
+    forward.__code__ = forward.__code__.replace()
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     return type(original.__name__, (mixin, original), {**names, "original": original, "forward": forward})
 
@@ -126,24 +127,6 @@ def ordinary(module: nn.Module) -> bool:
         return plain(module)
     special = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
     return not special and plain(module)
-
-
-def plain(module: nn.Module) -> bool:
-    """Whether every parameter that `module` itself holds is a tensor of PyTorch's own class, and none is parametrized:
-    some parametrisations change at every use, so the original decides how often that is."""
-    return "parametrizations" not in module._modules and all(
-        p is None or type(p) in _PLAIN for p in module._parameters.values()
-    )
-
-
-def silent(module: nn.Module) -> bool:
-    """Whether `module` does what its class does with plain parameters and nobody listens: it need not be called."""
-    # written out: this runs for every layer at every call
-    return (
-        not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and plain(module)
-    )
 
 
 @contextlib.contextmanager

@@ -107,8 +107,9 @@ class FastConv(Fast):
     def fast_forward(self, x: Tensor) -> Tensor:
         border = 0 if self.resample_filter is None else self.resample_filter.shape[-1] // 2 - 1
         if self.weight is not None and self.down and self.fused_resample:
-            # the border that the filter needs is added once, before the convolution
-            return self._resample(self._convolve(x, self.weight.shape[-1] // 2 + border), padding=0)
+            # the border that the filter needs is added once, before the convolution, and so is the bias
+            x = self._convolve(x, self.weight.shape[-1] // 2 + border, bias_scale=1 / self.resample_filter.sum())
+            return self._resample(x, padding=0)
         if self.up or self.down:
             x = self._resample(x, padding=border)
         return x if self.weight is None else self._convolve(x, self.weight.shape[-1] // 2)
@@ -116,8 +117,9 @@ class FastConv(Fast):
     def _resample(self, x: Tensor, padding: int) -> Tensor:
         return resample2d(x, self.resample_filter, up=self.up, padding=padding, backend=self._gdd_fast.backend)
 
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def _convolve(self, x: Tensor, padding: int, bias_scale: Tensor | None = None) -> Tensor:
+        bias = self.bias if self.bias is None or bias_scale is None else self.bias * bias_scale
+        bias = None if bias is None else bias.to(x.dtype)
         if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
             return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
         weight = converted(self.weight, autocast_dtype(x), memory_format(x))
