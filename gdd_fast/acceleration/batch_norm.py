@@ -5,9 +5,9 @@ children as black boxes (torch.fx). The convolution's result must go to the norm
 
 Folded weight and bias are made from the parameters in the call that uses them, and not kept: nothing tells when they
 would grow old. That is a pass over the weight in place of one over the map, and for backward the folded weight is saved
-in place of the norm's input; so a norm is folded where the map is the larger of the two. The convolution then computes
-with these and tells the norm, which hands its input on. It does so only within the forward that was traced (`Gate`):
-called from anywhere else, the convolution convolves and the norm normalises.
+in place of the norm's input; so a norm is folded where the map is the larger of the two by `MARGIN`. The convolution
+then computes with these and tells the norm, which hands its input on. It does so only within the forward that was
+traced (`Gate`): called from anywhere else, the convolution convolves and the norm normalises.
 """
 
 import copy
@@ -23,6 +23,9 @@ from torch import Tensor, fx, nn
 from gdd_fast.acceleration.class_exchange import Fast
 from gdd_fast.layers.silent import silent
 from gdd_fast.ops._memory_format import compute_dtype
+
+MARGIN = 1 << 16
+"""Elements of a map over which a pass takes as long as the half dozen small operators of folding, on a CPU."""
 
 
 class _Running(threading.local):
@@ -89,7 +92,7 @@ class Fold:
         if norm.training or not (silent(conv) and silent(norm) and frozen(conv) and frozen(norm)):
             return False
         pixels = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
-        larger = len(x) * pixels >= conv.weight[0].numel()
+        larger = len(x) * pixels * conv.out_channels >= conv.weight.numel() + MARGIN
         # without gradients what is gained is a pass over the map; on a GPU the bias, added in a pass of its own, is one
         return larger and (x.is_cpu or (x.requires_grad and torch.is_grad_enabled()))
 

@@ -16,6 +16,7 @@ are of the original class and know nothing of gdd_fast.
 import contextlib
 import copy
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -184,4 +185,4 @@ def difference(
 
 
 def _fan_in(parameter: Tensor) -> int:
-    return max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+    return max(math.prod(parameter.shape[1:]), 1) if parameter.dim() > 1 else 4
