@@ -24,8 +24,8 @@ from gdd_fast.acceleration.class_exchange import Fast
 from gdd_fast.layers.silent import silent
 from gdd_fast.ops._memory_format import compute_dtype
 
-MARGIN = 1 << 16
-"""Elements of a map over which a pass takes as long as the half dozen small operators of folding, on a CPU."""
+MARGIN = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements of a map over which a pass takes as long as the half dozen small operators of folding."""
 
 
 class _Running(threading.local):
@@ -92,7 +92,8 @@ class Fold:
         if norm.training or not (silent(conv) and silent(norm) and frozen(conv) and frozen(norm)):
             return False
         pixels = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
-        larger = len(x) * pixels * conv.out_channels >= conv.weight.numel() + MARGIN
+        margin = MARGIN.get(x.device.type, MARGIN["cuda"])
+        larger = len(x) * pixels * conv.out_channels >= conv.weight.numel() + margin
         # without gradients what is gained is a pass over the map; on a GPU the bias, added in a pass of its own, is one
         return larger and (x.is_cpu or (x.requires_grad and torch.is_grad_enabled()))
 
@@ -109,7 +110,7 @@ class Fold:
         bias = mean.mul(scale).neg_() if norm.bias is None else torch.addcmul(norm.bias.to(full), mean, scale, value=-1)
         layout = layout if layout is torch.channels_last else torch.preserve_format
         weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
-        torch.mul(conv.weight, scale[:, None, None, None], out=weight)
+        torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=weight)
         return weight, bias.to(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fold":

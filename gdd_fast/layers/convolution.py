@@ -16,6 +16,18 @@ from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
 
 
+def hold_frozen_weights(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold the frozen weights of all convolutions in `net` in `dtype` from here on, in place; returns `net`.
+
+    `Conv2d` casts such a weight in every call if it computes in another type. This is for a network that belongs to the
+    caller and only samples in `dtype`: results are the same bits, and the weights' own precision is given up.
+    """
+    for module in net.modules():
+        if isinstance(module, Conv2d) and module.weight is not None and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+    return net
+
+
 def resample_kernel(taps: Sequence[float]) -> Tensor:
     """The normalised 2-d filter, float32 (1, 1, K, K), of a symmetric 1-d one with an even number of taps."""
     if len(taps) < 2 or len(taps) % 2 or sum(taps) <= 0:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import edm_style
 from benchmarks.counts.saved_bytes import saved_bytes
 from gdd_fast import accelerate, restore
+from gdd_fast.acceleration.batch_norm import MARGIN
 from gdd_fast.backend import obstacle
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import frozen_conv2d_relu
@@ -28,7 +29,7 @@ needs_bits = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def small_maps_count(monkeypatch):
     """Norms are folded on the maps of these tests too, where that is slower than not."""
-    monkeypatch.setattr("gdd_fast.acceleration.batch_norm.MARGIN", 0)
+    monkeypatch.setitem(MARGIN, "cpu", 0)
 
 
 @pytest.fixture(scope="module")

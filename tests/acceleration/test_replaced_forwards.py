@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdd_fast import accelerate, restore
+from gdd_fast.acceleration.batch_norm import MARGIN
 from gdd_fast.errors import InputError
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -18,7 +19,7 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def small_maps_count(monkeypatch):
-    monkeypatch.setattr("gdd_fast.acceleration.batch_norm.MARGIN", 0)
+    monkeypatch.setitem(MARGIN, "cpu", 0)
 
 
 def pair(name: str, *, frozen: bool = True) -> tuple[nn.Module, nn.Module]:

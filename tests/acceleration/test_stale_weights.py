@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import edm_style
 from gdd_fast import accelerate
+from gdd_fast.acceleration.batch_norm import MARGIN
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.layers.self_attention import QkvConv2d
 from gdd_fast.models.edm import ncsnpp
@@ -29,7 +30,7 @@ Change = Callable[[nn.Module], None]
 @pytest.fixture(autouse=True)
 def small_maps_count(monkeypatch):
     """Norms are folded on the maps of these tests too, where that is slower than not."""
-    monkeypatch.setattr("gdd_fast.acceleration.batch_norm.MARGIN", 0)
+    monkeypatch.setitem(MARGIN, "cpu", 0)
 
 
 # --- networks
