@@ -55,7 +55,8 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
         `net`, or `(net, report)`.
 
     Raises:
-        InputError: `net` is not a module, or has no memory yet (its parameters are on the meta device).
+        InputError: `net` is not a module, has no memory yet (its parameters are on the meta device), or was accelerated
+            and then sharded or parametrized (see `restore`).
         BackendError: an unknown backend, or one that cannot run on the network's device.
     """
     if not isinstance(net, nn.Module):
