@@ -104,7 +104,7 @@ class RunConfig(Settings):
     batch_gpu: int | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest."""
     seed: int = 0
-    """Of the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
+    """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
@@ -266,8 +266,8 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     return changed
 
 
-# What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
-# path alone: their contents are compared (gdd_fast.data.fingerprint).
+# What a resumed run may change; everything else is part of the recipe and has to stay. Data and teacher may
+# change their path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}

@@ -81,7 +81,7 @@ class PretrainConfig(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the network."""
     seed: int = 0
-    """Of the initialisation, the data order and the noise."""
+    """Seeds the initialisation, the data order and the noise."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
