@@ -171,7 +171,7 @@ class Pretraining:
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        self.guard.step()
+        self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""

@@ -63,6 +63,8 @@ def distill(config: TrainConfig) -> Result:
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         task = Distillation(config, built, world)
+        if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
+            comparison.begin(config, task)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
