@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import tyro
-
 from gdd_fast.errors import FULL, ConfigError, GddFastError
 
 T = TypeVar("T")
@@ -32,6 +30,8 @@ def parse(
 
     Unknown flags and values of the wrong type end the process with status 2.
     """
+    import tyro  # a command without flags of its own, and a library call, need none
+
     return tyro.cli(
         cls,
         prog=f"python -m gdd_fast.{name}",

@@ -1,4 +1,4 @@
-"""What a distillation run can be told, one frozen dataclass a concern, and the presets of the paper.
+"""What a distillation run can be told, one frozen dataclass per concern, and the presets of the paper.
 
 Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`.
 Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750) and its public code.
@@ -99,7 +99,7 @@ class RunConfig:
     duration_mimg: float = 5.0
     """Length of the run, in millions of real images."""
     batch: int = 256
-    """Images an iteration, over all GPUs."""
+    """Images per iteration, over all GPUs."""
     batch_gpu: int | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest."""
     seed: int = 0
@@ -156,9 +156,9 @@ class TrainConfig:
         check_seed(run.seed)
         require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
-        require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
+        require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
-        require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
+        require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
         require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
         require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")

@@ -94,5 +94,5 @@ def _folder_classes(container: Container) -> np.ndarray:
         raise DataError(f"{container.path}: {loose} lies in no folder, so --labels folders has no class for it")
     folders, classes = np.unique([name.split("/")[0] for name in container.names], return_inverse=True)
     if len(folders) == 1:
-        raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one a class")
+        raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one per class")
     return as_classes(classes, lambda index: f"{container.path}: the number of the folder of {container.names[index]}")

@@ -54,7 +54,7 @@ class PretrainConfig:
     channel_mult: tuple[int, ...] = (1, 2)
     """Channel multiplier of each level."""
     num_blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
     dropout: float = 0.0
@@ -64,7 +64,7 @@ class PretrainConfig:
     x_flip: bool = True
     """Add the mirror image of every image to the data set."""
     batch: int = 128
-    """Images an iteration, over all GPUs."""
+    """Images per iteration, over all GPUs."""
     batch_gpu: int | None = None
     """Largest number of images through the network at once."""
     lr: float = 1e-3
@@ -106,7 +106,7 @@ class PretrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")

@@ -67,7 +67,7 @@ class SamplerConfig:
                 f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
             )
         if self.s_churn < 0:
-            raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
+            raise ConfigError(f"--s-churn must be at least 0, not {self.s_churn}")
         sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
 
     def __call__(self, net: Network, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
