@@ -24,7 +24,7 @@ class AnalyzeConfig:
     student: Path | None = None
     """A one-step generator distilled from it: a training run folder, network folder or .pkl."""
     out: Path | None = None
-    """The .json to write, with the .svg beside it. Default: layer_analysis.json in the student's run folder, or here."""
+    """The .json to write, with the .svg beside it. Default: layer_analysis.json in --student's folder, or here."""
     levels: int = 18
     """Noise levels of the teacher: the steps of EDM's sampler."""
     images: int = 16

@@ -18,6 +18,7 @@ from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, 
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
@@ -198,6 +199,7 @@ class Distillation:
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / RUN_GENERATOR)
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

@@ -23,6 +23,7 @@ from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
@@ -203,6 +204,7 @@ class Pretraining:
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

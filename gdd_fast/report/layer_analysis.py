@@ -75,7 +75,9 @@ def branches(net: EDMPrecond) -> list[Branch]:
                 scale = 0.5**0.5 if layer_role(key) == "aux_residual" else 1.0
                 found.append(Branch(name, "input", layer, layers[index + 1][1], True, scale))
     if not found:
-        raise WeightsError(f"{type(net).__name__} has no residual branches that this analysis knows: it is for EDM's nets")
+        raise WeightsError(
+            f"{type(net).__name__} has no residual branches that this analysis knows: it is for EDM's nets"
+        )
     return found
 
 

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-TITLES = {
-    "output_change": (
+VIEWS: dict[str, tuple[str, str, str, bool]] = {
+    "change": (
+        "output_change",
         "Change of the denoised image without the branch",
         "relative to the network's own share of that image",
+        False,
     ),
-    "relative_norm": ("Norm of the branch's output", "relative to the sum that it is added into"),
+    "when": ("output_change", "When each branch counts", "that change, relative to the branch's own largest", True),
+    "norm": ("relative_norm", "Norm of the branch's output", "relative to the sum that it is added into", False),
 }
-ROW, COLUMN, LABEL, TOP, STUDENT_GAP = 15, 26, 190, 34, 14
+"""Of each map the measure, the title, what the colour is relative to, and whether every row has a scale of its own."""
+ROW, COLUMN, LABEL, TOP, STUDENT_GAP = 15, 20, 160, 34, 10
 # Anchors of a map from dark to light that reads the same in grey and to colour-blind eyes (viridis, CC0).
 COLOURS = ((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142))
 COLOURS += ((31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37))
@@ -22,26 +26,38 @@ STYLE = (
 )
 
 
-def picture(analysis: dict[str, Any], measures: Sequence[str] = tuple(TITLES)) -> str:
-    """All `measures` of what `layer_analysis.analyze` returned, one map below the other, as one SVG element."""
+def pictures(analysis: dict[str, Any]) -> list[str]:
+    """A map for each of `VIEWS` of what `layer_analysis.analyze` returned, each an SVG element."""
+    return [_element(*_map(analysis, view)) for view in VIEWS]
+
+
+def picture(analysis: dict[str, Any]) -> str:
+    """The same, one below the other, as one SVG file."""
     parts, top, width = [], 0.0, 0.0
-    for measure in measures:
-        body, right, height = _map(analysis, measure)
+    for view in VIEWS:
+        body, right, height = _map(analysis, view)
         parts.append(f'<g transform="translate(0 {top:g})">{body}</g>')
         top, width = top + height + 24, max(width, right)
+    return _element("".join(parts), width, top - 24) + "\n"
+
+
+def _element(body: str, width: float, height: float) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="layer-map" viewBox="0 0 {width:g} {top - 24:g}" '
-        f'width="{width:g}" role="img" aria-label="Layers against noise levels">{STYLE}{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="layer-map" viewBox="0 0 {width:g} {height:g}" '
+        f'width="{width:g}" role="img" aria-label="Layers against noise levels">{STYLE}{body}</svg>'
     )
 
 
-def _map(analysis: dict[str, Any], measure: str) -> tuple[str, float, float]:
+def _map(analysis: dict[str, Any], view: str) -> tuple[str, float, float]:
     """One map, and its width and height in pixels."""
-    title, detail = TITLES[measure]
-    teacher, student = analysis["teacher"], analysis.get("student")
+    measure, title, detail, by_row = VIEWS[view]
+    parts = {who: analysis[who] for who in ("student", "teacher") if who in analysis}
+    table = [{who: part[measure][row] for who, part in parts.items()} for row in range(len(analysis["layers"]))]
+    if by_row:
+        table = [_scaled(row) for row in table]
+    teacher, student = parts["teacher"], parts.get("student")
     rows, sigmas = analysis["layers"], teacher["sigmas"]
-    shown = [value for part in (teacher, student) if part for row in part[measure] for value in row]
-    top = _ceiling(shown)
+    top = 1.0 if by_row else _ceiling([value for row in table for values in row.values() for value in values])
     first = LABEL + (COLUMN + STUDENT_GAP if student else 0)
     right = first + COLUMN * len(sigmas)
     bottom = TOP + ROW * len(rows)
@@ -51,9 +67,9 @@ def _map(analysis: dict[str, Any], measure: str) -> tuple[str, float, float]:
         y = TOP + ROW * number
         name = f"{row['name']} {row['kind']}"
         svg.append(f'<text x="{LABEL - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
-        cells = [(first + COLUMN * k, sigma, teacher[measure][number][k], "") for k, sigma in enumerate(sigmas)]
+        cells = [(first + COLUMN * k, sigma, table[number]["teacher"][k], "") for k, sigma in enumerate(sigmas)]
         if student:
-            cells.insert(0, (LABEL, student["sigmas"][0], student[measure][number][0], "student, "))
+            cells.insert(0, (LABEL, student["sigmas"][0], table[number]["student"][0], "student, "))
         for x, sigma, value, who in cells:
             svg.append(
                 f'<rect x="{x}" y="{y}" width="{COLUMN - 1}" height="{ROW - 1}" fill="{_colour(value / top)}">'
@@ -61,11 +77,11 @@ def _map(analysis: dict[str, Any], measure: str) -> tuple[str, float, float]:
             )
     for k, sigma in enumerate(sigmas):
         x = first + COLUMN * (k + 0.5)
-        svg.append(f'<text x="{x:g}" y="{bottom + 13}" text-anchor="middle" font-size="9">{_short(sigma)}</text>')
+        svg.append(f'<text x="{x:g}" y="{bottom + 13}" text-anchor="middle" font-size="8">{_short(sigma)}</text>')
     axis = "teacher: noise level σ, from the sampler's first step to its last"
     svg.append(f'<text class="quiet" x="{first}" y="{bottom + 29}">{axis}</text>')
     if student:
-        svg.append(f'<text x="{LABEL + COLUMN / 2}" y="{bottom + 13}" text-anchor="middle" font-size="9">80</text>')
+        svg.append(f'<text x="{LABEL + COLUMN / 2}" y="{bottom + 13}" text-anchor="middle" font-size="8">80</text>')
         svg.append(f'<text class="quiet" x="{LABEL + COLUMN}" y="{bottom + 29}" text-anchor="end">student</text>')
     svg.append(_legend(LABEL if student is None else first, bottom + 40, top))
     return "".join(svg), max(right, LABEL + 320), bottom + 56
@@ -78,7 +94,16 @@ def _legend(x: float, y: float, top: float) -> str:
         for k in range(steps)
     )
     end = x + 26 + 6 * steps + 6
-    return f'<text x="{x + 20}" y="{y + 9:g}" text-anchor="end">0</text>{strip}<text x="{end:g}" y="{y + 9:g}">{top:.2g}</text>'
+    numbers = (
+        f'<text x="{x + 20}" y="{y + 9:g}" text-anchor="end">0</text><text x="{end:g}" y="{y + 9:g}">{top:.2g}</text>'
+    )
+    return numbers + strip
+
+
+def _scaled(row: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Each network's values relative to the row's largest."""
+    largest = max(value for values in row.values() for value in values) or 1.0
+    return {who: [value / largest for value in values] for who, values in row.items()}
 
 
 def _ceiling(values: Sequence[float]) -> float:
@@ -95,4 +120,6 @@ def _colour(share: float) -> str:
 
 
 def _short(sigma: float) -> str:
-    return f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.1f}" if sigma >= 1 else f"{sigma:.2g}".removeprefix("0")
+    if sigma >= 1:
+        return f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.1f}"
+    return f"{sigma:.2g}".removeprefix("0") if sigma >= 0.1 else f"{sigma:.1g}".removeprefix("0")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from gdd_fast.errors import DataError
+from gdd_fast.errors import DataError, GddFastError
 from gdd_fast.files import atomic_write
 from gdd_fast.report import layer_map, run_charts, unet_picture
 from gdd_fast.report.run_record import RunRecord, read_run
@@ -32,6 +33,14 @@ def write_page(folders: Sequence[Path], destination: Path) -> None:
     text = page(runs)
     with atomic_write(destination) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def refresh(run_dir: Path) -> None:
+    """Write the page of a run that goes on into its folder. What prevents that is printed: no reason not to train."""
+    try:
+        write_page([run_dir], run_dir / PAGE)
+    except (GddFastError, OSError) as error:
+        print(f"{run_dir / PAGE} was not written: {error}", file=sys.stderr)
 
 
 def page(runs: Sequence[RunRecord]) -> str:
@@ -68,7 +77,8 @@ def page(runs: Sequence[RunRecord]) -> str:
 <style>{_asset("uPlot.min.css")}{_asset("page.css")}</style>
 </head>
 <body>
-<header>{_header(runs, names)}<nav>{links}</nav></header>
+<header>{_header(runs, names)}</header>
+<nav>{links}</nav>
 <main>{body}</main>
 <script type="application/json" id="data">{_embedded(data)}</script>
 <script>{_asset("uPlot.iife.min.js")}</script>
@@ -161,31 +171,39 @@ def _tiles(run: RunRecord) -> str:
 
 
 def _samples(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Sheets from the same noise: the teacher, one step before, and one step at the slider's place."""
-    rows = []
+    """Sheets from the same noise: the teacher, one step before, and one step at the slider's place.
+
+    What several runs begin with alike is shown once, and their sheets beside it.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
     for k, (run, name) in enumerate(zip(runs, names, strict=True)):
-        figures = []
+        before = []
         if run.teacher_sheet:
-            figures.append(("Teacher, many steps", _image(run.teacher_sheet, "the teacher's samples")))
+            before.append(_figure(_image(run.teacher_sheet, "the teacher's samples"), "Teacher, many steps"))
         if 0 in run.sheets:
-            figures.append(("One step, before", _image(run.sheets[0], "samples of the untrained generator")))
+            before.append(_figure(_image(run.sheets[0], "samples of the untrained generator"), "One step, before"))
         if run.sheets:
-            caption = f'One step, after <output data-run="{k}"></output> images'
-            figures.append((caption, f'<img class="sheet" data-run="{k}" alt="samples of the generator">'))
+            image = f'<img class="sheet" data-run="{k}" alt="samples of the generator">'
+            title = f'<span data-run="{k}"><i></i>{escape(name)}</span>: one step' if len(runs) > 1 else "One step"
+            caption = f'{title}, after <output data-run="{k}"></output> images'
+            groups.setdefault(tuple(before), []).append(_figure(image, caption, "after"))
         elif run.comparison:
-            figures.append(("Comparison", _image(run.comparison, "teacher, untrained and distilled generator")))
-        if figures:
-            title = f'<h3 data-run="{k}"><i></i>{escape(name)}</h3>' if len(runs) > 1 else ""
-            shown = "".join(f"<figure>{image}<figcaption>{text}</figcaption></figure>" for text, image in figures)
-            rows.append(f'{title}<div class="sheets">{shown}</div>')
-    if not rows:
+            image = _image(run.comparison, "teacher, untrained and distilled generator")
+            groups.setdefault((*before, _figure(image, escape(name), "after")), [])
+    if not groups:
         return ""
     control = (
         '<div class="control"><button id="play" type="button" aria-label="Play">▶</button>'
-        '<input id="slider" type="range" min="0" value="0" step="1" aria-label="Images seen"><output id="at"></output></div>'
+        '<input id="slider" type="range" min="0" value="0" step="1" aria-label="Images seen">'
+        '<output id="at"></output></div>'
     )
-    about = '<p class="about">All sheets are from the same noise. Move the slider to see the generator learn.</p>'
-    return about + (control if any(run.sheets for run in runs) else "") + "".join(rows)
+    about = "All sheets are from the same noise. Move the slider to see the generator learn."
+    rows = "".join(f'<div class="sheets">{"".join([*before, *after])}</div>' for before, after in groups.items())
+    return f'<p class="about">{about}</p>' + (control if any(run.sheets for run in runs) else "") + rows
+
+
+def _figure(image: str, caption: str, kind: str = "before") -> str:
+    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _image(path: Path, alternative: str) -> str:
@@ -204,32 +222,44 @@ def _charts(section: str, charts: Sequence[dict[str, Any]]) -> str:
     if not places:
         return ""
     choice = "".join(f'<button type="button" data-axis="{axis}">{axis}</button>' for axis in run_charts.AXES)
-    return f'<div class="axis" role="group" aria-label="Horizontal axis">against {choice}</div><div class="charts">{places}</div>'
+    axis = f'<div class="axis" role="group" aria-label="Horizontal axis">against {choice}</div>'
+    return f'{axis}<div class="charts">{places}</div>'
 
 
 def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     found = [run_charts.summary(run) for run in runs]
-    rows = []
+    rows: list[str] = []
     for row in dict.fromkeys(key for summary in found for key in summary):
         scores = [summary.get(row, ("", None))[1] for summary in found]
         known = [score for score in scores if score is not None]
         best = min(known) if len(known) > 1 and len(set(known)) > 1 else None
-        cells = "".join(
-            f"<td{' class=best' if best is not None and score == best else ''}>{escape(summary.get(row, ('-', None))[0])}</td>"
-            for summary, score in zip(found, scores, strict=True)
-        )
+        marks = [" class=best" if best is not None and score == best else "" for score in scores]
+        shown = [escape(summary.get(row, ("-", None))[0]) for summary in found]
+        cells = "".join(f"<td{mark}>{text}</td>" for mark, text in zip(marks, shown, strict=True))
         rows.append(f"<tr><th>{escape(row)}</th>{cells}</tr>")
     changes = "".join(
         f"<p class=about>{escape(name)}, from {images:,} images on: {escape('; '.join(texts))}</p>"
         for run, name in zip(runs, names, strict=True)
         for images, texts in run.changes
     )
-    return _tabular(names, rows) + changes
+    return _tabular(names, {"": rows}) + changes
 
 
-def _tabular(names: Sequence[str], rows: Sequence[str]) -> str:
+def _tabular(names: Sequence[str], groups: dict[str, list[str]]) -> str:
+    """Table rows under their titles: one table with a column per run, or short tables side by side for one run."""
+    titled = {title: _part(title, len(names)) + "".join(rows) for title, rows in groups.items()}
+    if len(names) == 1:
+        tables = "".join(
+            f"<table{' class=whole' if title else ''}><tbody>{rows}</tbody></table>" for title, rows in titled.items()
+        )
+        return f'<div class="columns">{tables}</div>'
     heads = "".join(f'<th data-run="{k}"><i></i>{escape(name)}</th>' for k, name in enumerate(names))
-    return f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    body = "".join(titled.values())
+    return f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _part(title: str, runs: int) -> str:
+    return f'<tr class="part"><th colspan="{runs + 1}">{escape(title)}</th></tr>' if title else ""
 
 
 def _unets(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
@@ -257,24 +287,27 @@ def _layers(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     for run, name in zip(runs, names, strict=True):
         if run.layers:
             title = f"<h3>{escape(name)}</h3>" if len(runs) > 1 else ""
-            shown.append(f'{title}<div class="wide">{layer_map.picture(run.layers)}</div>')
-    return "".join(shown)
+            maps = "".join(f"<div>{svg}</div>" for svg in layer_map.pictures(run.layers))
+            shown.append(f'{title}<div class="maps">{maps}</div>')
+    about = (
+        "Every row is a residual branch of the U-Net, every column a noise level of the sampler. GDD-I rests on what "
+        "they show: layers are differentially activated at different noise levels, so a network holds more than any "
+        "one level uses."
+    )
+    return f'<p class="about">{about}</p>' + "".join(shown) if shown else ""
 
 
 def _settings(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     found = [run.settings for run in runs]
-    rows, section = [], ""
+    groups: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for settings in found for key in settings):
-        part, _, option = key.rpartition(".")
-        if part != section:
-            section = part
-            rows.append(f'<tr class="part"><th colspan="{len(runs) + 1}">{escape(section)}</th></tr>')
+        section, _, option = key.rpartition(".")
         values = [_shown(settings.get(key)) for settings in found]
         kind = "differs" if len(set(values)) > 1 else "same"
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-        rows.append(f'<tr class="{kind}"><th>{escape(option)}</th>{cells}</tr>')
+        groups.setdefault(section, []).append(f'<tr class="{kind}"><th>{escape(option)}</th>{cells}</tr>')
     only = '<label class="only"><input type="checkbox" id="only"> only what differs</label>' if len(runs) > 1 else ""
-    return only + _tabular(names, rows)
+    return only + _tabular(names, groups)
 
 
 def _shown(value: Any) -> str:

@@ -11,11 +11,11 @@ AXES = ("images", "minutes")
 # title, what it says, and the columns that share its axis; those that no run has are left out.
 TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
-    ("Logit gap", "mean logit of real images less that of generated ones", {"logit_gap": "real − generated"}),
+    ("Logit gap", "of real images less that of generated ones", {"logit_gap": "real − generated"}),
     ("Logits", "mean over heads and positions", {"logit_real": "real", "logit_fake": "generated"}),
     (
-        "Sign accuracy of the discriminator",
-        "share of logits on the right side of zero; 0.5 is chance",
+        "Discriminator's sign accuracy",
+        "share of logits on the right side of zero",
         {"sign_accuracy_real": "real", "sign_accuracy_fake": "generated"},
     ),
     (
@@ -23,14 +23,14 @@ TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
         "mean of the steps between two ticks",
         {"grad_norm_g": "generator", "grad_norm_d": "discriminator", "grad_norm_r1": "R1", "grad_norm": "all"},
     ),
-    ("R1 penalty", "squared norm of the discriminator's gradient by real images", {"r1_penalty": "R1 penalty"}),
+    ("R1 penalty", "squared gradient norm at real images", {"r1_penalty": "R1 penalty"}),
 )
 MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Images per second", "sheets and metrics of the tick included", {"images_per_second": "images/s"}),
     ("Memory", "peak, GiB", {"peak_gpu_gib": "GPU", "peak_host_gib": "host"}),
     (
         "Skipped steps",
-        "so far; a step whose gradients are not finite is left out",
+        "so far, for gradients that were not finite",
         {"skipped_g": "generator", "skipped_d": "discriminator", "skipped_r1": "R1", "skipped_steps": "steps"},
     ),
 )
@@ -90,7 +90,9 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
     if run.unet:
         trained, total = run.unet["trained"], run.unet["total"]
         rows["weights trained"] = (f"{trained:,} of {total:,} ({100 * trained / total:.1f} %)", None)
-    skipped = [v for key in ("skipped_g", "skipped_d", "skipped_r1", "skipped_steps") if (v := last(data, key)) is not None]
+    skipped = [
+        v for key in ("skipped_g", "skipped_d", "skipped_r1", "skipped_steps") if (v := last(data, key)) is not None
+    ]
     if skipped:
         rows["steps skipped"] = (f"{sum(skipped):.0f}", sum(skipped))
     for name in metric_names([run]):
@@ -120,7 +122,7 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.3e}"
+        return f"{value:.4g}"
     digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
     text = f"{value:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

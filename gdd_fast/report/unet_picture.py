@@ -10,7 +10,7 @@ from gdd_fast.models.unet_block import UNetBlock
 
 FORMAT = "gdd_fast.unet"
 SLOTS = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "norm2", "qkv", "proj")
-CELL, ROW, INDENT, NAME, MIDDLE = 24, 22, 14, 92, 56
+CELL, ROW, INDENT, NAME, MIDDLE = 33, 22, 14, 84, 70
 SIDE = NAME + CELL * len(SLOTS)
 
 
@@ -58,9 +58,13 @@ def picture(unet: dict[str, Any]) -> str:
     for k, (size, (encoder, decoder)) in enumerate(levels.items()):
         height = ROW * max(len(encoder), len(decoder)) + 8
         left, right = INDENT * k, width - SIDE - INDENT * k
-        svg.append(f'<rect class="level" x="{left - 4}" y="{y:g}" width="{width - 2 * left + 8}" height="{height}" rx="8"/>')
         svg.append(
-            f'<text class="size" x="{width / 2:g}" y="{y + height / 2 + 4:g}" text-anchor="middle">{escape(size)}</text>'
+            f'<rect class="level" x="{left - 4}" y="{y:g}" width="{width - 2 * left + 8}" height="{height}" rx="8"/>'
+        )
+        middle, end = y + height / 2 + 12, right + NAME - 62
+        svg.append(f'<path class="bridge" d="M{left + SIDE} {middle:g}H{end:g}m-5 -4l5 4l-5 4"/>')
+        svg.append(
+            f'<text class="size" x="{width / 2:g}" y="{middle - 8:g}" text-anchor="middle">{escape(size)}</text>'
         )
         for i, layer in enumerate(encoder):
             svg += _row(layer, left, y + 4 + ROW * i)
@@ -77,7 +81,8 @@ def _header(width: float) -> Iterator[str]:
     for start, title in ((0, "encoder ↓"), (width - SIDE, "decoder ↑")):
         yield f'<text class="quiet" x="{start:g}" y="16">{title}</text>'
         for i, slot in enumerate(SLOTS):
-            yield f'<text class="slot" x="{start + NAME + CELL * (i + 0.5):g}" y="16" text-anchor="middle">{slot}</text>'
+            x = start + NAME + CELL * (i + 0.5)
+            yield f'<text class="slot" x="{x:g}" y="16" text-anchor="middle">{slot}</text>'
 
 
 def _row(layer: dict[str, Any], x: float, y: float) -> Iterator[str]:
