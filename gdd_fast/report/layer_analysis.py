@@ -126,8 +126,8 @@ def analyze(
 ) -> dict[str, Any]:
     """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at 80; as JSON types.
 
-    The networks run their operators' PyTorch definitions, which leave every branch's output to be seen. `progress` is
-    called with 1 after every noise level of either network.
+    The networks are in evaluation mode. They run their operators' PyTorch definitions, which leave every branch's
+    output to be seen. `progress` is called with 1 after every noise level of either network.
 
     Raises:
         ConfigError: networks that do not have the same branches, and fewer than 2 levels.
