@@ -227,8 +227,18 @@ def _charts(section: str, charts: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
+    changes = "".join(
+        f"<p class=about>{escape(name)}, from {images:,} images on: {escape('; '.join(texts))}</p>"
+        for run, name in zip(runs, names, strict=True)
+        for images, texts in run.changes
+    )
     found = [run_charts.summary(run) for run in runs]
-    rows: list[str] = []
+    if len(runs) == 1:
+        pairs = "".join(
+            f"<div><dt>{escape(k)}</dt><dd>{escape(shown)}</dd></div>" for k, (shown, _) in found[0].items()
+        )
+        return f'<dl class="pairs">{pairs}</dl>{changes}'
+    rows = []
     for row in dict.fromkeys(key for summary in found for key in summary):
         scores = [summary.get(row, ("", None))[1] for summary in found]
         known = [score for score in scores if score is not None]
@@ -237,11 +247,6 @@ def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         shown = [escape(summary.get(row, ("-", None))[0]) for summary in found]
         cells = "".join(f"<td{mark}>{text}</td>" for mark, text in zip(marks, shown, strict=True))
         rows.append(f"<tr><th>{escape(row)}</th>{cells}</tr>")
-    changes = "".join(
-        f"<p class=about>{escape(name)}, from {images:,} images on: {escape('; '.join(texts))}</p>"
-        for run, name in zip(runs, names, strict=True)
-        for images, texts in run.changes
-    )
     return _tabular(names, {"": rows}) + changes
 
 

@@ -21,9 +21,10 @@ TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "Gradient norms",
         "mean of the steps between two ticks",
-        {"grad_norm_g": "generator", "grad_norm_d": "discriminator", "grad_norm_r1": "R1", "grad_norm": "all"},
+        {"grad_norm_g": "generator", "grad_norm_d": "discriminator", "grad_norm": "all weights"},
     ),
     ("R1 penalty", "squared gradient norm at real images", {"r1_penalty": "R1 penalty"}),
+    ("Gradient norm of R1 steps", "mean of the steps between two ticks", {"grad_norm_r1": "discriminator"}),
 )
 MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Images per second", "sheets and metrics of the tick included", {"images_per_second": "images/s"}),

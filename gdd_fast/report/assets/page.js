@@ -91,6 +91,8 @@
     });
     const data = tables.length ? uPlot.join(tables) : [[]];
     const few = data[0].length < 40;
+    // what does not change is drawn from zero up
+    const range = (u, low, high) => (low === high ? [Math.min(0, 1.2 * low), 1.2 * high || 1] : uPlot.rangeNum(low, high, 0.1, true));
     // the latest value, until the mouse asks for that of another moment
     const value = (u, v, s, at) => {
       const known = at == null ? u.data[s].findLast((one) => one != null) : v;
@@ -101,7 +103,7 @@
       width: Math.max(box.clientWidth, 120), height: HEIGHT,
       cursor: { sync: { key: "report" }, points: { size: 7 } },
       legend: { live: true },
-      scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+      scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
       axes: [
         { ...line, size: 30, space: 60, values: (u, ticks) => ticks.map(short) },
         { ...line, size: 52, values: (u, ticks) => ticks.map((v) => (v == null ? "" : short(v))) },
