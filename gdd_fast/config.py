@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, require
+from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
@@ -22,7 +23,7 @@ DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The real images."""
 
     data: str | None = None
@@ -38,7 +39,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
+class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
@@ -56,7 +57,7 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Settings):
     """Frozen feature networks, their random projection, and the trainable heads."""
 
     backbones: tuple[str, ...] = ("vgg16_bn", "tf_efficientnet_lite0")
@@ -78,7 +79,7 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """The GAN loss."""
 
     logit_reduction: Reduction = "rows"
@@ -91,7 +92,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Length, size and output of the run."""
 
     run_dir: Path | None = None
@@ -103,7 +104,7 @@ class RunConfig:
     batch_gpu: int | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest."""
     seed: int = 0
-    """Of the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
+    """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
@@ -265,8 +266,8 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     return changed
 
 
-# What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
-# path alone: their contents are compared (gdd_fast.data.fingerprint).
+# What a resumed run may change; everything else is part of the recipe and has to stay. Data and teacher may
+# change their path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}

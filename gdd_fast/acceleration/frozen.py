@@ -28,8 +28,8 @@ from gdd_fast.acceleration.batch_norm import (
 from gdd_fast.acceleration.class_exchange import Fast, library_class, obstacle
 from gdd_fast.acceleration.replacements import Plan
 from gdd_fast.backend import Backend
-from gdd_fast.ops import frozen_conv2d_relu
 from gdd_fast.ops import max_pool2x2 as pooling
+from gdd_fast.ops import relu_bits as bits
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
 from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
 from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
@@ -227,13 +227,13 @@ class FastRelu(Fast):
 
 def _plan_relu(plan: Plan, relu: nn.ReLU | nn.ReLU6) -> None:
     six = isinstance(relu, nn.ReLU6)
-    backend = plan.backend_of(frozen_conv2d_relu.OPERATOR)
+    backend = plan.backend_of(bits.OPERATOR)
     if type(relu).forward is not (nn.ReLU6 if six else nn.ReLU).forward:
         plan.leave(relu, "its class has a forward of its own")
     elif any(p.requires_grad for p in _surroundings(plan, relu).parameters()):
         plan.leave(relu, "the network around it is trained: the next layer keeps the activation anyway")
     elif backend is None:
-        plan.leave(relu, plan.missing(frozen_conv2d_relu.OPERATOR))
+        plan.leave(relu, plan.missing(bits.OPERATOR))
     else:
         state = ReluState("relu6" if six else "relu", backend)
         plan.replace(relu, FastRelu, state, "keeps one bit per element for backward")

@@ -27,6 +27,7 @@ from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
+from gdd_fast.settings import Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -41,7 +42,7 @@ TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Everything a pretraining run can be told. Field names are flag names."""
 
     data: str = "demo"
@@ -81,7 +82,7 @@ class PretrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the network."""
     seed: int = 0
-    """Of the initialisation, the data order and the noise."""
+    """Seeds the initialisation, the data order and the noise."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
