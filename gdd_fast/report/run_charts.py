@@ -11,8 +11,11 @@ AXES = ("images", "minutes")
 # title, what it says, and the columns that share its axis; those that no run has are left out.
 TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
-    ("Logit gap", "of real images less that of generated ones", {"logit_gap": "real − generated"}),
-    ("Logits", "mean over heads and positions", {"logit_real": "real", "logit_fake": "generated"}),
+    (
+        "Logits and their gap",
+        "mean over heads and positions; gap: real less generated",
+        {"logit_real": "real", "logit_fake": "generated", "logit_gap": "gap"},
+    ),
     (
         "Discriminator's sign accuracy",
         "share of logits on the right side of zero",
@@ -36,7 +39,7 @@ MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
 )
 HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage")
-ERROR_SUFFIXES = ("_std", "_deviation")
+DEVIATION = "_std"  # `kid_std` is the deviation of `kid`: shown beside it
 
 
 def columns(run: RunRecord) -> dict[str, list[float | None]]:
@@ -52,7 +55,8 @@ def columns(run: RunRecord) -> dict[str, list[float | None]]:
 def metric_names(runs: Sequence[RunRecord]) -> list[str]:
     """The columns that measure the generator: all that are not of training or of the machine."""
     known = {key for _, _, keys in (*TRAINING, *MACHINE) for key in keys} | set(AXES)
-    return list(dict.fromkeys(key for run in runs for key in columns(run) if key not in known))
+    names = dict.fromkeys(key for run in runs for key in columns(run) if key not in known)
+    return [name for name in names if name.removesuffix(DEVIATION) not in names or not name.endswith(DEVIATION)]
 
 
 def higher_is_better(metric: str) -> bool:
@@ -66,8 +70,7 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     found = []
     for name in metric_names(runs):
         better = "higher is better" if higher_is_better(name) else "lower is better"
-        about = "" if name.endswith(ERROR_SUFFIXES) else better
-        found.append({"section": "quality", "title": name, "about": about, "columns": {name: name}})
+        found.append({"section": "quality", "title": name, "about": better, "columns": {name: name}})
     for section, groups in (("training", TRAINING), ("machine", MACHINE)):
         for title, about, keys in groups:
             kept = {key: label for key, label in keys.items() if key in present}
@@ -97,9 +100,12 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
     if skipped:
         rows["steps skipped"] = (f"{sum(skipped):.0f}", sum(skipped))
     for name in metric_names([run]):
-        if not name.endswith(ERROR_SUFFIXES):
-            value, images = _best(run, data, name)
-            rows[f"{name}, best"] = (f"{number(value)} at {images:,}", -value if higher_is_better(name) else value)
+        place = _best(data[name], higher_is_better(name))
+        if place is not None:
+            value, deviation = data[name][place], data.get(name + DEVIATION, data[name])[place]
+            spread = f" ± {number(deviation)}" if name + DEVIATION in data else ""
+            shown = f"{number(value)}{spread} at {run.lines[place]['images']:,}"
+            rows[f"{name}, best"] = (shown, -value if higher_is_better(name) else value)
             rows[f"{name}, last"] = (number(last(data, name)), None)
     for row, values in (run.distances or {}).get("distances", {}).items():
         for feature, value in values.items():
@@ -137,10 +143,10 @@ def duration(minutes: float) -> str:
     return f"{minutes / 60:.1f} h"
 
 
-def _best(run: RunRecord, data: dict[str, list[float | None]], name: str) -> tuple[float, int]:
-    """The best value of a metric and the images seen then."""
-    pairs = [(v, line["images"]) for v, line in zip(data[name], run.lines, strict=True) if v is not None]
-    return max(pairs, key=lambda pair: pair[0] if higher_is_better(name) else -pair[0])
+def _best(values: list[float | None], highest: bool) -> int | None:
+    """The place of a column's best value, None if it has none."""
+    places = [place for place, value in enumerate(values) if value is not None]
+    return (max if highest else min)(places, key=values.__getitem__, default=None)
 
 
 def _is_number(value: Any) -> bool:

@@ -31,6 +31,7 @@ def test_every_number_of_every_tick_is_in_a_chart(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     data = data_of(page([run]))
     columns = data["runs"][0]["columns"]
+    assert set(run.lines[1]) <= set(columns), "whatever a line holds"
     drawn = {name for chart in data["charts"] for name in chart["columns"]}
     assert drawn | {"images", "minutes"} == set(columns)
     assert columns["fid"] == [line.get("fid") for line in run.lines]
@@ -75,6 +76,16 @@ def test_the_table_marks_the_better_run(tmp_path):
     assert re.search(r"</td><td class=best>0.7 at", row["recall, best"]), "higher is better"
     assert "generator.g_lr" not in html and html.count("class=best") == 2
     assert run_charts.higher_is_better("metrics/recall-lite2") and not run_charts.higher_is_better("fd-lite2")
+
+
+def test_a_deviation_stands_beside_its_metric(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for images, kid in ((5000, 0.0315), (6000, None)):
+            file.write(json.dumps({"images": images, "kid": kid, "kid_std": 0.0025}) + "\n")
+    run = read_run(folder)
+    assert [c["title"] for c in run_charts.charts([run]) if c["section"] == "quality"] == ["fid", "recall", "kid"]
+    assert run_charts.summary(run)["kid, best"] == ("0.0315 ± 0.0025 at 5,000", 0.0315)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
