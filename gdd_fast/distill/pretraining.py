@@ -23,6 +23,7 @@ from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
@@ -172,7 +173,7 @@ class Pretraining:
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        self.guard.step()
+        self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
@@ -204,6 +205,7 @@ class Pretraining:
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()
