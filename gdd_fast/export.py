@@ -5,10 +5,8 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import tyro
 
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
@@ -36,7 +34,7 @@ class ExportConfig:
     """Noise level of the one evaluation."""
     images: int = 64
     """How many images of the file are compared with the network's."""
-    page: tyro.conf.OmitArgPrefixes[Page] = Page()
+    page: Page = field(default_factory=Page)
     """The web page."""
 
     def validate(self) -> None:

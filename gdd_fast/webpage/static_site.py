@@ -57,7 +57,7 @@ def check_site(folder: Path, page: Page) -> None:
 def write_site(
     net: EDMPrecond,
     folder: str | Path,
-    page: Page = Page(),  # noqa: B008 (frozen)
+    page: Page = Page(),
     *,
     dtype: Precision = "float32",
     sigma: float = SIGMA,
