@@ -9,7 +9,7 @@ let model;
 let worker;
 const waiting = new Map(); // of evaluations, by number
 let asked = 0;
-const times = []; // milliseconds an image, of the last evaluations
+const times = []; // milliseconds per image, of the last evaluations
 
 // --- the network
 
@@ -219,7 +219,7 @@ function showFacts() {
     [`${model.resolution} × ${model.resolution}`, color],
     [(model.parameters / 1e6).toFixed(1), "million weights"],
     [(model.bytes / 1e6).toFixed(1), "MB"],
-    ["", "ms an image"],
+    ["", "ms per image"],
   ];
   if (model.classes) facts.splice(1, 0, [String(model.classes), "classes"]);
   for (const [value, name] of facts) {
