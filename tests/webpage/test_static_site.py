@@ -12,14 +12,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUNTIME
+from edm_reference import SIZE, SMALL, fill
 
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
-from gdd_fast.webpage.static_site import CDN, RUNTIME_FILES, Page, check_site, write_site
+from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.webpage.static_site import CDN, ONNXRUNTIME_WEB, RUNTIME_FILES, Page, check_site, write_site
 
 HARNESS = Path(__file__).with_name("harness.html")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+RUNTIME = Path(sys.prefix) / f"onnxruntime-web-{ONNXRUNTIME_WEB}.tgz"
+"""Where `make test` puts the npm package."""
+
+
+@pytest.fixture(scope="module")
+def net() -> GDDPrecond:
+    return fill(GDDPrecond(SIZE, 3, **SMALL["ncsnpp_cond"])).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def site(net, tmp_path_factory):
+    """(folder, how far its file is from the network): as visitors get it, but for the runtime, which lies beside it."""
+    pytest.importorskip("onnxscript", reason="pip install gdd_fast[export]")
+    pytest.importorskip("onnxruntime", reason="pip install gdd_fast[export]")
+    folder = tmp_path_factory.mktemp("pages") / "page"
+    runtime = RUNTIME if RUNTIME.is_file() else None
+    names = tuple(f"kind {i}" for i in range(10))
+    page = Page(title="A <small> network", class_names=names, grid=3, runtime=runtime)
+    yield folder, write_site(net, folder, page, images=17)
+    shutil.rmtree(folder)
 
 
 def test_file_is_the_network_in_standard_operators(site):
