@@ -23,7 +23,10 @@ from gdd_fast.models.precond import EDMPrecond
 
 ONNXRUNTIME_WEB = "1.30.0"
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist"
-RUNTIME_FILES = {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
+RUNTIME_FILES = {
+    "cpu": {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"},
+    "gpu": {"script": "ort.webgpu.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.asyncify.wasm"},
+}
 ASSETS = Path(__file__).with_name("assets")
 FORMAT = "gdd_fast.webpage"
 _MAX_IMAGES = 400
@@ -78,10 +81,8 @@ def write_site(
     if page.class_names and len(page.class_names) != net.label_dim:
         raise ConfigError(f"--class-names takes {net.label_dim} names, not {len(page.class_names)}")
     with ExitStack() as stack:
-        runtime = {kind: f"{CDN}/{name}" for kind, name in RUNTIME_FILES.items()}
-        if page.runtime is not None:
-            sources = _runtime(page.runtime, stack)
-            runtime = {kind: f"runtime/{name}" for kind, name in RUNTIME_FILES.items()}
+        sources = [] if page.runtime is None else _runtime(page.runtime, stack)
+        where = CDN if page.runtime is None else "runtime"
         difference = write_portable(net, folder / "generator.onnx", dtype=dtype, sigma=sigma, images=images)
         shutil.rmtree(folder / "runtime", ignore_errors=True)
         if page.runtime is not None:
@@ -101,7 +102,9 @@ def write_site(
         "images": page.grid,
         "model": "generator.onnx",
         "bytes": (folder / "generator.onnx").stat().st_size,
-        "runtime": runtime,
+        "runtime": {
+            device: {kind: f"{where}/{name}" for kind, name in files.items()} for device, files in RUNTIME_FILES.items()
+        },
     }
     with atomic_write(folder / "model.json") as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n")
@@ -117,18 +120,19 @@ def _is_site(folder: Path) -> bool:
 
 def _runtime(package: Path, stack: ExitStack) -> list[Path]:
     """The files of the npm package that the page takes; unpacked for as long as `stack` is open."""
+    names = [name for files in RUNTIME_FILES.values() for name in files.values()]
     folder = package
     if package.is_file():
         folder = Path(stack.enter_context(TemporaryDirectory()))
         try:
             with tarfile.open(package) as archive:
                 for member in archive.getmembers():
-                    if Path(member.name).name in RUNTIME_FILES.values():
+                    if Path(member.name).name in names:
                         archive.extract(member, folder, filter="data")
         except tarfile.TarError as error:
             raise ConfigError(f"{package} is not an npm package ({error})") from error
     found = []
-    for name in RUNTIME_FILES.values():
+    for name in names:
         paths = [path for path in sorted(folder.rglob(name)) if path.is_file()]
         if not paths:
             raise ConfigError(f"{package} has no {name}: get it with `npm pack onnxruntime-web@{ONNXRUNTIME_WEB}`")

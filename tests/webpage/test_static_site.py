@@ -178,10 +178,11 @@ def test_page_describes_its_network(site):
     model = json.loads((folder / "model.json").read_text())
     assert model["title"] == "A <small> network" and model["classes"] == 10
     assert model["bytes"] == (folder / "generator.onnx").stat().st_size
-    for kind, name in RUNTIME_FILES.items():
-        local = folder / "runtime" / name
-        assert model["runtime"][kind] == (f"runtime/{name}" if RUNTIME.is_file() else f"{CDN}/{name}")
-        assert local.is_file() == RUNTIME.is_file()
+    for device, files in RUNTIME_FILES.items():
+        for kind, name in files.items():
+            expected = f"runtime/{name}" if RUNTIME.is_file() else f"{CDN}/{name}"
+            assert model["runtime"][device][kind] == expected
+            assert (folder / "runtime" / name).is_file() == RUNTIME.is_file()
 
 
 def test_what_cannot_be_a_page_is_refused_before_anything_is_written(net, tmp_path):

@@ -39,7 +39,22 @@ function receive({ data }) {
 
 function fail(reason) {
   document.body.dataset.state = "failed";
-  $("message").textContent = `This page cannot run: ${reason}`;
+  const advice = $("device").value === "gpu" ? ". Load the page again to compute on the CPU." : "";
+  $("message").textContent = `This page cannot run: ${reason}${advice}`;
+}
+
+// Starts the network on the device that is chosen; what an earlier worker was asked for is forgotten.
+function startWorker() {
+  document.body.dataset.state = "loading";
+  worker?.terminate();
+  waiting.clear();
+  times.length = 0;
+  shown++;
+  busy = false;
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onmessage = receive;
+  worker.onerror = (event) => fail(event.message || "the worker did not start");
+  worker.postMessage({ start: model, device: $("device").value });
 }
 
 // --- noise and images
@@ -196,6 +211,7 @@ function connect() {
   };
   $("first").onchange = () => moveTo(Number($("first").value));
   $("class").onchange = showGrid;
+  $("device").onchange = startWorker;
   $("more").onclick = () => moveTo(Number($("first").value) + model.images);
   $("random").onclick = () => moveTo(Math.random() * (SEEDS - model.images));
   $("save").onclick = () => download($("between"), `${ends[0].seed}-${ends[1].seed}-${$("slider").value}.png`);
@@ -242,10 +258,8 @@ try {
   model = await response.json();
   showFacts();
   connect();
-  worker = new Worker("worker.js", { type: "module" });
-  worker.onmessage = receive;
-  worker.onerror = (event) => fail(event.message || "the worker did not start");
-  worker.postMessage({ start: model });
+  startWorker();
+  $("device-label").hidden = !(await navigator.gpu?.requestAdapter());
 } catch (error) {
   fail(error.message);
 }

@@ -1,4 +1,5 @@
-// The network, beside the page, so that the page answers while it computes. Messages in: {start: model.json} once, then
+// The network, beside the page, so that the page answers while it computes. Messages in: {start: model.json, device: "cpu" or "gpu"} once,
+// then
 // {id, latents, classes}; out: {progress}, {ready}, {id, images, milliseconds}, {error}.
 
 let ort;
@@ -21,13 +22,15 @@ async function download(url, bytes) {
   return data;
 }
 
-async function start(model) {
+async function start(model, device) {
   const url = (name) => new URL(name, self.location.href).href;
-  ort = await import(url(model.runtime.script));
+  const runtime = model.runtime[device];
+  ort = await import(url(runtime.script));
   ort.env.wasm.numThreads = 1; // more take headers that static hosts do not send
-  ort.env.wasm.wasmPaths = { wasm: url(model.runtime.wasm) };
+  ort.env.wasm.wasmPaths = { wasm: url(runtime.wasm) };
   session = await ort.InferenceSession.create(await download(url(model.model), model.bytes), {
-    executionProviders: ["wasm"],
+    executionProviders: [device === "gpu" ? "webgpu" : "wasm"],
+    logSeverityLevel: 3, // errors; not which operators stay on the CPU
   });
   shape = [model.channels, model.resolution, model.resolution];
   await run(new Float32Array(shape.reduce((a, b) => a * b)), model.classes ? [0] : null); // the first call is slower
@@ -48,7 +51,7 @@ onmessage = ({ data }) => {
   turn = turn
     .then(async () => {
       if (data.start) {
-        await start(data.start);
+        await start(data.start, data.device);
         postMessage({ ready: true });
       } else {
         postMessage({ id: data.id, ...(await run(data.latents, data.classes)) });
