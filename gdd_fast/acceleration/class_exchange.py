@@ -148,7 +148,7 @@ def difference(
     module: nn.Module,
     mixin: type[Fast],
     state: Any,
-    inputs: Callable[[torch.Generator], Iterable[Tensor]],
+    inputs: Callable[[torch.Generator], Iterable[Tensor | None]],
     device: torch.device,
 ) -> str | None:
     """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
@@ -163,7 +163,7 @@ def difference(
     generator = torch.Generator().manual_seed(0)
     draw: Callable[[Tensor], Tensor] = lambda p: torch.randn(p.shape, generator=generator) / _fan_in(p) ** 0.5
     parameters = {name: draw(p).to(p.device, p.dtype) for name, p in module.named_parameters()}
-    arguments = tuple(value.to(like.device, like.dtype) for value in inputs(generator))
+    arguments = tuple(None if x is None else x.to(like.device, like.dtype) for x in inputs(generator))
     modes = [(child, child.training) for child in module.modules()]
     with unheard(module), torch.autocast(like.device.type, enabled=False):
         try:

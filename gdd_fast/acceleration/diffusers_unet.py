@@ -95,10 +95,10 @@ def _plan_resnet(plan: Plan, block: nn.Module) -> None:
         return
     state = BlockState(norm, plan.backend_of(residual.OPERATOR), parts)
 
-    def inputs(generator: torch.Generator) -> Iterator[Tensor]:
+    def inputs(generator: torch.Generator) -> Iterator[Tensor | None]:
         yield torch.randn(2, block.in_channels, SIZE, SIZE, generator=generator)
-        if block.time_emb_proj is not None:
-            yield torch.randn(2, block.time_emb_proj.in_features, generator=generator)
+        proj = block.time_emb_proj  # None in autoencoders, whose blocks are called with None in its place
+        yield None if proj is None else torch.randn(2, proj.in_features, generator=generator)
 
     sampling = (type(block.upsample), type(block.downsample))
     options = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.time_emb_proj is None)
