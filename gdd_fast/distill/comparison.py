@@ -57,7 +57,7 @@ def begin(config: TrainConfig, task: Distillation) -> None:
     the noise of every later sheet; unet.json says what trains.
     """
     backend, device = task.operators["to_uint8"], task.world.device
-    teacher = load_teacher(config.generator.teacher).to(device)
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
     set_backend(teacher, config.run.backend)
     images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
     save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
