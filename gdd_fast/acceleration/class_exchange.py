@@ -75,8 +75,8 @@ def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
             return original.forward(self, *args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 
-    # torch.compile counts recompilations by code object, and this one's would be those of all classes together
-    forward.__code__ = forward.__code__.replace()
+    # torch.compile remembers shapes and recompilations by a function's name and place, which all classes would share
+    forward.__code__ = forward.__code__.replace(co_name=f"{mixin.__module__}.{mixin.__name__}.{original.__qualname__}")
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     return type(original.__name__, (mixin, original), {**names, "original": original, "forward": forward})
 
