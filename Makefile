@@ -35,6 +35,7 @@ test-all: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: setup-dev
@@ -79,5 +80,5 @@ $(VENV)/.installed: $(EXTENSION_SOURCES) $(VENV)/.requirements
 	@touch $@
 
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks gdd_fast/_C*.so $(VENV)/.installed
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks gdd_fast/_C*.so $(VENV)/.installed
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -66,7 +66,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr, never a traceback, for what is not the program's fault.
 
     Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C;
-    141 without a word if whoever read the output has gone, as with `| head`. Of the processes of a torchrun, the first
+    141 without a word if whoever read the output has gone, as with `| head`. Under torchrun the first process
     says the line; all leave it for torchrun, which shows it with the number of the process that failed first.
 
     What cannot be said ends nothing: a stream that is closed, and a stderr whose reader has died or whose disk is full,

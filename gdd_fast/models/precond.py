@@ -78,7 +78,7 @@ class EDMPrecond(nn.Module):
         self.model_type = model_type
         self.model_kwargs = {name: _plain(name, value) for name, value in model_kwargs.items()}
         self.dtype = compute_dtype(dtype)
-        self.model = architecture(
+        self.model: Any = architecture(
             img_resolution=self.img_resolution,
             in_channels=self.img_channels,
             out_channels=self.img_channels,
@@ -184,7 +184,7 @@ class GDDPrecond(EDMPrecond):
     """A U-Net under GDD's preconditioning: EDM's, with eps = 0.002, so that D(x; 0.002) = x."""
 
     def __init__(self, *args: Any, sigma_eps: float = 0.002, **kwargs: Any) -> None:
-        super().__init__(*args, sigma_eps=sigma_eps, **kwargs)
+        super().__init__(*args, **kwargs, sigma_eps=sigma_eps)  # type: ignore[misc]
 
 
 def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:

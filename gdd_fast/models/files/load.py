@@ -143,7 +143,7 @@ def as_generator(teacher: EDMPrecond) -> GDDPrecond:
 
     The augmentation layer is dropped, and so is dropout; the result is on the teacher's device, in training mode.
     """
-    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()
+    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()  # type: ignore[return-value]
 
 
 def _rebuild(net: EDMPrecond, cls: type[EDMPrecond], **changes: Any) -> EDMPrecond:

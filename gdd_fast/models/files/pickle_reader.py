@@ -287,7 +287,7 @@ def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
             budget.spend("tensors")
             budget.spend("tensor_bytes", value.bytes)
             state[full] = value.materialise()
-    return PickledNetwork(root.class_name, _settings(root, budget), state)
+    return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
 
 
 def _settings(root: Module, budget: _Budget) -> dict[str, object]:
