@@ -10,7 +10,7 @@ from torch import nn
 
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
-from gdd_fast.config import TrainConfig
+from gdd_fast.config import TrainConfig, given
 from gdd_fast.data import load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import full_float32
@@ -88,7 +88,7 @@ def write(
     images = config.run.evaluate_images
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
     reference_set = load_data(_evaluate_data(config))
-    teacher = load_teacher(config.generator.teacher).to(device)
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
     untrained = as_generator(teacher).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
@@ -153,7 +153,7 @@ def table(run_dir: Path) -> str:
 
 
 def _evaluate_data(config: TrainConfig) -> str:
-    return config.run.evaluate_data or config.data.data
+    return config.run.evaluate_data or given(config.data.data, "--data")
 
 
 def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int
     }
 
 
-def _options(config: TrainConfig, name: str) -> dict[str, Path]:
+def _options(config: TrainConfig, name: str) -> dict[str, Any]:
     weights = config.backbone_weight_paths().get("tf_efficientnet_lite0")
     return {"weights": weights} if name == "lite0" and weights else {}
 
@@ -179,7 +179,7 @@ def _stored_figures(
     config: TrainConfig, images: int, features: Sequence[str], reference_images: int
 ) -> dict[str, float] | None:
     """The figures beside the teacher if they were measured exactly as this report would."""
-    path = teacher_path(config.generator.teacher) / TEACHER_FIGURES
+    path = teacher_path(given(config.generator.teacher, "--teacher")) / TEACHER_FIGURES
     if not path.is_file():
         return None
     stored = json.loads(path.read_text())

@@ -43,9 +43,9 @@ class Distillation:
         self.config, self.world, self.batch = config, world, run.batch
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
-        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()
+        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()
+        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
@@ -198,7 +198,7 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR)
+        save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
 
     def close(self) -> None:

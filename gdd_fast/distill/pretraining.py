@@ -152,7 +152,7 @@ class Pretraining:
                 memory_limit=int(config.data_memory_gib * 2**30),
                 progress=progress,
             )
-        self.net = net.to(world.device, memory_format=torch.channels_last).train()
+        self.net = net.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]
@@ -179,7 +179,7 @@ class Pretraining:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
         net = self.ema.net
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)
+        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
         with torch.no_grad():
             samples = heun(net, z, labels)
         save_grid(to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png")
@@ -204,7 +204,7 @@ class Pretraining:
         self.guard.restore(saved.values["skipped"])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / TEACHER)
+        save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.config import TrainConfig, to_dict
+from gdd_fast.config import TrainConfig, default_settings, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components
 from gdd_fast.distill.components import Components
@@ -46,7 +46,8 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
-    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images)
+    defaults = default_settings(config)
+    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
 
 
@@ -66,7 +67,7 @@ def distill(config: TrainConfig) -> Result:
         task = Distillation(config, built, world)
         if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
             comparison.begin(config, task)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, default_settings(config))
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)

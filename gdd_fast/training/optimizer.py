@@ -19,7 +19,7 @@ class AdamEma(torch.optim.Optimizer):
     """torch.optim.Adam that leaves out, whole, every step with a gradient that is not finite, and averages on the way.
 
     `state_dict()` is that of torch.optim.Adam and loads into one, and the other way round. The counts, the learning
-    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device but `applied()`.
+    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device.
     The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
     counts, and averages of its own unless it is copied together with the network that they belong to.
 
@@ -61,11 +61,10 @@ class AdamEma(torch.optim.Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._rates = torch.zeros(0, dtype=torch.float64, device=device)
         self._rates_filled: list[float | None] = []
-        self._skipped_seen = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: torch.optim.Optimizer names only what every optimizer has."""
-        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled", "_skipped_seen")
+        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,12 +113,6 @@ class AdamEma(torch.optim.Optimizer):
             backend=self.backend,
         )
         return loss
-
-    def applied(self) -> bool:
-        """Whether all steps since the last call were applied. Waits for the device."""
-        skipped = int(self.skipped)
-        before, self._skipped_seen = self._skipped_seen, skipped
-        return skipped == before
 
     def _read_rates(self) -> None:
         """Bring the groups' learning rates to the device."""
