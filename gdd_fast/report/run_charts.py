@@ -13,7 +13,7 @@ TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
     (
         "Logits and their gap",
-        "mean over heads and positions; gap: real less generated",
+        "means; the gap is real less generated",
         {"logit_real": "real", "logit_fake": "generated", "logit_gap": "gap"},
     ),
     (
