@@ -109,7 +109,8 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
             rows[f"{name}, last"] = (number(last(data, name)), None)
     for row, values in (run.distances or {}).get("distances", {}).items():
         for feature, value in values.items():
-            rows[f"Frechet distance {feature}, {row}"] = (number(value), value if row == "distilled" else None)
+            if _is_number(value):
+                rows[f"Frechet distance {feature}, {row}"] = (number(value), value if row == "distilled" else None)
     return rows
 
 
