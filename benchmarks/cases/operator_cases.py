@@ -4,7 +4,7 @@ On a CPU, moreover, what docs/cpu_operators.md speaks of: the extension's operat
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.cases.layer_calls import (
     residual_calls,
 )
 from benchmarks.harness.case import Case
-from benchmarks.harness.operator_case import operator_case
+from benchmarks.harness.operator_case import Problem, operator_case
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -43,19 +43,9 @@ def compiled_cases() -> list[Case]:
 
 def _in_turns(full: bool) -> tuple[list[Case], list[Case]]:
     batch, dtype = (64, torch.bfloat16) if full else (2, torch.float32)
-    small = min(batch, 32)
-    both, groups = (False, True), []
+    groups = []
     compiled: list[Case] = []
-    for group, calls, problem, size, directions in (
-        ("group_norm_silu", norm_calls(), problems.norm_problem, batch, both),
-        ("residual", residual_calls(), problems.residual_problem, batch, both),
-        ("resample2d", resample_calls(), problems.resample_problem, batch, both),
-        ("attention", attention_calls(), problems.attention_problem, batch, both),
-        ("frozen_conv2d_relu", convolution_calls(), problems.conv_problem, small, both),
-        ("max_pool2x2", pool_calls(), problems.pool_problem, small, both),
-        ("discriminator_input", [32, 64], problems.input_problem, small, both),
-        ("to_uint8", [32, 64], problems.bytes_problem, 16 * batch, (False,)),
-    ):
+    for group, calls, problem, size, directions in operators(batch):
         dtype_here = torch.float32 if group == "to_uint8" else dtype
         cases = []
         for layer in calls if full else moderate(calls):
@@ -69,6 +59,21 @@ def _in_turns(full: bool) -> tuple[list[Case], list[Case]]:
     turns = itertools.zip_longest(*groups)
     cases = [case for turn in turns for case in turn if case is not None]
     return (cases if full else cases + stated_cases()), compiled
+
+
+def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Problem], int, tuple[bool, ...]]]:
+    """By operator: its calls in the networks, what makes a `Problem` of one, images, and whether with gradients."""
+    small, both = min(batch, 32), (False, True)
+    return [
+        ("group_norm_silu", norm_calls(), problems.norm_problem, batch, both),
+        ("residual", residual_calls(), problems.residual_problem, batch, both),
+        ("resample2d", resample_calls(), problems.resample_problem, batch, both),
+        ("attention", attention_calls(), problems.attention_problem, batch, both),
+        ("frozen_conv2d_relu", convolution_calls(), problems.conv_problem, small, both),
+        ("max_pool2x2", pool_calls(), problems.pool_problem, small, both),
+        ("discriminator_input", [32, 64], problems.input_problem, small, both),
+        ("to_uint8", [32, 64], problems.bytes_problem, 16 * batch, (False,)),
+    ]
 
 
 def stated_cases() -> list[Case]:

@@ -103,8 +103,8 @@ def test_backbones_of_timm_and_torchvision(libraries, name):
     "name", ["torchvision vgg16_bn", "torchvision resnet50", "resnet50", "torchvision inception_v3"]
 )
 def test_large_backbones(libraries, name):
-    """In float64: a ReLU of the last maps, of few pixels, that float32's rounding opens in one run and closes in another
-    moves the gradient by a hundredth, whichever run is right."""
+    """In float64: a ReLU of the last maps, of few pixels, that float32's rounding opens in one run and closes in the
+    other moves the gradient by a hundredth, whichever run is right."""
     net, x = backbone(libraries, name).double(), image(1, 3, 96, 96)
     want = results(net, CALL, (x,), torch.float64)
     _, report = accelerate(net, report=True)
