@@ -27,6 +27,7 @@ from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination, check_writable
 from gdd_fast.layers.backends import choose_backend
+from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.models.files.load import load_generator, network_digest
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
@@ -34,12 +35,13 @@ from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.resume import Reserved, part_folder, reserve
 from gdd_fast.sampling.seeds import check_class, parse_seeds
 from gdd_fast.sampling.writers import check_new_output
+from gdd_fast.settings import Settings
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """What `sample` makes."""
 
     net: str
@@ -109,6 +111,11 @@ def _sample(
     net = load_generator(teacher_path(config.net), dtype=config.dtype)
     operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
     check_class(config.class_index, net.label_dim)
+    if net.img_channels not in (1, 3):
+        raise ConfigError(
+            f"{config.net} makes maps of {net.img_channels} channels, and files of images have 1 or 3: call "
+            'OneStepGenerator.from_pretrained(...)(n, output="float") for the values'
+        )
     run = _run(config, seeds, net)
     if output is not None:
         output.check(run)
@@ -116,7 +123,7 @@ def _sample(
         sigma = config.sampler.sigma_max
         net = OneStepGenerator.from_network(net, device=device, engine=engine, backend=config.backend, sigma=sigma)
     else:
-        net = net.to(device)
+        net = hold_frozen_weights(net.to(device), net.dtype)
 
     def images_of(seeds: Sequence[int]) -> Iterator[Batch]:
         batches = launch(

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks.cases.layer_calls import Layers, layers
 from benchmarks.counts.launches import OPERATORS, PROGRAMS, Launch, launches
-from tests.offline import Resources, compile_triton
+from benchmarks.counts.offline import Resources, compile_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -184,7 +184,7 @@ def _code(module: str, seen: set[str]) -> list[str]:
 
 
 def _tokens(text: str, lines: range, skipped: Iterable[int] = ()) -> list[str]:
-    """Of these lines of a module, without comments."""
+    """A digest of these lines of a module, without comments."""
     dropped = {tokenize.COMMENT, tokenize.NL}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [t.string for t in tokens if t.start[0] in lines and t.start[0] not in skipped and t.type not in dropped]

@@ -29,10 +29,10 @@ FLOOR = 0.1
 _FLOOR_OF_WEIGHTS = 3e-3
 """Of G, given the gradient of the images: neither is behind that. float32 alone differs by 1e-5 on a CPU."""
 _FLOOR_OF_WHOLE = 0.3
-"""Of a whole G step: the kinks cost its smallest gradients 0.07 of their norm with four images."""
+"""Allowed for a whole G step: the kinks cost its smallest gradients 0.07 of their norm with four images."""
 
 Gradient = dict[str, list[Tensor]]
-"""Of one step or several, by the step's name."""
+"""The gradients of one step or several, by the step's name."""
 
 
 @dataclass(frozen=True)

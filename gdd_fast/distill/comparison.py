@@ -15,16 +15,19 @@ from gdd_fast.data import load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import full_float32
 from gdd_fast.distill.components import load_teacher
+from gdd_fast.distill.gdd import GRID_SEEDS, Distillation
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
-from gdd_fast.layers.backends import choose_backend
+from gdd_fast.layers.backends import choose_backend, set_backend
 from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.report import unet_picture
+from gdd_fast.report.run_record import SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
-from gdd_fast.sampling.grid import save_panel
+from gdd_fast.sampling.grid import save_grid, save_panel
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -45,6 +48,22 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
         )
     for name in FEATURES:
         build_extractor(name, **_options(config, name))
+
+
+def begin(config: TrainConfig, task: Distillation) -> None:
+    """Before the first iteration: what the report compares with. Overwrites what a run left that never was saved.
+
+    samples/teacher.png and samples/000000000.png are the teacher's images and those of its weights in one step, from
+    the noise of every later sheet; unet.json says what trains.
+    """
+    backend, device = task.operators["to_uint8"], task.world.device
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
+    set_backend(teacher, config.run.backend)
+    images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
+    save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
+    task.tick(0)
+    with atomic_write(config.run_dir / UNET) as temporary:
+        temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
 
 
 def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:

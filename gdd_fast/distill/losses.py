@@ -1,7 +1,7 @@
 """The exclusive GAN loss of GDD and its R1 penalty.
 
-Logits come from `DiscriminatorHeads` as a list over backbones of lists over heads of tensors (N, P): one logit an image
-and position. Non-saturating loss: Goodfellow et al. 2014; R1: Mescheder et al. 2018, equation 9.
+Logits come from `DiscriminatorHeads` as a list over backbones of lists over heads of tensors (N, P): one logit per
+image and position. Non-saturating loss: Goodfellow et al. 2014; R1: Mescheder et al. 2018, equation 9.
 """
 
 from collections.abc import Callable
@@ -55,6 +55,7 @@ def r1_penalty(images: Tensor, logits: Logits) -> Tensor:
     return gradient.float().square().sum(dim=(1, 2, 3))
 
 
-def mean_logit(logits: Logits) -> Tensor:
-    """Mean over all logits, detached; for the log."""
-    return torch.cat([head.detach().float().flatten() for heads in logits for head in heads]).mean()
+def mean_and_positive(logits: Logits) -> tuple[Tensor, Tensor]:
+    """Of all logits, detached, the mean and the share above zero, which take an image for real; for the log."""
+    flat = torch.cat([head.detach().float().flatten() for heads in logits for head in heads])
+    return flat.mean(), (flat > 0).float().mean()

@@ -23,9 +23,11 @@ from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
+from gdd_fast.settings import Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -40,7 +42,7 @@ TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Everything a pretraining run can be told. Field names are flag names."""
 
     data: str = "demo"
@@ -54,7 +56,7 @@ class PretrainConfig:
     channel_mult: tuple[int, ...] = (1, 2)
     """Channel multiplier of each level."""
     num_blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
     dropout: float = 0.0
@@ -64,7 +66,7 @@ class PretrainConfig:
     x_flip: bool = True
     """Add the mirror image of every image to the data set."""
     batch: int = 128
-    """Images an iteration, over all GPUs."""
+    """Images per iteration, over all GPUs."""
     batch_gpu: int | None = None
     """Largest number of images through the network at once."""
     lr: float = 1e-3
@@ -80,7 +82,7 @@ class PretrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the network."""
     seed: int = 0
-    """Of the initialisation, the data order and the noise."""
+    """Seeds the initialisation, the data order and the noise."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
@@ -171,7 +173,7 @@ class Pretraining:
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        self.guard.step()
+        self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
@@ -203,6 +205,7 @@ class Pretraining:
 
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

@@ -75,9 +75,21 @@ class Convolution(nn.Module):
         self.packed: Tensor | None = None
         if target.convolve == "packed":
             # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [padding] * 2, [1, 1], [1, 1], 1, None)
+            self.packed = self._pack(weight)
         else:
             self.weight = nn.Buffer(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's order has no copy and no pickle, and is this processor's
+        return {**self.__dict__, "packed": None if self.packed is None else self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.packed is not None:
+            self.packed = self._pack(self.packed)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, [self.padding] * 2, [1, 1], [1, 1], 1, None)
 
     def forward(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:

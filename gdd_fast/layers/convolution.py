@@ -11,9 +11,21 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.layers.linear import Init, as_dtype
 from gdd_fast.layers.skip_pair import Pair
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
+
+
+def hold_frozen_weights(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold the frozen weights of all convolutions in `net` in `dtype` from here on, in place; returns `net`.
+
+    `Conv2d` casts such a weight in every call if it computes in another type. This is for a network that belongs to the
+    caller and only samples in `dtype`: results are the same bits, and the weights' own precision is given up.
+    """
+    for module in net.modules():
+        if isinstance(module, Conv2d) and module.weight is not None and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+    return net
 
 
 def resample_kernel(taps: Sequence[float]) -> Tensor:
@@ -70,7 +82,6 @@ class Conv2d(nn.Module):
         else:
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-        self._frozen_weight = FrozenWeight()
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
     def forward(self, x: Tensor | Pair, *, add_bias: bool = True) -> Tensor:
@@ -92,7 +103,7 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
             return F.conv2d(x, self.weight.to(x.dtype), as_dtype(bias, x.dtype), padding=padding)
-        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
+        weight = converted(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding, backend=self.backend)
 
     def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.layers.self_attention import Attention, QkvConv2d
+from gdd_fast.layers.silent import silent
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops import residual
 
@@ -81,7 +82,7 @@ class UNetBlock(nn.Module):
         """
         # Fused norms and residuals take a convolution's bias along, which libraries' add in a pass of its own, and the
         # residual's statistics spare the next norm a pass.
-        fused = self.norm1.is_fused(x)
+        fused = self.norm1.is_fused(x) and self._biases_are_free()
         h = self.conv0(self.norm0(x, statistics=statistics), add_bias=not fused)
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
@@ -103,6 +104,11 @@ class UNetBlock(nn.Module):
             h = self.proj(h, add_bias=not fused)
             x, statistics = self._merge(h, x, self.proj.bias if fused else None, fused and return_statistics)
         return (x, statistics) if return_statistics else x
+
+    def _biases_are_free(self) -> bool:
+        """Whether no one would notice that a convolution leaves its bias to what follows."""
+        convs = (self.conv0, self.conv1, self.skip, self.proj if self.num_heads else None)
+        return all(conv is None or silent(conv) for conv in convs)
 
     def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
         merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)

@@ -1,6 +1,6 @@
-"""Max pooling over 2x2 windows that keeps one byte an output for backward.
+"""Max pooling over 2x2 windows that keeps one byte per output for backward.
 
-PyTorch's own keeps the input and an int64 index an output: in float32, six times what the output takes. A window has
+PyTorch's own keeps the input and an int64 index per output: in float32, six times what the output takes. A window has
 four places, so a byte says all: 2 * row + column of the largest value, the first of equal ones, as in PyTorch.
 
 The operator is linear where the maxima are, and can be differentiated any number of times.
@@ -103,7 +103,7 @@ class _Collect(torch.autograd.Function):
 
 
 def collect_ref(x: Tensor, places: Tensor) -> Tensor:
-    """Of every window of x (N, C, H, W) the value at its place (N, C, H // 2, W // 2)."""
+    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2)."""
     windows = x[:, :, : places.shape[2] * 2, : places.shape[3] * 2]
     y = windows[:, :, ::2, ::2]
     for place in range(1, 4):

@@ -13,6 +13,7 @@ from gdd_fast.errors import ConfigError, WeightsError, require
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling import sampler
 from gdd_fast.sampling.seeds import SeedStreams, check_class
+from gdd_fast.settings import Settings
 
 
 class OneStepFunction(Protocol):
@@ -32,7 +33,7 @@ SamplerName = Literal["one-step", "heun"]
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Settings):
     """How latents become images."""
 
     sampler: SamplerName = "one-step"

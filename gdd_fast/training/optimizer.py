@@ -231,8 +231,10 @@ class StepGuard:
         self._read()
         return self._skipped_in_row
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
+
+        Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
 
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
@@ -241,13 +243,16 @@ class StepGuard:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._world.average_(p.grad for p in params)
+        gradients = [p.grad for p in params]
+        self._world.average_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
         self._on_host.copy_(self._count, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._unread = True
+        return norm
 
     def restore(self, skipped: int) -> None:
         """Go on counting from a checkpoint's `skipped`."""

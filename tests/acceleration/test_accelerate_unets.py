@@ -239,6 +239,19 @@ def test_unet2d_of_ddpm_cifar10_is_recognised(diffusers):
     assert report.counts["replaced"] == {"ResnetBlock2D": 22, "Attention": 6, "Conv2d": 65}
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKL", "VQModel"])
+def test_blocks_without_a_time_embedding(diffusers, name):
+    """Those of autoencoders, which are called with None in its place."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    net = getattr(diffusers, name)(block_out_channels=[8, 16], norm_num_groups=4, **blocks).eval()
+    decode = lambda net, x: net.decoder(net.encoder(x)[:, : net.config.latent_channels])
+    report = assert_accelerates(net, decode, (normal(1, 3, 16, 16, grad=True),), backend="torch")
+    assert report.counts["replaced"] == {"ResnetBlock2D": 10, "Attention": 2}
+    assert "ResnetBlock2D" not in report.counts["left"]
+    assert_restores(net, decode, (normal(1, 3, 16, 16),))
+
+
 def test_unet2d_frozen_in_channels_last_and_autocast(diffusers):
     net = unet(diffusers, CONFIGS["ddpm"]).requires_grad_(False).to(memory_format=torch.channels_last)
     report = assert_accelerates(net, DENOISE, INPUTS, backend="torch")

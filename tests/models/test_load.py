@@ -224,9 +224,10 @@ def test_from_pickle_owns_its_weights(net: EDMPrecond) -> None:
     assert_same(b, network_from_pickle(pickled(net)))
 
 
-def test_from_pickle_of_a_gdd_generator(net: EDMPrecond) -> None:
+@pytest.mark.parametrize("class_name", ["GDDPrecond", "D2OPrecond"])
+def test_from_pickle_of_a_gdd_generator(net: EDMPrecond, class_name: str) -> None:
     """GDD's files may still name an augmentation layer that their weights lack."""
-    source = pickled(net, "GDDPrecond")
+    source = pickled(net, class_name)
     del source.state_dict[AUGMENT]
     loaded = network_from_pickle(source, drop_augment=True)
     assert type(loaded) is GDDPrecond and loaded.sigma_eps == 0.002
@@ -234,9 +235,9 @@ def test_from_pickle_of_a_gdd_generator(net: EDMPrecond) -> None:
         network_from_pickle(source)
 
 
-@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", ""])
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "SongUNet", ""])
 def test_from_pickle_of_another_class(net: EDMPrecond, name: str) -> None:
-    with pytest.raises(WeightsError, match="only EDMPrecond and GDDPrecond"):
+    with pytest.raises(WeightsError, match="only EDMPrecond, GDDPrecond, D2OPrecond"):
         network_from_pickle(pickled(net, name))
 
 
@@ -281,9 +282,9 @@ def test_load_generator_from_folder_and_run(net: EDMPrecond, folder: Path, tmp_p
 def test_load_generator_from_pickle(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "network.pkl"
     path.touch()
-    monkeypatch.setattr(load.edm_pickle, "load", lambda _: {"ema": pickled(net)})
+    monkeypatch.setattr(load.pickle_reader, "load", lambda _: {"ema": pickled(net)})
     assert load_generator(path).model.map_augment is None
-    monkeypatch.setattr(load.edm_pickle, "load", lambda _: {"net": pickled(net)})
+    monkeypatch.setattr(load.pickle_reader, "load", lambda _: {"net": pickled(net)})
     with pytest.raises(WeightsError, match="no 'ema' network, only net"):
         load_generator(path)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cuda_on_host.plugin import OPERATORS, build
 
-from offline import ROOT
+from benchmarks.counts.offline import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -198,7 +198,7 @@ def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if dy is None or not any(needed):
         return tuple(result)
     if torch.is_grad_enabled():
-        # Gradients to be differentiated again (create_graph): rare, so by the definition. Of fresh views, so that a
+        # Gradients to be differentiated again (create_graph): rare, so by the definition. On fresh views, so that a
         # gradient stops here even where one input was computed from another.
         inputs = inputs.mapped(*[lambda t: t.view_as(t)] * 2)
         wanted: list[Any] = [inputs[i] for i, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
