@@ -39,7 +39,7 @@ ALLOWED_LEVELS: dict[Precision, int] = {"float32": 1, "float16": 16}
 side; a trained network has edges that float16's rounding moves by a few (docs/one_step.md)."""
 _BATCH = 16
 
-Function = Callable[[Tensor, Tensor | None], Tensor]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,13 @@ def check_portable(path: Path, dtype: str) -> None:
 @torch.no_grad()
 def trace(net: EDMPrecond, dtype: Precision = "float32", sigma: float = SIGMA) -> ExportedProgram:
     """The folded network as a program of PyTorch's own operators, for any number of images from 1 on."""
-    options = {"device": "cpu", "dtype": dtype, "engine": "compile", "backend": "torch"}  # nothing fused or in place
-    function = OneStepFunction(OneStepGenerator.from_network(net, sigma=sigma, **options)).eval()
-    inputs = (torch.zeros(2, net.img_channels, net.img_resolution, net.img_resolution),)
-    inputs += (torch.zeros(2, dtype=torch.int64),) if net.label_dim else ()
+    # nothing fused or in place
+    generator = OneStepGenerator.from_network(
+        net, device="cpu", dtype=dtype, engine="compile", backend="torch", sigma=sigma
+    )
+    function = OneStepFunction(generator).eval()
+    latents = torch.zeros(2, net.img_channels, net.img_resolution, net.img_resolution)
+    inputs = (latents, torch.zeros(2, dtype=torch.int64)) if net.label_dim else (latents,)
     batch = torch.export.Dim("batch", min=1)
     with _torch_warns_of_itself():
         program = torch.export.export(function, inputs, dynamic_shapes=_shapes(batch, len(inputs)))
@@ -155,6 +158,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -
         exported = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, input_names=names, output_names=["images"]
         )
+    assert exported is not None  # it is with dynamo=True
     exported.model.metadata_props.update({"format": "gdd_fast.one_step", **metadata})
     exported.save(path, external_data=False)
 

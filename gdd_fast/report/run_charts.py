@@ -13,7 +13,7 @@ TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
     (
         "Logits and their gap",
-        "mean over heads and positions; gap: real less generated",
+        "means; the gap is real less generated",
         {"logit_real": "real", "logit_fake": "generated", "logit_gap": "gap"},
     ),
     (
@@ -109,7 +109,8 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
             rows[f"{name}, last"] = (number(last(data, name)), None)
     for row, values in (run.distances or {}).get("distances", {}).items():
         for feature, value in values.items():
-            rows[f"Frechet distance {feature}, {row}"] = (number(value), value if row == "distilled" else None)
+            if _is_number(value):
+                rows[f"Frechet distance {feature}, {row}"] = (number(value), value if row == "distilled" else None)
     return rows
 
 

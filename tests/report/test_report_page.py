@@ -88,6 +88,14 @@ def test_a_deviation_stands_beside_its_metric(tmp_path):
     assert run_charts.summary(run)["kid, best"] == ("0.0315 ± 0.0025 at 5,000", 0.0315)
 
 
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    for path in (run / "metrics.jsonl", run / "unet.json", *(run / "samples").iterdir()):
+        path.unlink()
+    html = page([read_run(run)])
+    assert data_of(html)["charts"] == [] and "0 of 16,000" in html and 'id="samples"' not in html
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [read_run(write_run(tmp_path / name / "run")) for name in ("a", "b")]
     assert [run["name"] for run in data_of(page(runs))["runs"]] == ["a/run", "b/run"]

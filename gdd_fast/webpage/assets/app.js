@@ -259,7 +259,7 @@ try {
   showFacts();
   connect();
   startWorker();
-  $("device-label").hidden = !(await navigator.gpu?.requestAdapter());
+  $("device-label").hidden = !navigator.gpu; // whether it has an adapter shows when it is chosen
 } catch (error) {
   fail(error.message);
 }
