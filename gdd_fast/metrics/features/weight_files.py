@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdd_fast.errors import WeightsError
+from gdd_fast.errors import UnsafePickleError, WeightsError
 from gdd_fast.models.backbone_weights import read_tensors
+from gdd_fast.models.files.numpy_pickle import load_arrays
+from gdd_fast.models.files.pickle_reader import load_module
+from gdd_fast.models.files.script_tensors import is_torchscript, load_torchscript
 
 FOLDERS = "GDD_FAST_WEIGHTS"
 """Environment variable: folders with weight files, separated as in PATH."""
@@ -71,9 +74,10 @@ class WeightFile:
         """The tensors of the file, whose names depend on its kind; nothing in it is executed. Raises `WeightsError`."""
         path = self.find(override)
         try:
-            return read_tensors(path)
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}") from None
+            return _read(path)
+        except (WeightsError, UnsafePickleError) as error:
+            message = str(error)
+            raise type(error)(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
     def name_of(self, weights: Mapping[str, Tensor], resolution: int) -> str:
         """`network-resolution`, with the beginning of the digest behind it if these are not the published weights.
@@ -82,6 +86,17 @@ class WeightFile:
         """
         found = digest(weights)
         return f"{self.network}-{resolution}" + ("" if found in self.digests else f"-{found[:8]}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """By what the file is: TorchScript, NVIDIA's pickle of a network, a pickle of arrays, or plain tensors."""
+    if is_torchscript(path):
+        return load_torchscript(path)
+    if path.suffix.lower() == ".pkl":
+        return load_module(path)
+    if path.suffix.lower() == ".ckpt":
+        return {name: torch.from_numpy(array.copy()) for name, array in load_arrays(path).items()}
+    return read_tensors(path)
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
