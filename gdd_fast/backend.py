@@ -38,12 +38,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "
 class Operator:
     """What is known of an operator before it sees a tensor: its name and its fused implementations.
 
-    "auto" passes over the `opt_in` ones: they are not known to be faster than the definition.
+    "auto" passes over the `opt_in` ones: they are not known to be faster than the definition. Without `float64` only
+    the definition computes in it.
     """
 
     name: str
     fused: frozenset[str]
     opt_in: frozenset[str] = frozenset()
+    float64: bool = True
 
 
 @functools.cache
@@ -142,16 +144,23 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     return backend
 
 
-def chooser(operator: Operator) -> Callable[[Backend, str], str]:
-    """`resolve` for one operator; torch.compile runs it while it traces and takes the result for a constant.
+def chooser(operator: Operator) -> Callable[..., str]:
+    """`choose(backend, device, double=False)`: how every operator decides, before it calls torch.ops with the result.
 
-    What torch.compiler.assume_constant_result does, without importing the compiler and with it triton.
+    That is `resolve`, and for float64 (`double`) the definition where the operator computes it in nothing else.
+    torch.compile runs it while it traces and takes the result for a constant, as by
+    torch.compiler.assume_constant_result, which would import the compiler and with it triton.
     """
 
-    def choose(backend: Backend, device: str) -> str:
-        return resolve(backend, operator, device)
+    def choose(backend: Backend, device: str, double: bool = False) -> str:
+        chosen = resolve(backend, operator, device)
+        if chosen == "torch" or operator.float64 or not double:
+            return chosen
+        if backend == "auto":
+            return "torch"
+        raise BackendError(f"{operator.name}: backend {backend!r} does not compute in float64; use 'torch'")
 
-    choose._dynamo_marked_constant = True
+    choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return choose
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.checks import MismatchError, UncheckedError, poisoned, spoil, tensors
+from benchmarks.harness.checks import MismatchError, poisoned, spoil, tensors
 from benchmarks.harness.results import Row
 from benchmarks.harness.timing import Call, Timing, measure, peak_bytes
 
@@ -42,7 +42,7 @@ class Bench:
     images: int | None = None
     precision: str = "fp32"
     precisions: dict[str, str] = field(default_factory=dict)
-    """Of peers that compute in another type than the rest."""
+    """The types of peers that compute in another one than the rest."""
     headline: str = "wall"
     counts_memory: bool = True
     """Whether the peak of this process's tensors says anything; not where the work is done elsewhere."""
@@ -172,8 +172,6 @@ def measure_peer(
         return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
     except MismatchError as error:
         return Row(case.group, case.name, peer, failure=f"wrong: {error}")
-    except UncheckedError as error:
-        return Row(case.group, case.name, peer, failure=f"unchecked: {error}")
     except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
         return Row(case.group, case.name, peer, failure=describe_error(error))
     finally:

@@ -40,7 +40,7 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[True]
 def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False) -> Network | tuple[Network, Report]:
     """Replace, in place, the forward of those modules of `net` that gdd_fast computes faster or in less memory.
 
-    Parameters, buffers, the state_dict, hooks and classes stay as they are; only how is computed changes. What depends
+    Parameters, buffers, the state_dict, hooks and classes stay as they are; only how they compute changes. What depends
     on modes, `requires_grad` or hooks is decided at every call, so the network can be trained, frozen, moved and
     copied as before. A network that was accelerated already is restored first. See docs/accelerate.md.
 

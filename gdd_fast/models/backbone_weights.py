@@ -54,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError("there is no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -62,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"not a readable safetensors file ({error})") from None
-    if path.suffix not in (".pt", ".pth", ".th"):
+    if path.suffix.lower() not in (".pt", ".pth", ".th"):
         raise WeightsError("weights are read from .safetensors, .pt or .pth files")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -23,7 +23,7 @@ from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._memory_format import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
-_implementation = chooser(OPERATOR)
+_resolve = chooser(OPERATOR)
 
 Order = Literal["interleaved", "blocks"]
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -72,7 +72,7 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
         return attention_ref(qkv, num_heads, order)
     check_triton(qkv.shape[1] // (3 * num_heads), qkv.dtype, qkv.device.type)
     if qkv.shape[1:].numel() >= 2**31:
-        raise BackendError("attention: the triton backend takes fewer than 2^31 values an image; use 'torch'")
+        raise BackendError("attention: the triton backend takes fewer than 2^31 values per image; use 'torch'")
     layout = memory_format(qkv)
     y = _Attention.apply(qkv.contiguous(memory_format=torch.channels_last), num_heads, order)
     return y.contiguous(memory_format=layout)
@@ -99,7 +99,7 @@ def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") 
 def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
     if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
         backend = "triton"
-    return _implementation(backend, qkv.device.type)
+    return _resolve(backend, qkv.device.type)
 
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, chooser
-from gdd_fast.errors import BackendError, InputError
+from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import (
     DTYPES,
     channel_statistics_ref,
@@ -18,8 +18,8 @@ from gdd_fast.ops._memory_format import (
     statistics_parts,
 )
 
-OPERATOR = Operator("residual", fused=frozenset({"triton"}))
-_implementation = chooser(OPERATOR)
+OPERATOR = Operator("residual", fused=frozenset({"triton"}), float64=False)
+_choose = chooser(OPERATOR)
 
 
 def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -59,12 +59,7 @@ def residual(
         BackendError: the backend asked for cannot run here.
     """
     _check(h, skip, bias, statistics)
-    implementation = _implementation(backend, h.device.type)
-    if h.dtype == torch.float64 and implementation != "torch":
-        if backend != "auto":
-            raise BackendError(f"residual: backend {backend!r} does not compute in float64; use 'torch'")
-        implementation = "torch"
-    if implementation == "torch":
+    if _choose(backend, h.device.type, h.dtype == torch.float64) == "torch":
         y = residual_ref(h, skip, bias, scale)
         return (y, channel_statistics_ref(y)) if statistics else y
     y, s = torch.ops.gdd_fast.residual.default(h, skip, bias, float(scale), statistics)

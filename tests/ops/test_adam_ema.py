@@ -267,24 +267,6 @@ def test_a_copy_goes_on_alike(duplicate, backend):
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(again, params, strict=True) if a.numel())
 
 
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_copies_are_the_rounded_parameters(dtype, backend):
-    params = [p.detach() for p in parameters(backend)]
-    device = params[0].device
-    set_gradients(params, 0)
-    grads = [p.grad for p in params]
-    copies = [torch.empty_like(p, dtype=dtype) for p in params]
-    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    one = lambda value, dtype: torch.tensor(value, dtype=dtype, device=device)
-    step, skipped = one(0.0, torch.float32), one(0, torch.int64)
-    lr, weight = one(0.1, torch.float64), one(0.0, torch.float64)
-    adam_ema_(params, grads, *moments, step, skipped, lr, average_weight=weight, copies=copies, backend=backend)
-    assert all(torch.equal(c, p.to(dtype)) for c, p in zip(copies, params, strict=True))
-    assert copies[3].is_contiguous(memory_format=torch.channels_last)
-    assert (step.item(), skipped.item()) == (1, 0)
-
-
 class Copies(TorchDispatchMode):
     """Counts the copies that PyTorch is asked for, but those of single numbers."""
 

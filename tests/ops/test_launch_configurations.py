@@ -78,9 +78,9 @@ def test_every_operator_has_a_rule_and_measurements_are_well_formed():
 
 LAUNCHERS = {
     "attention": ("attention", "attention_backward"),
-    "frozen_conv2d_relu": ("relu_bits_", "mask_bits"),
     "group_norm_silu": ("statistics", "forward", "backward"),
     "max_pool2x2": ("max_pool2x2", "max_pool2x2_backward"),
+    "relu_bits": ("relu_bits_", "mask_bits"),
     "residual": ("residual",),
     "to_uint8": ("to_uint8",),
 }
