@@ -301,14 +301,18 @@ class InceptionFeatures:
         with full_float32():
             return self.network(x, self.tap)
 
-    @torch.no_grad()
-    def logits(self, features: Tensor) -> Tensor:
-        """float32 (N, 1008) of features (N, 2048), without the bias, which the Inception score leaves out as well."""
+    def check_classifier(self) -> None:
+        """Raise `WeightsError` if the weights came without the classifier."""
         if not self._classifier:
             raise WeightsError(
                 "these weights of Inception have no classifier, which the Inception score needs: "
                 "pytorch-fid's and torch-fidelity's files have it (--feature-weights inception=PATH)"
             )
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 (N, 1008) of features (N, 2048), without the bias, which the Inception score leaves out as well."""
+        self.check_classifier()
         with full_float32():
             return features.to(self.device) @ self.network.fc.weight.T
 

@@ -40,23 +40,12 @@ def _from_bytes(shape: tuple, kind: NumpyType, fortran: bool, data: memoryview) 
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _buffer(arguments: tuple) -> _Array:
-    """For `numpy.core.numeric._frombuffer(bytes, dtype, shape, order)`, how protocol 5 writes arrays."""
-    match arguments:
-        case (memoryview() as data, NumpyType() as kind, tuple(shape), "C" | "F" as order):
-            array = _Array(("numpy.ndarray", (0,), b"b"))
-            array.value = _from_bytes(shape, kind, order == "F", data)
-            return array
-    raise UnsafePickleError("the pickle has a NumPy array that is not of plain numbers")
-
-
 _GLOBALS = {"numpy.ndarray": "numpy.ndarray", "numpy.dtype": Constructor(NumpyType)} | {
     f"{module}.{name}": Constructor(make)
     for module in ("numpy.core", "numpy._core")
     for name, make in {
         "multiarray._reconstruct": _Array,
         "multiarray.scalar": numpy_scalar,
-        "numeric._frombuffer": _buffer,
     }.items()
 }
 
