@@ -25,6 +25,7 @@ from tqdm import tqdm
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
+from gdd_fast.config import named_paths
 from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.data.dataset import choose_images
 from gdd_fast.device import full_float32, pick_device
@@ -34,7 +35,7 @@ from gdd_fast.layers.backends import choose_backend
 from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.population import Needs, Population
-from gdd_fast.metrics.reference import choose_reference, load_references, save_reference
+from gdd_fast.metrics.reference import save_reference
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
@@ -121,7 +122,7 @@ class EvaluateConfig:
             "--generator-device cuda: there is no usable CUDA device; use cpu",
         )
         self.sampler.validate()
-        weight_paths(self.feature_weights)
+        named_paths("--feature-weights", self.feature_weights)
 
     def _refuse_unused(self, metrics: list[str]) -> None:
         """Raise `ConfigError` for an option that would have no effect."""
@@ -173,14 +174,7 @@ class ReferenceConfig:
         check_destination(self.out)
         require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
         require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
-        weight_paths(self.feature_weights)
-
-
-def weight_paths(entries: Sequence[str]) -> dict[str, Path]:
-    """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
-    for entry in entries:
-        require(all(entry.partition("=")[::2]), f"--feature-weights takes name=path, not {entry!r}")
-    return {name: Path(path) for name, _, path in (entry.partition("=") for entry in entries)}
+        named_paths("--feature-weights", self.feature_weights)
 
 
 @full_float32()
@@ -190,7 +184,7 @@ def reference(config: ReferenceConfig) -> int:
     dataset = load_data(config.data)
     measurement = Measurement(
         parse_metrics(f"fd@{config.features}"),
-        weights=weight_paths(config.feature_weights),
+        weights=named_paths("--feature-weights", config.feature_weights),
         resolution=config.feature_resolution,
         device=pick_device(config.device),
     )
@@ -215,7 +209,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     measurement = Measurement(
         parse_metrics(config.metrics, config.features),
-        weights=weight_paths(config.feature_weights),
+        weights=named_paths("--feature-weights", config.feature_weights),
         resolution=config.feature_resolution,
         device=device,
     )
@@ -229,7 +223,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     shape = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
     for real in filter(None, (dataset, held_out)):
         check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
-    known = _references(config, measurement, shape, complete=dataset is not None)
+    known = measurement.references(config.ref, shape, complete=dataset is not None)
     operators = choose_backend(
         config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
     )
@@ -239,10 +233,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             options = {"batch": config.batch, "max_images": max_images, "progress": bar.update}
             return dataset_populations(images, measurement.extractors, measurement.needs, **options)
 
-    real = [known.get(i) for i in range(len(measurement.extractors))]
-    if None in real:
+    real = known
+    if None in real or any(request.metric == "nn" for request in measurement.requests):
         counted = of_dataset(dataset, "real", config.data_images)
-        real = [kept or new for kept, new in zip(real, counted, strict=True)]
+        real = [kept or new for kept, new in zip(known, counted, strict=True)]
 
     options = {
         "batch": config.batch,
@@ -282,30 +276,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["std"] = {key: float(np.std([values[key] for values in rounds])) for key in keys}
         result["min"] = {key: min(values[key] for values in rounds) for key in keys}
     return result
-
-
-def _references(
-    config: EvaluateConfig, measurement: Measurement, shape: tuple[int, ...], complete: bool
-) -> dict[int, Population]:
-    """Of --ref, what stands for real images, by the extractor's place. `complete`: --data has what they lack.
-
-    Raises `ConfigError` or `DataError` before any image is made: for one that fits no network, and for what is missing.
-    """
-    files = [(path, population) for path in config.ref for population in load_references(path)]
-    zeros = torch.zeros(1, *shape, dtype=torch.uint8)
-    chosen = {}
-    for i, (extractor, needs) in enumerate(zip(measurement.extractors, measurement.needs, strict=True)):
-        found = choose_reference(files, extractor.name, extractor(zeros).shape[1] if files else 0, shape, needs)
-        if found is not None:
-            chosen[i] = found.to(extractor.device)
-        elif not complete:
-            there = ", ".join(f"{p.features or 'unnamed'} ({p.statistics.dim} dimensions)" for _, p in files)
-            what = "features of every image (evaluate ref --with-features)" if needs.rows else "statistics"
-            raise ConfigError(
-                f"--ref has no {what} of {extractor.name} and images {shape}: it holds {there}; give another, "
-                "or --data with the images themselves, or change --features"
-            )
-    return chosen
 
 
 def _neighbours(

@@ -17,6 +17,7 @@ from gdd_fast.metrics.inception_score import inception_score
 from gdd_fast.metrics.kid import kernel_distance
 from gdd_fast.metrics.neighbours import density_coverage, precision_recall
 from gdd_fast.metrics.population import Needs, Population
+from gdd_fast.metrics.reference import choose_reference, load_references
 
 Compute = Callable[[Population, Population, FeatureExtractor], dict[str, float]]
 
@@ -166,6 +167,31 @@ class Measurement:
     def of(self, network: str, populations: Sequence[Population]) -> Population:
         """The one of `network` among populations in the order of `extractors`."""
         return populations[self._names.index(network)]
+
+    def references(
+        self, paths: Sequence[str | Path], image_shape: tuple[int, ...], *, complete: bool
+    ) -> list[Population | None]:
+        """Of statistics in files, what stands for real images, for each extractor; None where they have nothing.
+
+        `complete`: what they lack comes from real images. Raises `ConfigError` or `DataError` for files that do not fit
+        the networks or the (C, H, W) of the images, and without `complete` for what they lack.
+        """
+        files = [(Path(path), population) for path in paths for population in load_references(path)]
+        if not files:
+            return [None] * len(self.extractors)
+        zeros = torch.zeros(1, *image_shape, dtype=torch.uint8)
+        chosen: list[Population | None] = []
+        for extractor, needs in zip(self.extractors, self.needs, strict=True):
+            found = choose_reference(files, extractor.name, extractor(zeros).shape[1], image_shape, needs)
+            if found is None and not complete:
+                there = ", ".join(f"{p.features or 'unnamed'} ({p.statistics.dim} dimensions)" for _, p in files)
+                what = "the features of every image (evaluate ref --with-features)" if needs.rows else "statistics"
+                raise ConfigError(
+                    f"the references hold {there}, and not {what} of {extractor.name}: give another one, the images "
+                    "themselves, or other features"
+                )
+            chosen.append(None if found is None else found.to(extractor.device))
+        return chosen
 
     def values(self, generated: Sequence[Population], real: Sequence[Population]) -> dict[str, float]:
         """Every requested value by its key: `fid`, `kid`, `kid_std`, `recall`; of another network, `recall-lite0-64`.

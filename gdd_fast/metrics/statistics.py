@@ -21,14 +21,18 @@ def dataset_populations(
     *,
     batch: int = 64,
     max_images: int | None = None,
+    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> list[Population]:
     """What metrics need of the images of `dataset`, one for each feature extractor.
 
-    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced.
-    Raises `DataError` for an image that cannot be read, and with fewer than two images.
+    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `share`
+    (rank, size) takes every size-th image from the rank-th on. Raises `DataError` for an image that cannot be read, and
+    with fewer than two images.
     """
-    return _enough(gather(_image_batches(dataset, batch, max_images), extractors, needs, progress))
+    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]]
+    found = gather(_image_batches(dataset, batch, indices), extractors, needs, progress)
+    return found if share[1] > 1 else _enough(found)
 
 
 def generator_populations(
@@ -84,6 +88,6 @@ def _enough(populations: list[Population]) -> list[Population]:
     return populations
 
 
-def _image_batches(dataset: ImageDataset, batch: int, max_images: int | None) -> Iterator[Tensor]:
-    for chunk in dataset.chunks(choose_images(len(dataset), max_images)):
+def _image_batches(dataset: ImageDataset, batch: int, indices: Sequence[int]) -> Iterator[Tensor]:
+    for chunk in dataset.chunks(indices):
         yield from torch.from_numpy(chunk).split(batch)
