@@ -2,7 +2,7 @@
 
     python -m benchmarks.study cifar16 --assets FOLDER --budget-minutes 30      go on for half an hour
     python -m benchmarks.study cifar16 --only gdd-i --part train                one run, judged later
-    python -m benchmarks.study cifar16 --table docs/study                       tables, curves and sheets of what is there
+    python -m benchmarks.study cifar16 --table docs/study                       what there is, in tables and pictures
 
 Everything is kept below --root and taken up again by the same command: SIGINT, SIGTERM and a spent budget save the
 state. Two processes may work at once on different runs, or one on `--part train` and one on `--part judge`. Weights of
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 judging.judge(folders, asked.only, budget)
         except training.OutOfTime:
             print("Stopped; the same command goes on from here.")
-            raise SystemExit(128 + stop.signal if stop.signal else 0) from None
+            if stop.signal:
+                raise SystemExit(128 + stop.signal) from None
+            return
     print("Everything asked for is trained and judged." if not asked.part else f"All of {asked.part} is done.")
 
 
