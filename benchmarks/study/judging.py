@@ -114,7 +114,7 @@ class Court:
         count = self.folders.study.images
         if subject.net is None:
             return _real_images(load_data(self.folders.data("train")), count)
-        net = load_generator(teacher_path(subject.net), self.device, "float32")
+        net = load_generator(teacher_path(subject.net), self.device, "float32").to(memory_format=torch.channels_last)
         backend = choose_backend("auto", self.device.type, [net], [TO_UINT8])["to_uint8"]
         seeds = range(subject.seed_set * count, (subject.seed_set + 1) * count)
         parts = generate(net, seeds, subject.sampler, batch=_BATCH, backend=backend)

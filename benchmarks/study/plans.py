@@ -94,8 +94,17 @@ CIFAR16 = Study(
     # 444,160 images is where the first sitting's time was up; its loss had fallen by 1 % over the last 100,000
     teacher={**_SMALL_TEACHER, "precision": "bf16", "ema_halflife_mimg": 0.05, "duration_mimg": 0.44416},
     preset="demo",
+    # every setting of the recipe, so that a run stays what it is when the preset is mended
     base={
+        "backbones": ("tf_efficientnet_lite0",),
+        "disc_resolution": 32,
+        "head_width": 0.25,
+        "g_lr": 1e-3,
+        "d_lr": 1e-3,
+        "r1_gamma": 3e-3,
+        "batch": 32,
         "ema_halflife_mimg": 0.01,
+        "ema_rampup": 0.1,
         "g_precision": "bf16",
         "tick_kimg": 2,
         "checkpoint_ticks": 5,
@@ -111,6 +120,7 @@ CIFAR16 = Study(
         Run("d-bf16", "GDD-I, discriminator in bf16", {"d_precision": "bf16"}, milestones=_LONG, seeds=3),
         Run("no-r1", "GDD-I without R1", {"r1_interval": 0}, milestones=_LONG),
         Run("heads", "GDD-I, logits reduced by heads", {"logit_reduction": "heads"}, milestones=_LONG),
+        Run("at-64", "GDD-I, discriminator at 64", {"disc_resolution": 64}, milestones=_LONG),
         Run("random-i", "level 1 frozen, random weights", {}, "random", _LONG),
     ),
 )
