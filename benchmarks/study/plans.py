@@ -100,7 +100,7 @@ CIFAR16 = Study(
         "disc_resolution": 32,
         "head_width": 0.25,
         "g_lr": 1e-3,
-        "d_lr": 1e-3,
+        "d_lr": 3e-4,
         "r1_gamma": 3e-3,
         "batch": 32,
         "ema_halflife_mimg": 0.01,
