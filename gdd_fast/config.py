@@ -133,7 +133,7 @@ class RunConfig(Settings):
     feature_weights: tuple[str, ...] = ()
     """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
     log: str = "auto"
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard where
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard if
     it is installed."""
 
 
