@@ -63,7 +63,7 @@ def no_work(monkeypatch):
         (sample, "load_generator"),
         (convert, "_read"),
         (prepare, "open_source"),
-        (evaluate, "build_extractor"),
+        (evaluate, "Measurement"),
         (pretrain, "join"),
     ):
         monkeypatch.setattr(module, name, work)
