@@ -214,8 +214,7 @@ def key_of(name: str, extractor: FeatureExtractor) -> str:
     """The key of a value: of Inception the plain name, and `fid` for its Frechet distance."""
     if extractor.name == "inception":
         return {"fd": "fid"}.get(name, name)
-    base, deviation, _ = name.partition("_std")
-    return f"{base}-{extractor.name}{deviation}"
+    return f"{name}-{extractor.name}"
 
 
 def is_better(key: str, value: float, than: float) -> bool:
