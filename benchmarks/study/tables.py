@@ -194,7 +194,7 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
 
 
 def write_sheet(folders: Folders, path: Path) -> bool:
-    """Images of the same seeds by the teacher and each run's last snapshot, below each other; False if there are none."""
+    """Images of the same seeds by the teacher and each run's last snapshot. Whether there are any."""
     rows = []
     if Path(teacher_path(folders.teacher)).exists():
         steps = folders.study.teacher_steps[0]
