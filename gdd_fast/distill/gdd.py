@@ -16,7 +16,7 @@ from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
-from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.report import report_page
@@ -212,6 +212,9 @@ class Distillation:
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
+
+    def exported(self, run_dir: Path) -> bool:
+        return holds_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

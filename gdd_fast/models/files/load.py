@@ -138,6 +138,15 @@ def network_digest(net: EDMPrecond) -> str:
     return digest.hexdigest()
 
 
+def holds_network(net: EDMPrecond, folder: str | Path) -> bool:
+    """Whether `folder` holds this very network, to the last bit, as `save_network` writes it in float32."""
+    try:
+        saved = load_network(folder)
+    except WeightsError:
+        return False
+    return type(saved) is type(net) and network_digest(saved) == network_digest(net)
+
+
 def as_generator(teacher: EDMPrecond) -> GDDPrecond:
     """A one-step generator that starts from `teacher`: copies of its weights under GDD's preconditioning.
 
