@@ -43,7 +43,10 @@ class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
-    """Pretrained network: EDM .pkl or converted folder; `demo` is the bundled teacher."""
+    """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
+    repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
+    sigma_init: float | None = None
+    """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
     freeze: int = 1
     """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
     g_lr: float = 1e-4
@@ -148,7 +151,9 @@ class TrainConfig:
             check_values(section)
         require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
         teacher = self.generator.teacher
-        require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
+        require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl, a converted folder or a pipeline of diffusers')")
+        sigma = self.generator.sigma_init
+        require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")

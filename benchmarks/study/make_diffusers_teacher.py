@@ -33,13 +33,13 @@ def make(
         in_channels=dataset.channels,
         out_channels=dataset.channels,
         layers_per_block=1,
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=schedule, prediction_type=prediction)
-    average = EMAModel(net.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
+    average = EMAModel(net.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     steps = int(kimg * 1000 / batch)
     started, losses = time.monotonic(), []
@@ -75,11 +75,11 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     parser.add_argument("--schedule", choices=("linear", "squaredcos_cap_v2"), default="linear")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--kimg", type=float, default=500.0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--kimg", type=float, default=60.0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=int, default=1000, help="steps between writings of the folder")
+    parser.add_argument("--save", type=int, default=250, help="steps between writings of the folder")
     options = vars(parser.parse_args())
     make(**options)
 

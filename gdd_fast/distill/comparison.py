@@ -70,7 +70,7 @@ def write(
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
     reference_set = load_data(_evaluate_data(config))
     teacher = load_teacher(config.generator.teacher).to(device)
-    untrained = as_generator(teacher).eval().requires_grad_(False)
+    untrained = as_generator(teacher, config.generator.sigma_init).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
     backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]

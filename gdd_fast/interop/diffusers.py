@@ -21,7 +21,7 @@ from torch import Tensor
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.models.files.load import PRECONDS, load_generator
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 
 OutputType = Literal["pil", "np", "pt"]
 
@@ -42,7 +42,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
         self.network = PRECONDS[precond](**init)
 
     @classmethod
-    def of(cls, network: EDMPrecond) -> "GeneratorModel":
+    def of(cls, network: Preconditioned) -> "GeneratorModel":
         """A component around `network` itself, not a copy."""
         precond = next((name for name, kind in PRECONDS.items() if type(network) is kind), None)
         if precond is None:
@@ -86,7 +86,7 @@ class OneStepPipeline(DiffusionPipeline):
         self._engine: tuple[Any, OneStepGenerator] | None = None
 
     @classmethod
-    def from_generator(cls, generator: str | Path | EDMPrecond | OneStepGenerator) -> "OneStepPipeline":
+    def from_generator(cls, generator: str | Path | Preconditioned | OneStepGenerator) -> "OneStepPipeline":
         """A pipeline of a network, or of whatever `gdd_fast.load_generator` takes."""
         network = load_generator(generator) if isinstance(generator, str | Path) else generator
         network = network.network if isinstance(network, OneStepGenerator) else network

@@ -4,7 +4,7 @@ A subclass adds its constructor, `init_config` and `forward`; nothing else in th
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Preconditioned(nn.Module):
         sigma_min, sigma_max: noise levels it supports; samplers clamp to them.
         sigma_init: the noise level at which a generator of one step is evaluated.
         dtype: what it computes in.
+        foreign: whether its layers are another library's, which `gdd_fast.accelerate` makes fast.
     """
 
     img_resolution: int
@@ -31,6 +32,7 @@ class Preconditioned(nn.Module):
     sigma_max: float
     sigma_init: float
     dtype: torch.dtype
+    foreign: ClassVar[bool] = False
 
     @abstractmethod
     def init_config(self) -> dict[str, Any]:

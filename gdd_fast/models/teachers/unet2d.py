@@ -34,6 +34,8 @@ class UNet2DPrecond(Preconditioned):
     Raises ConfigError for arguments that cannot make a network, and without diffusers.
     """
 
+    foreign = True
+
     def __init__(
         self,
         unet: dict[str, Any],
@@ -112,7 +114,7 @@ class UNet2DPrecond(Preconditioned):
     def _waves(self, time: Tensor) -> Tensor:
         embedding = self.model.time_proj
         if not isinstance(embedding, nn.Embedding):
-            return embedding(time)
+            return embedding(time).to(self.model.time_embedding.linear_1.weight.dtype)
         # one learned row per time, between which a fractional time lies
         below = time.floor().long().clamp(0, embedding.num_embeddings - 1)
         above = (below + 1).clamp(max=embedding.num_embeddings - 1)
@@ -120,6 +122,7 @@ class UNet2DPrecond(Preconditioned):
 
     def predict(self, x: Tensor, emb: Any) -> Tensor:
         """What the U-Net predicts, float32, of what it reads and an embedding; not yet divided by its time."""
+        x = 2 * x - 1 if self.unet_config["center_input_sample"] else x
         low = self.dtype != torch.float32
         with torch.autocast(x.device.type, dtype=self.dtype) if low else contextlib.nullcontext():
             x, image = unet_body(self.model, x, emb)
@@ -148,10 +151,9 @@ def output_gain(net: UNet2DPrecond) -> float:
 def unet_body(unet: nn.Module, x: Tensor, emb: Any) -> tuple[Tensor, Tensor | None]:
     """The features before the last norm, and the image that "skip" blocks have added up, of x (N, C, H, W).
 
-    `emb` goes to the blocks as it is.
+    `emb` goes to the blocks as it is; x is centered.
     """
-    image = 2 * x - 1 if unet.config.center_input_sample else x
-    x = unet.conv_in(image)
+    image, x = x, unet.conv_in(x)
     kept: tuple[Tensor, ...] = (x,)
     for block in unet.down_blocks:
         if hasattr(block, "skip_conv"):
