@@ -20,6 +20,7 @@ MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+AUTO = "auto"  # what a configuration without preset says: see recipe_for
 
 
 @dataclass(frozen=True)
@@ -351,6 +352,23 @@ def _presets() -> dict[str, TrainConfig]:
 
 
 PRESETS: dict[str, TrainConfig] = _presets()
+
+
+def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
+    """The recipe for a teacher that no preset is of, from the one whose network is most like it.
+
+    `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
+    small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Data, teacher and the
+    data to evaluate with are nobody's.
+    """
+    if parameters >= 150_000_000:
+        like = "imagenet-64"
+    elif resolution > 32:
+        like = "ffhq-64"
+    else:
+        like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
+    recipe = _freeze_variant(AUTO, _RECIPES[like], 1)
+    return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
 
 
 def preset(name: str) -> TrainConfig:

@@ -13,6 +13,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
@@ -150,6 +151,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _check_same_form(real, str(config.data or config.ref), samples, net)
     networks = [network for network in (net, *(e.network for e in extractors)) if network is not None]
     operators = choose_backend(config.backend, device.type, networks, [TO_UINT8])
+    if net is not None:
+        accelerate_foreign(net, config.backend)
 
     def statistics_of(images: ImageDataset, what: str, max_images: int | None) -> list[Statistics]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
+from gdd_fast.models.files.diffusers_folder import INDEX
 from gdd_fast.models.files.load import PRECONDS, load_generator
 from gdd_fast.models.preconditioned import Preconditioned
 
@@ -30,7 +31,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
     """A network of gdd_fast as a component of diffusers': stored with its arguments, called as the network.
 
     Args:
-        precond: "edm" or "gdd".
+        precond: "edm", "gdd" or "unet2d".
         init: the network's arguments, as in the config.json of a network folder.
     """
 
@@ -91,6 +92,16 @@ class OneStepPipeline(DiffusionPipeline):
         network = load_generator(generator) if isinstance(generator, str | Path) else generator
         network = network.network if isinstance(network, OneStepGenerator) else network
         return cls(GeneratorModel.of(network))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "OneStepPipeline":
+        """As diffusers', from a folder or repository that a pipeline was saved to, and from a training run as well."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / INDEX).is_file():
+            pipe = cls.from_generator(folder)
+            dtype = options.get("dtype", options.get("torch_dtype"))
+            return pipe if dtype is None else pipe.to(dtype)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()
     def __call__(

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
@@ -176,7 +176,17 @@ def _build(cls: type[Network], init: dict[str, Any], state: dict[str, Tensor], w
         raise WeightsError(f"{where}: the network cannot be built from its arguments: {error}") from error
     _check_state(net, state, where)
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+    _fill_buffers(net, lambda: cls(**init))
     return net.eval()
+
+
+def _fill_buffers(net: nn.Module, anew: Callable[[], nn.Module]) -> None:
+    """Give buffers that no file holds, of which some layers of diffusers' have one, the values they are made with."""
+    empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    made = anew() if empty else net
+    for name in empty:
+        module, _, buffer = name.rpartition(".")
+        net.get_submodule(module)._buffers[buffer] = made.get_buffer(name)
 
 
 def _check_state(net: Preconditioned, state: dict[str, Tensor], where: str) -> None:
