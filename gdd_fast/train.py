@@ -27,7 +27,7 @@ class Command:
 
     config: TrainConfig
     dry_run: bool = False
-    """Print the resolved settings and what would train, and stop."""
+    """Print the resolved settings, what would train and what is still needed, and stop."""
 
 
 def read(arguments: Sequence[str]) -> Command:
@@ -41,7 +41,10 @@ def read(arguments: Sequence[str]) -> Command:
     recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher)
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
     asked = parse(Command, Command(recipe), name="train", args=arguments, description=about)
-    asked.config.validate()
+    if asked.dry_run and asked.config.missing():
+        asked.config.validate_settings()
+    else:
+        asked.config.validate()
     return asked
 
 
@@ -54,6 +57,10 @@ def _recipe_of(teacher: str) -> TrainConfig:
     return override(recipe, run_dir=run_dir)
 
 
+# What a teacher says nothing about.
+_GIVEN = ("data", "teacher", "run_dir", "seed", "device", "backend", "workers")
+
+
 def settings_of(config: TrainConfig) -> str:
     """What a run without preset goes by, as the flags that say the same."""
     shown = [
@@ -61,7 +68,7 @@ def settings_of(config: TrainConfig) -> str:
         for section in fields(config)
         if is_dataclass(part := getattr(config, section.name))
         for name, value in to_dict(part).items()
-        if name not in ("data", "teacher", "run_dir", "seed", "device", "backend", "workers") and value not in (None, [])
+        if name not in _GIVEN and value not in (None, [])
     ]
     words = [
         f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
@@ -81,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from gdd_fast.training.ranks import is_main
 
     if asked.dry_run:
-        shown = dry_run.describe(config, preflight(config))
+        shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))
         if is_main():
             print(shown)
         return

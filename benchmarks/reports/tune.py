@@ -22,9 +22,11 @@ from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import measure
-from gdd_fast.ops.frozen_conv2d_relu import CEILING, mask_bits_ref, relu_bits_ref_
+from gdd_fast.ops.relu_bits import CEILING, mask_bits_ref, relu_bits_ref_
 
 Options = dict[str, int]
+
+operators = torch.ops.gdd_fast
 
 _FACTORS = (0.5, 1, 2, 4)
 _WARPS = (2, 4, 8, 16)
@@ -70,7 +72,7 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         return [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
 
     def bits(layer: ConvCall) -> Case:
-        return Case("frozen_conv2d_relu bits", str(layer), partial(_bits, layer, batch, dtype))
+        return Case("relu_bits", str(layer), partial(_bits, layer, batch, dtype))
 
     def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
         chosen = some(layers)
@@ -81,14 +83,14 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
         "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
         "residual": cases("residual", residuals, problems.residual_problem, False),
-        "frozen_conv2d_relu": [bits(layer) for layer in some(convolutions)],
+        "relu_bits": [bits(layer) for layer in some(convolutions)],
         "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
         "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
     }
 
 
 def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device) -> Bench:
-    """What the kernels of frozen_conv2d_relu do, for one output and its gradient: the convolution, which is the
+    """What the kernels of relu_bits do, for one output and its gradient: the convolution, which is the
     library's and takes most of the time, is left out.
     """
     side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
@@ -100,8 +102,8 @@ def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device)
     expected = [clamped, expected_bits, mask_bits_ref(dy, expected_bits)]
 
     def call() -> list[torch.Tensor]:
-        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
-        return [y, bits, torch.ops.gdd_fast.mask_bits(dy, bits, "triton")]
+        bits = operators.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
+        return [y, bits, operators.mask_bits(dy, bits, "triton")]
 
     def check(outputs: list[torch.Tensor]) -> None:
         right = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))

@@ -1,7 +1,8 @@
 """A small unconditional diffusion model made with diffusers alone, as anybody's would be: a teacher to distil.
 
-    python -m benchmarks.study.make_diffusers_teacher --prediction epsilon --schedule linear --out ddpm-epsilon
-    python -m benchmarks.study.make_diffusers_teacher --prediction v_prediction --schedule squaredcos_cap_v2 --out ddpm-v
+    python -m benchmarks.study.make_diffusers_teacher --out ddpm-epsilon
+    python -m benchmarks.study.make_diffusers_teacher --prediction v_prediction --schedule squaredcos_cap_v2 \\
+        --out ddpm-v
 
 `UNet2DModel`, `DDPMScheduler`, the mean squared error of what the network predicts at random times (Ho et al., arXiv
 2006.11239; Salimans & Ho, arXiv 2202.00512, for v), Adam and diffusers' own `EMAModel`. The folder is written by

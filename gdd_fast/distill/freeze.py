@@ -29,7 +29,13 @@ _DIFFUSERS: dict[tuple[str, str], dict[str, str]] = {
         "norm1": "norm",
         "norm2": "norm",
     },
-    ("diffusers.models.resnet", "ResnetBlockCondNorm2D"): {"conv1": "conv0", "conv2": "conv1", "conv_shortcut": "skip"},
+    ("diffusers.models.resnet", "ResnetBlockCondNorm2D"): {
+        "conv1": "conv0",
+        "conv2": "conv1",
+        "conv_shortcut": "skip",
+        "norm1": "norm",
+        "norm2": "norm",
+    },
     ("diffusers.models.attention_processor", "Attention"): {
         "to_q": "qkv",
         "to_k": "qkv",
@@ -68,11 +74,6 @@ class FreezeReport:
     def frozen(self) -> int:
         return sum(kind.frozen for kind in self.kinds)
 
-    @property
-    def fraction(self) -> float:
-        """Frozen share of all parameters, 0 to 1."""
-        return self.frozen / self.total
-
     def __str__(self) -> str:
         """A table with one line per kind of layer, largest first, and the sum."""
         rows = [*sorted(self.kinds, key=lambda kind: -kind.total), KindCount("all", self.total, self.frozen)]
@@ -85,7 +86,8 @@ def freeze(net: nn.Module, level: int) -> FreezeReport:
     """Set `requires_grad` of every parameter of `net`, EDM's networks or diffusers', wrapped or bare, and report on it.
 
     Level 0 trains everything (GDD), 1 freezes the blocks' convolutions, those that resample and attention's projection
-    (GDD-I), 2 also the qkv and 3 also the skip convolutions. What an earlier call froze and this level does not is trainable again.
+    (GDD-I), 2 also the qkv and 3 also the skip convolutions. What an earlier call froze and this
+    level does not is trainable again.
 
     Raises ConfigError for another level, or a network without U-Net blocks.
     """

@@ -15,10 +15,11 @@ from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
+from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
@@ -43,10 +44,10 @@ class Distillation:
         self.config, self.world, self.batch = config, world, run.batch
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
-        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()
+        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()
+        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
@@ -100,7 +101,7 @@ class Distillation:
             loss.backward()
             total += loss.detach()
         self.averages.add("loss_g", total)
-        self.g_guard.step()
+        self.averages.add("grad_norm_g", self.g_guard.step())
 
     def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
         """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
@@ -115,10 +116,12 @@ class Distillation:
             loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-            self.averages.add("logit_fake", mean_logit(fake))
-            self.averages.add("logit_real", mean_logit(true))
+            for kind, logits in (("fake", fake), ("real", true)):
+                mean, positive = mean_and_positive(logits)
+                self.averages.add(f"logit_{kind}", mean)
+                self.averages.add(f"sign_accuracy_{kind}", positive if kind == "real" else 1 - positive)
         self.averages.add("loss_d", total)
-        self.d_guard.step()
+        self.averages.add("grad_norm_d", self.d_guard.step())
 
     def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
         """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
@@ -129,7 +132,7 @@ class Distillation:
             loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
             loss.backward()
             self.averages.add("r1_penalty", penalty.mean())
-        self.r1_guard.step()
+        self.averages.add("grad_norm_r1", self.r1_guard.step())
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
@@ -197,7 +200,8 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR)
+        save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

@@ -223,7 +223,9 @@ class _Folder:
                         cast = tensor.detach().to(self.target.device, self.target.dtype)
                         layout = torch.channels_last if cast.ndim == 4 else torch.preserve_format
                         cast = cast.contiguous(memory_format=layout) if cast.ndim == 4 else cast
-                        tensors[name] = nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
+                        tensors[name] = (
+                            nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
+                        )
 
     def condition(self, rows: Rows) -> tuple[list[Tensor], int | None]:
         """The constant rows of a block and None, or with classes none and their place among all rows."""

@@ -30,7 +30,9 @@ def one_step(
     return net(latents * sigma, _noise_level(sigma, latents), labels)
 
 
-def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0) -> list[float]:
+def noise_levels(
+    steps: int = 18, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0
+) -> list[float]:
     """Equation 5: `steps` levels from `sigma_max` down to `sigma_min`, then 0. One step goes straight to 0.
 
     Raises `ConfigError` for a schedule that does not go down.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import edm_style
 from benchmarks.counts.saved_bytes import saved_bytes
 from gdd_fast import accelerate, restore
+from gdd_fast.acceleration.batch_norm import MARGIN
 from gdd_fast.backend import obstacle
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import frozen_conv2d_relu
@@ -23,6 +24,12 @@ CALL = lambda net, x: net(x)
 needs_bits = pytest.mark.skipif(
     obstacle(frozen_conv2d_relu.OPERATOR, "cpp", "cpu") is not None, reason="the extension is not built"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_maps_count(monkeypatch):
+    """Norms are folded on the maps of these tests too, where that is slower than not."""
+    monkeypatch.setitem(MARGIN, "cpu", 0)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,10 +272,13 @@ def test_a_build_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
 
 
 def test_the_kernels_of_the_frozen_relu_are_tuned_without_their_convolution(monkeypatch):
-    from gdd_fast.ops import frozen_conv2d_relu
-
-    monkeypatch.setattr(frozen_conv2d_relu, "resolve", lambda *arguments: "torch")
-    (case,) = tune.entries(True)["frozen_conv2d_relu"]
+    tuned = torch.ops.gdd_fast
+    plain = SimpleNamespace(
+        relu_bits_=lambda y, ceiling, _: tuned.relu_bits_(y, ceiling, "torch"),
+        mask_bits=lambda dy, bits, _: tuned.mask_bits(dy, bits, "torch"),
+    )
+    monkeypatch.setattr(tune, "operators", plain)
+    (case,) = tune.entries(True)["relu_bits"]
     bench = case.build(CPU)
     call = bench.peers["gdd_fast:triton"]()
     bench.check(call())

@@ -114,6 +114,7 @@ def test_the_command_makes_a_teacher(inputs, tmp_path, capsys):
     assert "Teacher after 40 images" in capsys.readouterr().out
     assert as_generator(load_generator(tmp_path / "run" / TEACHER)).img_resolution == 16
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
+    assert "skipped_steps" in (tmp_path / "run" / "report.html").read_text()
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["images"] == 40 and line["skipped_steps"] == 0 and math.isfinite(line["loss"])
 

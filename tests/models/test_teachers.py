@@ -217,7 +217,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="FlowMatch"):
         parametrisation_of(dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEuler"})
     unet.save_pretrained(tmp_path / "alone")
-    with pytest.raises(WeightsError, match="scheduler_config.json"):
+    with pytest.raises(WeightsError, match="scheduler_config"):
         load_generator(tmp_path / "alone")
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "broken")
     weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.errors import ConfigError
-from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.precond import compute_dtype
+from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers import make_parametrisation
 
 MAX_SIZE = 65536
@@ -74,13 +74,21 @@ class UNet2DPrecond(Preconditioned):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        *,
+        force_fp32: bool = False,
+    ) -> Tensor:
         """Denoised images D(x; sigma), float32 (N, C, H, W).
 
         Args:
             x: noisy images (N, C, H, W), any floating type.
             sigma: noise level > 0, one for all or N of them.
             class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
+            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
 
         Raises ConfigError if the shapes do not fit the network.
         """
@@ -89,9 +97,10 @@ class UNet2DPrecond(Preconditioned):
         labels = self._class_labels(class_labels, x)
         c = self.parametrisation.coefficients(self._noise_levels(sigma, x, torch.float64))
         skip, out, scale = (value.float()[:, None, None, None] for value in (c.skip, self.out_factor(c), c.scale))
+        dtype = torch.float32 if force_fp32 else self.dtype
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(c.time.float(), labels)
-            return skip * x + out * self.predict(scale * x + c.shift if c.shift else scale * x, emb)
+            return skip * x + out * self.predict(scale * x + c.shift if c.shift else scale * x, emb, dtype)
 
     def out_factor(self, c: Any) -> Tensor:
         """What `predict` is multiplied by, float64 (N,)."""
@@ -120,11 +129,11 @@ class UNet2DPrecond(Preconditioned):
         above = (below + 1).clamp(max=embedding.num_embeddings - 1)
         return torch.lerp(embedding(below), embedding(above), (time - below)[:, None].to(embedding.weight.dtype))
 
-    def predict(self, x: Tensor, emb: Any) -> Tensor:
+    def predict(self, x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:
         """What the U-Net predicts, float32, of what it reads and an embedding; not yet divided by its time."""
         x = 2 * x - 1 if self.unet_config["center_input_sample"] else x
-        low = self.dtype != torch.float32
-        with torch.autocast(x.device.type, dtype=self.dtype) if low else contextlib.nullcontext():
+        low = dtype != torch.float32
+        with torch.autocast(x.device.type, dtype=dtype) if low else contextlib.nullcontext():
             x, image = unet_body(self.model, x, emb)
         x = self.model.conv_out(self.model.conv_act(self.model.conv_norm_out(x.float())))
         x = x if image is None else x + image.float()

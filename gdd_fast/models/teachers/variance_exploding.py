@@ -22,7 +22,9 @@ class VarianceExploding(Parametrisation):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 1348.0) -> None:
         if not 0 < sigma_min < sigma_max < float("inf"):
-            raise ConfigError(f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}.")
+            raise ConfigError(
+                f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}."
+            )
         self._options = {"sigma_min": sigma_min, "sigma_max": sigma_max}
         self.sigma_min, self.sigma_max = 2 * sigma_min, 2 * sigma_max
         self.sigma_init = min(10.0, self.sigma_max)  # it predicts noise, as `variance_preserving` has it
