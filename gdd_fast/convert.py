@@ -117,8 +117,9 @@ def describe(net: Preconditioned) -> str:
     arguments = {
         name: value for name, value in net.init_config().items() if name not in ("sigma_eps", "sigma_init", "dtype")
     }
+    parameters = sum(p.numel() for p in net.parameters())
     return (
-        f"{type(net).__name__} with {type(net.model).__name__}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"{type(net).__name__} with {type(net.model).__name__}: {parameters:,} parameters, "
         f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}, "
         f"{f'{net.label_dim} classes' if net.label_dim else 'unconditional'}\n"
         f"arguments: {json.dumps(arguments)}"
