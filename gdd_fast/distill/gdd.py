@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
@@ -48,6 +49,7 @@ class Distillation:
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
         self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
         self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
