@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
+from gdd_fast.device import fast_layout
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
 from gdd_fast.models.files.load import RUN_GENERATOR
@@ -41,10 +42,10 @@ class Distillation:
         run, device = config.run, world.device
         self.config, self.world, self.batch = config, world, run.batch
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
-        # channels_last is what tensor cores and oneDNN read without a layout copy
-        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()
+        layout = fast_layout(device)
+        self.generator = parts.generator.to(device, memory_format=layout).train()
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()
+        self.heads = parts.heads.to(device, memory_format=layout).train()
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
