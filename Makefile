@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | bench | clean        PYTHON=python3.12 VENV=.venv
+# make demo | test | test-all | lint | format | bench | docs | clean        PYTHON=python3.12 VENV=.venv
 # Everything runs in $(VENV), which is made on first use and renewed when requirements or C++ sources change.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
 BENCHMARKS_ONCE := OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/ --benchmark-disable -q
 
-.PHONY: demo test test-all lint format bench setup setup-dev clean
+.PHONY: demo test test-all lint format bench docs docs-serve setup setup-dev clean
 
 demo: setup
 	$(BIN)/python -m gdd_fast.train
@@ -39,6 +39,12 @@ format: setup-dev
 bench: setup-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
+docs: setup-dev
+	$(BIN)/mkdocs build
+
+docs-serve: setup-dev
+	$(BIN)/mkdocs serve
+
 setup: $(VENV)/.installed
 setup-dev: setup $(VENV)/.requirements-dev
 
@@ -62,5 +68,5 @@ $(VENV)/.installed: $(EXTENSION_SOURCES) $(VENV)/.requirements
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks gdd_fast/_C*.so $(VENV)/.installed
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks gdd_fast/_C*.so $(VENV)/.installed
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

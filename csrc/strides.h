@@ -4,8 +4,8 @@
 
 namespace gdd_fast {
 
-// The memory format of results made from x (N, C, H, W), as in gdd_fast/ops/_memory_format.py: channels_last if its channels are
-// innermost, in slices of channels_last tensors too.
+// The memory format of results made from x (N, C, H, W), as in gdd_fast/ops/_memory_format.py: channels_last if its
+// channels are innermost, in slices of channels_last tensors too.
 inline at::MemoryFormat memory_format(const at::Tensor& x) {
   const bool innermost = x.stride(1) == 1 && !(x.stride(2) == 1 && x.stride(3) == 1);
   return innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;

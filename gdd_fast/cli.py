@@ -3,17 +3,17 @@
 Flags are field names, help texts are the docstrings under the fields.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import tyro
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO, TypeVar
 
 from gdd_fast.errors import FULL, ConfigError, GddFastError
 
@@ -32,6 +32,8 @@ def parse(
 
     Unknown flags and values of the wrong type end the process with status 2.
     """
+    import tyro  # a command without flags of its own, and a library call, need none
+
     return tyro.cli(
         cls,
         prog=f"python -m gdd_fast.{name}",
@@ -66,12 +68,16 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C;
     141 without a word if whoever read the output has gone, as with `| head`. Of the processes of a torchrun, the first
     says the line; all leave it for torchrun, which shows it with the number of the process that failed first.
+
+    What cannot be said ends nothing: a stream that is closed, and a stderr whose reader has died or whose disk is full,
+    lose their lines, and the work goes on.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            _say_errors(main, args, kwargs)
+            with _usable_streams():
+                _say_errors(main, args, kwargs)
         except BrokenPipeError:
             if not _stdout_is_gone():
                 raise
@@ -79,6 +85,45 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(128 + signal.SIGPIPE) from None
 
     return wrapped
+
+
+class _Unbreakable(io.TextIOBase):
+    """A text stream that drops what its file does not take any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+
+@contextlib.contextmanager
+def _usable_streams() -> Iterator[None]:
+    """For a block; Python has None for a stream that was closed when it started (`>&-`)."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = before[0] or nowhere, _Unbreakable(before[1] or nowhere)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
@@ -89,8 +134,11 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
             sys.stdout.flush()  # what cannot be written is said here, and not by Python while it ends
     except GddFastError as error:
         _end(str(error))
-    except MemoryError as error:
-        _end(f"not enough memory{f' ({error})' if str(error) else ''}: ask for less at once")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        _end(f"not enough memory{f' ({reason})' if reason else ''}: ask for less at once")
     except OSError as error:
         reason = _what_the_system_refuses(error)
         if reason is None:
@@ -99,6 +147,12 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's allocators raise RuntimeError, on a GPU a subclass; that one is known by its name, without torch."""
+    named = {kind.__name__ for kind in type(error).__mro__} & {"MemoryError", "OutOfMemoryError"}
+    return bool(named) or any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
 
 
 def _end(message: str) -> None:

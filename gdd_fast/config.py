@@ -1,4 +1,4 @@
-"""What a distillation run can be told, one frozen dataclass a concern, and the presets of the paper.
+"""What a distillation run can be told, one frozen dataclass per concern, and the presets of the paper.
 
 Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`.
 Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750) and its public code.
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, require
+from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
@@ -22,7 +23,7 @@ DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The real images."""
 
     data: str | None = None
@@ -38,7 +39,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
+class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
@@ -56,7 +57,7 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Settings):
     """Frozen feature networks, their random projection, and the trainable heads."""
 
     backbones: tuple[str, ...] = ("vgg16_bn", "tf_efficientnet_lite0")
@@ -78,7 +79,7 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """The GAN loss."""
 
     logit_reduction: Reduction = "rows"
@@ -91,7 +92,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Length, size and output of the run."""
 
     run_dir: Path | None = None
@@ -99,7 +100,7 @@ class RunConfig:
     duration_mimg: float = 5.0
     """Length of the run, in millions of real images."""
     batch: int = 256
-    """Images an iteration, over all GPUs."""
+    """Images per iteration, over all GPUs."""
     batch_gpu: int | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest."""
     seed: int = 0
@@ -156,9 +157,9 @@ class TrainConfig:
         check_seed(run.seed)
         require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
-        require(run.evaluate_images >= 0, f"--evaluate-images cannot be negative, not {run.evaluate_images}")
+        require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
-        require(self.data.workers >= 0, f"--workers cannot be negative, not {self.data.workers}")
+        require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
         require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
         require(self.generator.ema_halflife_mimg > 0, "--ema-halflife-mimg must be positive")

@@ -16,13 +16,14 @@ from gdd_fast.models.files import pickle_reader
 from gdd_fast.models.files.load import RUN_GENERATOR, load_network, network_from_pickle
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.settings import Settings
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt")
 OTHER_SUFFIXES = (".pkl", ".pth", ".ckpt", ".bin", ".zip")  # as a destination, these mean a file, not a folder
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Convert an EDM or GDD .pkl, a network folder or a run to a folder, or to a state_dict file with EDM's names."""
 
     source: tyro.conf.Positional[Path]

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, one class a kind; each message says what was wrong and what to do."""
+"""Everything a user can get wrong, one class per kind; each message says what was wrong and what to do."""
 
 import errno
 

@@ -28,10 +28,11 @@ from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.sampling.generate import SamplerConfig
 from gdd_fast.sampling.seeds import check_class, parse_seeds
+from gdd_fast.settings import Settings
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What `evaluate` measures."""
 
     net: str | None = None
@@ -90,7 +91,7 @@ class EvaluateConfig:
             require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         else:
             require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
-            require(self.save_ref.suffix == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
+            require(self.save_ref.suffix.lower() == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
             require(not self.save_ref.exists(), f"--save-ref {self.save_ref} exists; name another file or move it")
             check_destination(self.save_ref)
         require(len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -14,10 +15,11 @@ from gdd_fast.data.sources import Labels, Split, open_source
 from gdd_fast.data.transform import Transform
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination
+from gdd_fast.settings import Settings
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """Convert images to a data set for training: one size, gray or RGB, lossless."""
 
     source: Path
@@ -50,8 +52,17 @@ def prepare(config: PrepareConfig) -> None:
         count, channels, height, width = convert(
             source, config.dest, config.transform, max_images=config.max_images, progress=progress
         )
-    classes = "no labels" if source.labels is None else f"{len(set(source.labels[:count].tolist()))} classes"
+    classes = "no labels" if source.labels is None else _classes(source.labels[:count])
     print(f"{count} images {width}x{height}, {'gray' if channels == 1 else 'RGB'}, {classes} -> {config.dest}")
+    if source.left_out:
+        others = ", ".join(f"{number} {suffix}" for suffix, number in sorted(source.left_out.items()))
+        print(f"left out, not known as images: {others}")
+
+
+def _classes(labels: np.ndarray) -> str:
+    """What a network will be told: numbers go up to the largest label, whether or not each has images."""
+    number, used = int(labels.max()) + 1, len(np.unique(labels))
+    return f"{number} classes" + ("" if used == number else f" ({used} of them with images)")
 
 
 @command

@@ -34,12 +34,13 @@ from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.resume import Reserved, part_folder, reserve
 from gdd_fast.sampling.seeds import check_class, parse_seeds
 from gdd_fast.sampling.writers import check_new_output
+from gdd_fast.settings import Settings
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """What `sample` makes."""
 
     net: str
@@ -109,6 +110,11 @@ def _sample(
     net = load_generator(teacher_path(config.net), dtype=config.dtype)
     operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
     check_class(config.class_index, net.label_dim)
+    if net.img_channels not in (1, 3):
+        raise ConfigError(
+            f"{config.net} makes maps of {net.img_channels} channels, and files of images have 1 or 3: call "
+            'OneStepGenerator.from_pretrained(...)(n, output="float") for the values'
+        )
     run = _run(config, seeds, net)
     if output is not None:
         output.check(run)

@@ -46,8 +46,8 @@ def assert_as_accurate_as_torch(
     """Assert the rule for `fused(*inputs)` against `ref(*inputs)`.
 
     Gradients are compared for the inputs that require them, for random cotangents that are slices of a larger tensor,
-    as the gradients of a U-Net's skip connections are. Where eager torch happens to be exact, one unit in the last
-    place of the largest value is allowed.
+    as the gradients of a U-Net's skip connections are. Where eager torch happens to be exact, two units in the
+    last place of the largest value are allowed.
     """
     want = _run(ref, inputs, seed, torch.float64)
     eager = _run(ref, inputs, seed)
@@ -60,7 +60,7 @@ def assert_as_accurate_as_torch(
         )
         assert tensor.isfinite().all() or not want[name].isfinite().all(), f"{name}: not finite"
         error, eager_error = (_max_error(t, want[name]) for t in (tensor, reference))
-        floor = torch.finfo(tensor.dtype).eps * want[name].abs().max().item() if tensor.numel() else 0.0
+        floor = 2 * torch.finfo(tensor.dtype).eps * want[name].abs().max().item() if tensor.numel() else 0.0
         assert error <= factor * eager_error + floor, (
             f"{name}: error {error:.3e}, and eager torch's is {eager_error:.3e} (floor {floor:.1e})"
         )

@@ -17,7 +17,7 @@ SOURCES = [*PACKAGE, *KERNELS]
 COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
 # From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
 LAYERS = (
-    ("config", "errors", "files", "cli", "backend", "extension_sources", "kernels", "device", "signals"),
+    ("config", "errors", "files", "cli", "backend", "extension_sources", "kernels", "device", "signals", "settings"),
     ("bundled", "data", "interop"),
     ("ops",),
     ("layers",),

@@ -218,7 +218,7 @@ def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.d
 
     peers = {"official": nchw(lambda x: stock(x)), "stock": stock}
     fused = fused_peers(max_pool2x2.OPERATOR, device, ours)
-    # backward needs the place of each maximum, a byte an output
+    # backward needs the place of each maximum, one byte per output
     return Problem({"x": x}, stock, peers | fused, ("x",), saved_bytes=2 * (x.numel() // 4))
 
 

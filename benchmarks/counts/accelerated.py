@@ -61,7 +61,7 @@ CASES: dict[str, Callable[[], Network]] = {
 
 
 def measure(net: nn.Module, call: Callable[[Tensor], Tensor], resolution: int) -> tuple[int, int, int]:
-    """Saved bytes an image, bytes of copies, operators dispatched."""
+    """Saved bytes per image, bytes of copies, operators dispatched."""
     x = torch.randn(2, 3, resolution, resolution, requires_grad=True)
     once, twice = (_kept(net, call, x[:n].detach().requires_grad_()) for n in (1, 2))
     return twice - once, max(2 * once - twice, 0), count(call, x.detach()).total
@@ -81,7 +81,7 @@ def _kept(net: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{'':<30}{'saved MB an image':>26}{'copies MB':>11}{'dispatched':>20}")
+    print(f"{'':<30}{'saved MB per image':>26}{'copies MB':>11}{'dispatched':>20}")
     print(f"{'':<30}{'stock':>10}{'gdd_fast':>10}{'%':>6}{'':>11}{'stock':>11}{'gdd_fast':>9}")
     for name, make in CASES.items():
         try:

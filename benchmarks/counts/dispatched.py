@@ -85,8 +85,8 @@ def plain_pytorch() -> Iterator[None]:
     def norm(*arguments, statistics=None, backend: str, **options) -> Tensor:
         return group_norm_silu.group_norm_silu_ref(*arguments, **options)
 
-    def merged(*arguments, statistics: bool = False, backend: str) -> Tensor:
-        return residual.residual_ref(*arguments)
+    def merged(*arguments, statistics: bool = False, backend: str, **options) -> Tensor:
+        return residual.residual_ref(*arguments, **options)
 
     def resample(*arguments, backend: str, **options) -> Tensor:
         return resample2d_ref(*arguments, **options)
@@ -174,7 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--operators", action="store_true", help="also list the engine's operators by name")
     options = parser.parse_args()
-    print(f"{'operators a forward (compute)':<32}{'all':>8}{'compute':>10}{'% of EDM':>10}")
+    print(f"{'operators per forward (compute)':<32}{'all':>8}{'compute':>10}{'% of EDM':>10}")
     for name, (total, compute) in EDM.items():
         print(f"{name + ', EDM':<32}{total:>8}{compute:>10}{'':>10}")
         rows = {"plain": of_plain(name), "engine, GPU": of_engine(name, "cuda"), "engine, CPU": of_engine(name, "cpu")}

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.layer_calls import AttentionCall, Layers, NormCall, ReluCall
+from benchmarks.counts.offline import TritonCase
 from gdd_fast.ops._memory_format import statistics_parts
-from tests.offline import TritonCase
 
 OPERATORS = ("group_norm_silu", "residual", "attention", "frozen_conv2d_relu", "max_pool2x2", "to_uint8")
 BATCHES = tuple(2**i for i in range(10))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks.cases.layer_calls import Layers, layers
 from benchmarks.counts.launches import OPERATORS, PROGRAMS, Launch, launches
-from tests.offline import Resources, compile_triton
+from benchmarks.counts.offline import Resources, compile_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"

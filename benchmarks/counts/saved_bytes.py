@@ -106,8 +106,8 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
     def group_norm_silu(*arguments, statistics: Statistics, backend: str, **options) -> Tensor:
         return group_norm_silu_ref(*arguments, **options)
 
-    def residual(*arguments, statistics: bool, backend: str) -> Tensor:
-        return residual_ref(*arguments)
+    def residual(*arguments, statistics: bool = False, backend: str, **options) -> Tensor:
+        return residual_ref(*arguments, **options)
 
     def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, backend: str, **options) -> Tensor:
         return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry, **options)
@@ -134,7 +134,7 @@ def plain_pytorch(net: nn.Module) -> Iterator[None]:
 
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
-    """Bytes an image: stock, ours."""
+    """Bytes per image: stock, ours."""
     stock, ours = [], []
     for batch in (1, 2):
         net, inputs = case.make(True, batch)

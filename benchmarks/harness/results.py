@@ -1,4 +1,4 @@
-"""The record: one row a case and peer, with the machine it was taken on, as JSON."""
+"""The record: one row per case and peer, with the machine it was taken on, as JSON."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """`python -m benchmarks.reports.tables`: the tables of docs/benchmarks.md and README.md, of benchmarks/results/*.json.
 
 What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README one short table
-a device and what has no figure of a GPU yet, in the docs every row, a table a group. `--check` changes nothing and
+a device and what has no figure of a GPU yet, in the docs every row, one table per group. `--check` changes nothing and
 exits with 1 if a file does not agree with the results.
 """
 
@@ -43,7 +43,7 @@ def readme(records: Sequence[Results]) -> str:
 
 
 def docs(records: Sequence[Results]) -> str:
-    """Every row of every record but those of docs/roofline.md: a table a group, and in it a case after the other."""
+    """Every row of every record but those of docs/roofline.md: one table per group, one case after the other."""
     parts = _preface(records)
     for record in records:
         parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record)]
@@ -153,7 +153,7 @@ def _best(rows: list[Row], wanted: Callable[[str], bool]) -> Row | None:
 
 
 def _long_table(cases: list[list[Row]], rates: dict[str, float]) -> str:
-    """A line a row; columns that would be empty are left out."""
+    """One line per row; columns that would be empty are left out."""
     lines = [
         {"case": "" if index else row.case, "peer": row.peer + _other_commit(row), **_cells(row, _stock(rows), rates)}
         for rows in cases

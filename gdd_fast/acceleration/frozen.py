@@ -2,8 +2,8 @@
 
     convolution     frozen: keeps nothing for backward, and takes in the batch norm that follows it
     batch norm      in evaluation mode and frozen: done by the convolution before it
-    ReLU, ReLU6     keep a bit an element in place of their result
-    max pooling     of 2x2 windows keeps a byte an output in place of its input and an int64 index an output
+    ReLU, ReLU6     keep one bit per element in place of their result
+    max pooling     of 2x2 windows keeps one byte per output in place of its input and an int64 index per output
 
 These save memory in backward, and the folded norms time. What a module may save is decided at every call: a network
 that is trained or unfrozen after all runs PyTorch's own layers.
@@ -215,7 +215,7 @@ class ReluState:
 
 
 class FastRelu(Fast):
-    """nn.ReLU or nn.ReLU6 that keeps a bit an element."""
+    """nn.ReLU or nn.ReLU6 that keeps one bit per element."""
 
     _gdd_fast: ReluState
 
@@ -236,7 +236,7 @@ def _plan_relu(plan: Plan, relu: nn.ReLU | nn.ReLU6) -> None:
         plan.leave(relu, plan.missing(frozen_conv2d_relu.OPERATOR))
     else:
         state = ReluState("relu6" if six else "relu", backend)
-        plan.replace(relu, FastRelu, state, "keeps one bit an element for backward")
+        plan.replace(relu, FastRelu, state, "keeps one bit per element for backward")
 
 
 def _surroundings(plan: Plan, module: nn.Module) -> nn.Module:
@@ -251,7 +251,7 @@ def _surroundings(plan: Plan, module: nn.Module) -> nn.Module:
 
 
 class FastMaxPool(Fast):
-    """nn.MaxPool2d over 2x2 windows that keeps a byte an output."""
+    """nn.MaxPool2d over 2x2 windows that keeps one byte per output."""
 
     _gdd_fast: Backend
 
@@ -273,4 +273,4 @@ def _plan_pool(plan: Plan, pool: nn.MaxPool2d) -> None:
     elif backend is None:
         plan.leave(pool, plan.missing(pooling.OPERATOR))
     else:
-        plan.replace(pool, FastMaxPool, backend, "keeps one byte an output for backward")
+        plan.replace(pool, FastMaxPool, backend, "keeps one byte per output for backward")

@@ -5,6 +5,8 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,19 +15,25 @@ import numpy as np
 from gdd_fast.data.classes import as_classes
 from gdd_fast.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+# What Pillow decodes in its default build.
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".tif", ".tiff", ".tga", ".jp2", ".avif"}
+)
 LABEL_FILE = "dataset.json"
 
 
 class Container(Protocol):
     """Image files by name.
 
-    path: the folder or archive; names: sorted names of the image files, relative, with forward slashes; read(name): the
-    bytes of any file in it, by any number of threads and forked processes at once.
+    path: the folder or archive; names: sorted names of the image files, relative, with forward slashes; left_out: how
+    many other files there are, by suffix; read(name): the bytes of any file in it, by any number of threads and forked
+    processes at once.
     """
 
     path: Path
     names: list[str]
+    left_out: dict[str, int]
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -50,11 +58,18 @@ class FolderContainer:
 
     def __init__(self, path: Path):
         self.path = path
-        found = []
+        found: list[str] = []
+        seen: dict[tuple[int, int], str] = {}
         for root, _, files in os.walk(path, followlinks=True):
+            status = os.stat(root)
+            earlier = seen.setdefault((status.st_dev, status.st_ino), root)
+            if earlier != root:
+                # with a link to a folder that holds it, the walk would not end
+                raise DataError(f"{root} is a link to {earlier}, whose images would count again: remove the link")
             relative = Path(os.path.relpath(root, path))
-            found += [name for name in ((relative / file).as_posix() for file in files) if _is_image(name)]
-        self.names = sorted(found)
+            found += ((relative / file).as_posix() for file in files)
+        self.names = sorted(name for name in found if _is_image(name))
+        self.left_out = _left_out(found)
 
     def __contains__(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -77,10 +92,15 @@ class ZipContainer:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                self._entries = {info.filename: _Entry.of(info) for info in archive.infolist() if not info.is_dir()}
-        except (OSError, zipfile.BadZipFile) as error:
+                files = [info for info in archive.infolist() if not info.is_dir()]
+        except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not a readable zip archive: {error}") from error
+        self._entries = {info.filename: _Entry.of(info) for info in files}
+        if len(self._entries) < len(files):
+            twice = next(name for name, count in Counter(info.filename for info in files).items() if count > 1)
+            raise DataError(f"{path}: holds {twice} more than once; pack the archive anew")
         self.names = sorted(name for name in self._entries if _is_image(name))
+        self.left_out = _left_out(self._entries)
         self._file = path.open("rb")
 
     def __getstate__(self) -> dict:
@@ -156,7 +176,14 @@ def read_labels(container: Container) -> np.ndarray | None:
 
 
 def _is_image(name: str) -> bool:
-    """By its suffix; hidden files, and the shadow copies that macOS puts into archives, are none."""
-    parts = name.split("/")
-    hidden = any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in parts)
-    return not hidden and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _is_hidden(name: str) -> bool:
+    """Hidden files and folders, and the shadow copies that macOS puts into archives."""
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _left_out(names: Iterable[str]) -> dict[str, int]:
+    others = (name for name in names if not (_is_hidden(name) or _is_image(name) or name == LABEL_FILE))
+    return dict(Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in others))

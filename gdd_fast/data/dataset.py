@@ -160,7 +160,7 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         images, labels = read_npz(path)
         if use_labels and labels is None:
             raise DataError(f"{path}: labels were asked for, but it holds no array `labels`")

@@ -16,28 +16,42 @@ if TYPE_CHECKING:
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
+_DEEP = "bits_per_channel"
+
+
 def decode(content: bytes, name: str) -> "Image":
-    """The image in `content`, wholly decoded; `DataError` naming `name` when that cannot be done."""
-    from PIL import Image
+    """The image in `content`, wholly decoded and turned as its EXIF data says.
+
+    Raises `DataError` naming `name` when that cannot be done.
+    """
+    from PIL import Image, ImageOps
 
     try:
         image = Image.open(io.BytesIO(content))
+        deep = any(";16" in str(part) for tile in image.tile for part in tile)
         image.load()
+        image = ImageOps.exif_transpose(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise DataError(f"{name} is not a readable image: {error}") from error
+    if deep or image.mode.startswith("I;16"):
+        image.info[_DEEP] = 16  # Pillow hands out 48-bit colour as 8 bits, and does not say so
     return image
+
+
+def is_deep(image: "Image") -> bool:
+    """Whether the file has 16 bits per channel. Colour is then here with the upper 8 of them, gray with all."""
+    return image.info.get(_DEEP) == 16
 
 
 def to_array(image: "Image", name: str) -> np.ndarray:
     """Pixels as uint8 (C, H, W), C = 1 for gray and 3 for RGB.
 
-    Other kinds (palette, transparency, 16 bit) have no one right meaning as network input and raise `DataError`;
+    Other kinds (palette, transparency, 16 bits) have no one right meaning as network input and raise `DataError`;
     `gdd_fast.prepare` converts them.
     """
     if image.mode == "L":
         return np.asarray(image)[np.newaxis]
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not is_deep(image):
         return np.asarray(image).transpose(2, 0, 1)
-    raise DataError(
-        f"{name} has Pillow mode {image.mode}, not 8-bit gray or RGB; convert the set with gdd_fast.prepare"
-    )
+    kind = "16 bits per channel" if is_deep(image) else f"Pillow mode {image.mode}"
+    raise DataError(f"{name} has {kind}, and is not 8-bit gray or RGB; convert the set with gdd_fast.prepare")

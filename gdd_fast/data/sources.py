@@ -2,7 +2,7 @@
 
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,8 @@ Labels = Literal["auto", "folders", "none"]
 class Source:
     """Images in a fixed order.
 
-    kind: for messages; size: how many; name(i), image(i): of image i, from any thread; labels: int64 (size,) or None.
+    kind: for messages; size: how many; name(i), image(i): of image i, from any thread; labels: int64 (size,) or None;
+    left_out: files beside them that are no images, by suffix.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Source:
     name: Callable[[int], str]
     image: Callable[[int], Image.Image]
     labels: np.ndarray | None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> Source:
@@ -44,7 +46,8 @@ def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> 
     - a folder or zip of image files, at any depth.
 
     labels: `auto` takes those that the source states, if it does (for image files, in `dataset.json`); `folders`
-    numbers the first-level folders of image files in alphabetical order; `none` drops them.
+    numbers the first-level folders of image files in alphabetical order, or those below if there is one alone; `none`
+    drops them.
     Raises `DataError` when it is none of these, holds no image or cannot be read.
     """
     if not path.exists():
@@ -52,7 +55,7 @@ def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> 
     if path.is_dir() and (pair := find_idx_pair(path, split)):
         images, classes = read_idx_pair(*pair)
         source = _from_arrays("idx files", path, images, classes)
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         source = _from_arrays("npz", path, *read_npz(path))
     elif path.is_file() and tarfile.is_tarfile(path):
         images, classes = read_cifar10(path, split)
@@ -62,7 +65,7 @@ def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> 
         return _from_files(container, labels)
     if labels == "folders":
         raise ConfigError(f"--labels folders is for image files; {path} holds {source.kind}")
-    return source if labels == "auto" else Source(source.kind, source.size, source.name, source.image, None)
+    return source if labels == "auto" else replace(source, labels=None)
 
 
 def _from_arrays(kind: str, path: Path, images: np.ndarray, labels: np.ndarray | None) -> Source:
@@ -85,14 +88,17 @@ def _from_files(container: Container, labels: Labels) -> Source:
         return decode(container.read(names[index]), name(index))
 
     classes = {"auto": read_labels, "folders": _folder_classes, "none": lambda _: None}[labels](container)
-    return Source("image files", len(names), name, image, classes)
+    return Source("image files", len(names), name, image, classes, container.left_out)
 
 
 def _folder_classes(container: Container) -> np.ndarray:
     loose = next((name for name in container.names if "/" not in name), None)
     if loose is not None:
         raise DataError(f"{container.path}: {loose} lies in no folder, so --labels folders has no class for it")
-    folders, classes = np.unique([name.split("/")[0] for name in container.names], return_inverse=True)
+    parts = [name.split("/")[:-1] for name in container.names]
+    # an archive of a folder has that folder on top of those of the classes
+    top = 1 if len({part[0] for part in parts}) == 1 and all(len(part) > 1 for part in parts) else 0
+    folders, classes = np.unique([part[top] for part in parts], return_inverse=True)
     if len(folders) == 1:
-        raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one a class")
+        raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one per class")
     return as_classes(classes, lambda index: f"{container.path}: the number of the folder of {container.names[index]}")

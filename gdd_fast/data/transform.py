@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from gdd_fast.errors import ConfigError, DataError
+from gdd_fast.settings import Settings
 
 Color = Literal["auto", "gray", "rgb"]
 Crop = Literal["none", "center"]
@@ -18,8 +19,8 @@ _COLOR_MODES = {"RGB", "RGBA", "P", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
-class Transform:
-    """In this order: turned as its EXIF data says, colour (transparency over white), black border, crop, resize."""
+class Transform(Settings):
+    """In this order: 8 bits per channel, colour (transparency over white), black border, crop, resize."""
 
     resolution: int | None = None
     """Height and width of the result; None keeps the size."""
@@ -32,7 +33,8 @@ class Transform:
     color: Color = "auto"
     """`auto` leaves gray gray and makes every other kind RGB; a set must come out all alike."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("resolution", "pad_to"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
@@ -40,7 +42,7 @@ class Transform:
 
     def __call__(self, image: Image.Image, name: str) -> np.ndarray:
         """`image` as uint8 (C, R, R); `DataError` naming `name` when these settings do not make it a square image."""
-        image = self._colored(ImageOps.exif_transpose(image), name)
+        image = self._colored(image, name)
         if self.pad_to is not None:
             image = _padded(image, self.pad_to, name)
         if self.crop == "center":
@@ -52,9 +54,15 @@ class Transform:
         return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _colored(self, image: Image.Image, name: str) -> Image.Image:
+        if image.mode.startswith("I;16"):
+            # the upper 8 of 16 bits, which is also what Pillow gives of 48-bit colour
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         gray = image.mode in _GRAY_MODES
         if not gray and image.mode not in _COLOR_MODES:
-            raise DataError(f"{name} has Pillow mode {image.mode}, which has no plain conversion to 8 bits a channel")
+            raise DataError(
+                f"{name} has Pillow mode {image.mode}, which has no plain conversion to 8 bits per channel: convert "
+                "it to 8 or 16 bits first, or leave it out"
+            )
         if image.has_transparency_data:
             # Dropping alpha would bring out whatever colour lies below transparent pixels.
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -37,10 +37,11 @@ def write_dataset(path: Path, items: Iterable[Item]) -> None:
     The .npz holds `images` uint8 (N, H, W) or (N, H, W, 3) and, with classes, `labels` int64 (N,); at 32x32 and below
     it is about half as large as PNGs. The same items give the same bytes. Errors as `write_edm_zip`.
     """
-    if path.suffix not in WRITERS:
+    suffix = path.suffix.lower()
+    if suffix not in WRITERS:
         raise DataError(f"{path}: the name of a data set must end in {' or '.join(WRITERS)}")
     with atomic_write(path) as temporary:
-        WRITERS[path.suffix](temporary, _checked(items))
+        WRITERS[suffix](temporary, _checked(items))
 
 
 def _write_zip(path: Path, items: Iterator[Item]) -> None:

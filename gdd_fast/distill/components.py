@@ -56,6 +56,12 @@ def build(config: TrainConfig) -> Components:
     plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
     dataset = load_data(config.data.data, use_labels=config.data.cond)
     teacher = load_teacher(config.generator.teacher)
+    broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise WeightsError(
+            f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
+            "its checkpoints, or copy the file again"
+        )
     generator = as_generator(teacher)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)

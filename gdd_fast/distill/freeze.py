@@ -46,7 +46,7 @@ class FreezeReport:
         return self.frozen / self.total
 
     def __str__(self) -> str:
-        """A table with one line a kind of layer, largest first, and the sum."""
+        """A table with one line per kind of layer, largest first, and the sum."""
         rows = [*sorted(self.kinds, key=lambda kind: -kind.total), KindCount("all", self.total, self.frozen)]
         lines = [f"{'layers':<16}{'parameters':>14}{'frozen':>14}{'%':>8}"]
         lines += [f"{r.kind:<16}{r.total:>14,}{r.frozen:>14,}{100 * r.frozen / r.total:>8.2f}" for r in rows]

@@ -1,7 +1,7 @@
 """The exclusive GAN loss of GDD and its R1 penalty.
 
-Logits come from `DiscriminatorHeads` as a list over backbones of lists over heads of tensors (N, P): one logit an image
-and position. Non-saturating loss: Goodfellow et al. 2014; R1: Mescheder et al. 2018, equation 9.
+Logits come from `DiscriminatorHeads` as a list over backbones of lists over heads of tensors (N, P): one logit per
+image and position. Non-saturating loss: Goodfellow et al. 2014; R1: Mescheder et al. 2018, equation 9.
 """
 
 from collections.abc import Callable

@@ -27,6 +27,7 @@ from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
+from gdd_fast.settings import Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -41,7 +42,7 @@ TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Everything a pretraining run can be told. Field names are flag names."""
 
     data: str = "demo"
@@ -55,7 +56,7 @@ class PretrainConfig:
     channel_mult: tuple[int, ...] = (1, 2)
     """Channel multiplier of each level."""
     num_blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
     dropout: float = 0.0
@@ -65,7 +66,7 @@ class PretrainConfig:
     x_flip: bool = True
     """Add the mirror image of every image to the data set."""
     batch: int = 128
-    """Images an iteration, over all GPUs."""
+    """Images per iteration, over all GPUs."""
     batch_gpu: int | None = None
     """Largest number of images through the network at once."""
     lr: float = 1e-3
@@ -107,7 +108,7 @@ class PretrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} cannot be negative, not {getattr(self, name)}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")

@@ -3,7 +3,7 @@
 With x = sigma z, z standard normal, D(x; sigma) = c_skip sigma z + c_out F(c_in sigma z, c_noise, labels), and in F:
 
 - The embedding depends on nothing, or on the label alone. So do the affine layers of all blocks, which become
-  constants, or a table with one row a class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
+  constants, or a table with one row per class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
   before it, a constant scale and shift (ADM) the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
 - c_in sigma scales the convolutions that read the image, c_out those that write it; both pad with zeros and are linear.
 - A block ends in (conv1(h) + skip) k, k = sqrt(1/2) or 1. k goes into conv1 and into a projection on the skip path;

@@ -8,10 +8,10 @@ network once. What is left runs under one of three engines:
 
     "eager"     operator after operator
     "compile"   torch.compile of the folded network
-    "graph"     CUDA graphs, one a batch size, so that a small batch does not wait for the host
+    "graph"     CUDA graphs, one per batch size, so that a small batch does not wait for the host
 
 Seeds: image i is a function of seeds[i] and labels[i] alone, but for rounding; neither the batch size nor how seeds are
-split over processes changes it. The order of draws is EDM's (Karras et al., arXiv 2206.00364): one generator a seed,
+split over processes changes it. The order of draws is EDM's (Karras et al., arXiv 2206.00364): one generator per seed,
 the latent before the label.
 """
 

@@ -106,7 +106,7 @@ class OneStepPipeline(DiffusionPipeline):
         Args:
             batch_size: how many.
             class_labels: a class for all, one for each, or float (batch_size, label_dim); None draws classes.
-            generator: one, or one an image; the images are then the same whatever the batch.
+            generator: one, or one per image; the images are then the same whatever the batch.
             output_type: "pil", "np" (float32 (N, H, W, C) in [0, 1]) or "pt" (float32 (N, C, H, W) in [0, 1]).
             return_dict: False for a tuple.
 

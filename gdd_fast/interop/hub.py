@@ -158,7 +158,7 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
     Raises WeightsError for a string that is neither, and as `download`.
     """
     path = Path(name_or_path)
-    if path.exists() or isinstance(name_or_path, Path) or path.suffix == ".pkl":
+    if path.exists() or isinstance(name_or_path, Path) or path.suffix.lower() == ".pkl":
         return path
     if not _REPOSITORY.fullmatch(name_or_path):
         raise WeightsError(f"{name_or_path} is neither a path that exists nor a network on the Hub, such as user/name")

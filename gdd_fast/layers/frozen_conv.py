@@ -12,7 +12,7 @@ from gdd_fast.ops.frozen_conv2d_relu import OPERATOR, Activation, frozen_conv2d_
 class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` with a frozen weight: same arguments (zero padding only) and state_dict, no input kept for backward.
 
-    `forward(x, activation)` applies ReLU or ReLU6 as well, for one bit an element. The weight computes in x's type (or
+    `forward(x, activation)` applies ReLU or ReLU6 as well, for one bit per element. The weight computes in x's type (or
     autocast's) and layout; where that is not its own, the copy is made once. If the weight is made trainable after all,
     PyTorch's convolution runs.
     """

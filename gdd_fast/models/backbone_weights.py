@@ -53,7 +53,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError("there is no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"not a readable safetensors file ({error})") from None
-    if path.suffix not in (".pt", ".pth"):
+    if path.suffix.lower() not in (".pt", ".pth"):
         raise WeightsError("weights are read from .safetensors, .pt or .pth files")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -156,7 +156,7 @@ def adam_ema_(
         ("average_weight", average_weight, torch.float64, 1),
     ):
         if t.dtype != dtype or t.numel() != count or not t.is_contiguous():
-            wanted = "one number" if count == 1 else f"a dense tensor of {count} numbers, one a group,"
+            wanted = "one number" if count == 1 else f"a dense tensor of {count} numbers, one per group,"
             raise InputError(f"adam_ema_: {name} must be {wanted} of {dtype}, not {t.dtype} {tuple(t.shape)}")
         if params and t.device != params[0].device:
             raise InputError(f"adam_ema_: {name} is on {t.device}, the parameters on {params[0].device}")

@@ -72,7 +72,7 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
         return attention_ref(qkv, num_heads, order)
     check_triton(qkv.shape[1] // (3 * num_heads), qkv.dtype, qkv.device.type)
     if qkv.shape[1:].numel() >= 2**31:
-        raise BackendError("attention: the triton backend takes fewer than 2^31 values an image; use 'torch'")
+        raise BackendError("attention: the triton backend takes fewer than 2^31 values per image; use 'torch'")
     layout = memory_format(qkv)
     y = _Attention.apply(qkv.contiguous(memory_format=torch.channels_last), num_heads, order)
     return y.contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""A frozen convolution followed by ReLU or ReLU6: one bit an element is kept for backward.
+"""A frozen convolution followed by ReLU or ReLU6: one bit per element is kept for backward.
 
 PyTorch saves the convolution's input and the activation's output. Here neither is needed: besides the weight, a bit an
 element says where the activation is flat. Bit i of byte j belongs to element 8 j + i of the output in its own memory

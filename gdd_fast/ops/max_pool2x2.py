@@ -1,6 +1,6 @@
-"""Max pooling over 2x2 windows that keeps one byte an output for backward.
+"""Max pooling over 2x2 windows that keeps one byte per output for backward.
 
-PyTorch's own keeps the input and an int64 index an output: in float32, six times what the output takes. A window has
+PyTorch's own keeps the input and an int64 index per output: in float32, six times what the output takes. A window has
 four places, so a byte says all: 2 * row + column of the largest value, the first of equal ones, as in PyTorch.
 
 The operator is linear where the maxima are, and can be differentiated any number of times.

@@ -1,4 +1,4 @@
-"""ReLU and ReLU6 that keep one bit an element for backward, for networks in which nothing else needs the activation.
+"""ReLU and ReLU6 that keep one bit per element for backward, for networks in which nothing else needs the activation.
 
 PyTorch keeps the result: under a trained convolution that is free, as the convolution keeps the same tensor for its
 weight's gradient. Under a frozen one nothing else does. The bits are those of `frozen_conv2d_relu`; this operator is

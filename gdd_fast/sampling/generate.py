@@ -13,6 +13,7 @@ from gdd_fast.errors import ConfigError, WeightsError, require
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling import sampler
 from gdd_fast.sampling.seeds import SeedStreams, check_class
+from gdd_fast.settings import Settings
 
 
 class OneStepFunction(Protocol):
@@ -32,7 +33,7 @@ SamplerName = Literal["one-step", "heun"]
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Settings):
     """How latents become images."""
 
     sampler: SamplerName = "one-step"
@@ -67,7 +68,7 @@ class SamplerConfig:
                 f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
             )
         if self.s_churn < 0:
-            raise ConfigError(f"--s-churn cannot be negative, not {self.s_churn}")
+            raise ConfigError(f"--s-churn must be at least 0, not {self.s_churn}")
         sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
 
     def __call__(self, net: Network, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):

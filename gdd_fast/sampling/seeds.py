@@ -1,4 +1,4 @@
-"""One random generator a seed, so that the image of a seed does not depend on the batch it is computed in.
+"""One random generator per seed, so that the image of a seed does not depend on the batch it is computed in.
 
 The order of draws is EDM's: the latent, then the label, then whatever noise a stochastic sampler asks for. The numbers
 of a `torch.Generator` depend on the kind of device it lives on. Published EDM and GDD figures drew on CUDA; here the

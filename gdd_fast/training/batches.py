@@ -8,7 +8,7 @@ from gdd_fast.errors import ConfigError
 
 
 def split_batch(batch: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
-    """Images a rank, and images at once, for a batch over all ranks; raises `ConfigError` if they do not divide."""
+    """Images per rank, and images at once, for a batch over all ranks; raises `ConfigError` if they do not divide."""
     if batch % world_size:
         raise ConfigError(f"--batch {batch} cannot be shared equally by {world_size} processes")
     local = batch // world_size

@@ -1,4 +1,4 @@
-"""The random numbers of a run: one generator a rank, saved with the checkpoint."""
+"""The random numbers of a run: one generator per rank, saved with the checkpoint."""
 
 import contextlib
 import hashlib

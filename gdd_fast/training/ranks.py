@@ -2,7 +2,7 @@
 
 One buffer instead of DistributedDataParallel's hooks: the D step runs the heads twice before its backward pass and the
 R1 step differentiates twice, both outside what those hooks support. GDD-I on CIFAR-10 exchanges 8.8 M (generator) and
-20.7 M (heads) float32 gradients, 118 MB an iteration: about 1 ms over NVLink beside hundreds of compute, so hiding the
+20.7 M (heads) float32 gradients, 118 MB per iteration: about 1 ms over NVLink beside hundreds of compute, so hiding the
 exchange behind the backward pass would bring nothing.
 """
 

@@ -376,7 +376,7 @@ def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
 
 
 def test_bytes_of_backward_are_what_it_reads():
-    """A ReLU's convolution needs a bit an output, pooling a byte; neither its input again."""
+    """A ReLU's convolution needs one bit per output, pooling a byte; neither its input again."""
     conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
     x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
     bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)

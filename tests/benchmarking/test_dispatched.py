@@ -1,4 +1,4 @@
-"""The engine's operators a forward: at most a quarter of EDM's own, on a GPU and on a CPU."""
+"""The engine's operators per forward: at most a quarter of EDM's own, on a GPU and on a CPU."""
 
 import json
 import os

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from benchmarks.cases.layer_calls import layers
 from benchmarks.counts.launches import OPERATORS
+from benchmarks.counts.offline import ROOT
 from benchmarks.counts.offline_table import ARCHITECTURES, read, sources
-from offline import ROOT
 
 TRITON, SOURCES, ROWS = read()
 COMMAND = "run `python -m benchmarks.counts.offline_table`"
@@ -26,7 +26,7 @@ import json
 from dataclasses import asdict
 from benchmarks.counts.offline_table import ARCHITECTURES, all_rows, kernel_name
 from benchmarks.cases.layer_calls import layers
-from tests.offline import _compile_triton_here
+from benchmarks.counts.offline import _compile_triton_here
 
 rows = all_rows(layers())
 first = {}
@@ -167,7 +167,7 @@ from dataclasses import asdict
 import torch
 from benchmarks.counts.launches import recording
 from gdd_fast.ops._memory_format import statistics_parts
-from offline import _compile_triton_here
+from benchmarks.counts.offline import _compile_triton_here
 
 def far(n, c, h, w):
     return torch.empty(0, device="meta").as_strided((n, c, h, w), (2**32, 2**33, w * 2**34, 2**34))

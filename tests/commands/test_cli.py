@@ -1,9 +1,12 @@
 """Command lines: flags from the fields of a dataclass, and the help of every command."""
 
 import importlib
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from gdd_fast.cli import command, parse, pop_option
 from gdd_fast.errors import ConfigError, GddFastError
@@ -66,7 +69,21 @@ def test_flags_of_train_need_no_section(capsys):
 
 @pytest.mark.parametrize(
     ("error", "status", "text"),
-    [(GddFastError("no such thing"), 2, "error: no such thing\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    [
+        (GddFastError("no such thing"), 2, "error: no such thing\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 2, "error: not enough memory: ask for less at once\n"),
+        (
+            torch.OutOfMemoryError("20 GiB\nmore"),
+            2,
+            "error: not enough memory (20 GiB): ask for less at once\n",
+        ),
+        (
+            RuntimeError("can't allocate memory: 9 B"),
+            2,
+            "error: not enough memory (can't allocate memory: 9 B)",
+        ),
+    ],
 )
 def test_how_a_command_fails(error, status, text, capsys):
     @command
@@ -75,4 +92,34 @@ def test_how_a_command_fails(error, status, text, capsys):
 
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == status and capsys.readouterr().err == text
+    assert end.value.code == status and capsys.readouterr().err.startswith(text)
+
+
+def test_other_errors_keep_their_traceback():
+    @command
+    def main():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main()
+
+
+PROGRAM = """
+import sys
+from gdd_fast.cli import command
+@command
+def main():
+    for line in range(100):
+        print("progress", line, file=sys.stderr)
+    open(sys.argv[1], "w").close()
+    print("done")
+main()
+"""
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "2> >(exec head -c 1 >/dev/null)"])
+def test_work_goes_on_where_nothing_can_be_said(tmp_path, redirection):
+    """Closed streams, a full disk, and a reader of stderr that has died, as `2>&1 | tee` does of the same Ctrl-C."""
+    script = f'"{sys.executable}" -c "$1" "$2" {redirection}'
+    done = subprocess.run(["bash", "-c", script, "bash", PROGRAM, str(tmp_path / "saved")], timeout=60)
+    assert (tmp_path / "saved").exists() and done.returncode == 0

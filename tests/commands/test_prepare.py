@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -218,8 +219,54 @@ def test_sources_that_cannot_be_used(tmp_path, capsys):
     assert "must end in .zip or .npz" in fails(capsys, tmp_path / "flat", tmp_path / "out.tar")
     Image.new("RGB", (8, 6)).save(tmp_path / "flat/a.png")
     assert "8x6, not square: --crop center" in fails(capsys, tmp_path / "flat", dest)
-    Image.new("I;16", (8, 8)).save(tmp_path / "flat/a.png")
-    assert "I;16" in fails(capsys, tmp_path / "flat", dest)
+    Image.new("F", (8, 8)).save(tmp_path / "flat/a.tif")
+    (tmp_path / "flat/a.png").unlink()
+    assert "Pillow mode F, which has no plain conversion" in fails(capsys, tmp_path / "flat", dest)
+
+
+def sixteen_bits(channels):
+    """A PNG of one gray or RGB pixel row with 16 bits per channel, which Pillow cannot write in colour."""
+    rows = b"".join(b"\0" + bytes(range(4 * 2 * channels)) for _ in range(4))
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_the_upper_eight_and_only_here(tmp_path, channels):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(sixteen_bits(channels))
+    with pytest.raises(DataError, match=r"16 bits per channel.*gdd_fast\.prepare"):
+        open_dataset(tmp_path / "in")
+    main(["--source", str(tmp_path / "in"), "--dest", str(tmp_path / "out.zip")])
+    expected = np.arange(0, 8 * channels, 2, np.uint8).reshape(4, channels)
+    np.testing.assert_array_equal(open_dataset(tmp_path / "out.zip").image(0), np.stack([expected.T] * 4, 1))
+
+
+def test_a_zip_of_one_folder_has_the_classes_below_it(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "in/photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in/photos" / name / "a.png")
+    main(["--source", str(tmp_path / "in"), "--dest", str(tmp_path / "out.ZIP"), "--labels", "folders"])
+    assert open_dataset(tmp_path / "out.ZIP", use_labels=True).labels.tolist() == [0, 1]
+
+
+def test_what_is_left_out_and_which_classes_there_are_is_said(tmp_path, capsys):
+    image_folder(tmp_path / "in", noise(count=2))
+    names = sorted(path.relative_to(tmp_path / "in").as_posix() for path in (tmp_path / "in").rglob("*.png"))
+    (tmp_path / "in/dataset.json").write_text(json.dumps({"labels": [[name, 7 * k] for k, name in enumerate(names)]}))
+    (tmp_path / "in/more.heic").write_bytes(b"?")
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "photo.jpg")
+    (tmp_path / "in" / "photo.jpg").rename(tmp_path / "in" / "photo.JFIF")
+    pairs = [*([name, 7 * k] for k, name in enumerate(names)), ["photo.JFIF", 0]]
+    (tmp_path / "in/dataset.json").write_text(json.dumps({"labels": pairs}))
+    main(["--source", str(tmp_path / "in"), "--dest", str(tmp_path / "out.zip")])
+    said = capsys.readouterr().out
+    assert "3 images" in said and "8 classes (2 of them with images)" in said
+    assert "left out, not known as images: 1 .heic" in said
 
 
 @pytest.mark.parametrize(

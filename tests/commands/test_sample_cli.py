@@ -24,10 +24,17 @@ from gdd_fast.sampling.sampler import heun, one_step
 from gdd_fast.sampling.seeds import latents
 
 
-def tiny(cls=EDMPrecond, label_dim: int = 0):
+def tiny(cls=EDMPrecond, label_dim: int = 0, channels: int = 1):
     torch.manual_seed(0)
     net = cls(
-        8, 1, label_dim, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+        8,
+        channels,
+        label_dim,
+        model_type="SongUNet",
+        model_channels=16,
+        channel_mult=[1],
+        num_blocks=1,
+        attn_resolutions=[],
     )
     with torch.no_grad():  # fresh networks end in zeros, and all their images would be alike
         for parameter in net.parameters():
@@ -232,3 +239,14 @@ def test_without_a_network(args, capsys, tmp_path, monkeypatch):
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert "--net" in captured.err + captured.out or "nowhere" in captured.err
+
+
+@pytest.mark.parametrize("option", ["--out=a.zip", "--out=b.npz", "--grid=g.png"])
+def test_maps_that_are_no_images_are_refused_and_leave_nothing(tmp_path, monkeypatch, capsys, option):
+    """Networks of 4 channels make latents of another network."""
+    save_network(tiny(channels=4), tmp_path / "net")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        sample("--net", "net", "--seeds", "0-3", option)
+    assert "maps of 4 channels, and files of images have 1 or 3" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["net"]

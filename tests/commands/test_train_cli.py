@@ -19,6 +19,7 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.run import distill
 from gdd_fast.errors import CheckpointError
 from gdd_fast.models.files.load import load_generator
+from gdd_fast.models.files.save import save_network
 from gdd_fast.train import main, read
 from gdd_fast.training import checkpoint, loop, output
 
@@ -73,6 +74,18 @@ def test_bad_input_is_one_error_before_anything_is_written(inputs, tmp_path, cap
         flags = [flag for flag in flags if flag not in ("True",)]
     assert message in refused(capsys, *flags)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_teacher_that_is_broken(inputs, tmp_path, capsys, dry):
+    """Found before the first step: a run of few steps would end as if nothing were wrong."""
+    net = load_generator(inputs / "teacher")
+    name, parameter = next(iter(net.named_parameters()))
+    parameter.data.view(-1)[0] = float("nan")
+    save_network(net, tmp_path / "broken")
+    flags = [*tiny_flags(inputs, run_dir=tmp_path / "run", teacher=str(tmp_path / "broken")), *dry]
+    assert f"has NaN or infinite values in {name}: take an earlier one" in refused(capsys, *flags)
+    assert os.listdir(tmp_path) == ["broken"]
 
 
 def test_a_teacher_of_other_images(inputs, tmp_path, capsys):

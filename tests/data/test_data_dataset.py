@@ -50,6 +50,43 @@ def everything(dataset):
     return np.concatenate(list(dataset.chunks()))
 
 
+@pytest.mark.parametrize("links", [["inside"], ["a", "b"]])
+def test_a_link_to_a_folder_that_was_read_is_refused(tmp_path, links):
+    """One link back duplicates every image up to the system's limit of links; with two the walk has no end."""
+    make_folder(tmp_path / "set", noise(2))
+    for name in links:
+        (tmp_path / "set" / name).symlink_to(tmp_path / "set")
+    with pytest.raises(DataError, match=r"is a link to .*/set, whose images would count again: remove the link"):
+        open_dataset(tmp_path / "set")
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
+    make_folder(tmp_path / "elsewhere", noise(2))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    assert len(open_dataset(tmp_path / "set")) == 2
+
+
+def test_a_zip_with_a_name_twice_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for image in noise(2):
+            archive.writestr("a.png", encoded(image))
+    with pytest.raises(DataError, match=r"a\.png more than once"):
+        open_dataset(tmp_path / "set.zip")
+
+
+def test_images_are_turned_as_their_exif_data_says(tmp_path):
+    """A folder of photographs is then the same set as what gdd_fast.prepare makes of it."""
+    image = Image.new("L", (8, 8))
+    image.paste(255, (0, 0, 4, 8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    (tmp_path / "set").mkdir()
+    image.save(tmp_path / "set/a.jpg", exif=exif, quality=95)
+    pixels = open_dataset(tmp_path / "set").image(0)[0]
+    assert pixels[:4].mean() > 250 and pixels[4:].mean() < 5
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("form", ["folder", "stored zip", "deflated zip", "npz"])
 def test_every_form_gives_the_same_pixels_and_labels_in_order_of_names(tmp_path, form, channels):

@@ -281,9 +281,9 @@ def test_load_generator_from_folder_and_run(net: EDMPrecond, folder: Path, tmp_p
 def test_load_generator_from_pickle(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "network.pkl"
     path.touch()
-    monkeypatch.setattr(load.edm_pickle, "load", lambda _: {"ema": pickled(net)})
+    monkeypatch.setattr(load.pickle_reader, "load", lambda _: {"ema": pickled(net)})
     assert load_generator(path).model.map_augment is None
-    monkeypatch.setattr(load.edm_pickle, "load", lambda _: {"net": pickled(net)})
+    monkeypatch.setattr(load.pickle_reader, "load", lambda _: {"net": pickled(net)})
     with pytest.raises(WeightsError, match="no 'ema' network, only net"):
         load_generator(path)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast import backend as backends_module
 from gdd_fast.backend import resolve
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.kernels import __path__ as kernels_path
 from gdd_fast.layers.self_attention import QkvConv2d
 from gdd_fast.ops.attention import HEAD_DIMS, OPERATOR, _tokens, attention, attention_formula, attention_ref
-from offline import TritonCase, compile_triton
 from parity import assert_as_accurate_as_torch, backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline import ARCHITECTURES, ROOT, compile_cuda
+from benchmarks.counts.offline import ARCHITECTURES, ROOT, compile_cuda
 
 CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
 SIZES = ", ".join(["int64_t"] * 6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cuda_on_host.plugin import OPERATORS, build
 
-from offline import ROOT
+from benchmarks.counts.offline import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def compiler():
 
 
 def run_tests(module: Path, selection: str, **environment: str) -> None:
-    files = [ROOT / "tests" / f"test_{name}.py" for name in OPERATORS]
+    files = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in OPERATORS]
     paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
     environment = {**os.environ, "PYTHONPATH": paths, "ON_HOST_MODULE": str(module), **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_host.plugin", "-p", "no:cacheprovider"]

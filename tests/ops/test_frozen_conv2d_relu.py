@@ -1,4 +1,4 @@
-"""frozen_conv2d_relu: a bit an element for backward, the same bits from every implementation."""
+"""frozen_conv2d_relu: one bit per element for backward, the same bits from every implementation."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional as F
 
+from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast.errors import BackendError, ConfigError, InputError
 from gdd_fast.ops.frozen_conv2d_relu import (
     CEILING,
@@ -16,7 +17,6 @@ from gdd_fast.ops.frozen_conv2d_relu import (
     mask_bits_ref,
     relu_bits_ref_,
 )
-from offline import TritonCase, compile_triton
 from parity import assert_as_accurate_as_torch, backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))

@@ -1,4 +1,4 @@
-"""max_pool2x2: PyTorch's pooling to the bit, a byte an output for backward."""
+"""max_pool2x2: PyTorch's pooling to the bit, one byte per output for backward."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast.errors import InputError
 from gdd_fast.ops.max_pool2x2 import OPERATOR, max_pool2x2, max_pool2x2_ref, places_ref, spread_ref
-from offline import TritonCase, compile_triton
 from parity import backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))

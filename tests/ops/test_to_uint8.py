@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops.to_uint8 import DTYPES, OPERATOR, to_uint8, to_uint8_ref
-from offline import TritonCase, compile_triton
 from parity import backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))

@@ -1,7 +1,7 @@
 """Self-attention of a frozen transformer: PyTorch's fused one, made differentiable twice.
 
 PyTorch's fused attention has no second derivative, which R1 needs, and written out, attention keeps a weight for every
-pair of tokens: of DeiT-B 0.94 MB an image and block in bfloat16, where queries, keys and values take 0.91 MB together.
+pair of tokens: of DeiT-B 0.94 MB per image and block in bfloat16, where queries, keys and values take 0.91 MB together.
 Here these three alone are kept, and backward computes the rest anew: once more by the fused operator for a gradient,
 written out for a gradient that is to be differentiated again.
 """

@@ -77,7 +77,7 @@ def load_generator(
         net = load_network(folder)
         if net.model_kwargs.get("augment_dim"):
             net = _rebuild(net, type(net), augment_dim=0)
-    elif path.suffix == ".pkl" and path.is_file():
+    elif path.suffix.lower() == ".pkl" and path.is_file():
         networks = pickle_reader.load(path)
         if "ema" not in networks:
             raise WeightsError(f"{path} has no 'ema' network, only {', '.join(networks) or 'nothing'}.")

@@ -1,7 +1,7 @@
 """Compiling kernels for GPUs that are not here, and reading what the assembler says of them.
 
 `compile_triton` compiles @triton.jit functions for sm_80 and sm_90 in a process of its own, because the tests' process
-has Triton's interpreter switched on; `compile_cuda` gives CUDA source to nvcc. Both return a `Resources` a kernel and
+has Triton's interpreter switched on; `compile_cuda` gives CUDA source to nvcc. Both return a `Resources` per kernel and
 architecture; `Resources.assert_no_spills` is the check that every kernel has to pass.
 """
 
@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = (80, 90)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes of one architecture: registers a thread, bytes of spills and of shared memory."""
+    """What one kernel takes of one architecture: registers per thread, bytes of spills and of shared memory."""
 
     kernel: str
     architecture: int

@@ -1,0 +1,1 @@
+"""What the library takes and what its peers take; not installed with the package."""
