@@ -15,6 +15,7 @@ from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
+Nonfinite = Literal["skip", "replace"]
 
 MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
@@ -68,14 +69,21 @@ class DiscriminatorConfig(Settings):
     """Images are resized to this many pixels before the backbones."""
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
-    class_embedding: Literal["imagenet", "learned"] = "imagenet"
+    class_embedding: Literal["imagenet", "learned", "per-head"] = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
     scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    The public code has neither: it loads a table of its own, 1,000 x 320, and trains it on."""
+    `per-head`: as `learned`, and one for each head, as in the public code, which starts them from a table that comes
+    with it."""
+    backbone_statistics: Literal["published", "probed"] = "published"
+    """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
+    image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
+    spectral_start: Literal["iterated", "random"] = "iterated"
+    """Vectors from which the heads' spectral norms start: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
-    d_precision: Precision = "fp32"
-    """Compute precision of backbones and heads. The public recipe is fp32 without TF32."""
+    d_precision: Precision = "bf16"
+    """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
+    are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,9 @@ class LossConfig(Settings):
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
     """Iterations between R1 steps; 0 disables R1."""
+    r1_precision: Precision = "tf32"
+    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and in
+    bf16 comes out some 10 % too short and 30 degrees off (docs/precision.md)."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,9 @@ class RunConfig(Settings):
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+    nonfinite: Nonfinite = "skip"
+    """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
+    +-1e5 and takes it, as the public code does."""
     evaluate_images: int = 0
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
@@ -274,7 +288,7 @@ RESUMABLE = frozenset(
     | {"data", "teacher"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
-ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "precision"})
+ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
 
 
 def differences(
@@ -323,9 +337,9 @@ _RECIPES = {
         data=DataConfig(data=DEMO),
         generator=GeneratorConfig(teacher=DEMO, g_lr=1e-3, g_precision="fp32", ema_halflife_mimg=0.003, ema_rampup=0.1),
         discriminator=DiscriminatorConfig(
-            backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3
+            backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3, d_precision="fp32"
         ),
-        loss=LossConfig(r1_gamma=3e-3),
+        loss=LossConfig(r1_gamma=3e-3, r1_precision="fp32"),
         run=RunConfig(duration_mimg=0.0192, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
     ),
 }
@@ -348,8 +362,31 @@ def _presets() -> dict[str, TrainConfig]:
 PRESETS: dict[str, TrainConfig] = _presets()
 
 
-def preset(name: str) -> TrainConfig:
-    """The named preset, or `ConfigError` that lists them."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {"g_precision": "bf16", "d_precision": "bf16", "r1_precision": "tf32"},
+    "public": {
+        "g_precision": "bf16",
+        "d_precision": "fp32",
+        "r1_precision": "fp32",
+        "backbone_statistics": "probed",
+        "class_embedding": "per-head",
+        "spectral_start": "random",
+        "nonfinite": "replace",
+        "logit_reduction": "rows",
+    },
+}
+"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, but for the demo's, which are fp32."""
+
+
+def preset(name: str, precision: str | None = None) -> TrainConfig:
+    """The named preset, with the settings of `RECIPES[precision]` if that is given.
+
+    Raises `ConfigError` that lists the names there are.
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]
+    if precision is None:
+        return PRESETS[name]
+    if precision not in RECIPES:
+        raise ConfigError(f"--precision is one of {', '.join(RECIPES)}, not {precision!r}")
+    return override(PRESETS[name], **RECIPES[precision])

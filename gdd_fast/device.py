@@ -27,14 +27,18 @@ def pick_device(option: str) -> torch.device:
     return device
 
 
-def fast_layout(device: torch.device) -> torch.memory_format:
-    """The memory format of images that convolutions are fast in: channels_last, but for processors without AVX2.
+def fast_layout(device: torch.device, precision: Precision = "bf16") -> torch.memory_format:
+    """The memory format that convolutions of a network in `precision` are fast in.
 
-    oneDNN convolves channels_last with SSE4.1 or AVX in 1.6 times the time of NCHW (its verbose log names `jit:sse41`,
-    `jit:avx`), while from AVX2 on (`brg_conv`) it is as fast or faster. Processors of other makers are not measured and
-    have what PyTorch begins with. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate lesser ones.
+    On a GPU that is what tensor cores read, channels_last, and where they are not used, in fp32 without TF32, NCHW:
+    there channels_last took 1.6 times as long (pytorch issue 44943). On a CPU it is channels_last from AVX2 on.
+    With SSE4.1 or AVX, oneDNN convolves it (`jit:sse41`, `jit:avx` in its verbose log) in 1.6 times the time of NCHW;
+    from AVX2 on (`brg_conv`) it is as fast or faster. Other processors are not measured and have what PyTorch begins
+    with. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate lesser ones.
     """
-    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+    if device.type != "cpu":
+        return torch.contiguous_format if precision == "fp32" else torch.channels_last
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         return torch.channels_last
     return torch.contiguous_format
 

@@ -3,9 +3,11 @@
     python -m gdd_fast.train                              # the demo: bundled teacher and data, minutes on a CPU
     python -m gdd_fast.train --preset cifar10-uncond-gdd-i \\
         --data cifar10-32x32.zip --teacher edm-cifar10-32x32-uncond-ve.pkl --run-dir runs/c10
+    python -m gdd_fast.train --precision public ...       # the public code's arithmetic; see docs/precision.md
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
---preset names the recipe whose settings are the defaults below; flags override them. Running the same command again
+--preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
+docs/precision.md lists; flags override them. Running the same command again
 resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
 progress; the exit status is then 128 + the signal's number (130, 143), 2 for bad input, 0 for a finished run. After a
 process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
@@ -29,10 +31,12 @@ class Command:
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """The preset named by `--preset` (default: demo), overridden by the other flags. Raises `ConfigError`."""
+    """The preset named by `--preset` (default: demo), in the precision of `--precision` if that is given, overridden by
+    the other flags. Raises `ConfigError`."""
     name, arguments = pop_option(arguments, "preset", default=DEMO)
+    precision, arguments = pop_option(arguments, "precision", default="")
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
-    asked = parse(Command, Command(preset(name)), name="train", args=arguments, description=about)
+    asked = parse(Command, Command(preset(name, precision or None)), name="train", args=arguments, description=about)
     asked.config.validate()
     return asked
 

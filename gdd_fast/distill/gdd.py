@@ -4,6 +4,7 @@ Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.2075
 nothing else: it is not in the loop. An iteration is a generator step, a discriminator step, and sometimes an R1 step.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
-from gdd_fast.device import fast_layout
+from gdd_fast.device import fast_layout, gpu_arithmetic
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
+from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -42,11 +44,13 @@ class Distillation:
         run, device = config.run, world.device
         self.config, self.world, self.batch = config, world, run.batch
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
-        layout = fast_layout(device)
-        self.generator = parts.generator.to(device, memory_format=layout).train()
+        layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
+        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=layout).train()
+        self.r1_features = parts.r1_features.to(device)
+        self.heads = parts.heads.to(device, memory_format=layouts[1]).train()
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
+        self.ema.net.dtype = torch.float32  # what is sampled and exported: published distances are float32's
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
@@ -57,9 +61,10 @@ class Distillation:
             self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
         )
         d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
-        self.g_guard = StepGuard("generator", g_optimizer, world, run.max_skipped_steps)
-        self.d_guard = StepGuard("discriminator", d_optimizer, world, run.max_skipped_steps)
-        self.r1_guard = StepGuard("R1", d_optimizer, world, run.max_skipped_steps)
+        limits = run.max_skipped_steps, run.nonfinite
+        self.g_guard = StepGuard("generator", g_optimizer, world, *limits)
+        self.d_guard = StepGuard("discriminator", d_optimizer, world, *limits)
+        self.r1_guard = StepGuard("R1", d_optimizer, world, *limits)
         self.r1_interval = r1_interval
         self.random = RandomState(run.seed, world)
         self.averages = Averages()
@@ -122,13 +127,24 @@ class Distillation:
     def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
         """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
         self._train_heads(True)
-        for part, label in self._micro_batches(real, labels):
-            part = part.detach().requires_grad_()
-            penalty = r1_penalty(part, self._discriminate(part, label))
-            loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
-            loss.backward()
-            self.averages.add("r1_penalty", penalty.mean())
+        with self._r1_arithmetic():
+            for part, label in self._micro_batches(real, labels):
+                part = part.detach().requires_grad_()
+                penalty = r1_penalty(part, self.heads(self.r1_features(part), label))
+                loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
+                loss.backward()
+                self.averages.add("r1_penalty", penalty.mean())
         self.r1_guard.step()
+
+    @contextlib.contextmanager
+    def _r1_arithmetic(self) -> Iterator[None]:
+        """The heads in the types of `r1_features`."""
+        before, self.heads.dtype = self.heads.dtype, self.r1_features.dtype
+        try:
+            with gpu_arithmetic(self.config.loss.r1_precision):
+                yield
+        finally:
+            self.heads.dtype = before
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
@@ -162,6 +178,9 @@ class Distillation:
         save_grid(pixels, self.config.run_dir / "samples" / f"{images:09d}.png")
         return {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
 
+    def _all_features(self) -> tuple[ProjectedFeatures, ProjectedFeatures]:
+        return self.features, self.r1_features
+
     def _guards(self) -> dict[str, StepGuard]:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
 
@@ -170,7 +189,8 @@ class Distillation:
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
             "heads": self.heads.state_dict(),
-            "projection": self.features.projection_state(),
+            # as made, where one of the two has rounded it
+            "projection": max(self._all_features(), key=lambda f: f.dtype.itemsize).projection_state(),
             "g_optimizer": optimizer_tensors(self.g_guard.optimizer),
             "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
             "random": self.random.tensors(),
@@ -187,7 +207,8 @@ class Distillation:
         saved.load_module("generator", self.generator)
         saved.load_module("ema", self.ema.net)
         saved.load_module("heads", self.heads)
-        self.features.load_projection_state(saved.section("projection"))
+        for features in self._all_features():
+            features.load_projection_state(saved.section("projection"))
         saved.load_optimizer("g_optimizer", self.g_guard.optimizer)
         saved.load_optimizer("d_optimizer", self.d_guard.optimizer)
         self.random.restore(saved.section("random"), saved.values["images"])

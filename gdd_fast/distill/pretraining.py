@@ -152,7 +152,7 @@ class Pretraining:
                 memory_limit=int(config.data_memory_gib * 2**30),
                 progress=progress,
             )
-        self.net = net.to(world.device, memory_format=fast_layout(world.device)).train()
+        self.net = net.to(world.device, memory_format=fast_layout(world.device, config.precision)).train()
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]

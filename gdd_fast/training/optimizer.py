@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
+from gdd_fast.config import Nonfinite
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
 from gdd_fast.training.ranks import World
@@ -214,10 +215,11 @@ class StepGuard:
     Args:
         name: of the step, for the error's message; steps of several kinds may share an optimizer.
         limit: skipped steps in a row that end the run.
+        nonfinite: "skip" as above; "replace" takes every step, with 0 for NaN and +-1e5 for infinities.
     """
 
-    def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int) -> None:
-        self.name, self.optimizer, self.limit = name, optimizer, limit
+    def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int, nonfinite: Nonfinite = "skip") -> None:
+        self.name, self.optimizer, self.limit, self.nonfinite = name, optimizer, limit, nonfinite
         self._world = world
         self._count = torch.zeros_like(optimizer.skipped)
         self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self._count.is_cuda)
@@ -249,6 +251,9 @@ class StepGuard:
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._world.average_(p.grad for p in params)
+        if self.nonfinite == "replace":
+            for p in params:
+                torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
         self._on_host.copy_(self._count, non_blocking=True)
