@@ -78,7 +78,7 @@ class DiscriminatorConfig(Settings):
     """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
     image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
-    """Vectors from which the heads' spectral norms start: after 15 power iterations, or random as in the public code."""
+    """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "bf16"

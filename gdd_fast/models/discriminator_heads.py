@@ -25,7 +25,7 @@ class DiscriminatorHeads(nn.Module):
     With `label_dim`, logits are inner products with a projection of the class's row of a table that all heads share.
     `embedding` is that table, frozen: at least `label_dim` rows (the first are taken) of any width, scaled as a
     whole to mean 0 and deviation 1. None learns a table from scratch; with `tables_per_head` each head learns its own.
-    With `spectral_random`, spectral norms start from random vectors and not from those that torch has iterated 15 times.
+    With `spectral_random`, spectral norms start from random vectors, not from those that torch has iterated 15 times.
 
     Raises `ConfigError` for resolutions that are not powers of two up to 512 and for a table that does not fit.
     """
@@ -112,7 +112,7 @@ class Head(nn.Module):
         self.class_map = None if embedding_dim is None else ClassMap(embedding_dim, CLASS_MAP_CHANNELS)
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
-        """Feature map `(N, C, h, w)`, embedded classes `(N, embedding_dim)`, or int64 `(N,)` -> logits `(N, positions)`."""
+        """Map `(N, C, h, w)`, embedded classes `(N, embedding_dim)`, or int64 `(N,)` -> logits `(N, positions)`."""
         x = self.out(self.main(x)).flatten(2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.class_map is None:
