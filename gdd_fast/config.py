@@ -15,6 +15,7 @@ from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
+StepEngine = Literal["auto", "eager", "graph"]
 Nonfinite = Literal["skip", "replace"]
 
 MAX_SEED = 2**63 - 1
@@ -121,6 +122,9 @@ class RunConfig(Settings):
     backend: Backend = "auto"
     """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
     named one runs the operators that have it, and their definitions for the others."""
+    engine: StepEngine = "auto"
+    """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, else `eager`."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
@@ -283,7 +287,7 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
 # What a resumed run may change; everything else is part of the recipe and has to stay. Of data and teacher that is the
 # path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
-    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
+    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"data", "teacher"}
 )

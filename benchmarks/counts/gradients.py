@@ -5,9 +5,9 @@
     python -m benchmarks.counts.gradients --preset ... --backbone-weights vgg16_bn=vgg16_bn.pth --json FILE
 
 The three steps of an iteration (G, D, R1), from the same weights, latents and images, in float64 throughout, in
-float32, and with the activations of all networks in bfloat16, but parameters, norms' statistics, spectral norms, logits,
+float32, and with the activations of all networks in bfloat16 but parameters, norms' statistics, spectral norms, logits,
 losses and the penalty's sum in float32; then with only the generator, only the backbones or only the heads in bfloat16.
- For each tensor of weights: the cosine between its gradient and float64's, and the ratio of their norms.
+For each tensor of weights: the cosine between its gradient and float64's, and the ratio of their norms.
 "other z" are float64's gradients for other latents and images: how far a step is from the next anyway.
 
 A bias before a batch norm has no gradient but rounding, in any type; such tensors are counted and left out.

@@ -25,6 +25,7 @@ from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
+from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import StepGuard, make_adam
@@ -67,6 +68,8 @@ class Distillation:
         self.r1_guard = StepGuard("R1", d_optimizer, world, *limits)
         self.r1_interval = r1_interval
         self.random = RandomState(run.seed, world)
+        graphs = choose_step_engine(run.engine, device) == "graph"
+        self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
         self.averages = Averages()
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
@@ -95,6 +98,24 @@ class Distillation:
 
     def generator_step(self, labels: Tensor | None) -> None:
         """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average."""
+        self._take(self.g_guard, self._generator_step, labels)
+
+    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+        self._take(self.d_guard, self._discriminator_step, real, labels)
+
+    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+        self._take(self.r1_guard, self._r1_step, real, labels)
+
+    def _take(self, guard: StepGuard, step: Step, *inputs: Tensor | None) -> None:
+        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here."""
+        guard.begin()
+        for name, value in self.steps(guard.name, step, *inputs).items():
+            self.averages.add(name, value)
+        guard.end()
+
+    def _generator_step(self, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
         for label in chunks(labels, self.micro_batch, self.local_batch):
@@ -103,13 +124,13 @@ class Distillation:
             loss = generator_loss(fake, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-        self.averages.add("loss_g", total)
-        self.g_guard.step()
+        self.g_guard.apply()
+        return {"loss_g": total}
 
-    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+    def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
+        logits: list[tuple[Tensor, Tensor]] = []
         for part, label in self._micro_batches(real, labels):
             with torch.no_grad():
                 fake_features = self.features(self._fakes(label))
@@ -119,22 +140,23 @@ class Distillation:
             loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-            self.averages.add("logit_fake", mean_logit(fake))
-            self.averages.add("logit_real", mean_logit(true))
-        self.averages.add("loss_d", total)
-        self.d_guard.step()
+            logits.append((mean_logit(fake), mean_logit(true)))
+        self.d_guard.apply()
+        fake, true = (torch.stack(parts).mean() for parts in zip(*logits, strict=True))
+        return {"loss_d": total, "logit_fake": fake, "logit_real": true}
 
-    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+    def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
+        penalties: list[Tensor] = []
         with self._r1_arithmetic():
             for part, label in self._micro_batches(real, labels):
                 part = part.detach().requires_grad_()
                 penalty = r1_penalty(part, self.heads(self.r1_features(part), label))
                 loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
                 loss.backward()
-                self.averages.add("r1_penalty", penalty.mean())
-        self.r1_guard.step()
+                penalties.append(penalty.detach().mean())
+        self.r1_guard.apply()
+        return {"r1_penalty": torch.stack(penalties).mean()}
 
     @contextlib.contextmanager
     def _r1_arithmetic(self) -> Iterator[None]:
@@ -204,6 +226,7 @@ class Distillation:
         return sections, values
 
     def restore(self, saved: Checkpoint) -> None:
+        self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
         saved.load_module("generator", self.generator)
         saved.load_module("ema", self.ema.net)
         saved.load_module("heads", self.heads)

@@ -21,8 +21,9 @@ class ProjectedFeatures(nn.Module):
     """What the discriminator sees of an image: backbone features under a fixed random projection. Nothing trains.
 
     `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to `layout`. Images
-    are normalised for each backbone and resized bilinearly to `resolution`. The projections are drawn from `seed`; `projection_state()` is what a checkpoint has to keep of this
-    module, the backbones being published weights. `backend` is that of the resizing; see gdd_fast.backend.
+    are normalised for each backbone and resized bilinearly to `resolution`. The projections are drawn from `seed`;
+    `projection_state()` is what a checkpoint has to keep of this module, the backbones being published weights.
+    `backend` is that of the resizing; see gdd_fast.backend.
 
     `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
     coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`

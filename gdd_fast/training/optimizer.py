@@ -87,7 +87,7 @@ class AdamEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._read_rates()
+        self.read_rates()
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = [p for group in trained for p in group]
         if not params:
@@ -122,8 +122,8 @@ class AdamEma(torch.optim.Optimizer):
         before, self._skipped_seen = self._skipped_seen, skipped
         return skipped == before
 
-    def _read_rates(self) -> None:
-        """Bring the groups' learning rates to the device."""
+    def read_rates(self) -> None:
+        """Bring the groups' learning rates to the device. `step` does; before a replay of it, somebody has to."""
         if len(self._rates_filled) != len(self.param_groups):
             self._rates = self._rates.new_zeros(len(self.param_groups))
             self._rates_filled = [None] * len(self.param_groups)
@@ -243,11 +243,23 @@ class StepGuard:
     def step(self) -> None:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
 
+        `begin`, `apply` and `end` in turn: a step that is captured has `apply` alone within it.
+
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
         """
+        self.begin()
+        self.apply()
+        self.end()
+
+    def begin(self) -> None:
+        """What the host does before a step. Raises as `step`."""
         if self.skipped_in_row >= self.limit:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
+        self.optimizer.read_rates()
+
+    def apply(self) -> None:
+        """What the device does: the gradients are averaged, applied if they are finite, and cleared."""
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._world.average_(p.grad for p in params)
@@ -256,6 +268,9 @@ class StepGuard:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def end(self) -> None:
+        """What the host asks for behind a step."""
         self._on_host.copy_(self._count, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
