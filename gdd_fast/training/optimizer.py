@@ -130,10 +130,10 @@ class AdamEma(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                self._rates[index].copy_(lr.reshape(()))
+                self._rates.select(0, index).copy_(lr.reshape(()))
                 self._rates_filled[index] = None
             elif lr != self._rates_filled[index]:  # else not: a captured graph would fill in the old one for ever
-                self._rates[index].fill_(lr)
+                self._rates.select(0, index).fill_(lr)
                 self._rates_filled[index] = lr
 
     def _start(self, params: list[nn.Parameter]) -> None:

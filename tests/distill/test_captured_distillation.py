@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_run import ALONE, BATCH, tiny_config
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from gdd_fast.distill import components
 from gdd_fast.distill.gdd import Distillation
@@ -82,36 +81,38 @@ def test_fifty_iterations_and_a_resumed_run(inputs, built, tmp_path):
     compare(eager, second)
 
 
-def on_fake_gpu(module, device):
-    """In the block of a FakeTensorMode: parameters and buffers in place of the module's own."""
+def on_meta(module):
+    """Parameters and buffers without memory in place of the module's own."""
     for part in module.modules():
         for kept in (part._parameters, part._buffers):
             for name, t in kept.items():
                 if t is not None:
-                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
                     kept[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
 
 
-def test_nothing_in_an_iteration_waits_for_a_gpu(inputs, built):
-    """Fake tensors on a GPU that need not be there, through all three steps and the optimizers."""
+def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
+    """Through all three steps and the optimizers, on a device that is not the host's and has no values to wait for.
+
+    Meta tensors: autograd refuses fake ones on CUDA in a PyTorch that is built without it.
+    """
     task = task_of(inputs, built, None, batch_gpu=2)
     task.random.generator = None  # there is none for a device that is not there
-    gpu = torch.device("cuda")
+    gpu = torch.device("meta")
     task.world = type(ALONE)(0, 1, gpu)
-    with FakeTensorMode():
-        for module in (task.generator, task.features, task.r1_features, task.heads):
-            on_fake_gpu(module, gpu)
-        task._head_weights = [p for p in task.heads.parameters() if p.requires_grad]
-        for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
-            guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
-            guard.name, guard.nonfinite, guard._world = name, "skip", task.world
-            guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
-            guard.optimizer.read_rates()
-            guard._count = torch.zeros_like(guard.optimizer.skipped)
-            setattr(task, name, guard)
-        real = torch.empty(BATCH, 1, 16, 16, device=gpu)
-        with forbid_waiting():
-            values = {**task._generator_step(None), **task._discriminator_step(real, None), **task._r1_step(real, None)}
-        assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
-            ("loss_g", "loss_d", "logit_fake", "logit_real", "r1_penalty"), ("cuda", 0)
-        )
+    for module in (task.generator, task.features, task.r1_features, task.heads):
+        on_meta(module)
+    task._head_weights = [p for p in task.heads.parameters() if p.requires_grad]
+    for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
+        guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
+        guard.name, guard.nonfinite, guard._world = name, "skip", task.world
+        guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
+        guard.optimizer.read_rates()
+        guard._count = torch.zeros_like(guard.optimizer.skipped)
+        setattr(task, name, guard)
+    real = torch.empty(BATCH, 1, 16, 16, device=gpu)
+    with forbid_waiting():
+        values = {**task._generator_step(None), **task._discriminator_step(real, None), **task._r1_step(real, None)}
+    assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
+        ("loss_g", "loss_d", "logit_fake", "logit_real", "r1_penalty"), ("meta", 0)
+    )
