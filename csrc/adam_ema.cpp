@@ -1,9 +1,7 @@
 // gdd_fast_C::adam_ema_: checks and dispatch. The definition is adam_ema_ref_ in gdd_fast/ops/adam_ema.py.
-#include "adam_ema.h"
+#include <vector>
 
-#include <ATen/ops/zeros.h>
-
-#include "ops.h"
+#include "adam_ema_launchers.h"
 
 namespace gdd_fast {
 namespace {
@@ -16,35 +14,28 @@ bool same_memory(const at::Tensor& t, const at::Tensor& p) {
   return true;
 }
 
-void check_like(const char* name, at::TensorList tensors, at::TensorList params, at::ScalarType dtype) {
+void check_like(const char* name, at::TensorList tensors, at::TensorList params) {
   TORCH_CHECK_VALUE(tensors.size() == params.size(), "adam_ema_: ", tensors.size(), " ", name, " for ", params.size(),
                     " parameters");
   for (size_t k = 0; k < params.size(); k++) {
     const at::Tensor &t = tensors[k], &p = params[k];
-    TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.device() == p.device() && t.sizes() == p.sizes() &&
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.device() == p.device() && t.sizes() == p.sizes() &&
                           same_memory(t, p) && t.is_non_overlapping_and_dense(),
-                      "adam_ema_: ", name, "[", k, "] must be ", dtype, ", dense, and in memory like its parameter");
+                      "adam_ema_: ", name, "[", k, "] must be float32, dense, and in memory like its parameter");
   }
 }
 
 }  // namespace
 
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-               at::TensorList averages, at::TensorList copies, at::Tensor step, at::Tensor skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, at::IntArrayRef sizes,
-               at::ArrayRef<double> beta1, at::ArrayRef<double> beta2, at::ArrayRef<double> eps,
-               at::ArrayRef<double> weight_decay) {
-  check_like("params", params, params, at::kFloat);
-  check_like("grads", grads, params, at::kFloat);
-  check_like("exp_avgs", exp_avgs, params, at::kFloat);
-  check_like("exp_avg_sqs", exp_avg_sqs, params, at::kFloat);
-  if (!averages.empty()) check_like("averages", averages, params, at::kFloat);
-  if (!copies.empty()) {
-    const auto dtype = copies[0].scalar_type();
-    TORCH_CHECK_VALUE(dtype == at::kBFloat16 || dtype == at::kHalf, "adam_ema_: copies are bfloat16 or float16, not ",
-                      dtype);
-    check_like("copies", copies, params, dtype);
-  }
+               at::TensorList averages, at::Tensor step, at::Tensor skipped, const at::Tensor& lr,
+               const at::Tensor& average_weight, at::IntArrayRef sizes, at::ArrayRef<double> beta1,
+               at::ArrayRef<double> beta2, at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay) {
+  check_like("params", params, params);
+  check_like("grads", grads, params);
+  check_like("exp_avgs", exp_avgs, params);
+  check_like("exp_avg_sqs", exp_avg_sqs, params);
+  if (!averages.empty()) check_like("averages", averages, params);
   TORCH_CHECK_VALUE(step.scalar_type() == at::kFloat && skipped.scalar_type() == at::kLong &&
                         average_weight.scalar_type() == at::kDouble && step.numel() == 1 && skipped.numel() == 1 &&
                         average_weight.numel() == 1,
@@ -65,15 +56,13 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
   TORCH_CHECK_VALUE(tensors == static_cast<int64_t>(params.size()), "adam_ema_: groups of ", tensors,
                     " parameters in all, and there are ", params.size());
   if (params.empty()) return;
-#ifdef GDD_FAST_WITH_CUDA
-  if (params[0].is_cuda()) {
-    at::Tensor found = at::zeros({1}, params[0].options().dtype(at::kInt));
-    cuda::adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, lr, average_weight, found,
-                    groups);
-    return;
-  }
-#endif
-  cpu::adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, lr, average_weight, groups);
+  GDD_FAST_LAUNCH(params[0],
+                  adam_ema_(params, grads, exp_avgs, exp_avg_sqs, averages, step, skipped, lr, average_weight, groups));
 }
 
 }  // namespace gdd_fast
+
+GDD_FAST_OPERATOR(adam_ema_,
+                  "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+                  "Tensor(d!)[] averages, Tensor(e!) step, Tensor(f!) skipped, Tensor lr, Tensor average_weight, "
+                  "int[] sizes, float[] beta1, float[] beta2, float[] eps, float[] weight_decay) -> ()")

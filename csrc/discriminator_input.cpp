@@ -1,10 +1,8 @@
 // gdd_fast_C::discriminator_input and its adjoint: checks, outputs, dispatch. The definition is discriminator_input_ref
 // in gdd_fast/ops/discriminator_input.py.
-#include "discriminator_input.h"
-
 #include <ATen/ops/empty.h>
 
-#include "ops.h"
+#include "discriminator_input_launchers.h"
 
 namespace gdd_fast {
 namespace {
@@ -49,13 +47,7 @@ std::vector<at::Tensor> discriminator_input(const at::Tensor& x, at::ArrayRef<do
         at::empty({d.images, 3, size, size}, x.options().dtype(dtype).memory_format(at::MemoryFormat::ChannelsLast)));
   }
   if (d.images == 0) return ys;
-#ifdef GDD_FAST_WITH_CUDA
-  if (x.is_cuda()) {
-    cuda::discriminator_input(d, x, ys);
-    return ys;
-  }
-#endif
-  cpu::discriminator_input(d, x, ys);
+  GDD_FAST_LAUNCH(x, discriminator_input(d, x, ys));
   return ys;
 }
 
@@ -79,14 +71,14 @@ at::Tensor discriminator_input_backward(at::TensorList dys, at::ArrayRef<double>
       at::empty({first.size(0), channels, height, width}, first.options().dtype(dtype).memory_format(format));
   const DiscriminatorInput d = describe(dx, scale, {}, first.size(2));
   if (dx.numel() == 0) return dx;
-#ifdef GDD_FAST_WITH_CUDA
-  if (dx.is_cuda()) {
-    cuda::discriminator_input_backward(d, dys, dx);
-    return dx;
-  }
-#endif
-  cpu::discriminator_input_backward(d, dys, dx);
+  GDD_FAST_LAUNCH(dx, discriminator_input_backward(d, dys, dx));
   return dx;
 }
 
 }  // namespace gdd_fast
+
+GDD_FAST_OPERATOR(discriminator_input,
+                  "(Tensor x, float[] scale, float[] shift, int size, ScalarType dtype) -> Tensor[]")
+GDD_FAST_OPERATOR(discriminator_input_backward,
+                  "(Tensor[] dys, float[] scale, int channels, int height, int width, ScalarType dtype, "
+                  "bool channels_last) -> Tensor")

@@ -12,7 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "frozen_conv2d_relu.h"
+#include "relu_bits.h"
 #include "strides.h"
 
 namespace gdd_fast {

@@ -3,8 +3,8 @@
 #include "group_norm_silu.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
+#include "devices.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -111,16 +111,11 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_back
 
 }  // namespace gdd_fast
 
-TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def(
-      "group_norm_silu(Tensor x, Tensor? skip, int groups, Tensor weight, Tensor bias, float eps, Tensor? add, "
-      "Tensor? scale, Tensor? shift, bool silu, bool channels_last) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def(
-      "group_norm_silu_backward(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? add, "
-      "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, bool silu) -> (Tensor dx, Tensor dskip, Tensor[] rows)");
-}
-
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {
-  m.impl("group_norm_silu", &gdd_fast::group_norm_silu);
-  m.impl("group_norm_silu_backward", &gdd_fast::group_norm_silu_backward);
-}
+GDD_FAST_CPU_OPERATOR(
+    group_norm_silu,
+    "(Tensor x, Tensor? skip, int groups, Tensor weight, Tensor bias, float eps, Tensor? add, "
+    "Tensor? scale, Tensor? shift, bool silu, bool channels_last) -> (Tensor y, Tensor mean, Tensor rstd)")
+GDD_FAST_CPU_OPERATOR(
+    group_norm_silu_backward,
+    "(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? add, Tensor? scale, Tensor? shift, "
+    "Tensor mean, Tensor rstd, bool silu) -> (Tensor dx, Tensor dskip, Tensor[] rows)")

@@ -4,8 +4,8 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
+#include "devices.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -46,12 +46,6 @@ at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, 
 
 }  // namespace gdd_fast
 
-TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def("max_pool2x2(Tensor x) -> (Tensor, Tensor)");
-  m.def("max_pool2x2_backward(Tensor dy, Tensor places, int height, int width, bool channels_last) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {
-  m.impl("max_pool2x2", &gdd_fast::max_pool2x2);
-  m.impl("max_pool2x2_backward", &gdd_fast::max_pool2x2_backward);
-}
+GDD_FAST_CPU_OPERATOR(max_pool2x2, "(Tensor x) -> (Tensor, Tensor)")
+GDD_FAST_CPU_OPERATOR(max_pool2x2_backward,
+                      "(Tensor dy, Tensor places, int height, int width, bool channels_last) -> Tensor")

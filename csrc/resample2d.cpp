@@ -1,9 +1,7 @@
 // gdd_fast_C::resample2d: checks, the output, dispatch. The definition is resample2d_ref in gdd_fast/ops/resample2d.py.
-#include "resample2d.h"
-
 #include <ATen/ops/empty.h>
 
-#include "ops.h"
+#include "resample2d_launchers.h"
 
 namespace gdd_fast {
 
@@ -20,7 +18,7 @@ void check_filter(const at::Tensor& kernel) {
 
 bool resample2d_takes(const at::Tensor& kernel) {
   check_filter(kernel);
-  return cpu::resample2d_takes(kernel);
+  return GDD_FAST_CPU::resample2d_takes(kernel);
 }
 
 at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add, bool up,
@@ -62,14 +60,13 @@ at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::
                    channels_last,
                    gain,
                    scale};
-#ifdef GDD_FAST_WITH_CUDA
-  if (x.is_cuda()) {
-    cuda::resample2d(r, x, kernel, add, y);
-    return y;
-  }
-#endif
-  cpu::resample2d(r, x, kernel, add, y);
+  GDD_FAST_LAUNCH(x, resample2d(r, x, kernel, add, y));
   return y;
 }
 
 }  // namespace gdd_fast
+
+GDD_FAST_OPERATOR(resample2d,
+                  "(Tensor x, Tensor kernel, Tensor? add, bool up, int padding, int out_height, int out_width, "
+                  "float gain, float scale, bool channels_last) -> Tensor")
+GDD_FAST_CPU_OPERATOR(resample2d_takes, "(Tensor kernel) -> bool")  // whether the CPU launcher takes this filter

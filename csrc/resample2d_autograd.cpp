@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "ops.h"
+#include "resample2d_launchers.h"
 #include "strides.h"
 
 namespace gdd_fast {

@@ -1,7 +1,8 @@
 // gdd_fast_C::to_uint8: checks, the output, dispatch. The definition is to_uint8_ref in gdd_fast/ops/to_uint8.py.
+#include "to_uint8.h"
+
 #include <ATen/ops/empty.h>
 
-#include "ops.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -12,14 +13,10 @@ at::Tensor to_uint8(const at::Tensor& x) {
   TORCH_CHECK_VALUE(evenly_spaced(x), "to_uint8: the pixels of x must be evenly spaced; strides are ", x.strides());
   at::Tensor y = at::empty({x.size(0), x.size(2), x.size(3), x.size(1)}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return y;
-#ifdef GDD_FAST_WITH_CUDA
-  if (x.is_cuda()) {
-    cuda::to_uint8(x, y);
-    return y;
-  }
-#endif
-  cpu::to_uint8(x, y);
+  GDD_FAST_LAUNCH(x, to_uint8(x, y));
   return y;
 }
 
 }  // namespace gdd_fast
+
+GDD_FAST_OPERATOR(to_uint8, "(Tensor x) -> Tensor")

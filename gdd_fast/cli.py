@@ -66,7 +66,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr, never a traceback, for what is not the program's fault.
 
     Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C;
-    141 without a word if whoever read the output has gone, as with `| head`. Of the processes of a torchrun, the first
+    141 without a word if whoever read the output has gone, as with `| head`. Under torchrun the first process
     says the line; all leave it for torchrun, which shows it with the number of the process that failed first.
 
     What cannot be said ends nothing: a stream that is closed, and a stderr whose reader has died or whose disk is full,
@@ -110,7 +110,7 @@ class _Unbreakable(io.TextIOBase):
         return self._stream.fileno()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
 
 
@@ -137,8 +137,8 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        _end(f"not enough memory{f' ({reason})' if reason else ''}: ask for less at once")
+        detail = str(error).strip().partition("\n")[0]
+        _end(f"not enough memory{f' ({detail})' if detail else ''}: ask for less at once")
     except OSError as error:
         reason = _what_the_system_refuses(error)
         if reason is None:

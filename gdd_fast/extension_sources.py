@@ -7,7 +7,7 @@ SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of the C++ and CUDA files under `folder`, in 16 hexadecimal digits."""
+    """A digest of the names and contents of the C++ and CUDA files under `folder`, in 16 hexadecimal digits."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
         content = path.read_bytes()

@@ -27,7 +27,7 @@ class Command:
 
     config: TrainConfig
     dry_run: bool = False
-    """Print the resolved settings and what would train, and stop."""
+    """Print the resolved settings, what would train and what is still needed, and stop."""
 
 
 def read(arguments: Sequence[str]) -> Command:
@@ -37,7 +37,10 @@ def read(arguments: Sequence[str]) -> Command:
     precision, arguments = pop_option(arguments, "precision", default="")
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
     asked = parse(Command, Command(preset(name, precision or None)), name="train", args=arguments, description=about)
-    asked.config.validate()
+    if asked.dry_run and asked.config.missing():
+        asked.config.validate_settings()
+    else:
+        asked.config.validate()
     return asked
 
 
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from gdd_fast.training.ranks import is_main
 
     if asked.dry_run:
-        shown = dry_run.describe(config, preflight(config))
+        shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))
         if is_main():
             print(shown)
         return

@@ -70,7 +70,7 @@ class AttentionCall(MapCall):
 
 @dataclass(frozen=True)
 class ReluCall(MapCall):
-    """One call of frozen_conv2d_relu's activation, less the batch: its result, and where it is cut off."""
+    """One call of relu_bits (in frozen_conv2d_relu), less the batch: its result, and where it is cut off."""
 
     ceiling: float
 

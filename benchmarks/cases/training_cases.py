@@ -75,10 +75,10 @@ def settings_bench(
         if outputs is not None:
             reference.check_step(Types.of(settings), outputs)
 
-    def peer(name: str, settings: Settings) -> Call:
+    def peer(settings: Settings) -> Call:
         # what a CPU computes in float32 is checked in a GPU's types as well
         for types in (FLOAT32, Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)):
-            extra[name][f"compared, {types}"] = reference.check_in(types, settings)
+            reference.check_in(types, settings)
         training = Training(setup, settings, device, trials=True)
 
         def prepared(batch: Batch) -> list[tuple[Call, float]]:
@@ -87,11 +87,10 @@ def settings_bench(
 
         return _ComparedOnce(prepared(reference.batch), prepared(Batch.draw(training)))
 
-    extra: dict[str, dict[str, str]] = {name: {} for name in peers}
-    makers = {name: partial(peer, name, settings) for name, settings in peers.items()}
+    makers = {name: partial(peer, settings) for name, settings in peers.items()}
     precision = "bf16" if device.type == "cuda" else "fp32"
     checks = {name: partial(check, settings) for name, settings in peers.items()}
-    return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks, extra=extra)
+    return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks)
 
 
 class _ComparedOnce(WithParts):

@@ -99,7 +99,7 @@ def _norm_launches(args: tuple) -> int:
     """How many kernels the launcher of `group_norm_silu` launches for a call of the operator, on an H200."""
     from gdd_fast.kernels import group_norm_silu as kernels
 
-    x, skip, groups, weight, bias, eps, add, scale, shift, known, skip_known, silu, _ = args
+    x, skip, groups, weight, bias, eps, add, scale, shift, silu, known, skip_known, _ = args
     n, _, h, w = x.shape
     like = lambda t: None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta")
     last = lambda c: torch.empty((n, c, h, w), dtype=x.dtype, device="meta", memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ of two levels falls to either side, however small the difference."""
 
 
 class Difference:
-    """Of bytes: the largest, how many there are, and how many of more than two levels."""
+    """Differences in bytes: the largest, how many there are, and how many of more than two levels."""
 
     def __init__(self) -> None:
         self.largest = self.differing = self.visible = self.values = 0

@@ -25,7 +25,7 @@ from benchmarks.cases.layer_calls import AttentionCall, Layers, NormCall, ReluCa
 from benchmarks.counts.offline import TritonCase
 from gdd_fast.ops._memory_format import statistics_parts
 
-OPERATORS = ("group_norm_silu", "residual", "attention", "frozen_conv2d_relu", "max_pool2x2", "to_uint8")
+OPERATORS = ("group_norm_silu", "residual", "attention", "relu_bits", "max_pool2x2", "to_uint8")
 BATCHES = tuple(2**i for i in range(10))
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)

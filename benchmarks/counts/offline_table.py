@@ -152,10 +152,13 @@ def measure(rows: Sequence[Sequence[Launch]]) -> list[Row]:
 
 
 def sources() -> dict[str, str]:
-    """Digests of what the table is made from: every operator's kernels, whatever the comments, and tuned.json."""
-    digests = {operator: _digest(" ".join(_code(operator, set()))) for operator in OPERATORS}
-    tuned = json.dumps(json.loads((KERNELS / "tuned.json").read_text(encoding="utf-8")), sort_keys=True)
-    return digests | {"tuned.json": _digest(tuned)}
+    """Digests of what the table is made from: by operator, its kernels without comments and its launch options."""
+    tuned = json.loads((KERNELS / "tuned.json").read_text(encoding="utf-8"))
+
+    def options(operator: str) -> str:
+        return json.dumps({k: v for k, v in tuned.items() if k.partition(".")[0] == operator}, sort_keys=True)
+
+    return {operator: _digest(" ".join(_code(operator, set())) + options(operator)) for operator in OPERATORS}
 
 
 def _digest(text: str) -> str:
@@ -181,7 +184,7 @@ def _code(module: str, seen: set[str]) -> list[str]:
 
 
 def _tokens(text: str, lines: range, skipped: Iterable[int] = ()) -> list[str]:
-    """Of these lines of a module, without comments."""
+    """A digest of these lines of a module, without comments."""
     dropped = {tokenize.COMMENT, tokenize.NL}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [t.string for t in tokens if t.start[0] in lines and t.start[0] not in skipped and t.type not in dropped]

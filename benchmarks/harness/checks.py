@@ -1,8 +1,8 @@
 """Whether outputs may be timed at all: compared with the definition, on memory that was poisoned before.
 
 Operators obey the rule of tests/parity.py: an error of at most twice that of eager PyTorch in the same type, both
-against float64, for every output and gradient. Networks obey the same rule in norm, against the float32 definition, and
-training steps in the norm of every gradient by itself.
+against float64, for every output and gradient. Networks and training steps obey the same rule in norm, against the
+float32 definition.
 """
 
 import contextlib
@@ -14,15 +14,10 @@ from torch import Tensor
 
 FACTOR = 2.0
 _POISON_BYTES = 1 << 30
-_ORDER, _MANY, _NOISE = 8.0, 16, 2.0
 
 
 class MismatchError(Exception):
     """Outputs that differ from the definition's by more than they may."""
-
-
-class UncheckedError(Exception):
-    """Outputs that nothing sharp can be said of here: plain PyTorch itself is too far from the definition."""
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -117,92 +112,6 @@ class Closeness:
         error = self.error(outputs)
         if not error <= self._limit:
             raise MismatchError(f"differs by {error:.3g} of the norm, and at most {self._limit:.3g} is allowed")
-
-
-class Gradients:
-    """The rule for training steps: each gradient by itself and all together, against the definition's in float32.
-
-    A gradient may be off by twice what plain PyTorch's is in the same types, or by `floor` of its norm if that is more.
-    Plain PyTorch's is its error of this gradient, or of all together if that is more: nobody is held to its luck. Where
-    a gradient may be off by more than `most`, its size has to be of the order of plain PyTorch's as well (a factor of
-    `_ORDER`) or of the definition's, or zero would pass; where it may be off by `_NOISE` times its norm, it is rounding
-    alone, and the size is all that is compared. Gradients of fewer than `_MANY` elements are held together. Those that
-    are a millionth of the largest or less, such as of biases before a batch norm, are rounding themselves: they are
-    held against that size, and may be zero.
-    """
-
-    def __init__(self, expected: Any, floor: float, eager: Any, *, most: float = 0.3) -> None:
-        self._expected = [t.detach().float().clone() for t in tensors(expected)]
-        norms = [float(t.norm()) for t in self._expected]
-        self._least = max(1e-6 * max(norms, default=0.0), 1e-30)
-        self._groups = _groups(self._expected)
-        found = [t.detach().float() for t in tensors(eager)]
-        errors = self._errors(found)
-        self._limits = [max(floor, FACTOR * max(error, errors[-1])) for error in errors]
-        self._sizes = [self._allowed_sizes(found, group) for group in self._groups]
-        self._most = most
-        compared = {
-            i for group, limit in zip(self._groups[:-1], self._limits, strict=False) if limit <= most for i in group
-        }
-        self.in_value = len(compared)
-        """How many of the gradients are compared in value alone."""
-
-    def __len__(self) -> int:
-        return len(self._expected)
-
-    def check(self, outputs: Any) -> None:
-        """Raise MismatchError unless every gradient is close enough."""
-        found = [t.detach().float() for t in tensors(outputs)]
-        for group, error, limit in zip(self._groups, self._errors(found), self._limits, strict=True):
-            if limit < _NOISE and not error <= limit:
-                raise MismatchError(
-                    f"{_named(group)} differs by {error:.3g} of its norm, and at most {limit:.3g} is allowed"
-                )
-        self.check_sizes(found, above=self._most)
-
-    def check_sizes(self, outputs: Any, *, above: float = 0.0) -> None:
-        """Raise MismatchError unless the gradients that may be off by more than `above` are of plain PyTorch's size."""
-        found = [t.detach().float() for t in tensors(outputs)]
-        _check_alike([t.shape for t in found], [t.shape for t in self._expected])
-        for group, limit, (least, most) in zip(self._groups, self._limits, self._sizes, strict=True):
-            norm = _norm([found[i] for i in group])
-            if limit > above and not least <= norm <= most:
-                raise MismatchError(f"{_named(group)} has norm {norm:.3g} and not one of {least:.3g} to {most:.3g}")
-
-    def require_values(self) -> None:
-        """Raise UncheckedError if fewer than half of the gradients can be compared in value."""
-        if 2 * self.in_value < len(self):
-            raise UncheckedError(
-                f"of {len(self)} gradients {len(self) - self.in_value} may differ by more than {self._most:g} of "
-                "their norm in plain PyTorch already"
-            )
-
-    def _allowed_sizes(self, eager: list[Tensor], group: list[int]) -> tuple[float, float]:
-        """The least and the largest norm of a group of gradients."""
-        norms = [_norm([t[i] for i in group]) for t in (eager, self._expected)]
-        if norms[1] <= self._least:
-            return 0.0, max(norms[0], self._least) * _ORDER
-        return min(norms) / _ORDER, max(norms) * _ORDER
-
-    def _errors(self, found: list[Tensor]) -> list[float]:
-        """Of every group, relative to its norm."""
-        _check_alike([t.shape for t in found], [t.shape for t in self._expected])
-        errors = []
-        for group in self._groups:
-            difference = _norm([found[i] - self._expected[i] for i in group])
-            errors.append(difference / max(_norm([self._expected[i] for i in group]), self._least))
-        return errors
-
-
-def _groups(gradients: Sequence[Tensor]) -> list[list[int]]:
-    """Each large one by itself, the small ones together; at last all."""
-    small = [i for i, g in enumerate(gradients) if g.numel() < _MANY]
-    large = [[i] for i, g in enumerate(gradients) if g.numel() >= _MANY]
-    return [*large, *([small] if small else []), list(range(len(gradients)))]
-
-
-def _named(group: list[int]) -> str:
-    return f"gradient {group[0]}" if len(group) == 1 else f"what gradients {', '.join(map(str, group))} make together"
 
 
 def _check_alike(found: list[Any], expected: list[Any]) -> None:

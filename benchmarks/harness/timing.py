@@ -127,7 +127,7 @@ class Sampler:
         return outputs
 
     def timing(self) -> Timing:
-        """Of the rounds so far."""
+        """Figures of the rounds so far."""
         s = self._samples
         if self.device.type == "cuda":
             return Timing(len(s["wall"]), *(Quantiles.of(s[name]) for name in ("wall", "host", "device")))

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import operator_inputs as problems
+from benchmarks.cases import operator_inputs
 from benchmarks.cases.layer_calls import ConvCall, convolution_calls, norm_calls, pool_calls, residual_calls
 from benchmarks.harness.case import Bench, Case, computes, describe_error
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import measure
-from gdd_fast.ops.frozen_conv2d_relu import CEILING, mask_bits_ref, relu_bits_ref_
+from gdd_fast.ops.relu_bits import CEILING, mask_bits_ref, relu_bits_ref_
 
 Options = dict[str, int]
+
+operators = torch.ops.gdd_fast
 
 _FACTORS = (0.5, 1, 2, 4)
 _WARPS = (2, 4, 8, 16)
@@ -70,7 +72,7 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         return [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
 
     def bits(layer: ConvCall) -> Case:
-        return Case("frozen_conv2d_relu bits", str(layer), partial(_bits, layer, batch, dtype))
+        return Case("relu_bits", str(layer), partial(_bits, layer, batch, dtype))
 
     def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
         chosen = some(layers)
@@ -78,17 +80,17 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
 
     return {
-        "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
-        "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
-        "residual": cases("residual", residuals, problems.residual_problem, False),
-        "frozen_conv2d_relu": [bits(layer) for layer in some(convolutions)],
-        "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
-        "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
+        "group_norm_silu.forward": cases("group_norm_silu", norms, operator_inputs.norm_problem, False),
+        "group_norm_silu.backward": cases("group_norm_silu", norms, operator_inputs.norm_problem, True),
+        "residual": cases("residual", residuals, operator_inputs.residual_problem, False),
+        "relu_bits": [bits(layer) for layer in some(convolutions)],
+        "max_pool2x2": cases("max_pool2x2", pools, operator_inputs.pool_problem, True),
+        "to_uint8": cases("to_uint8", [32, 64], operator_inputs.bytes_problem, False, torch.float32),
     }
 
 
 def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device) -> Bench:
-    """What the kernels of frozen_conv2d_relu do, for one output and its gradient: the convolution, which is the
+    """What the kernels of relu_bits do, for one output and its gradient: the convolution, which is the
     library's and takes most of the time, is left out.
     """
     side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
@@ -100,8 +102,8 @@ def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device)
     expected = [clamped, expected_bits, mask_bits_ref(dy, expected_bits)]
 
     def call() -> list[torch.Tensor]:
-        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
-        return [y, bits, torch.ops.gdd_fast.mask_bits(dy, bits, "triton")]
+        bits = operators.relu_bits_(y, ceiling, "triton")  # a clamped y stays, and its bits do
+        return [y, bits, operators.mask_bits(dy, bits, "triton")]
 
     def check(outputs: list[torch.Tensor]) -> None:
         right = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))

@@ -1,6 +1,4 @@
 // adam_ema_ on the CPU: the gradients are looked through once, then everything is updated chunk by chunk in the cache.
-#include "adam_ema.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,14 +10,14 @@
 #include <emmintrin.h>
 #endif
 
+#include "adam_ema_launchers.h"
 #include "cpu/floats.h"
 #include "cpu/simd.h"
-#include "ops.h"
 
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // numbers; what a chunk touches, up to six of them, stays in the second-level cache
+constexpr int64_t kChunk = 16384;  // numbers; what a chunk touches, up to five of them, stays in the second-level cache
 
 struct Chunk {
   size_t tensor, group;
@@ -134,20 +132,11 @@ GDD_FAST_SIMD void update(const Factors& f, float* p, const float* g, float* m, 
   }
 }
 
-GDD_FAST_SIMD void copy(const float* p, at::BFloat16* c, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) c[i] = narrow<at::BFloat16>(p[i]);
-}
-GDD_FAST_SIMD void copy(const float* p, at::Half* c, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) c[i] = narrow<at::Half>(p[i]);
-}
-
 }  // namespace
 
 void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-               at::TensorList averages, at::TensorList copies, at::Tensor& step, at::Tensor& skipped,
-               const at::Tensor& lr, const at::Tensor& average_weight, at::ArrayRef<AdamGroup> groups) {
+               at::TensorList averages, at::Tensor& step, at::Tensor& skipped, const at::Tensor& lr,
+               const at::Tensor& average_weight, at::ArrayRef<AdamGroup> groups) {
   const std::vector<Chunk> chunks = chunks_of(params, groups);
   const int64_t count = static_cast<int64_t>(chunks.size());
   std::atomic<bool> all_finite = true;
@@ -172,16 +161,8 @@ void adam_ema_(at::TensorList params, at::TensorList grads, at::TensorList exp_a
       const auto at = [&](at::TensorList tensors) {
         return tensors.empty() ? nullptr : tensors[c.tensor].mutable_data_ptr<float>() + c.first;
       };
-      float* p = at(params);
-      update(factors[c.group], p, grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs), at(exp_avg_sqs),
-             at(averages), c.count);
-      if (copies.empty()) continue;
-      const at::Tensor& low = copies[c.tensor];
-      if (low.scalar_type() == at::kBFloat16) {
-        copy(p, low.mutable_data_ptr<at::BFloat16>() + c.first, c.count);
-      } else {
-        copy(p, low.mutable_data_ptr<at::Half>() + c.first, c.count);
-      }
+      update(factors[c.group], at(params), grads[c.tensor].const_data_ptr<float>() + c.first, at(exp_avgs),
+             at(exp_avg_sqs), at(averages), c.count);
     }
   });
 }

@@ -1,7 +1,5 @@
 // discriminator_input on the CPU. Rows of three interleaved channels are vectorised as rows of numbers: each row of x
 // is stretched once, and every row of y is a blend of two such rows. The adjoint goes the same way back.
-#include "discriminator_input.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -10,7 +8,7 @@
 
 #include "cpu/floats.h"
 #include "cpu/simd.h"
-#include "ops.h"
+#include "discriminator_input_launchers.h"
 
 namespace gdd_fast::cpu {
 namespace {

@@ -1,7 +1,5 @@
-// resample2d on the CPU, separably: the filter's two factors, and which of two ways goes where. An output is made from
+// resample2d on the CPU, separably: the filter's two factors, and which loop takes what. An output is made from
 // the sum of the input rows that it takes, which is then filtered along the row.
-#include "resample2d.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -11,8 +9,8 @@
 #include <vector>
 
 #include "cpu/floats.h"
-#include "cpu/resample2d_ways.h"
-#include "ops.h"
+#include "cpu/resample2d_images.h"
+#include "resample2d_launchers.h"
 
 namespace gdd_fast::cpu {
 namespace {
@@ -78,24 +76,24 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
                                 vertical.data(),
                                 horizontal.data(),
                                 static_cast<R>(r.scale)};
-  const bool plane = numbers == 1 && (r.stride_w == 1 || r.width == 1), in_pairs = !plane && r.up && r.taps <= 4;
+  const bool plane = numbers == 1 && (r.stride_w == 1 || r.width == 1), in_pairs = !plane && r.up;
   const int64_t rows = r.images * planes * (in_pairs ? resampling::row_pairs(r.out_height, r.padding) : r.out_height);
   const int64_t work = r.out_width * numbers * r.taps * (in_pairs ? 2 : 1);  // multiply-adds a row
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-    if (in_pairs) return resampling::make_pixel_pairs(m, begin, end);
-    plane ? resampling::make_planes(m, r.up, begin, end) : resampling::make_pixels(m, r.up, begin, end);
+    if (plane) return resampling::planes(m, r.up, begin, end);
+    r.up ? resampling::doubled_pixels(m, begin, end) : resampling::halved_pixels(m, begin, end);
   });
 }
 
 }  // namespace
 
-bool resample2d_takes(const at::Tensor& kernel) { return kernel.size(3) <= resampling::kTaps && Factors(kernel).exist; }
+bool resample2d_takes(const at::Tensor& kernel) { return kernel.size(3) <= 4 && Factors(kernel).exist; }
 
 void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& add,
                 at::Tensor& y) {
   const Factors factors(kernel);
-  TORCH_CHECK_VALUE(r.taps <= resampling::kTaps && factors.exist,
-                    "resample2d: on the CPU the filter must be a column times a row");
+  TORCH_CHECK_VALUE(r.taps <= 4 && factors.exist,
+                    "resample2d: on the CPU the filter must have 2 or 4 taps and be a column times a row");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
     resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
                        add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());

@@ -1,13 +1,11 @@
-// What the separable resampling on the CPU works on, and what its ways share. An output row is made from a row of
-// floats: the weighted sum of the input rows that it takes.
+// What the separable resampling on the CPU works on, and what its loops share. An output row is made from a row of
+// floats: the weighted sum of the input rows that it takes. Filters have 2 or 4 taps, as EDM's do.
 #pragma once
 #include <cstdint>
 
 #include "cpu/floats.h"
 
 namespace gdd_fast::cpu::resampling {
-
-constexpr int kTaps = 64;  // at most, along one dimension
 
 // Images of `width` pixels a row, `numbers` a pixel. In batch and channels x has any strides; y and add are dense.
 template <typename T>
@@ -40,72 +38,57 @@ struct Place {
     if (++u == m.out_height) u = 0, x = m.image(++image);
   }
 
-  // The `count` rows of x that are taken; zeros where there is none.
-  template <bool Up>
-  GDD_FAST_INLINE void inputs(const T** rows, int count) const {
-    const int64_t first = Up ? (u + m.padding) / 2 - (count - 1) : 2 * u - m.padding;
-    const bool inside = first >= 0 && first + count <= m.height;
-    for (int k = 0; k < count; k++) {
+  // The `Count` rows of x that are taken; zeros where there is none.
+  template <bool Up, int Count>
+  GDD_FAST_INLINE void inputs(const T** rows) const {
+    const int64_t first = Up ? (u + m.padding) / 2 - (Count - 1) : 2 * u - m.padding;
+    const bool inside = first >= 0 && first + Count <= m.height;
+    for (int k = 0; k < Count; k++) {
       const int64_t i = first + k;
-      rows[Up ? count - 1 - k : k] = inside || (i >= 0 && i < m.height) ? x + i * m.stride_h : m.zeros;
+      rows[Up ? Count - 1 - k : k] = inside || (i >= 0 && i < m.height) ? x + i * m.stride_h : m.zeros;
     }
   }
 };
 
-// Weights, each `step` behind the other: in local memory, out of reach of a loop's stores, and as many as the compiler
-// knows of; Count = 0: `count`.
+// Weights, each `step` behind the other, in local memory, out of reach of a loop's stores.
 template <int Count, typename R>
 struct Weights {
-  R at[Count > 0 ? Count : kTaps];
-  int count;
+  R at[Count];
 
-  GDD_FAST_INLINE Weights(const R* weights, int step, int count) : count(count) {
-    for (int k = 0; k < (Count > 0 ? Count : count); k++) at[k] = weights[k * step];
+  GDD_FAST_INLINE Weights(const R* weights, int step) {
+    for (int k = 0; k < Count; k++) at[k] = weights[k * step];
   }
 
   // the sum over k of at[k] term(k)
   template <typename Term>
   GDD_FAST_INLINE R sum(const Term& term) const {
     R total = at[0] * term(0);
-    for (int k = 1; k < (Count > 0 ? Count : count); k++) total += at[k] * term(k);
+    for (int k = 1; k < Count; k++) total += at[k] * term(k);
     return total;
   }
 };
 
-// sums[i] = the weighted sum of what the rows have at i. Where their number is not known to the compiler, one row after
-// the other: a loop within the loop it does not vectorise.
+// sums[i] = the weighted sum of what the rows have at i.
 template <int Count, typename T>
 GDD_FAST_INLINE void sum_rows(const T* const* rows, const Weights<Count, Real<T>>& weights, Real<T>* sums, int64_t n) {
-  if constexpr (Count > 0) {
-    const auto w = weights;
+  const auto w = weights;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; i++) sums[i] = w.sum([&](int k) { return widen(rows[k][i]); });
-  } else {
-    for (int64_t i = 0; i < n; i++) sums[i] = 0;
-    for (int k = 0; k < weights.count; k++) {
-      const T* const row = rows[k];
-      const Real<T> weight = weights.at[k];
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; i++) sums[i] += weight * widen(row[i]);
-    }
-  }
+  for (int64_t i = 0; i < n; i++) sums[i] = w.sum([&](int k) { return widen(rows[k][i]); });
 }
 
-// A sum that is one already.
-template <typename R>
-GDD_FAST_INLINE Weights<1, R> as_it_is() {
-  const R one = 1;
-  return Weights<1, R>(&one, 1, 1);
-}
+// Each makes the rows `begin` to `end` - 1 of y, counted over all images: `planes` of contiguous images, one number a
+// pixel and pixels side by side; `halved_pixels` of any. `doubled_pixels` goes two rows at a time: `begin` and `end`
+// count pairs, of which each image has `row_pairs`. Where the padding is odd, its first pair has only its second row.
+#define GDD_FAST_RESAMPLING(T)                                          \
+  void planes(const Images<T>& m, bool up, int64_t begin, int64_t end); \
+  void halved_pixels(const Images<T>& m, int64_t begin, int64_t end);   \
+  void doubled_pixels(const Images<T>& m, int64_t begin, int64_t end);
+GDD_FAST_RESAMPLING(float)
+GDD_FAST_RESAMPLING(double)
+GDD_FAST_RESAMPLING(at::BFloat16)
+GDD_FAST_RESAMPLING(at::Half)
+#undef GDD_FAST_RESAMPLING
 
-// function(Taps): the number of taps as a constant, or 0 where it is none of those compiled.
-template <typename Function>
-GDD_FAST_INLINE void with_taps(int taps, const Function& function) {
-  if (taps == 2) return function(std::integral_constant<int, 2>());
-  if (taps == 4) return function(std::integral_constant<int, 4>());
-  if (taps == 6) return function(std::integral_constant<int, 6>());
-  if (taps == 8) return function(std::integral_constant<int, 8>());
-  function(std::integral_constant<int, 0>());
-}
+inline int64_t row_pairs(int64_t out_height, int padding) { return (out_height + padding % 2 + 1) / 2; }
 
 }  // namespace gdd_fast::cpu::resampling

@@ -1,58 +1,37 @@
 // Channels_last images have pixels long enough to be worked on one by one.
 #include <vector>
 
-#include "cpu/resample2d_ways.h"
+#include "cpu/resample2d_images.h"
 #include "cpu/simd.h"
 
 namespace gdd_fast::cpu::resampling {
 namespace {
 
-// y = (filtered + add) * scale, of n numbers; the filter's next input is `step` further in the row.
-template <int Count, typename T>
-GDD_FAST_INLINE void filter_pixel(const Real<T>* row, int64_t step, const Weights<Count, Real<T>>& filter, const T* add,
-                                  Real<T> scale, T* y, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const Real<T> sum = filter.sum([&](int k) { return row[i + k * step]; });
-    y[i] = narrow<T>((add ? sum + widen(add[i]) : sum) * scale);
-  }
-}
-
-template <int Taps, bool Up, typename T>
-GDD_FAST_INLINE void make_rows(const Images<T>& m, int64_t begin, int64_t end) {
+template <int Taps, typename T>
+GDD_FAST_INLINE void halve(const Images<T>& m, int64_t begin, int64_t end) {
   using R = Real<T>;
-  // going up, even and odd outputs have every second tap
-  constexpr int kEvery = Up ? 2 : 1, kCount = Taps / kEvery, kMost = Taps > 0 ? kCount : kTaps / kEvery;
-  const int count = Taps > 0 ? kCount : m.taps / kEvery;
   const int64_t c = m.numbers, p = m.padding;
-  const Weights<kCount, R> weights[] = {{m.vertical, kEvery, count}, {m.vertical + kEvery - 1, kEvery, count}};
-  const Weights<kCount, R> filters[] = {{m.horizontal, kEvery, count}, {m.horizontal + kEvery - 1, kEvery, count}};
-  // zeros on both sides of a row, as many pixels as the filter can reach over
-  const int64_t before = Up ? count - 1 : p, after = Up ? count : p;
-  std::vector<R> sums((before + m.width + after) * c), filtered(Taps > 0 ? 0 : c);
+  const Weights<Taps, R> weights(m.vertical, 1), filter(m.horizontal, 1);
+  std::vector<R> sums((p + m.width + p) * c);  // zeros on both sides of a row
   const bool dense = m.stride_w == c || m.width == 1;
   const int64_t pieces = dense ? 1 : m.width, n = dense ? m.width * c : c;
   Place<T> place(m, begin);
   for (int64_t row = begin; row < end; row++, place.next()) {
     Place<T> piece = place;
     for (int64_t j = 0; j < pieces; j++, piece.x += m.stride_w) {
-      const T* in[kMost];
-      piece.template inputs<Up>(in, count);
-      sum_rows<kCount, T>(in, weights[(place.u + p) % kEvery], sums.data() + (before + j) * c, n);
+      const T* in[Taps];
+      piece.template inputs<false, Taps>(in);
+      sum_rows<Taps, T>(in, weights, sums.data() + (p + j) * c, n);
     }
     for (int64_t v = 0; v < m.out_width; v++) {
       const int64_t at = (row * m.out_width + v) * c;
-      const R* const first = sums.data() + (Up ? before + (v + p) / 2 : 2 * v) * c;
-      const auto& filter = filters[(v + p) % kEvery];
-      const int64_t step = Up ? -c : c;
+      const R* const first = sums.data() + 2 * v * c;
       const T* const add = m.add ? m.add + at : nullptr;
-      if constexpr (Taps > 0) {
-        filter_pixel<kCount>(first, step, filter, add, m.scale, m.y + at, c);
-      } else {
-        const R* met[kMost];  // by each tap
-        for (int k = 0; k < count; k++) met[k] = first + k * step;
-        sum_rows<0, R>(met, filter, filtered.data(), c);
-        filter_pixel(filtered.data(), 0, as_it_is<R>(), add, m.scale, m.y + at, c);
+      T* const y = m.y + at;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < c; i++) {
+        const R sum = filter.sum([&](int k) { return first[i + k * c]; });
+        y[i] = narrow<T>((add ? sum + widen(add[i]) : sum) * m.scale);
       }
     }
   }
@@ -90,7 +69,7 @@ GDD_FAST_INLINE void make_block(const Block<Count, T>& block, int64_t n) {
 
 // Pair u of an image is its rows 2 u - padding % 2 and the next, where they exist.
 template <int Count, typename T>
-GDD_FAST_INLINE void make_pairs(const Images<T>& m, int64_t begin, int64_t end) {
+GDD_FAST_INLINE void enlarge(const Images<T>& m, int64_t begin, int64_t end) {
   const int64_t c = m.numbers, odd = m.padding % 2, shift = m.padding / 2;
   const int64_t pairs = row_pairs(m.out_height, m.padding), size = m.out_height * m.out_width * c;
   std::vector<T> spare(c);  // takes what is outside of y
@@ -120,22 +99,15 @@ GDD_FAST_INLINE void make_pairs(const Images<T>& m, int64_t begin, int64_t end) 
   }
 }
 
-template <typename T>
-GDD_FAST_INLINE void make_rows_of_any_size(const Images<T>& m, bool up, int64_t begin, int64_t end) {
-  with_taps(m.taps, [&](auto taps) __attribute__((always_inline)) {
-    up ? make_rows<taps(), true>(m, begin, end) : make_rows<taps(), false>(m, begin, end);
-  });
-}
-
 }  // namespace
 
 // target_clones takes no templates, hence one overload a type
-#define GDD_FAST_PIXELS(T)                                                                  \
-  GDD_FAST_SIMD void make_pixels(const Images<T>& m, bool up, int64_t begin, int64_t end) { \
-    make_rows_of_any_size(m, up, begin, end);                                               \
-  }                                                                                         \
-  GDD_FAST_SIMD void make_pixel_pairs(const Images<T>& m, int64_t begin, int64_t end) {     \
-    m.taps == 2 ? make_pairs<1>(m, begin, end) : make_pairs<2>(m, begin, end);              \
+#define GDD_FAST_PIXELS(T)                                                            \
+  GDD_FAST_SIMD void halved_pixels(const Images<T>& m, int64_t begin, int64_t end) {  \
+    m.taps == 2 ? halve<2>(m, begin, end) : halve<4>(m, begin, end);                  \
+  }                                                                                   \
+  GDD_FAST_SIMD void doubled_pixels(const Images<T>& m, int64_t begin, int64_t end) { \
+    m.taps == 2 ? enlarge<1>(m, begin, end) : enlarge<2>(m, begin, end);              \
   }
 
 GDD_FAST_PIXELS(float)

@@ -1,4 +1,6 @@
 // to_uint8 on the CPU, parallel over tiles of pixels.
+#include "to_uint8.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -7,7 +9,6 @@
 #include <type_traits>
 
 #include "cpu/simd.h"
-#include "ops.h"
 #include "strides.h"
 
 namespace gdd_fast::cpu {

@@ -18,29 +18,25 @@ constexpr int kThreads = 256;
 constexpr int kWide = 4;  // numbers that a thread loads at once where everything is aligned
 
 // Up to kTensors tensors of one group in chunks: those of tensor k are number first_chunk[k] to first_chunk[k + 1] - 1.
-template <typename Copy>
 struct Tensors {
   const float* grad[kTensors];
   float *param[kTensors], *exp_avg[kTensors], *exp_avg_sq[kTensors];
   float* average[kTensors];  // null without averages
-  Copy* copy[kTensors];      // null without copies
   int64_t size[kTensors];
   uint32_t first_chunk[kTensors + 1];
   int count, group;
 };
 
 // The arguments of a launch have been allowed 32,764 bytes since CUDA 12.1, which needs a driver from 530 on.
-static_assert(sizeof(Tensors<__half>) + 256 < 32764);
+static_assert(sizeof(Tensors) + 256 < 32764);
 
 // What one block works on, from its first number on; null as in Tensors.
-template <typename Copy>
 struct Chunk {
   const float* grad;
   float *param, *exp_avg, *exp_avg_sq, *average;
-  Copy* copy;
   int size;
 
-  __device__ Chunk(const Tensors<Copy>& t, uint32_t number) {
+  __device__ Chunk(const Tensors& t, uint32_t number) {
     int low = 0, high = t.count - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -48,7 +44,7 @@ struct Chunk {
     }
     const int64_t first = static_cast<int64_t>(number - t.first_chunk[low]) * kChunk, rest = t.size[low] - first;
     const auto from = [first](auto* p) { return p ? p + first : p; };
-    grad = from(t.grad[low]), param = from(t.param[low]), copy = from(t.copy[low]), average = from(t.average[low]);
+    grad = from(t.grad[low]), param = from(t.param[low]), average = from(t.average[low]);
     exp_avg = from(t.exp_avg[low]), exp_avg_sq = from(t.exp_avg_sq[low]);
     size = rest < kChunk ? static_cast<int>(rest) : kChunk;
   }
@@ -57,8 +53,7 @@ struct Chunk {
   __device__ int wide() const {
     const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
     const auto all = address(grad) | address(param) | address(exp_avg) | address(exp_avg_sq) | address(average);
-    const bool aligned = all % alignof(Vector<float, kWide>) == 0 && address(copy) % alignof(Vector<Copy, kWide>) == 0;
-    return aligned ? size - size % kWide : 0;
+    return all % alignof(Vector<float, kWide>) == 0 ? size - size % kWide : 0;
   }
 };
 
@@ -99,9 +94,9 @@ __device__ inline bool finite(const float* p) {
   return all;
 }
 
-template <typename Copy>
-__global__ void __launch_bounds__(kThreads) adam_ema_check_kernel(const __grid_constant__ Tensors<Copy> t, int* found) {
-  const Chunk<Copy> chunk(t, blockIdx.x);
+__global__ inline void __launch_bounds__(kThreads)
+    adam_ema_check_kernel(const __grid_constant__ Tensors t, int* found) {
+  const Chunk chunk(t, blockIdx.x);
   const int wide = chunk.wide(), thread = static_cast<int>(threadIdx.x);
   bool all = true;
 #pragma unroll 4
@@ -126,12 +121,11 @@ __device__ inline float lerp(float from, float to, float weight) {
 
 // N numbers from number i on. Everything is loaded before anything is stored: the compiler cannot know that the tensors
 // do not overlap.
-template <int N, typename Copy>
-__device__ inline void update(const Chunk<Copy>& c, int i, const Factors& by, float step_size, float root_correction) {
+template <int N>
+__device__ inline void update(const Chunk& c, int i, const Factors& by, float step_size, float root_correction) {
   const auto grad = load<N>(c.grad + i);
   auto param = load<N>(c.param + i), second = load<N>(c.exp_avg_sq + i);
   Vector<float, N> first{}, average{};
-  Vector<Copy, N> copy;
   if (by.read_first) first = load<N>(c.exp_avg + i);
   if (c.average) average = load<N>(c.average + i);
 #pragma unroll
@@ -141,18 +135,15 @@ __device__ inline void update(const Chunk<Copy>& c, int i, const Factors& by, fl
     second.at[e] = second.at[e] * by.beta2 + by.rest2 * g * g;
     param.at[e] = p - step_size * (first.at[e] / (sqrtf(second.at[e]) / root_correction + by.eps));
     average.at[e] = lerp(average.at[e], param.at[e], by.average_weight);
-    copy.at[e] = narrow<Copy>(param.at[e]);
   }
   store(c.exp_avg + i, first);
   store(c.exp_avg_sq + i, second);
   store(c.param + i, param);
   if (c.average) store(c.average + i, average);
-  if (c.copy) store(c.copy + i, copy);
 }
 
-template <typename Copy>
-__global__ void __launch_bounds__(kThreads)
-    adam_ema_update_kernel(const __grid_constant__ Tensors<Copy> t, AdamState s, AdamGroup o, LogBetas log) {
+__global__ inline void __launch_bounds__(kThreads)
+    adam_ema_update_kernel(const __grid_constant__ Tensors t, AdamState s, AdamGroup o, LogBetas log) {
   if (*s.found) return;
   __shared__ float step_size, root_correction;
   if (threadIdx.x == 0) {
@@ -161,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     root_correction = static_cast<float>(sqrt(-expm1(step * log.second)));
   }
   __syncthreads();
-  const Chunk<Copy> chunk(t, blockIdx.x);
+  const Chunk chunk(t, blockIdx.x);
   const Factors by(o, *s.average_weight);
   const int wide = chunk.wide(), thread = static_cast<int>(threadIdx.x);
   for (int i = thread * kWide; i < wide; i += kThreads * kWide) {
@@ -171,18 +162,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // `batches` of tensors, none empty, with their groups' options; every pointer dense and in the order of its parameter.
-template <typename Copy>
-cudaError_t launch_adam_ema(const Tensors<Copy>* batches, int64_t count, const AdamState& s, const AdamGroup* groups,
-                            cudaStream_t stream) {
+inline cudaError_t launch_adam_ema(const Tensors* batches, int64_t count, const AdamState& s, const AdamGroup* groups,
+                                   cudaStream_t stream) {
   const auto blocks = [&](int64_t b) { return batches[b].first_chunk[batches[b].count]; };
   for (int64_t b = 0; b < count; b++) {
-    adam_ema_check_kernel<Copy><<<blocks(b), kThreads, 0, stream>>>(batches[b], s.found);
+    adam_ema_check_kernel<<<blocks(b), kThreads, 0, stream>>>(batches[b], s.found);
   }
   adam_ema_count_kernel<<<1, 1, 0, stream>>>(s);
   for (int64_t b = 0; b < count; b++) {
     const AdamGroup& o = groups[batches[b].group];
     const LogBetas log{std::log(o.beta1), std::log(o.beta2)};
-    adam_ema_update_kernel<Copy><<<blocks(b), kThreads, 0, stream>>>(batches[b], s, o, log);
+    adam_ema_update_kernel<<<blocks(b), kThreads, 0, stream>>>(batches[b], s, o, log);
   }
   return cudaGetLastError();
 }

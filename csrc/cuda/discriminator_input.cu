@@ -4,7 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "cuda/discriminator_input.cuh"
-#include "ops.h"
+#include "discriminator_input_launchers.h"
 
 namespace gdd_fast::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "cuda/to_uint8.cuh"
-#include "ops.h"
 #include "strides.h"
+#include "to_uint8.h"
 
 namespace gdd_fast::cuda {
 namespace {

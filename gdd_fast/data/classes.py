@@ -8,7 +8,7 @@ import numpy as np
 from gdd_fast.errors import DataError
 
 MAX_CLASSES = 100_000
-"""Of one data set. ImageNet-21k has 21,841; one-hot labels and class embeddings of many more would fill the memory."""
+"""The most that one data set may have. ImageNet-21k has 21,841; one-hot labels of many more would fill the memory."""
 
 
 def as_classes(labels: Sequence[object] | np.ndarray, where: Callable[[int], str]) -> np.ndarray:

@@ -16,11 +16,12 @@ from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout, gpu_arithmetic
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
+from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
@@ -46,10 +47,10 @@ class Distillation:
         self.config, self.world, self.batch = config, world, run.batch
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
-        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()
+        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()  # type: ignore[call-overload]
         self.features = parts.features.to(device)
         self.r1_features = parts.r1_features.to(device)
-        self.heads = parts.heads.to(device, memory_format=layouts[1]).train()
+        self.heads = parts.heads.to(device, memory_format=layouts[1]).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         self.ema.net.dtype = torch.float32  # what is sampled and exported: published distances are float32's
         # the class table of conditional heads may be frozen for good
@@ -124,13 +125,12 @@ class Distillation:
             loss = generator_loss(fake, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-        self.g_guard.apply()
-        return {"loss_g": total}
+        return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
-        logits: list[tuple[Tensor, Tensor]] = []
+        seen: list[Tensor] = []
         for part, label in self._micro_batches(real, labels):
             with torch.no_grad():
                 fake_features = self.features(self._fakes(label))
@@ -140,10 +140,17 @@ class Distillation:
             loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-            logits.append((mean_logit(fake), mean_logit(true)))
-        self.d_guard.apply()
-        fake, true = (torch.stack(parts).mean() for parts in zip(*logits, strict=True))
-        return {"loss_d": total, "logit_fake": fake, "logit_real": true}
+            seen.append(torch.stack([*mean_and_positive(fake), *mean_and_positive(true)]))
+        norm = self.d_guard.apply()
+        fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
+        return {
+            "loss_d": total,
+            "grad_norm_d": norm,
+            "logit_fake": fake_mean,
+            "logit_real": real_mean,
+            "sign_accuracy_fake": 1 - fake_positive,
+            "sign_accuracy_real": real_positive,
+        }
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
@@ -155,8 +162,7 @@ class Distillation:
                 loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
                 loss.backward()
                 penalties.append(penalty.detach().mean())
-        self.r1_guard.apply()
-        return {"r1_penalty": torch.stack(penalties).mean()}
+        return {"grad_norm_r1": self.r1_guard.apply(), "r1_penalty": torch.stack(penalties).mean()}
 
     @contextlib.contextmanager
     def _r1_arithmetic(self) -> Iterator[None]:
@@ -240,7 +246,8 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR)
+        save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.config import TrainConfig, to_dict
+from gdd_fast.config import TrainConfig, default_settings, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.files import check_writable
 from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.ranks import join, world_size
@@ -45,7 +46,8 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
-    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images)
+    defaults = default_settings(config)
+    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
 
 
@@ -63,10 +65,14 @@ def distill(config: TrainConfig) -> Result:
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         task = Distillation(config, built, world)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world)
+        if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
+            comparison.begin(config, task)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, default_settings(config))
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
-        distances = distances or comparison.write(config, built.contents, world.device, outcome.images)
+        if distances is None:
+            distances = comparison.write(config, built.contents, world.device, outcome.images)
+            report_page.refresh(config.run_dir)  # with what has just been measured
     generator = config.run_dir / RUN_GENERATOR
     return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)

@@ -9,12 +9,13 @@ does, and spares every norm that reads the map a pass over it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.backend import Backend
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
 from gdd_fast.ops.attention import attention, attention_inference
@@ -40,10 +41,10 @@ class Target:
     dtype: torch.dtype
     layout: torch.memory_format
     convolve: Convolve
-    norm: str
-    residual: str
-    resample: str
-    attention: str
+    norm: Backend
+    residual: Backend
+    resample: Backend
+    attention: Backend
     late_bias: bool
 
     @property
@@ -76,6 +77,9 @@ class PackedWeight:
             self._last = last
         return last[1]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, ()  # oneDNN's order has no copy and no pickle, and is this processor's
+
 
 class Convolution(nn.Module):
     """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
@@ -101,7 +105,7 @@ class Convolution(nn.Module):
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
         if self.packed is None:
-            return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+            return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
         weight = self.packed(self.weight, self.padding, x.shape)
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, "none", [], "")
@@ -139,7 +143,7 @@ class Norm(nn.Module):
         self.add = None if add is None else nn.Buffer(add.to(target.device, torch.float32)[None])
         self.groups = groups
         self.eps = eps
-        self.activation = "silu" if silu else None
+        self.activation: Literal["silu"] | None = "silu" if silu else None
         self.backend = target.norm
 
     def forward(
@@ -172,7 +176,7 @@ class Resampling(nn.Module):
     def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
         super().__init__()
         self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
-        self.options = {"up": up, "padding": padding, "box": box, "backend": target.resample}
+        self.options: dict[str, Any] = {"up": up, "padding": padding, "box": box, "backend": target.resample}
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
@@ -189,8 +193,7 @@ class Merge(nn.Module):
         self.statistics = target.statistics
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        options = {"statistics": self.statistics, "backend": self.backend}
-        merged = residual(h, x, self.bias, self.scale, **options)
+        merged: Any = residual(h, x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
         return merged if self.statistics else (merged, None)
 
 
@@ -222,7 +225,7 @@ class Projection(nn.Module):
         if self.resample is not None:
             x = self.resample(x)
         for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
-            h = conv.add_to(h, part)
+            h = conv.add_to(h, part)  # type: ignore[operator]
         return h, None
 
 
@@ -331,7 +334,7 @@ class Block(nn.Module):
             case "scale_shift":
                 h = self.norm1(h, scale=next(rows), shift=next(rows))
         h, statistics = self.skip(self.conv1(h), x)
-        return (h, statistics) if self.attention is None else self.attention(h, statistics)
+        return (h, statistics) if self.attention is None else self.attention(h, statistics)  # type: ignore[return-value]
 
 
 class FoldedUNet(nn.Module):
@@ -379,7 +382,7 @@ class FoldedUNet(nn.Module):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x, statistics = layer.add_to(x, aux), None
+                    x, statistics = layer.add_to(x, aux), None  # type: ignore[operator]
                     skips[-1] = x, None
                 case "aux_residual":
                     x, statistics = layer(aux, x, self.aux_scale), None
@@ -405,7 +408,7 @@ class FoldedUNet(nn.Module):
                         x, statistics = layer((x, skip), (statistics, skip_statistics), conditions)
                     else:
                         x, statistics = layer(x, statistics, conditions)
-        return torch.add(image, latents, alpha=self.latent_scale)
+        return torch.add(image, latents, alpha=self.latent_scale)  # type: ignore[arg-type]
 
 
 class ConvolutionDown(nn.Module):

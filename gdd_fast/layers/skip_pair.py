@@ -7,4 +7,4 @@ Pair = tuple[Tensor, Tensor]
 
 
 Statistics = Tensor | tuple[Tensor | None, Tensor | None] | None
-"""Of a map, or of each of a pair: what `residual` returned with it, None where nothing did."""
+"""Statistics of a map, or of both maps of a pair, as `residual` returned them; None where nothing did."""

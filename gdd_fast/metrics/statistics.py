@@ -43,7 +43,7 @@ def generator_statistics(
     backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> list[Statistics]:
-    """Statistics of the images of `seeds`, one a feature extractor. Arguments as `inference.generate.generate`."""
+    """Statistics of the images of `seeds`, one a feature extractor. Arguments as `sampling.generate.generate`."""
     options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
     batches = generate(net, seeds, sampler, **options)
     return collect((part.images.permute(0, 3, 1, 2) for part in batches), extractors, progress)

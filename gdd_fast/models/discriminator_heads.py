@@ -70,7 +70,7 @@ class DiscriminatorHeads(nn.Module):
             classes = labels.argmax(1)
             embedded = classes if self.embedding is None else self.embedding(classes)
         return [
-            [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]
+            [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]  # type: ignore[call-overload]
             for heads, maps in zip(self.heads, features, strict=True)
         ]
 

@@ -1,11 +1,11 @@
-"""One pass over all parameters of a network: Adam, the moving average of the weights, a copy in low precision.
+"""One pass over all parameters of a network: Adam and the moving average of the weights.
 
 Nothing is changed by a step that any gradient has a NaN or an infinity in; it is only counted. Otherwise, with t the
 number of steps taken (Kingma & Ba, arXiv 1412.6980, written as torch.optim.Adam computes it):
 
     g <- g + weight_decay * p        m <- lerp(m, g, 1 - beta1)        v <- beta2 * v + (1 - beta2) * g^2
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-    average <- lerp(average, p, average_weight)        copy <- p, rounded
+    average <- lerp(average, p, average_weight)
 
 Unfused this reads and writes the parameters' memory 11 times and more; here it is 9 times (8 with beta1 = 0) and one
 look at the gradients before. `gdd_fast.training.optimizer` wraps it as an optimizer.
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 
 OPERATOR = Operator("adam_ema", fused=frozenset({"cuda", "cpp"}))
+_choose = chooser(OPERATOR)
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ def check_options(betas: tuple[float, float], eps: float, weight_decay: float) -
 
 
 def adam_ema_ref_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
     step: Tensor,
     skipped: Tensor,
     lr: Tensor,
@@ -76,15 +76,13 @@ def adam_ema_ref_(
             first += group.tensors
     if averages:
         torch._foreach_lerp_(averages, params, weight)
-    if copies:
-        torch._foreach_copy_(copies, params)
 
 
 def _adam_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     t: float,
     lr: float,
     options: Group,
@@ -92,7 +90,7 @@ def _adam_(
     """Adam's step number `t` of one group."""
     beta1, beta2 = options.betas
     if options.weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=options.weight_decay)
+        grads = list(torch._foreach_add(grads, params, alpha=options.weight_decay))
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
@@ -113,7 +111,6 @@ def adam_ema_(
     *,
     averages: Sequence[Tensor] = (),
     average_weight: Tensor,
-    copies: Sequence[Tensor] = (),
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -129,7 +126,6 @@ def adam_ema_(
         lr, average_weight: float64 of one number. Like the two above they are on the parameters' device, where a
             replayed CUDA graph reads and writes them. With `groups`, lr has a number for each, (len(groups),).
         averages: moving averages of the parameters, float32, or nothing.
-        copies: the parameters in bfloat16 or float16, refreshed by every step, or nothing.
         groups: parameters that stand side by side with options of their own, in place of `betas`, `eps` and
             `weight_decay`. The finite check and the counts are of all groups together.
         backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. Only "cuda" can be captured in a graph.
@@ -138,9 +134,9 @@ def adam_ema_(
         InputError: lists, dtypes or layouts that do not fit.
         BackendError: the backend asked for cannot run here.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages, "copies": copies}
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages}
     for name, tensors in lists.items():
-        if len(tensors) != len(params) and not (len(tensors) == 0 and name in ("averages", "copies")):
+        if len(tensors) != len(params) and not (len(tensors) == 0 and name == "averages"):
             raise InputError(f"adam_ema_: {len(tensors)} {name} for {len(params)} parameters")
         for t, p in zip(tensors, params, strict=False):
             _check_like(name, t, p)
@@ -166,10 +162,11 @@ def adam_ema_(
         raise InputError("adam_ema_: the parameters must all be on one device")
     if not params:
         return
+    implementation = _choose(backend, params[0].device.type)
     grads = [_laid_out_like(g, p) for g, p in zip(grads, params, strict=True)]
-    tensors = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages), list(copies))
+    every = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages))
     options = zip(*((g.tensors, *g.betas, g.eps, g.weight_decay) for g in groups), strict=True)
-    torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *map(list, options), backend)
+    torch.ops.gdd_fast.adam_ema_(*every, step, skipped, lr, average_weight, *map(list, options), implementation)
 
 
 def _dense(p: Tensor) -> bool:
@@ -195,10 +192,9 @@ def _laid_out_like(g: Tensor, p: Tensor) -> Tensor:
 
 
 def _check_like(name: str, t: Tensor, p: Tensor) -> None:
-    dtypes = (torch.bfloat16, torch.float16) if name == "copies" else (torch.float32,)
-    if p.dtype != torch.float32 or t.dtype not in dtypes or t.shape != p.shape or t.device != p.device:
+    if p.dtype != torch.float32 or t.dtype != torch.float32 or t.shape != p.shape or t.device != p.device:
         raise InputError(
-            f"adam_ema_: {name} must be {' or '.join(map(str, dtypes))} like their float32 parameters, not {t.dtype} "
+            f"adam_ema_: {name} must be float32 like their float32 parameters, not {t.dtype} "
             f"{tuple(t.shape)} on {t.device} for {p.dtype} {tuple(p.shape)} on {p.device}"
         )
     if name != "grads" and not _same_memory(t, p):
@@ -210,25 +206,24 @@ def _check_like(name: str, t: Tensor, p: Tensor) -> None:
 torch.library.define(
     "gdd_fast::adam_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] averages, "
-    "Tensor(e!)[] copies, Tensor(f!) step, Tensor(g!) skipped, Tensor lr, Tensor average_weight, int[] tensors, "
-    "float[] beta1, float[] beta2, float[] eps, float[] weight_decay, str backend) -> ()",
+    "Tensor(e!) step, Tensor(f!) skipped, Tensor lr, Tensor average_weight, int[] tensors, "
+    "float[] beta1, float[] beta2, float[] eps, float[] weight_decay, str implementation) -> ()",
 )
 
 
 @torch.library.impl("gdd_fast::adam_ema_", "CompositeExplicitAutograd")
 def _adam_ema_(params: list[Tensor], *arguments) -> None:
-    *arguments, backend = arguments
-    device = params[0].device.type if params else "cpu"
-    if resolve(backend, OPERATOR, device) == "torch":
-        *arguments, tensors, beta1, beta2, eps, weight_decay = arguments
+    *given, implementation = arguments
+    if implementation == "torch":
+        *lists, tensors, beta1, beta2, eps, weight_decay = given
         options = zip(tensors, zip(beta1, beta2, strict=True), eps, weight_decay, strict=True)
-        adam_ema_ref_(params, *arguments, [Group(*values) for values in options])
+        adam_ema_ref_(params, *lists, [Group(*values) for values in options])  # type: ignore[call-arg]
     else:
-        torch.ops.gdd_fast_C.adam_ema_(params, *arguments)
+        torch.ops.gdd_fast_C.adam_ema_(params, *given)
         # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the
         # casts of frozen weights do, goes by their version.
-        _, exp_avgs, exp_avg_sqs, averages, copies, step, skipped, *_ = arguments
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, *copies, step, skipped])
+        _, exp_avgs, exp_avg_sqs, averages, step, skipped, *_ = given
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, step, skipped])
 
 
 @torch.library.register_fake("gdd_fast::adam_ema_")

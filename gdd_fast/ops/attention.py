@@ -23,7 +23,7 @@ from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops._memory_format import compute_dtype, memory_format
 
 OPERATOR = Operator("attention", fused=frozenset({"triton"}), opt_in=frozenset({"triton"}))
-_implementation = chooser(OPERATOR)
+_resolve = chooser(OPERATOR)
 
 Order = Literal["interleaved", "blocks"]
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -99,7 +99,7 @@ def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") 
 def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
     if backend == "auto" and qkv.is_cuda and not torch.compiler.is_compiling() and _measured_faster(qkv, num_heads):
         backend = "triton"
-    return _implementation(backend, qkv.device.type)
+    return _resolve(backend, qkv.device.type)
 
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:

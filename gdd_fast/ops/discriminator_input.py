@@ -8,17 +8,19 @@ on numbers that are written anyway. The gradient is the exact adjoint, one pass 
 is linear in them and its own gradient is y without the shift. Nothing is saved for either.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import memory_format
 
-OPERATOR = Operator("discriminator_input", fused=frozenset({"cuda", "cpp"}))
+OPERATOR = Operator("discriminator_input", fused=frozenset({"cuda", "cpp"}), float64=False)
+_choose = chooser(OPERATOR)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BACKBONES = 4
@@ -62,11 +64,8 @@ def discriminator_input(
     dtype = x.dtype if dtype is None else dtype
     if x.dim() != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
         raise InputError(f"discriminator_input: images must be (N, 1 or 3, H, W), not {tuple(x.shape)}")
-    double = torch.float64 in (x.dtype, dtype)
     if not {x.dtype, dtype} <= {*DTYPES, torch.float64}:
         raise InputError(f"discriminator_input: float32, bfloat16 or float16, not {x.dtype} to {dtype}")
-    if double and backend not in ("auto", "torch"):
-        raise InputError("discriminator_input: only the definition (backend 'torch') computes in float64")
     if not 1 <= len(scale) <= MAX_BACKBONES or len(scale) != len(shift) or {len(t) for t in (*scale, *shift)} != {3}:
         raise InputError(
             f"discriminator_input: scale and shift: three numbers for each of 1 to {MAX_BACKBONES} backbones"
@@ -76,26 +75,26 @@ def discriminator_input(
             f"discriminator_input: size must be from 1 to {2**15 - 1} and the sides of images below {2**16}, "
             f"not {size} and {tuple(x.shape[2:])}"
         )
-    backend = "torch" if double else backend
-    return torch.ops.gdd_fast.discriminator_input(x, _flat(scale), _flat(shift), size, dtype, backend)
+    implementation = _choose(backend, x.device.type, torch.float64 in (x.dtype, dtype))
+    return torch.ops.gdd_fast.discriminator_input(x, _flat(scale), _flat(shift), size, dtype, implementation)
 
 
 torch.library.define(
     "gdd_fast::discriminator_input",
-    "(Tensor x, float[] scale, float[] shift, int size, ScalarType dtype, str backend) -> Tensor[]",
+    "(Tensor x, float[] scale, float[] shift, int size, ScalarType dtype, str implementation) -> Tensor[]",
 )
 torch.library.define(
     "gdd_fast::discriminator_input_backward",
     "(Tensor[] dys, float[] scale, SymInt channels, SymInt height, SymInt width, ScalarType dtype, bool channels_last, "
-    "str backend) -> Tensor",
+    "str implementation) -> Tensor",
 )
 
 
 @torch.library.impl("gdd_fast::discriminator_input", "CompositeExplicitAutograd")
 def _forward(
-    x: Tensor, scale: list[float], shift: list[float], size: int, dtype: torch.dtype, backend: Backend
+    x: Tensor, scale: list[float], shift: list[float], size: int, dtype: torch.dtype, implementation: str
 ) -> list[Tensor]:
-    if resolve(backend, OPERATOR, x.device.type) == "torch":
+    if implementation == "torch":
         return _ref(x, scale, shift, size, dtype)
     return torch.ops.gdd_fast_C.discriminator_input(x, scale, shift, size, dtype)
 
@@ -109,9 +108,9 @@ def _adjoint(
     width: int,
     dtype: torch.dtype,
     channels_last: bool,
-    backend: Backend,
+    implementation: str,
 ) -> Tensor:
-    if resolve(backend, OPERATOR, dys[0].device.type) == "torch":
+    if implementation == "torch":
         dx = _adjoint_ref(dys, scale, channels, height, width).to(dtype)
         return dx.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     dys = [dy.contiguous(memory_format=torch.channels_last) for dy in dys]
@@ -119,20 +118,20 @@ def _adjoint(
 
 
 @torch.library.register_fake("gdd_fast::discriminator_input")
-def _(x, scale, shift, size, dtype, backend) -> list[Tensor]:
+def _(x, scale, shift, size, dtype, implementation) -> list[Tensor]:
     options = {"dtype": dtype, "device": x.device, "memory_format": torch.channels_last}
     return [torch.empty((x.shape[0], 3, size, size), **options) for _ in range(len(scale) // 3)]
 
 
 @torch.library.register_fake("gdd_fast::discriminator_input_backward")
-def _(dys, scale, channels, height, width, dtype, channels_last, backend) -> Tensor:
+def _(dys, scale, channels, height, width, dtype, channels_last, implementation) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (dys[0].shape[0], channels, height, width)
     return torch.empty(shape, dtype=dtype, device=dys[0].device, memory_format=memory_format)
 
 
 def _setup_forward(ctx, inputs, output) -> None:
-    x, ctx.scale, _, _, _, ctx.backend = inputs
+    x, ctx.scale, _, _, _, ctx.implementation = inputs
     ctx.shape, ctx.dtype = x.shape[1:], x.dtype
     ctx.channels_last = memory_format(x) == torch.channels_last
 
@@ -143,19 +142,19 @@ def _backward(ctx, dys: list[Tensor | None]):
     dx = None
     if present and ctx.needs_input_grad[0]:
         dx = torch.ops.gdd_fast.discriminator_input_backward(
-            [dys[b] for b in present], scale, *ctx.shape, ctx.dtype, ctx.channels_last, ctx.backend
+            [dys[b] for b in present], scale, *ctx.shape, ctx.dtype, ctx.channels_last, ctx.implementation
         )
     return dx, None, None, None, None, None
 
 
 def _setup_adjoint(ctx, inputs, output) -> None:
-    dys, ctx.scale, _, _, _, _, _, ctx.backend = inputs
+    dys, ctx.scale, _, _, _, _, _, ctx.implementation = inputs
     ctx.size, ctx.dtype = dys[0].shape[3], dys[0].dtype
 
 
 def _double_backward(ctx, ddx: Tensor):
     no_shift = [0.0] * len(ctx.scale)
-    ddys = torch.ops.gdd_fast.discriminator_input(ddx, ctx.scale, no_shift, ctx.size, ctx.dtype, ctx.backend)
+    ddys = torch.ops.gdd_fast.discriminator_input(ddx, ctx.scale, no_shift, ctx.size, ctx.dtype, ctx.implementation)
     return ddys, None, None, None, None, None, None, None
 
 
@@ -189,7 +188,8 @@ def _ref(x: Tensor, scale: list[float], shift: list[float], size: int, dtype: to
 
 def _adjoint_ref(dys: list[Tensor], scale: list[float], channels: int, height: int, width: int) -> Tensor:
     wide = torch.promote_types(dys[0].dtype, torch.float32)
-    total = sum(dy.to(wide) * _per_channel(scale[3 * b : 3 * b + 3], dy.to(wide)) for b, dy in enumerate(dys))
+    scaled = [dy.to(wide) * _per_channel(scale[3 * b : 3 * b + 3], dy.to(wide)) for b, dy in enumerate(dys)]
+    total = functools.reduce(torch.add, scaled)
     total = total.sum(1, keepdim=True) if channels == 1 else total
     n, size = total.shape[0], total.shape[3]
     if (height, width) == (size, size) or n == 0:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import memory_format
 
 OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
+_choose = chooser(OPERATOR)
 
 
 def max_pool2x2_ref(x: Tensor) -> Tensor:
@@ -43,28 +44,23 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
         raise InputError(
             f"max_pool2x2: x must be floating (N, C, H, W) of at least 2x2 pixels, not {x.dtype} {tuple(x.shape)}"
         )
-    chosen = _choose(backend, x.device.type)
-    if chosen == "torch":
+    implementation = _choose(backend, x.device.type)
+    if implementation == "torch":
         return max_pool2x2_ref(x)
-    return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), chosen)
-
-
-def _choose(backend: Backend, device: str) -> str:
-    # the compiler cannot look for extensions: compiled code leaves the choice to the operators below
-    return backend if torch.compiler.is_compiling() else resolve(backend, OPERATOR, device)
+    return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), implementation)
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
-        y, places = torch.ops.gdd_fast.max_pool2x2(x, backend)
+    def forward(ctx: Any, x: Tensor, implementation: str) -> Tensor:
+        y, places = torch.ops.gdd_fast.max_pool2x2(x, implementation)
         ctx.save_for_backward(places)
-        ctx.size, ctx.layout, ctx.backend = x.shape[2:], memory_format(x), backend
+        ctx.size, ctx.layout, ctx.implementation = x.shape[2:], memory_format(x), implementation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation), None
 
 
 class _Spread(torch.autograd.Function):
@@ -72,16 +68,22 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+        ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
     ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.layout, ctx.backend = size, layout, backend
+        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
         dy = dy.contiguous(memory_format=layout)
-        return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, backend)
+        return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, implementation)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
+        return (
+            _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Collect(torch.autograd.Function):
@@ -89,19 +91,19 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, backend: str
+        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
     ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.layout, ctx.backend = size, layout, backend
+        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
         return collect_ref(x, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.backend), None, None, None, None
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation), None, None, None, None
 
 
 def collect_ref(x: Tensor, places: Tensor) -> Tensor:
-    """Of every window of x (N, C, H, W) the value at its place (N, C, H // 2, W // 2)."""
+    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2)."""
     windows = x[:, :, : places.shape[2] * 2, : places.shape[3] * 2]
     y = windows[:, :, ::2, ::2]
     for place in range(1, 4):
@@ -110,16 +112,16 @@ def collect_ref(x: Tensor, places: Tensor) -> Tensor:
 
 
 # x, dy and places are dense. The backward is told the format: that of 1x1 places cannot be seen.
-torch.library.define("gdd_fast::max_pool2x2", "(Tensor x, str backend) -> (Tensor, Tensor)")
+torch.library.define("gdd_fast::max_pool2x2", "(Tensor x, str implementation) -> (Tensor, Tensor)")
 torch.library.define(
     "gdd_fast::max_pool2x2_backward",
-    "(Tensor dy, Tensor places, SymInt height, SymInt width, bool channels_last, str backend) -> Tensor",
+    "(Tensor dy, Tensor places, SymInt height, SymInt width, bool channels_last, str implementation) -> Tensor",
 )
 
 
 @torch.library.impl("gdd_fast::max_pool2x2", "CompositeExplicitAutograd")
-def _max_pool2x2(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-    match resolve(backend, OPERATOR, x.device.type):
+def _max_pool2x2(x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    match implementation:
         case "triton":
             from gdd_fast.kernels import max_pool2x2 as kernels
 
@@ -131,7 +133,7 @@ def _max_pool2x2(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("gdd_fast::max_pool2x2")
-def _(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return y, torch.empty_like(y, dtype=torch.uint8)
@@ -139,9 +141,9 @@ def _(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("gdd_fast::max_pool2x2_backward", "CompositeExplicitAutograd")
 def _max_pool2x2_backward(
-    dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend
+    dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, implementation: str
 ) -> Tensor:
-    match resolve(backend, OPERATOR, dy.device.type):
+    match implementation:
         case "triton":
             from gdd_fast.kernels import max_pool2x2 as kernels
 
@@ -153,7 +155,7 @@ def _max_pool2x2_backward(
 
 
 @torch.library.register_fake("gdd_fast::max_pool2x2_backward")
-def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, backend: Backend) -> Tensor:
+def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, implementation: str) -> Tensor:
     return _empty(dy, height, width, channels_last)
 
 

@@ -1,20 +1,34 @@
 """ReLU and ReLU6 that keep one bit per element for backward, for networks in which nothing else needs the activation.
 
 PyTorch keeps the result: under a trained convolution that is free, as the convolution keeps the same tensor for its
-weight's gradient. Under a frozen one nothing else does. The bits are those of `frozen_conv2d_relu`; this operator is
-for where the activation cannot be joined with a convolution.
+weight's gradient. Under a frozen one nothing else does; `frozen_conv2d_relu` joins the two.
+
+Bit i of byte j belongs to element 8 j + i of the output in its own memory order (contiguous or channels_last), and is 1
+where the gradient is zero: y <= 0, and y >= 6 for ReLU6, so NaN stays and passes its gradient on. What follows the
+forward pass is linear, so the operator can be differentiated any number of times.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.ops._memory_format import memory_format
-from gdd_fast.ops.frozen_conv2d_relu import CEILING, OPERATOR, Activation, masked
+
+OPERATOR = Operator("relu_bits", fused=frozenset({"triton", "cpp"}))
+_choose = chooser(OPERATOR)
+
+Activation = Literal["relu", "relu6"]
+CEILING: dict[str, float] = {"relu": math.inf, "relu6": 6.0}
+
+# A 64-bit word of eight 0/1 bytes times this has the eight bits, first byte lowest, in its top byte.
+_GATHER = 0x0102040810204080
+# A byte repeated eight times, and of the i-th copy its i-th bit.
+_REPEAT, _PICK = 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
 
 def relu_bits_ref(x: Tensor, activation: Activation = "relu", inplace: bool = False) -> Tensor:
@@ -46,10 +60,10 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
             f"relu_bits: x must be floating (N, C, H, W), contiguous or channels_last, not {x.dtype} "
             f"{tuple(x.shape)} with strides {x.stride()}"
         )
-    chosen = resolve(backend, OPERATOR, x.device.type)
-    if chosen == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
+    implementation = _choose(backend, x.device.type)
+    if implementation == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
         return relu_bits_ref(x, activation, inplace)
-    return _Relu.apply(x, CEILING[activation], inplace, chosen)
+    return _Relu.apply(x, CEILING[activation], inplace, implementation)
 
 
 def dense(x: Tensor) -> bool:
@@ -59,16 +73,101 @@ def dense(x: Tensor) -> bool:
 
 class _Relu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ceiling: float, inplace: bool, backend: str) -> Tensor:
-        ctx.layout, ctx.backend = memory_format(x), backend
+    def forward(ctx: Any, x: Tensor, ceiling: float, inplace: bool, implementation: str) -> Tensor:
+        ctx.layout, ctx.implementation = memory_format(x), implementation
         if inplace:
             ctx.mark_dirty(x)
             y = x
         else:
             y = torch.empty_like(x).copy_(x)
-        ctx.save_for_backward(torch.ops.gdd_fast.relu_bits_(y, ceiling, backend))
+        ctx.save_for_backward(torch.ops.gdd_fast.relu_bits_(y, ceiling, implementation))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return masked(dy, ctx.saved_tensors[0], ctx.layout, ctx.backend), None, None, None
+        return masked(dy, ctx.saved_tensors[0], ctx.layout, ctx.implementation), None, None, None
+
+
+def masked(dy: Tensor, bits: Tensor, layout: torch.memory_format, implementation: str) -> Tensor:
+    """dy in `layout`, zero where the bits say so; differentiable any number of times."""
+    return _Masked.apply(dy, bits, layout, implementation)
+
+
+class _Masked(torch.autograd.Function):
+    """dy, zero where the bits say so; its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, bits: Tensor, layout: torch.memory_format, implementation: str) -> Tensor:
+        ctx.save_for_backward(bits)
+        ctx.layout, ctx.implementation = layout, implementation
+        return torch.ops.gdd_fast.mask_bits(dy.contiguous(memory_format=layout), bits, implementation)
+
+    @staticmethod
+    def backward(ctx: Any, ddy: Tensor) -> tuple[Tensor | None, ...]:
+        return masked(ddy, ctx.saved_tensors[0], ctx.layout, ctx.implementation), None, None, None
+
+
+# y and dy are dense, contiguous or channels_last; elements are counted as they lie in memory.
+torch.library.define("gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation) -> Tensor")
+torch.library.define("gdd_fast::mask_bits", "(Tensor dy, Tensor bits, str implementation) -> Tensor")
+
+
+@torch.library.impl("gdd_fast::relu_bits_", "CompositeExplicitAutograd")
+def _relu_bits_(y: Tensor, ceiling: float, implementation: str) -> Tensor:
+    match implementation:
+        case "triton":
+            from gdd_fast.kernels import relu_bits as kernels
+
+            return kernels.relu_bits_(y, ceiling)
+        case "cpp":
+            return torch.ops.gdd_fast_C.relu_bits_(y, ceiling)
+        case _:
+            return relu_bits_ref_(y, ceiling)
+
+
+@torch.library.register_fake("gdd_fast::relu_bits_")
+def _(y: Tensor, ceiling: float, implementation: str) -> Tensor:
+    return y.new_empty(((y.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@torch.library.impl("gdd_fast::mask_bits", "CompositeExplicitAutograd")
+def _mask_bits(dy: Tensor, bits: Tensor, implementation: str) -> Tensor:
+    match implementation:
+        case "triton":
+            from gdd_fast.kernels import relu_bits as kernels
+
+            return kernels.mask_bits(dy, bits)
+        case "cpp":
+            return torch.ops.gdd_fast_C.mask_bits(dy, bits)
+        case _:
+            return mask_bits_ref(dy, bits)
+
+
+@torch.library.register_fake("gdd_fast::mask_bits")
+def _(dy: Tensor, bits: Tensor, implementation: str) -> Tensor:
+    return torch.empty_like(dy)
+
+
+def relu_bits_ref_(y: Tensor, ceiling: float) -> Tensor:
+    """Clamp y to [0, ceiling] in place; the bits of where that is flat, uint8 (ceil(numel / 8),)."""
+    flat = _in_memory_order(y)
+    blocked = flat <= 0
+    if ceiling < math.inf:
+        blocked |= flat >= ceiling
+    y.clamp_(0, None if ceiling == math.inf else ceiling)
+    blocked = F.pad(blocked.view(torch.uint8), (0, -flat.numel() % 8))
+    return (blocked.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+
+
+def mask_bits_ref(dy: Tensor, bits: Tensor) -> Tensor:
+    """dy, zero where its bit is 1, in a new tensor of the same strides."""
+    flat = _in_memory_order(dy)
+    blocked = (bits.to(torch.int64) * _REPEAT & _PICK).view(torch.uint8)[: flat.numel()] != 0
+    dx = torch.empty_like(dy)
+    torch.where(blocked, flat.new_zeros(()), flat, out=_in_memory_order(dx))
+    return dx
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """A one-dimensional view of a dense tensor."""
+    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)

@@ -53,7 +53,7 @@ def resample2d(
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
             either along the batch or the channels, are read where they lie; anything else is copied once first.
         kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even. The CPU operator ("cpp")
-            takes filters with K up to 64 that are a column times a row, as EDM's are, to within the rounding of
+            takes filters of 2 or 4 taps that are a column times a row, as EDM's are, to within the rounding of
             their numbers; "auto" runs the definition for any other.
         up: double the resolution instead of halving it.
         padding: width p of the border of zeros, in pixels of the larger image; K / 2 - 1 doubles or halves exactly.
@@ -160,14 +160,17 @@ torch.library.register_autograd("gdd_fast::resample2d", _backward, setup_context
 
 
 def _runs(backend: Backend, kernel: Tensor, device: str) -> str:
-    """`resolve`, but for what depends on the filter: the CPU operator takes no other than separable ones."""
+    """What runs: as of every operator, but that "cpp" depends on the filter's numbers, which a compiler does not see.
+
+    So compiled code leaves the choice to the operator.
+    """
     chosen = resolve(backend, OPERATOR, device)
     if chosen != "cpp" or torch.ops.gdd_fast_C.resample2d_takes(kernel):
         return chosen
     if backend == "auto":
         return "torch"
     raise BackendError(
-        "resample2d: backend 'cpp' takes filters of at most 64 x 64 taps that are a column times a row, and this "
+        "resample2d: backend 'cpp' takes filters of 2 x 2 or 4 x 4 taps that are a column times a row, and this "
         f"{kernel.shape[2]} x {kernel.shape[3]} filter is not one: use backend 'auto' or 'torch'"
     )
 

@@ -4,11 +4,13 @@ Fused, the sum is taken in float32 and rounded once, in one pass over h and skip
 saved for backward, which is plain torch: `dy * scale`, and its sum for the bias.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend, Operator, chooser
-from gdd_fast.errors import BackendError, InputError
+from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import (
     DTYPES,
     channel_statistics_ref,
@@ -18,8 +20,8 @@ from gdd_fast.ops._memory_format import (
     statistics_parts,
 )
 
-OPERATOR = Operator("residual", fused=frozenset({"triton"}))
-_implementation = chooser(OPERATOR)
+OPERATOR = Operator("residual", fused=frozenset({"triton"}), float64=False)
+_choose = chooser(OPERATOR)
 
 
 def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -28,6 +30,30 @@ def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: flo
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None, None]
     return y if scale == 1 else y * scale
+
+
+@overload
+def residual(
+    h: Tensor,
+    skip: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    statistics: Literal[False] = False,
+    backend: Backend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def residual(
+    h: Tensor,
+    skip: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    statistics: bool,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def residual(
@@ -59,12 +85,7 @@ def residual(
         BackendError: the backend asked for cannot run here.
     """
     _check(h, skip, bias, statistics)
-    implementation = _implementation(backend, h.device.type)
-    if h.dtype == torch.float64 and implementation != "torch":
-        if backend != "auto":
-            raise BackendError(f"residual: backend {backend!r} does not compute in float64; use 'torch'")
-        implementation = "torch"
-    if implementation == "torch":
+    if _choose(backend, h.device.type, h.dtype == torch.float64) == "torch":
         y = residual_ref(h, skip, bias, scale)
         return (y, channel_statistics_ref(y)) if statistics else y
     y, s = torch.ops.gdd_fast.residual.default(h, skip, bias, float(scale), statistics)

@@ -8,11 +8,12 @@ float64 if x is float64.
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import DTYPES, compute_dtype, evenly_spaced
 
 OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
+_choose = chooser(OPERATOR)
 
 
 def to_uint8_ref(x: Tensor) -> Tensor:
@@ -42,15 +43,15 @@ def to_uint8(x: Tensor, backend: Backend = "auto") -> Tensor:
         raise InputError(f"to_uint8: x must be (N, C, H, W), not of shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
         raise InputError(f"to_uint8: x must be float32, bfloat16, float16 or float64 in [-1, 1], not {x.dtype}")
-    return torch.ops.gdd_fast.to_uint8(x.detach(), backend)
+    return torch.ops.gdd_fast.to_uint8(x.detach(), _choose(backend, x.device.type))
 
 
-torch.library.define("gdd_fast::to_uint8", "(Tensor x, str backend) -> Tensor")
+torch.library.define("gdd_fast::to_uint8", "(Tensor x, str implementation) -> Tensor")
 
 
 @torch.library.impl("gdd_fast::to_uint8", "CompositeExplicitAutograd")
-def _to_uint8(x: Tensor, backend: Backend) -> Tensor:
-    match resolve(backend, OPERATOR, x.device.type):
+def _to_uint8(x: Tensor, implementation: str) -> Tensor:
+    match implementation:
         case "triton":
             from gdd_fast.kernels import to_uint8 as kernels
 
@@ -62,6 +63,6 @@ def _to_uint8(x: Tensor, backend: Backend) -> Tensor:
 
 
 @torch.library.register_fake("gdd_fast::to_uint8")
-def _(x: Tensor, backend: Backend) -> Tensor:
+def _(x: Tensor, implementation: str) -> Tensor:
     n, c, h, w = x.shape
     return x.new_empty((n, h, w, c), dtype=torch.uint8)

@@ -1,29 +1,19 @@
 """Writing images so that an interrupted run goes on where it stopped.
 
-Until a run is whole, its images lie in parts beside the output, in a folder `.<name>.part`: each part is a small output
-of the same kind (a zip, an npz, a folder), and `run.json` says what run they are of. A part is closed every minute, and
-when the run is interrupted, by taking a name that says how many images it holds; one without such a name is not
-counted. Parts hold a beginning of the seeds, in order, so where to go on is the sum of these numbers. One process at a
-time: whoever is to write holds a lock on `lock`, which ends with the process.
+Until a run is whole, its images lie beside the output in a folder `.<name>.part`: `images`, with the PNGs under the
+names that they will have, `labels.jsonl`, the classes of labelled images, and `run.json`, which says what run they are
+of. How far a run has come is seen from the files: its seeds in order, up to the first without a whole PNG. One process
+at a time: whoever is to write holds a lock on `lock`, which ends with the process.
 
-A process may be killed between any two of its steps on files, and the next one goes on. At the end
-
-    1. the parts of a zip or npz become one, `whole.*`, still in the folder; a single part is that already
-    2. `run.json` says "joining", if the output is still free
-    3. the output appears: a zip or npz by renaming the whole, so its absence tells that this has happened; a folder by
-       moving images one by one
-    4. `run.json` says "joined"
-    5. the parts are removed, then `run.json`, and the folder with the lock
+At the end the output is made within that folder and appears by one rename: a zip, an npz, or `images` itself. A process
+may be killed between any two of its steps on files, and the next one goes on.
 """
 
 import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
-import sys
-import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,93 +22,111 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, leftovers, remove_leftovers, sync_folder
-from gdd_fast.sampling.writers import ImageWriter, check_new_output, image_name, open_writer
+from gdd_fast.sampling.writers import PngFolder, check_new_output, image_name, is_whole_png
 from gdd_fast.signals import Interruptible
 
-PART_SECONDS = 60.0
-_RUN, _LOCK, _LABELS, _WHOLE, _OPEN = "run.json", "lock", "dataset.json", "whole", "open"
-_PHASE = "phase"
-_WRITING, _JOINING, _JOINED = "writing", "joining", "joined"
-_PART = re.compile(r"(\d{6,})-(\d+)")
+_RUN, _LOCK, _LABELS, _IMAGES = "run.json", "lock", "labels.jsonl", "images"
 
 
 class ResumableWriter:
-    """An `ImageWriter` for the seeds after the first `done`, which an earlier run has written."""
+    """Takes the images of the seeds after the first `done`, which an earlier run has written."""
 
-    def __init__(
-        self, output: "Reserved", seeds: Sequence[int], *, subdirs: bool, workers: int | None, seconds: float
-    ) -> None:
-        self.folder = folder = output.folder
-        self.held = output.interruptible.held
-        self.seeds = list(seeds)
-        self.suffix = _suffix(output.path)
-        self.options = {"subdirs": subdirs, "workers": workers}
-        self.seconds = seconds
-        self.parts = _closed_parts(folder, self.suffix)
-        self.done = sum(map(_count, self.parts))
-        self._stack = contextlib.ExitStack()
-        self._writer: ImageWriter | None = None
-        self._count = 0
-        self._opened = 0.0
-        self._broken = False  # putting or closing did not return: the open part may hold anything
+    def __init__(self, output: "Reserved", seeds: Sequence[int], subdirs: bool, workers: int | None) -> None:
+        self._held, self._seeds = output.interruptible.held, list(seeds)
+        self._names = [image_name(seed, subdirs) for seed in seeds]
+        self._path, self._folder, self._images = output.path, output.folder, output.folder / _IMAGES
+        self._images.mkdir(exist_ok=True)
+        for temporary in self._images.rglob(".*.part"):  # of a process that was killed
+            temporary.unlink()
+        remove_leftovers(self._images / "dataset.json")
+        self._labels = self._read_labels()
+        self.done = self._put = self._count_done()
+        self._png = PngFolder(self._images, subdirs, workers)
 
     def put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None = None) -> None:
-        """As `ImageWriter.put`; the seeds have to be the next ones. SIGINT and SIGTERM wait until it is done."""
-        with self.held():
-            self._put(seeds, images, classes)
+        """Take uint8 images `(N, H, W, C)`, C 1 or 3, of the next `seeds`, and their class indices int64 `(N,)` if any.
 
-    def _put(self, seeds: Sequence[int], images: torch.Tensor, classes: torch.Tensor | None) -> None:
-        start = self.done + self._count
-        if list(seeds) != self.seeds[start : start + len(seeds)]:
+        SIGINT and SIGTERM wait until it is done.
+        """
+        if list(seeds) != self._seeds[self._put : self._put + len(seeds)]:
             raise ValueError(
-                f"images of seeds {list(seeds)[:3]}... where those of {self.seeds[start:][:3]}... are next"
+                f"images of seeds {list(seeds)[:3]}... where those of {self._seeds[self._put :][:3]}... are next"
             )
-        if self._writer is None:
-            self._writer = self._stack.enter_context(open_writer(self._open_part, **self.options))
-            self._opened = time.monotonic()
-        self._broken = True
-        self._writer.put(seeds, images, classes)
-        self._count += len(seeds)
-        self._broken = False
-        if time.monotonic() - self._opened >= self.seconds:
-            self.close_part()
+        with self._held():
+            if classes is not None:  # first: an image counts only with its label
+                names = self._names[self._put : self._put + len(seeds)]
+                labels = dict(zip(names, classes.tolist(), strict=True))
+                with (self._folder / _LABELS).open("a") as file:
+                    file.writelines(json.dumps(label) + "\n" for label in labels.items())
+                self._labels |= labels
+            self._png.put(seeds, images)
+            self._put += len(seeds)
 
-    @property
-    def _open_part(self) -> Path:
-        return self.folder / f"{_OPEN}{self.suffix}"
+    def flush(self) -> None:
+        """Write what has been put; nothing can be put afterwards. SIGINT and SIGTERM wait until it is done."""
+        with self._held():
+            self._png.close()
 
-    def close_part(self) -> None:
-        """Make what has been put since the last part one of its own. SIGINT and SIGTERM wait until it is done."""
-        if self._writer is not None:
-            with self.held():
-                self._close_part()
+    def finish(self) -> None:
+        """If all images are there, make the output of them, and remove what it was made of.
 
-    def _close_part(self) -> None:
-        self._broken = True
-        self._stack.close()
-        part = self.folder / f"{len(self.parts):06d}-{self._count}{self.suffix}"
-        self._open_part.rename(part)  # from here on it counts
-        sync_folder(self.folder)
-        self.parts.append(part)
-        self.done += self._count
-        self._writer, self._count = None, 0
-        self._broken = False
+        Raises `ConfigError`, and nothing is lost, if something has taken the output's name meanwhile.
+        """
+        if self._count_done() < len(self._seeds):
+            return
+        labels = [[name, self._labels[name]] for name in self._names] if self._labels else []
+        suffix = self._path.suffix.lower()
+        whole = self._folder / f"whole{suffix}" if suffix in (".zip", ".npz") else self._images
+        with self._held():
+            if suffix == ".npz":
+                self._write_npz(whole, [label for _, label in labels])
+            elif suffix == ".zip":
+                self._write_zip(whole, labels)
+            elif labels:
+                with atomic_write(self._images / "dataset.json") as temporary:
+                    temporary.write_text(json.dumps({"labels": labels}))
+            check_new_output(self._path)  # whoever has filled it meanwhile keeps it
+            whole.replace(self._path)
+            sync_folder(self._path.parent)
+            for left in set(self._folder.iterdir()) - {self._folder / _LOCK}:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def give_up(self) -> None:
-        """After an exception, the one being handled: keep the part if the images in it are whole, else drop it."""
-        if not self._broken:
-            self.close_part()
-        elif self._writer is not None:
-            self._stack.__exit__(*sys.exc_info())
-            self._writer, self._count = None, 0
+    def _write_zip(self, path: Path, labels: list[list[Any]]) -> None:
+        # A ZipInfo made this way carries no time of day: the same images make the same file.
+        with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name in self._names:
+                archive.writestr(zipfile.ZipInfo(name), (self._images / name).read_bytes())
+            if labels:
+                archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
+
+    def _write_npz(self, path: Path, classes: list[int]) -> None:
+        """`arr_0` uint8 `(N, H, W, C)` and, for labelled images, `arr_1` int64 `(N,)`, as ADM's evaluation reads it."""
+        images = np.stack([np.asarray(Image.open(self._images / name)) for name in self._names])
+        arrays = [images if images.ndim == 4 else images[..., None], *([np.array(classes)] if classes else [])]
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, *arrays)
+
+    def _count_done(self) -> int:
+        for number, name in enumerate(self._names):
+            if (self._labels and name not in self._labels) or not is_whole_png(self._images / name):
+                return number
+        return len(self._names)
+
+    def _read_labels(self) -> dict[str, int]:
+        path = self._folder / _LABELS
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may have been cut off
+        with contextlib.suppress(ValueError):
+            return dict(map(json.loads, lines))
+        raise ConfigError(f"{path} is damaged; delete {self._folder} to start again")
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """An output that this process alone may write, and the folder of its parts. See `reserve`."""
+    """An output that this process alone may write, and the folder of its images until then. See `reserve`."""
 
     path: Path
     folder: Path
@@ -129,12 +137,12 @@ class Reserved:
         _check_free(self.path)
         if not (self.folder / _RUN).is_file():
             return
-        before, now = _read_run(self.folder), json.loads(_text(run))
-        del before[_PHASE]
-        if _phase(self.path, self.folder) == _WRITING:
-            check_new_output(self.path)
-        if before != now:
+        try:
+            before, now = json.loads((self.folder / _RUN).read_text()), json.loads(_text(run))
             changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.folder / _RUN} is damaged ({error}); delete the folder to start again") from error
+        if changed:
             raise ConfigError(
                 f"{self.folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start "
                 "again, or name another --out"
@@ -142,50 +150,33 @@ class Reserved:
 
     @contextlib.contextmanager
     def writer(
-        self,
-        seeds: Sequence[int],
-        run: Mapping[str, Any],
-        *,
-        subdirs: bool = False,
-        workers: int | None = None,
-        part_seconds: float = PART_SECONDS,
+        self, seeds: Sequence[int], run: Mapping[str, Any], *, subdirs: bool = False, workers: int | None = None
     ) -> Iterator[ResumableWriter]:
-        """A writer for the images of `seeds`, as `open_writer`, that goes on from an interrupted run.
+        """A writer for the images of `seeds` to `path`: `*.zip`, `*.npz`, or else a folder, new or empty.
+
+        Inside a zip, and with `subdirs` inside a folder, every thousand seeds have a folder of their own
+        (`012000/012345.png`). Labelled images come with EDM's `dataset.json`.
 
         Args:
-            run: what the images depend on, in JSON's types. Parts of another run are not taken up.
-            part_seconds: how often a part is closed, which is what a crash can cost.
+            run: what the images depend on, in JSON's types. Images of another run are not taken up.
 
         The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears
         at the output's path, and what was put is kept for the next call with the same arguments.
-        Raises `ConfigError`, before anything is written, for a path that cannot be written and for parts of another
-        run; and at the end, with the parts kept, for a path that has been filled meanwhile, and for parts that do not
-        hold the images of their seeds.
+        Raises `ConfigError`, before anything is written, for a path that cannot be written and for images of another
+        run; and at the end, with the images kept, for a path that has been filled meanwhile.
         """
         self.check(run)
-        path, folder = self.path, self.folder
-        phase = _phase(path, folder)
-        if phase == _WRITING:
-            parts = _closed_parts(folder, _suffix(path))
-            _check_numbers(parts, len(seeds))
-            _write_run(folder, run, phase)
-            remove_leftovers(folder / _RUN)
-            kept = {folder / _RUN, folder / _LOCK, folder / f"{_WHOLE}{_suffix(path)}", *parts}
-            for leftover in set(folder.iterdir()) - kept:
-                _remove(leftover)
-        writer = ResumableWriter(self, seeds, subdirs=subdirs, workers=workers, seconds=part_seconds)
-        if phase != _WRITING:
-            writer.done = len(writer.seeds)  # parts may have gone already
+        with atomic_write(self.folder / _RUN) as temporary:
+            temporary.write_text(_text(run))
+        writer = ResumableWriter(self, seeds, subdirs or self.path.suffix.lower() == ".zip", workers)
         try:
             yield writer
         except BaseException:
-            writer.give_up()
+            with contextlib.suppress(OSError):  # of the disk, say: what failed first is what counts
+                writer.flush()
             raise
-        writer.close_part()
-        if writer.done == len(writer.seeds):
-            if phase == _WRITING:
-                _check_images(writer.parts, writer.seeds, subdirs or path.suffix.lower() == ".zip")
-            _finish(path, folder, run, phase)
+        writer.flush()
+        writer.finish()
 
 
 @contextlib.contextmanager
@@ -202,17 +193,18 @@ def reserve(path: str | Path) -> Iterator[Reserved]:
 
 
 def part_folder(path: Path) -> Path:
-    """Where the parts of an unfinished output lie."""
+    """Where the images of an unfinished output lie."""
     return path.with_name(f".{path.name}.part")
 
 
 def _check_free(path: Path) -> None:
     """Raise `ConfigError` if `path` cannot be written whatever the run, but for another process; touches nothing."""
+    check_new_output(path)
     folder = part_folder(path)
-    if not (folder / _RUN).is_file():
-        check_new_output(path)
-        if folder.exists() and set(folder.iterdir()) - {folder / _LOCK, *leftovers(folder / _RUN)}:
-            raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
+    if not folder.exists() or (folder / _RUN).is_file():
+        return
+    if set(folder.iterdir()) - {folder / _LOCK, *leftovers(folder / _RUN)}:
+        raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
 
 
 @contextlib.contextmanager
@@ -251,157 +243,10 @@ def _locked(path: Path, interruptible: Interruptible) -> Iterator[Path]:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with contextlib.suppress(OSError):  # there are parts in it, or the next process has begun
+    with contextlib.suppress(OSError):  # there are images in it, or the next process has begun
         for folder in folders:
             folder.rmdir()
 
 
-def _phase(path: Path, folder: Path) -> str:
-    """How far a run has come, by what `run.json` says and whether the output of a zip or npz has got its name."""
-    phase = _read_run(folder)[_PHASE] if (folder / _RUN).is_file() else _WRITING
-    if phase == _JOINING and _suffix(path):
-        phase = _WRITING if _whole(path, folder).exists() else _JOINED
-    if phase == _JOINED and not path.exists():
-        raise ConfigError(f"{path} was complete and has gone since; delete {folder} to make it again")
-    return phase
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    try:
-        return {_PHASE: _WRITING, **json.loads((folder / _RUN).read_text())}
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / _RUN} is damaged ({error}); delete the folder to start again") from error
-
-
-def _write_run(folder: Path, run: Mapping[str, Any], phase: str) -> None:
-    with atomic_write(folder / _RUN) as temporary:
-        temporary.write_text(_text({**run, _PHASE: phase}))
-
-
 def _text(run: Mapping[str, Any]) -> str:
     return json.dumps(run, indent=2, sort_keys=True)
-
-
-def _suffix(path: Path) -> str:
-    """That of a zip or npz, and of its parts; empty for a folder."""
-    suffix = path.suffix.lower()
-    return suffix if suffix in (".zip", ".npz") else ""
-
-
-def _closed_parts(folder: Path, suffix: str) -> list[Path]:
-    """In order."""
-    return sorted(path for path in folder.iterdir() if path.suffix == suffix and _PART.fullmatch(path.stem))
-
-
-def _count(part: Path) -> int:
-    return int(_PART.fullmatch(part.stem)[2])
-
-
-def _check_numbers(parts: Sequence[Path], images: int) -> None:
-    """Raise `ConfigError` unless these are parts one after the other, from the first on, of at most `images` images."""
-    numbers = [int(_PART.fullmatch(part.stem)[1]) for part in parts]
-    if numbers != list(range(len(parts))) or sum(map(_count, parts)) > images:
-        names = ", ".join(part.name for part in parts)
-        raise ConfigError(f"{parts[0].parent} is damaged, its parts are {names}; delete the folder to start again")
-
-
-def _check_images(parts: Sequence[Path], seeds: Sequence[int], subdirs: bool) -> None:
-    """Raise `ConfigError` unless every part holds the images of its seeds, by name, or in an npz by number."""
-    start = 0
-    for part in parts:
-        own = seeds[start : start + _count(part)]
-        start += len(own)
-        if part.suffix == ".npz":
-            whole = _npz_length(part) == len(own)
-        else:
-            whole = _image_names(part) == sorted(image_name(seed, subdirs) for seed in own)
-        if not whole:
-            raise ConfigError(
-                f"{part} does not hold the {len(own)} images of its seeds; delete {part.parent} to start again"
-            )
-
-
-def _image_names(part: Path) -> list[str]:
-    if part.is_dir():
-        names = [path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()]
-    else:
-        with zipfile.ZipFile(part) as archive:
-            names = archive.namelist()
-    return sorted(name for name in names if name != _LABELS)
-
-
-def _npz_length(part: Path) -> int:
-    """Of its first array, by its header: the images are not read."""
-    with zipfile.ZipFile(part) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)[0][0]
-
-
-def _whole(path: Path, folder: Path) -> Path:
-    """What becomes the output once all parts are closed."""
-    parts = _closed_parts(folder, _suffix(path))
-    return parts[0] if len(parts) == 1 else folder / f"{_WHOLE}{_suffix(path)}"
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _finish(path: Path, folder: Path, run: Mapping[str, Any], phase: str) -> None:
-    """The steps of the module's description, from where `phase` says that an earlier process came to."""
-    parts = _closed_parts(folder, _suffix(path))
-    if phase == _WRITING:
-        if _suffix(path) and not _whole(path, folder).exists():
-            (_join_zips if _suffix(path) == ".zip" else _join_arrays)(parts, _whole(path, folder))
-        check_new_output(path)  # whoever has filled it meanwhile keeps it
-        _write_run(folder, run, _JOINING)
-    if phase != _JOINED:
-        if _suffix(path):
-            _whole(path, folder).replace(path)
-            sync_folder(path.parent)
-        else:
-            _join_folders(parts, path)
-        _write_run(folder, run, _JOINED)
-    for leftover in set(folder.iterdir()) - {folder / _RUN, folder / _LOCK}:
-        _remove(leftover)
-    (folder / _RUN).unlink()
-
-
-def _join_zips(parts: Sequence[Path], path: Path) -> None:
-    labels: list[Any] = []
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for part in parts:
-            with zipfile.ZipFile(part) as source:
-                for entry in source.infolist():
-                    if entry.filename == _LABELS:
-                        labels += json.loads(source.read(entry))["labels"]
-                    else:
-                        archive.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
-        if labels:
-            archive.writestr(zipfile.ZipInfo(_LABELS), json.dumps({"labels": labels}))
-
-
-def _join_arrays(parts: Sequence[Path], path: Path) -> None:
-    files = [np.load(part) for part in parts]
-    arrays = [np.concatenate([file[name] for file in files]) for name in files[0].files]
-    for file in files:
-        file.close()
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, *arrays)
-
-
-def _join_folders(parts: Sequence[Path], path: Path) -> None:
-    labels: list[Any] = []
-    path.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        for source in sorted(part.rglob("*")):
-            if source.name == _LABELS:
-                labels += json.loads(source.read_text())["labels"]
-            elif source.is_file():
-                target = path / source.relative_to(part)
-                target.parent.mkdir(exist_ok=True)
-                source.replace(target)
-    remove_leftovers(path / _LABELS)
-    if labels:
-        with atomic_write(path / _LABELS) as temporary:
-            temporary.write_text(json.dumps({"labels": labels}))

@@ -20,7 +20,7 @@ class AdamEma(torch.optim.Optimizer):
     """torch.optim.Adam that leaves out, whole, every step with a gradient that is not finite, and averages on the way.
 
     `state_dict()` is that of torch.optim.Adam and loads into one, and the other way round. The counts, the learning
-    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device but `applied()`.
+    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device.
     The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
     counts, and averages of its own unless it is copied together with the network that they belong to.
 
@@ -62,11 +62,10 @@ class AdamEma(torch.optim.Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._rates = torch.zeros(0, dtype=torch.float64, device=device)
         self._rates_filled: list[float | None] = []
-        self._skipped_seen = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: torch.optim.Optimizer names only what every optimizer has."""
-        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled", "_skipped_seen")
+        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,12 +114,6 @@ class AdamEma(torch.optim.Optimizer):
             backend=self.backend,
         )
         return loss
-
-    def applied(self) -> bool:
-        """Whether all steps since the last call were applied. Waits for the device."""
-        skipped = int(self.skipped)
-        before, self._skipped_seen = self._skipped_seen, skipped
-        return skipped == before
 
     def read_rates(self) -> None:
         """Bring the groups' learning rates to the device. `step` does; before a replay of it, somebody has to."""
@@ -240,17 +233,19 @@ class StepGuard:
         self._read()
         return self._skipped_in_row
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
 
         `begin`, `apply` and `end` in turn: a step that is captured has `apply` alone within it.
+        Returns what `apply` returns.
 
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
         """
         self.begin()
-        self.apply()
+        norm = self.apply()
         self.end()
+        return norm
 
     def begin(self) -> None:
         """What the host does before a step. Raises as `step`."""
@@ -258,16 +253,22 @@ class StepGuard:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
         self.optimizer.read_rates()
 
-    def apply(self) -> None:
-        """What the device does: the gradients are averaged, applied if they are finite, and cleared."""
+    def apply(self) -> Tensor:
+        """What the device does: the gradients are averaged, applied if they are finite, and cleared.
+
+        Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
+        """
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._world.average_(p.grad for p in params)
+        gradients = [p.grad for p in params]
+        self._world.average_(gradients)
         if self.nonfinite == "replace":
-            for p in params:
-                torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def end(self) -> None:
         """What the host asks for behind a step."""

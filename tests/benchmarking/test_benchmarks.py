@@ -15,7 +15,7 @@ import torch
 from benchmarks import conftest
 from benchmarks.harness import case, timing
 from benchmarks.harness.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
-from benchmarks.harness.checks import Accuracy, Closeness, Gradients, MismatchError, UncheckedError, poisoned
+from benchmarks.harness.checks import Accuracy, Closeness, MismatchError, poisoned
 from benchmarks.harness.results import Results, Row, format_seconds
 from benchmarks.harness.timing import Quantiles, Sampler, WithParts, measure, peak_bytes
 from benchmarks.reports import compare, tables
@@ -99,34 +99,6 @@ def test_closeness_allows_twice_the_error_of_eager():
         Closeness([truth], 1e-3, [truth * 9]).check([truth * 0])  # however bad eager is
 
 
-@pytest.mark.parametrize("noise", [0.01, 0.8])
-@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda g: 20 * g, lambda g: g * float("nan")])
-def test_one_wrong_gradient_of_many_is_found_however_large_the_others_and_bad_eager_is(wrong, noise):
-    torch.manual_seed(0)
-    truth = [torch.randn(1000) * size for size in (1e3, 1.0, 1e-2)]
-    eager, fine = ([t + noise * t.norm() * torch.randn(1000) / 1000**0.5 for t in truth] for _ in range(2))
-    rule = Gradients(truth, 0.1, eager)
-    rule.check(fine)
-    for index in range(3):
-        with pytest.raises(MismatchError, match=f"gradient {index}"):
-            rule.check([wrong(g) if i == index else g for i, g in enumerate(fine)])
-    assert rule.in_value == (3 if noise < 0.1 else 0)
-
-
-def test_a_gradient_that_is_more_exact_than_plain_pytorchs_is_right():
-    """Its size too: PyTorch's rounding may be many times a gradient that is small, or that is none at all."""
-    torch.manual_seed(0)
-    truth = [torch.randn(1000), 1e-2 * torch.randn(1000), 1e-9 * torch.randn(1000)]
-    eager = [truth[0], truth[1] + 0.2 * torch.randn(1000), 1e-3 * torch.randn(1000)]
-    rule = Gradients(truth, 0.1, eager)
-    for exact in (truth, [*truth[:2], torch.zeros(1000)]):
-        rule.check(exact)
-        rule.check_sizes(exact)
-    for wrong in ([truth[0], torch.zeros(1000), truth[2]], [truth[0], truth[1], torch.full((1000,), 1e-2)]):
-        with pytest.raises(MismatchError, match="has norm"):
-            rule.check(wrong)
-
-
 @pytest.mark.parametrize("stale", ["from the start", "later"])
 def test_a_replay_that_writes_nothing_is_found(stale):
     own = torch.ones(3)
@@ -141,16 +113,6 @@ def test_a_replay_that_writes_nothing_is_found(stale):
     right = Closeness(torch.ones(3), 1e-6).check
     (only,) = measure_case(Case("g", "c", lambda device: Bench({"graph": lambda: replay}, right)), CPU, QUICK)
     assert "NaN" in only.failure and only.wall is None
-
-
-def test_a_step_whose_gradients_cannot_be_compared_gets_no_time():
-    truth = [torch.randn(100) for _ in range(3)]
-    rule = Gradients(truth, 0.1, [torch.randn(100) for _ in range(3)])
-    bench = Bench({"p": lambda: rule.require_values()}, lambda outputs: None)
-    (only,) = measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)
-    assert only.failure.startswith("unchecked") and only.wall is None
-    with pytest.raises(UncheckedError):
-        rule.require_values()
 
 
 def test_a_peer_that_is_wrong_gets_no_time_and_the_others_do():

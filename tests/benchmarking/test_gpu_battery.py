@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_the_record_counts_what_each_peer_was_right_in_and_names_backends_that_c
     assert checked["checked"] == 2 and checked["failures"] == []
     assert {"official": 1, "stock": 1, "p": 1}.items() <= checked["right"].items()
     assert checked["missing"] == {"gdd_fast:cpp": [2, "it is gone"]} and "gdd_fast:cpp" not in checked["right"]
-    gpu_battery.merge(found, Results.load(path))
+    gpu_battery.take_findings(found, Results.load(path))
     assert any("gdd_fast:cpp not checked in 4 cases: it is gone" in line for line in gpu_battery.summary(found))
 
 
@@ -271,10 +272,13 @@ def test_a_build_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
 
 
 def test_the_kernels_of_the_frozen_relu_are_tuned_without_their_convolution(monkeypatch):
-    from gdd_fast.ops import frozen_conv2d_relu
-
-    monkeypatch.setattr(frozen_conv2d_relu, "resolve", lambda *arguments: "torch")
-    (case,) = tune.entries(True)["frozen_conv2d_relu"]
+    tuned = torch.ops.gdd_fast
+    plain = SimpleNamespace(
+        relu_bits_=lambda y, ceiling, _: tuned.relu_bits_(y, ceiling, "torch"),
+        mask_bits=lambda dy, bits, _: tuned.mask_bits(dy, bits, "torch"),
+    )
+    monkeypatch.setattr(tune, "operators", plain)
+    (case,) = tune.entries(True)["relu_bits"]
     bench = case.build(CPU)
     call = bench.peers["gdd_fast:triton"]()
     bench.check(call())

@@ -11,7 +11,7 @@ from gdd_fast.evaluate import main
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.sample import main as sample
-from gdd_fast.sampling.writers import open_writer
+from gdd_fast.sampling.resume import reserve
 
 SMALL = ["--device", "cpu", "--features", "pixels"]
 
@@ -21,7 +21,7 @@ def real(tmp_path_factory):
     """128 bundled images as a zip."""
     path = tmp_path_factory.mktemp("data") / "real.zip"
     images = np.concatenate(list(demo_dataset("test", max_images=128).chunks()))
-    with open_writer(path) as writer:
+    with reserve(path) as output, output.writer(range(len(images)), {}) as writer:
         writer.put(range(len(images)), torch.from_numpy(images).permute(0, 2, 3, 1))
     return path
 
@@ -140,7 +140,7 @@ def test_a_reference_of_other_features(net, real, tmp_path, evaluate, capsys):
 
 
 def test_images_of_another_size(net, real, tmp_path, evaluate, capsys):
-    with open_writer(tmp_path / "big.zip") as writer:
+    with reserve(tmp_path / "big.zip") as output, output.writer(range(4), {}) as writer:
         writer.put(range(4), torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
     message = fails(capsys, "--samples", tmp_path / "big.zip", "--data", real, "--features", "pixels")
     assert "3 x 32^2" in message

@@ -50,14 +50,14 @@ def build(compiler: str, folder: Path, *, sanitize: bool) -> Path:
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text('#include "shim.h"\n')
     (folder / "gdd_fast_sources.h").write_text(f'#define GDD_FAST_SOURCES "{digest(CSRC)}"\n')
-    units = ["ops.cpp", *(f"{name}.cpp" for name in OPERATORS), "resample2d_autograd.cpp"]
+    units = ["module.cpp", *(f"{name}.cpp" for name in OPERATORS), "resample2d_autograd.cpp"]
     units += [f"cuda/{name}.cu" for name in OPERATORS]
-    includes = "".join(f'#include "{unit}"\n' for unit in (*units, "forward.cpp"))
+    includes = "".join(f'#include "{unit}"\n' for unit in units)
     (folder / "all.cpp").write_text(includes)
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": "", "CUDA_ARCHITECTURES": "host", "NVCC_FLAGS": ""}
     facts["CXX_FLAGS"] = " ".join(flags := ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-shared"])
     macros = [f'-DGDD_FAST_{name}="{value}"' for name, value in facts.items()]
-    macros += ["-DGDD_FAST_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
+    macros += ["-DGDD_FAST_WITH_CUDA", "-DGDD_FAST_CPU=cuda", "-DTORCH_EXTENSION_NAME=_C"]
     paths = [folder, HERE, CSRC, *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     module = folder / "_C.so"

@@ -16,6 +16,8 @@ from gdd_fast.training.rehearsal import Rehearsal, forbid_waiting
 
 pytestmark = pytest.mark.usefixtures("plain")
 
+LOGGED = {"loss_g", "loss_d", "r1_penalty", "grad_norm_g", "grad_norm_d", "grad_norm_r1"}
+LOGGED |= {f"{name}_{kind}" for name in ("logit", "sign_accuracy") for kind in ("fake", "real")}
 INTERVAL, SKIPPED, FASTER = 3, 9, 10
 
 
@@ -63,7 +65,7 @@ def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built):
     assert recorder.replays == 2 * (stop - 3) + 1
     compare(eager, replayed)
     log, other = eager.averages.take(), replayed.averages.take()
-    assert log.keys() == other.keys() == {"loss_g", "loss_d", "logit_fake", "logit_real", "r1_penalty"}
+    assert log.keys() == other.keys() == LOGGED
     assert all(log[key] == other[key] or log[key] != log[key] for key in log)  # NaN where a step was skipped
 
 
@@ -114,5 +116,5 @@ def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
     with forbid_waiting():
         values = {**task._generator_step(None), **task._discriminator_step(real, None), **task._r1_step(real, None)}
     assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
-        ("loss_g", "loss_d", "logit_fake", "logit_real", "r1_penalty"), ("meta", 0)
+        LOGGED, ("meta", 0)
     )

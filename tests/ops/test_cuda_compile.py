@@ -30,9 +30,7 @@ INSTANTIATIONS = {
         for x, y in (("float", "float"), ("float", "__nv_bfloat16"), ("__half", "__half"))
     ],
     "adam_ema.cuh": [
-        f"template cudaError_t launch_adam_ema<{t}>(const Tensors<{t}>*, int64_t, const AdamState&, "
-        "const AdamGroup*, cudaStream_t);"
-        for t in ("__half", "__nv_bfloat16")
+        "auto* const launcher = &launch_adam_ema;",
     ],
     "floats.cuh": [],  # no kernels: included by the others
 }

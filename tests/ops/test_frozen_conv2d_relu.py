@@ -1,28 +1,17 @@
-"""frozen_conv2d_relu: one bit per element for backward, the same bits from every implementation."""
-
-import math
+"""frozen_conv2d_relu: one bit per element for backward; the bits themselves are test_relu_bits.py's."""
 
 import pytest
 import torch
-from torch.library import opcheck
-from torch.nn import functional as F
 
-from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast.errors import BackendError, ConfigError, InputError
-from gdd_fast.ops.frozen_conv2d_relu import (
-    CEILING,
-    OPERATOR,
-    frozen_conv2d_relu,
-    frozen_conv2d_relu_ref,
-    mask_bits_ref,
-    relu_bits_ref_,
-)
+from gdd_fast.ops.frozen_conv2d_relu import OPERATOR, frozen_conv2d_relu, frozen_conv2d_relu_ref
+from gdd_fast.ops.relu_bits import CEILING
 from parity import assert_as_accurate_as_torch, backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
 FUSED = pytest.mark.parametrize("backend", backends(OPERATOR)[1:])
 ACTIVATIONS = pytest.mark.parametrize("activation", CEILING)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 GEOMETRIES = [((2, 3, 7, 5), (5, 3, 3, 3), 1, 1, 1, 1), ((1, 4, 6, 6), (4, 1, 3, 3), 2, 1, 1, 4)]
 
@@ -34,17 +23,10 @@ def operands(shape, weight_shape, dtype, backend, layout=CHANNELS_LAST):
     return x.contiguous(memory_format=layout).requires_grad_(), weight, bias.requires_grad_()
 
 
-def values(dtype, device, shape=(2, 3, 7, 5), layout=CHANNELS_LAST):
-    """Values on, beside and far from both bends."""
-    y = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 6
-    y.view(-1)[: min(7, y.numel())] = torch.tensor([0, -0.0, 6, 5.96875, 6.03125, math.inf, -math.inf])[: y.numel()]
-    return y.contiguous(memory_format=layout)
-
-
 @BACKENDS
 @ACTIVATIONS
 @pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_parity(case, dtype, layout, activation, backend):
     shape, weight_shape, *geometry = case
@@ -67,31 +49,6 @@ def test_first_and_second_derivatives(activation, backend):
 
 
 @FUSED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ceiling", CEILING.values())
-@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 1, 1, 1), (1, 8, 2, 4), (3, 17, 9, 11)], ids=str)
-def test_bits_equal_the_definition_and_pytorchs_gradient(shape, ceiling, dtype, backend):
-    y = values(dtype, device_for(backend), shape)
-    leaf = y.clone().requires_grad_()
-    want = F.relu(leaf) if ceiling == math.inf else F.relu6(leaf)
-    dy = torch.randn_like(y)
-    (want_dx,) = torch.autograd.grad(want, leaf, dy)
-    clamped, expected = y.clone(), y.clone()
-    bits, expected_bits = torch.ops.gdd_fast.relu_bits_(clamped, ceiling, backend), relu_bits_ref_(expected, ceiling)
-    assert torch.equal(bits, expected_bits) and bits.numel() == -(-y.numel() // 8)
-    assert torch.equal(clamped, want) and torch.equal(expected, want)
-    for dx in (torch.ops.gdd_fast.mask_bits(dy, bits, backend), mask_bits_ref(dy, bits)):
-        assert torch.equal(dx, want_dx) and dx.stride() == dy.stride()
-
-
-@FUSED
-def test_nan_is_kept(backend):
-    y = torch.full((1, 1, 2, 2), math.nan, device=device_for(backend))
-    bits = torch.ops.gdd_fast.relu_bits_(y, 6.0, backend)
-    assert y.isnan().all() and not bits.any()
-
-
-@FUSED
 def test_keeps_the_weight_and_a_bit_an_element(backend):
     x, weight, bias = operands((2, 4, 8, 8), (6, 4, 3, 3), torch.float32, backend)
     kept = []
@@ -101,11 +58,7 @@ def test_keeps_the_weight_and_a_bit_an_element(backend):
 
 
 @FUSED
-def test_registration_and_compile(backend):
-    y = values(torch.float32, device_for(backend))
-    opcheck(torch.ops.gdd_fast.relu_bits_.default, (y, 6.0, backend))
-    bits = torch.ops.gdd_fast.relu_bits_(y.clone(), 6.0, backend)
-    opcheck(torch.ops.gdd_fast.mask_bits.default, (y, bits, backend))
+def test_compiles_without_graph_breaks(backend):
     x, weight, bias = operands((2, 4, 8, 8), (6, 4, 3, 3), torch.float32, backend)
     function = lambda x: frozen_conv2d_relu(x * 2, weight, bias, backend=backend).square().sum()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -131,16 +84,3 @@ def test_bad_calls_are_refused():
         frozen_conv2d_relu(x, weight, backend="cuda")
     with pytest.raises(InputError, match="requires a gradient"):
         frozen_conv2d_relu(x, weight.requires_grad_())
-
-
-def test_triton_kernels_compile_for_ampere_and_hopper():
-    options, constants = {"num_warps": 4}, {"BLOCK": 256}
-    cases = []
-    for kind in ("*fp32", "*bf16", "*fp16", "*fp64"):
-        clamp = {"y_ptr": kind, "bits_ptr": "*u8", "size": "i64"}
-        mask = {"dy_ptr": kind, "bits_ptr": "*u8", "dx_ptr": kind, "size": "i32"}
-        cases += [TritonCase("relu_bits_kernel", clamp, {**constants, "CEILING": c}, options) for c in (None, 6.0)]
-        cases.append(TritonCase("mask_bits_kernel", mask, constants, options))
-    for resources in compile_triton("gdd_fast.kernels.frozen_conv2d_relu", cases):
-        resources.assert_no_spills()
-        assert resources.registers <= 96, resources  # those of float64

@@ -65,16 +65,17 @@ def test_registration(backend):
     case = Case((2, 4, 3, 3), 2, pair=2, backend=backend)
     x, skip, weight, bias, add, scale, shift = case.inputs
     op = torch.ops.gdd_fast.group_norm_silu.default
-    arguments = (x, skip, 2, weight, bias, 1e-5, add, scale, shift, None, None, True, backend)
+    arguments = (x, skip, 2, weight, bias, 1e-5, add, scale, shift, True, None, None, backend)
     opcheck(op, arguments)
     rows_apart = torch.zeros(2, 4, 3, 6, device=x.device).contiguous(memory_format=torch.channels_last)[..., :3]
     opcheck(op, (rows_apart, *arguments[1:]), test_utils=("test_schema", "test_faketensor"))
     _, mean, rstd = op(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
-    tensors = [t.detach() for t in (torch.ones(2, 6, 3, 3, device=x.device), *case.inputs)]
+    dy, inputs = torch.ones(2, 6, 3, 3, device=x.device), arguments[:10]
+    inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
     for needed in ([True] * 7, [False, True, False, True, True, False, False]):
         opcheck(
             torch.ops.gdd_fast.group_norm_silu_backward.default,
-            (*tensors, mean, rstd, True, needed, backend),
+            (dy, *inputs, mean, rstd, needed, backend),
             test_utils=("test_schema", "test_faketensor"),
         )
 

@@ -17,8 +17,8 @@ import torch
 
 from gdd_fast import signals
 from gdd_fast.errors import ConfigError
-from gdd_fast.sampling import writers
 from gdd_fast.sampling.resume import ResumableWriter, part_folder, reserve
+from gdd_fast.sampling.writers import PngFolder, is_whole_png
 
 SEEDS = [*range(997, 1007), 5]
 RUN = {"network": "abc", "dtype": "torch.float32"}
@@ -41,11 +41,9 @@ def classes(seeds) -> torch.Tensor:
     return torch.tensor(seeds) % 7
 
 
-def write(
-    path: Path, *, stop: int | None = None, error: BaseException | None = None, part_seconds: float = 60.0
-) -> int:
+def write(path: Path, *, stop: int | None = None, error: BaseException | None = None) -> int:
     """Put images two by two until `stop` of all are there, then raise `error` or leave. Returns how many there were."""
-    with resume_writer(path, SEEDS, RUN, subdirs=True, workers=2, part_seconds=part_seconds) as writer:
+    with resume_writer(path, SEEDS, RUN, subdirs=True, workers=2) as writer:
         done = writer.done
         for start in range(done, len(SEEDS) if stop is None else stop, 2):
             seeds = SEEDS[start : start + 2]
@@ -83,21 +81,22 @@ def test_interrupted_runs_make_what_one_makes(tmp_path, name):
 
 
 @OUTPUTS
-def test_a_part_is_closed_in_time_and_a_killed_one_is_not_counted(tmp_path, name):
+@pytest.mark.parametrize("damage", ["gone", "cut off", "empty"])
+def test_an_image_that_is_not_whole_is_made_anew(tmp_path, name, damage):
+    """As a machine that went down leaves them, and a process that was killed."""
     path = tmp_path / name
     with pytest.raises(KeyboardInterrupt):
-        write(path, stop=4, error=KeyboardInterrupt(), part_seconds=0.0)
+        write(path, stop=6, error=KeyboardInterrupt())
     folder = part_folder(path)
-    assert sorted(part.stem for part in folder.iterdir()) == ["000000-2", "000001-2", "run"]
-    # what a kill leaves: an open part, and files that were being written
-    for leftover in ("open", ".open.0badcafe", ".run.json.0badcafe"):
-        target = folder / f"{leftover}{path.suffix}"
-        if path.suffix:
-            target.write_bytes(b"half")
-        else:
-            target.mkdir()
-            (target / "000001.png").write_bytes(b"half")
-    assert write(path) == 4
+    image = sorted((folder / "images").rglob("*.png"))[1]
+    if damage == "gone":
+        image.unlink()
+    else:
+        image.write_bytes(image.read_bytes()[: 20 if damage == "cut off" else 0])
+    image.with_name(f".{image.name}.part").write_bytes(b"half")
+    with (folder / "labels.jsonl").open("a") as file:
+        file.write('["0012')
+    assert write(path) == 1
     write(tmp_path / "whole" / name)
     assert content(path) == content(tmp_path / "whole" / name)
 
@@ -172,83 +171,47 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-@OUTPUTS
-def test_parts_that_are_not_a_beginning_are_refused(tmp_path, name):
-    path = tmp_path / name
-    with pytest.raises(KeyboardInterrupt):
-        write(path, stop=6, error=KeyboardInterrupt(), part_seconds=0.0)
-    parts = [part_folder(path) / f"00000{i}-2{path.suffix}" for i in range(3)]
-    away = parts[1].rename(tmp_path / "away")
-    with pytest.raises(ConfigError, match=r"damaged, its parts are 000000-2\S*, 000002-2"):
-        write(path)
-    away.rename(parts[1].with_stem("000001-4"))
-    with pytest.raises(ConfigError, match=r"000001-4\S* does not hold the 4 images of its seeds"):
-        write(path)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("name", ["out.zip", "out"])
-def test_parts_of_other_seeds_are_refused(tmp_path, name):
-    path = tmp_path / name
-    with pytest.raises(KeyboardInterrupt):
-        write(path, stop=4, error=KeyboardInterrupt(), part_seconds=0.0)
-    parts = [part_folder(path) / f"00000{i}-2{path.suffix}" for i in range(2)]
-    away = parts[0].rename(tmp_path / "away")
-    parts[1].rename(parts[0])
-    away.rename(parts[1])
-    with pytest.raises(ConfigError, match=r"000000-2\S* does not hold the 2 images of its seeds"):
-        write(path)
-    assert not path.exists()
-
-
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 
 
 @OUTPUTS
 @SIGNALS
-@pytest.mark.parametrize("part_seconds", [60.0, 0.0])
-def test_a_signal_costs_no_image(tmp_path, monkeypatch, name, part_seconds, number):
-    """Neither while images are put nor while a part is closed."""
+def test_a_signal_costs_no_image(tmp_path, monkeypatch, name, number):
+    """Neither while images are put nor while the last ones are written."""
     path = tmp_path / name
-    as_array, rename = writers._as_array, Path.rename
+    for stop, method in ((2, "_write"), (4, "close")):
+        plain = getattr(PngFolder, method)
 
-    def while_put(*arguments):
-        signal.raise_signal(number)
-        return as_array(*arguments)
+        def interrupted(*arguments, plain=plain, **options):
+            signal.raise_signal(number)
+            return plain(*arguments, **options)
 
-    def while_closed(*arguments):
-        signal.raise_signal(number)
-        return rename(*arguments)
-
-    for stop, owner, method, interrupted in ((2, writers, "_as_array", while_put), (4, Path, "rename", while_closed)):
         with monkeypatch.context() as patch, pytest.raises(ENDS[number]):
-            patch.setattr(owner, method, interrupted)
-            write(path, stop=stop, part_seconds=part_seconds)
+            patch.setattr(PngFolder, method, interrupted)
+            write(path, stop=stop)
     assert write(path) == 4
     write(tmp_path / "whole" / name)
     assert content(path) == content(tmp_path / "whole" / name)
 
 
 @SIGNALS
-@pytest.mark.parametrize(("closed", "kept"), [(False, 2), (True, 4)])
-def test_a_second_signal_does_not_wait_for_the_part(tmp_path, monkeypatch, number, closed, kept):
-    """It comes just before or just after the part takes its name."""
-    path, rename = tmp_path / "out.zip", Path.rename
+def test_a_second_signal_does_not_wait(tmp_path, monkeypatch, number):
+    path, close = tmp_path / "out.zip", PngFolder.close
     write(path, stop=2)
     monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
 
-    def while_closed(*arguments):
-        if closed:
-            rename(*arguments)
+    def while_closed(self):
         signal.raise_signal(number)
+        close(self)
+        raise AssertionError("waited")
 
     with monkeypatch.context() as patch, pytest.raises(ENDS[number]), reserve(path) as output:
-        patch.setattr(Path, "rename", while_closed)
+        patch.setattr(PngFolder, "close", while_closed)
         with output.writer(SEEDS, RUN, subdirs=True) as writer:
             writer.put(SEEDS[2:4], images(SEEDS[2:4]), classes(SEEDS[2:4]))
             signal.raise_signal(number)
-    assert write(path) == kept
+    assert write(path) >= 2
     write(tmp_path / "whole.zip")
     assert content(path) == content(tmp_path / "whole.zip")
 
@@ -302,16 +265,14 @@ def mutations(process: Callable[[], None], fatal: int | None, at: Path) -> int:
 
 
 @OUTPUTS
-@pytest.mark.parametrize("parts", [1, 3])
-def test_killed_anywhere_it_goes_on(tmp_path, name, parts):
+def test_killed_anywhere_it_goes_on(tmp_path, name):
     """A process is killed before each change that it makes to the disk, in turn. The next one has the same result, and
-    makes no image anew that was in a closed part."""
+    makes no image anew that was there."""
     seeds = [997, 1001, 5]
     put = {seed: (images([seed]), classes([seed])) for seed in seeds}
 
     def run(path: Path) -> int:
-        seconds = 60.0 if parts == 1 else 0.0
-        with resume_writer(path, seeds, RUN, subdirs=True, workers=1, part_seconds=seconds) as writer:
+        with resume_writer(path, seeds, RUN, subdirs=True, workers=1) as writer:
             done = writer.done
             for seed in seeds[done:]:
                 writer.put([seed], *put[seed])
@@ -325,32 +286,17 @@ def test_killed_anywhere_it_goes_on(tmp_path, name, parts):
         path = tmp_path / f"{step}" / name
         mutations(lambda path=path: run(path), step, tmp_path)
         folder = part_folder(path)
-        closed = [part for part in folder.glob("0*-*")] if folder.exists() else []
-        if path.exists() and not (folder / "run.json").exists():
+        if path.exists():
             with pytest.raises(ConfigError, match=r"exists|not empty"):
                 run(path)  # it was finished
         else:
-            assert run(path) >= len(closed) * (3 // parts)
+            there = sum(map(is_whole_png, (folder / "images").rglob("0*.png"))) if folder.exists() else 0
+            assert run(path) == there
             assert not folder.exists()
         assert content(path) == want
         assert set(path.parent.iterdir()) <= {path, folder}
         if path.is_dir():
             assert not [file for file in path.rglob(".*")]
-
-
-def test_an_output_that_has_gone_is_said(tmp_path, monkeypatch):
-    path = tmp_path / "out.zip"
-
-    def stop(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rmdir", stop)
-        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None if missing_ok else stop(self))
-        write(path)
-    path.unlink()
-    with pytest.raises(ConfigError, match="has gone since; delete"):
-        write(path)
 
 
 def test_images_half_put_are_not_kept(tmp_path, monkeypatch):
@@ -366,22 +312,6 @@ def test_images_half_put_are_not_kept(tmp_path, monkeypatch):
     assert write(path) == 4
     write(tmp_path / "whole.zip")
     assert content(path) == content(tmp_path / "whole.zip")
-
-
-def test_a_part_that_cannot_be_closed_is_not_kept(tmp_path, monkeypatch):
-    path = tmp_path / "out.zip"
-    write(path, stop=4)
-    original = writers._ZipSink.write
-
-    def fail(self, name, data):
-        if name == "dataset.json":  # the last thing that is written
-            raise OSError("disk full")
-        original(self, name, data)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(writers._ZipSink, "write", fail)
-        write(path, stop=6)
-    assert write(path) == 4
 
 
 def test_another_run_is_refused_and_nothing_is_lost(tmp_path):

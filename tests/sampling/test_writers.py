@@ -11,7 +11,7 @@ from PIL import Image
 from gdd_fast.data.dataset import open_dataset
 from gdd_fast.errors import ConfigError
 from gdd_fast.sampling.grid import save_grid, save_panel
-from gdd_fast.sampling.writers import open_writer
+from gdd_fast.sampling.resume import reserve
 
 SEEDS = [0, 7, 1234, 56789]
 
@@ -22,7 +22,7 @@ def random_images(channels: int = 3, n: int = len(SEEDS), size: int = 8) -> torc
 
 
 def write(path, images, classes=None, **options):
-    with open_writer(path, **options) as writer:
+    with reserve(path) as output, output.writer(SEEDS, {}, **options) as writer:
         for i in range(0, len(images), 3):
             writer.put(SEEDS[i : i + 3], images[i : i + 3], None if classes is None else classes[i : i + 3])
 
@@ -77,29 +77,6 @@ def test_an_npz_has_the_arrays_that_adms_evaluation_reads(tmp_path):
         assert file.files == ["arr_0"]
 
 
-def test_an_npz_keeps_none_of_the_memory_it_was_given(tmp_path):
-    """On a GPU it is pinned, and the next batch's."""
-    images, classes = random_images(), torch.tensor([3, 0, 9, 3])
-    with open_writer(tmp_path / "out.npz") as writer:
-        given = images.clone(), classes.clone()
-        writer.put(SEEDS, *given)
-        for tensor in given:
-            tensor.zero_()
-    with np.load(tmp_path / "out.npz") as file:
-        assert np.array_equal(file["arr_0"], images) and np.array_equal(file["arr_1"], classes)
-
-
-@pytest.mark.parametrize("name", ["out.zip", "out.npz"])
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, name):
-    write(tmp_path / name, random_images())
-    before = (tmp_path / name).read_bytes()
-    with pytest.raises(KeyError), open_writer(tmp_path / name) as writer:
-        writer.put(SEEDS, 255 - random_images())
-        raise KeyError
-    assert (tmp_path / name).read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
 def test_a_failure_of_the_encoder_reaches_the_caller(tmp_path, monkeypatch):
     def fail(image):
         raise OSError("disk full")
@@ -107,7 +84,7 @@ def test_a_failure_of_the_encoder_reaches_the_caller(tmp_path, monkeypatch):
     monkeypatch.setattr("gdd_fast.sampling.writers.encode_png", fail)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "out.zip", random_images())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.zip.part"]
 
 
 def test_paths_that_cannot_be_written_are_refused_first(tmp_path):
@@ -116,7 +93,7 @@ def test_paths_that_cannot_be_written_are_refused_first(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.zip").mkdir()
     for name in ("full", "file", "folder.zip", "images.png", "images.tar"):
-        with pytest.raises(ConfigError, match="--out"), open_writer(tmp_path / name):
+        with pytest.raises(ConfigError, match="--out"), reserve(tmp_path / name):
             pass
 
 

@@ -287,7 +287,7 @@ def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
             budget.spend("tensors")
             budget.spend("tensor_bytes", value.bytes)
             state[full] = value.materialise()
-    return PickledNetwork(root.class_name, _settings(root, budget), state)
+    return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
 
 
 def _settings(root: Module, budget: _Budget) -> dict[str, object]:
@@ -298,7 +298,9 @@ def _settings(root: Module, budget: _Budget) -> dict[str, object]:
         raise UnsafePickleError(
             f"{root.class_name} was saved without its constructor's arguments; it cannot be rebuilt"
         )
-    if arguments and (root.class_name not in ("EDMPrecond", "GDDPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)):
+    if arguments and (
+        root.class_name not in ("EDMPrecond", "GDDPrecond", "D2OPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)
+    ):
         raise UnsafePickleError(
             f"{root.class_name} was made with {len(arguments)} arguments by position, whose names are not known"
         )

@@ -16,19 +16,19 @@ definition. "cpp" has the backward of channels_last maps, and autograd's part of
 PyTorch's.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser
-from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._memory_format import DTYPES, cast, compute_dtype, empty_map, memory_format, runs_eagerly
+from gdd_fast.errors import InputError
+from gdd_fast.ops._memory_format import compute_dtype, empty_map, memory_format, runs_eagerly
 from gdd_fast.ops.group_norm_silu import definition, fused
+from gdd_fast.ops.group_norm_silu.norm_inputs import DIFFERENTIABLE, LENGTH, SCHEMA, NormInputs, check
 
-OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}))
-_implementation = chooser(OPERATOR)
+OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}), float64=False)
+_choose = chooser(OPERATOR)
 
 Activation = Literal["silu"] | None
 
@@ -50,19 +50,9 @@ def group_norm_silu_ref(
     activation: Activation = "silu",
 ) -> Tensor:
     """The definition; arguments as of `group_norm_silu`."""
-    x = torch.cat(x, 1) if isinstance(x, tuple) else x
-    dtype = compute_dtype(x)
-    y = cast(x, dtype)
-    if add is not None:
-        y = y + cast(add, dtype)[:, :, None, None]
-    y = F.group_norm(y, num_groups, cast(weight, dtype), cast(bias, dtype), eps)
-    if scale is not None:
-        y = y * (cast(scale, dtype)[:, :, None, None] + 1)
-    if shift is not None:
-        y = y + cast(shift, dtype)[:, :, None, None]
-    if activation == "silu":
-        y = F.silu(y)
-    return cast(y, x.dtype)
+    first, skip = x if isinstance(x, tuple) else (x, None)
+    silu = activation == "silu"
+    return definition.formula(NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu))
 
 
 def group_norm_silu(
@@ -102,239 +92,124 @@ def group_norm_silu(
         InputError: shapes, dtypes or devices do not fit together.
         BackendError: the backend asked for cannot run here.
     """
-    pair = x if isinstance(x, tuple) else (x, None)
-    given = statistics if isinstance(statistics, tuple) else (statistics, None)
-    _check(*pair, num_groups, weight, bias, add, scale, shift, activation, given)
-    implementation = chosen(pair[0], backend)
+    first, skip = x if isinstance(x, tuple) else (x, None)
+    known = statistics if isinstance(statistics, tuple) else (statistics, None)
+    inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
+    check(inputs, known)
+    if activation not in ("silu", None):
+        raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
+    implementation = chosen(inputs.x, backend)
     keeps = torch.is_grad_enabled()
     # a compiler fuses the definition itself, and without gradients there is nothing to save
     plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
-    if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(*pair, scale)):
-        y = group_norm_silu_ref(
-            x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, activation=activation
-        )
+    if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(inputs)):
+        y = definition.formula(inputs)
         # off the CPU PyTorch's norm loses channels_last; a compiler chooses for itself
-        return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(pair[0]))
-    silu = activation == "silu"
-    eager = implementation == "cpp" and keeps and runs_eagerly(pair[0])
-    if eager and memory_format(pair[0]) is torch.channels_last:
+        return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(inputs.x))
+    eager = implementation == "cpp" and keeps and runs_eagerly(inputs.x)
+    if eager and memory_format(inputs.x) is torch.channels_last:
         # the same kernels; autograd in Python takes longer than a small map
-        op = torch.ops.gdd_fast_C.group_norm_silu_differentiable.default
-        return op(*pair, num_groups, weight, bias, eps, add, scale, shift, silu)
-    op = torch.ops.gdd_fast.group_norm_silu.default
-    return op(*pair, num_groups, weight, bias, eps, add, scale, shift, *given, silu, implementation)[0]
+        return torch.ops.gdd_fast_C.group_norm_silu_differentiable.default(*inputs)
+    return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> str:
     """The implementation that runs for maps like x: "torch", "triton" or "cpp". Raises BackendError if it cannot."""
-    implementation = _implementation(backend, x.device.type)
+    implementation = _choose(backend, x.device.type, x.dtype == torch.float64)
     if implementation == "cpp" and backend == "auto" and torch.compiler.is_compiling():
         return "torch"  # which the compiler fuses
-    if x.dtype == torch.float64 and implementation != "torch":
-        if backend != "auto":
-            raise BackendError(f"group_norm_silu: backend {backend!r} does not compute in float64; use 'torch'")
-        return "torch"
     return implementation
 
 
-def _is_small(x: Tensor, skip: Tensor | None, scale: Tensor | None) -> bool:
+def _is_small(i: NormInputs) -> bool:
     """Whether plain PyTorch takes no longer than "cpp" for these maps, forward; docs/cpu_operators.md."""
-    values = x.numel() if skip is None else x.numel() + skip.numel()
-    return x.dtype == torch.float32 and values < _LEAST_VALUES[scale is not None]
-
-
-def _check(
-    x: Tensor,
-    skip: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str | None,
-    statistics: tuple[Tensor | None, Tensor | None],
-) -> None:
-    if x.dim() != 4:
-        raise InputError(f"group_norm_silu: x must be (N, C, H, W), not of shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise InputError(f"group_norm_silu: x must be float32, bfloat16, float16 or float64, not {x.dtype}")
-    n, c, h, w = x.shape
-    if h == 0 or w == 0:
-        raise InputError(f"group_norm_silu: x of shape {tuple(x.shape)} has no pixels to take statistics of")
-    channels = [c]
-    if skip is not None:
-        if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (n, h, w) or skip.dtype != x.dtype:
-            raise InputError(
-                f"group_norm_silu: the second tensor of a pair must match the first but in channels, "
-                f"{x.dtype} ({n}, *, {h}, {w}), not {skip.dtype} {tuple(skip.shape)}"
-            )
-        _check_device("skip", skip, x)
-        channels.append(skip.shape[1])
-        c += skip.shape[1]
-    if num_groups < 1 or c % num_groups or c == 0:
-        raise InputError(f"group_norm_silu: {c} channels do not divide into {num_groups} groups")
-    rows = (n, c), (1, c)
-    for name, tensor, fits in (
-        ("weight", weight, ((c,),)),
-        ("bias", bias, ((c,),)),
-        ("add", add, rows),
-        ("scale", scale, rows),
-        ("shift", shift, rows),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape not in fits:
-            want = " or ".join(map(str, fits))
-            raise InputError(f"group_norm_silu: {name} must be {want}, not of shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"group_norm_silu: {name} must be floating, not {tensor.dtype}")
-        _check_device(name, tensor, x)
-    if activation not in ("silu", None):
-        raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
-    for tensor, width in zip(statistics, channels, strict=False):
-        if tensor is None:
-            continue
-        if tensor.dim() != 4 or tensor.shape != (n, tensor.shape[1], 2, width) or tensor.dtype != compute_dtype(x):
-            raise InputError(
-                f"group_norm_silu: statistics must be {compute_dtype(x)} ({n}, *, 2, {width}), "
-                f"not {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        _check_device("statistics", tensor, x)
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x.device}")
+    values = i.x.numel() if i.skip is None else i.x.numel() + i.skip.numel()
+    return i.x.dtype == torch.float32 and values < _LEAST_VALUES[i.scale is not None]
 
 
 # --- the operators as torch.library knows them
 
 torch.library.define(
     "gdd_fast::group_norm_silu",
-    "(Tensor x, Tensor? skip, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
-    "Tensor? shift, Tensor? x_statistics, Tensor? skip_statistics, bool silu, str implementation) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    f"({SCHEMA}, Tensor? x_statistics, Tensor? skip_statistics, str implementation) -> (Tensor, Tensor, Tensor)",
 )
 # `needed`: whether each of the gradients of x, skip, weight, bias, add, scale and shift is; those are returned in order
 torch.library.define(
     "gdd_fast::group_norm_silu_backward",
-    "(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? add, Tensor? scale, Tensor? shift, "
-    "Tensor mean, Tensor rstd, bool silu, bool[] needed, str implementation) -> Tensor[]",
+    f"(Tensor dy, {SCHEMA}, Tensor mean, Tensor rstd, bool[] needed, str implementation) -> Tensor[]",
 )
 
 
 @torch.library.impl("gdd_fast::group_norm_silu", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor,
-    skip: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x_statistics: Tensor | None,
-    skip_statistics: Tensor | None,
-    silu: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if implementation == "torch" or x.shape[0] == 0:
-        return definition.forward(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, C, H, W) and each group's mean and reciprocal deviation (N, groups)."""
+    inputs, (x_statistics, skip_statistics, implementation) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
+    if implementation == "torch" or inputs.x.shape[0] == 0:
+        return definition.forward(inputs)
     if implementation == "cpp":
-        return fused.forward_cpp(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
-    statistics = (x_statistics, skip_statistics)
-    return fused.forward_triton(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, statistics)
+        return fused.forward_cpp(inputs)
+    return fused.forward_triton(inputs, (x_statistics, skip_statistics))
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu")
-def _(x, skip, num_groups, weight, bias, eps, add, scale, shift, x_statistics, skip_statistics, silu, implementation):
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x)) for _ in range(2))
-    return empty_map(x, weight.shape[0]), mean, rstd
+def _(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    i = NormInputs(*arguments[:LENGTH])
+    mean, rstd = (i.x.new_empty((i.x.shape[0], i.num_groups), dtype=compute_dtype(i.x)) for _ in range(2))
+    return empty_map(i.x, i.weight.shape[0]), mean, rstd
 
 
 @torch.library.impl("gdd_fast::group_norm_silu_backward", "CompositeExplicitAutograd")
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    needed: list[bool],
-    implementation: str,
-) -> list[Tensor]:
-    arguments = (dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed)
-    if implementation == "cpp" and x.shape[0] and memory_format(x) == torch.channels_last:
-        return fused.backward_cpp(*arguments)
-    if implementation == "triton" and x.shape[0]:
-        return fused.backward_triton(*arguments)
-    return definition.backward(*arguments)
+def _backward(dy: Tensor, *arguments) -> list[Tensor]:
+    inputs, (mean, rstd, needed, implementation) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
+    compute = definition.backward
+    if implementation == "cpp" and inputs.x.shape[0] and memory_format(inputs.x) == torch.channels_last:
+        compute = fused.backward_cpp
+    elif implementation == "triton" and inputs.x.shape[0]:
+        compute = fused.backward_triton
+    return compute(dy, inputs, mean, rstd, needed)
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu_backward")
-def _(dy, x, skip, weight, bias, add, scale, shift, mean, rstd, silu, needed, implementation):
-    maps = [empty_map(t, t.shape[1]) for t, need in zip((x, skip), needed, strict=False) if need]
-    rows = [t.new_empty(t.shape) for t, need in zip((weight, bias, add, scale, shift), needed[2:], strict=True) if need]
-    return maps + rows
+def _(dy: Tensor, *arguments) -> list[Tensor]:
+    i, (_, _, needed, _) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
+    maps = [empty_map(t, t.shape[1]) for t, need in zip(i.maps, needed[:2], strict=True) if need and t is not None]
+    rows = zip(i.parameters, needed[2:], strict=True)
+    return maps + [t.new_empty(t.shape) for t, need in rows if need and t is not None]
 
 
 # --- autograd
 
-_DIFFERENTIABLE = (0, 1, 3, 4, 6, 7, 8)  # positions of x, skip, weight, bias, add, scale, shift
-
 
 def _save(ctx, inputs, output) -> None:
-    x, skip, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, _, _, ctx.silu, ctx.implementation = inputs
+    i, (*_, ctx.implementation) = NormInputs(*inputs[:LENGTH]), inputs[LENGTH:]
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, skip, weight, bias, add, scale, shift, mean, rstd)
+    ctx.save_for_backward(mean, rstd, i.x, i.skip, *i.parameters)
+    ctx.options = i.num_groups, i.eps, i.silu
 
 
 def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    *inputs, mean, rstd = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    mean, rstd, x, skip, weight, bias, add, scale, shift = ctx.saved_tensors
+    num_groups, eps, silu = ctx.options
+    inputs = NormInputs(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
+    needed = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+    result: list[Tensor | None] = [None] * (LENGTH + 3)
     if dy is None or not any(needed):
-        return (None,) * 13
+        return tuple(result)
     if torch.is_grad_enabled():
-        gradients = _differentiable_gradients(ctx, dy, inputs, needed)
+        # Gradients to be differentiated again (create_graph): rare, so by the definition. On fresh views, so that a
+        # gradient stops here even where one input was computed from another.
+        inputs = inputs.mapped(*[lambda t: t.view_as(t)] * 2)
+        wanted: list[Any] = [inputs[i] for i, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+        gradients = torch.autograd.grad(definition.formula(inputs), wanted, dy, create_graph=True)
     else:
-        gradients = torch.ops.gdd_fast.group_norm_silu_backward(
-            dy, *inputs, mean, rstd, ctx.silu, needed, ctx.implementation
-        )
-    gradients = iter(gradients)
-    result = [None] * 13
-    for i, need in zip(_DIFFERENTIABLE, needed, strict=True):
-        result[i] = next(gradients) if need else None
+        op = torch.ops.gdd_fast.group_norm_silu_backward
+        gradients = op(dy, *inputs, mean, rstd, needed, ctx.implementation)
+    given = iter(gradients)
+    for i, need in zip(DIFFERENTIABLE, needed, strict=True):
+        result[i] = next(given) if need else None
     return tuple(result)
-
-
-def _differentiable_gradients(ctx, dy: Tensor, inputs: list[Tensor | None], needed: list[bool]) -> tuple[Tensor, ...]:
-    """The gradients as functions that can be differentiated again (create_graph): rare, so by the definition."""
-    # fresh views, so that a gradient stops here even where one input was computed from another
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    x, skip, weight, bias, add, scale, shift = inputs
-    activation = "silu" if ctx.silu else None
-    y = group_norm_silu_ref(
-        x if skip is None else (x, skip),
-        ctx.num_groups,
-        weight,
-        bias,
-        ctx.eps,
-        add=add,
-        scale=scale,
-        shift=shift,
-        activation=activation,
-    )
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    return torch.autograd.grad(y, wanted, dy, create_graph=True)
 
 
 torch.library.register_autograd("gdd_fast::group_norm_silu", _differentiate, setup_context=_save)

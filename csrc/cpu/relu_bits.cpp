@@ -1,6 +1,6 @@
-// The activation bits of frozen_conv2d_relu on the CPU. Comparing and masking run on whole vectors over a buffer of one
+// The bits of ReLUs on the CPU. Comparing and masking run on whole vectors over a buffer of one
 // byte an element; packing and unpacking that buffer costs one multiplication for eight elements.
-#include "frozen_conv2d_relu.h"
+#include "relu_bits.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

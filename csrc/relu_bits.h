@@ -1,4 +1,4 @@
-// The activation bits of frozen_conv2d_relu.
+// Where a ReLU is flat, one bit an element.
 #pragma once
 #include <ATen/core/Tensor.h>
 

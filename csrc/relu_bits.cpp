@@ -1,10 +1,11 @@
 // gdd_fast_C::relu_bits_ and mask_bits: checks, the outputs, the schemas. Their definitions are in
-// gdd_fast/ops/frozen_conv2d_relu.py.
-#include "frozen_conv2d_relu.h"
+// gdd_fast/ops/relu_bits.py.
+#include "relu_bits.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
+
+#include "devices.h"
 
 namespace gdd_fast {
 namespace {
@@ -35,12 +36,5 @@ at::Tensor mask_bits(const at::Tensor& dy, const at::Tensor& bits) {
 
 }  // namespace gdd_fast
 
-TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def("relu_bits_(Tensor(a!) y, float ceiling) -> Tensor");
-  m.def("mask_bits(Tensor dy, Tensor bits) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(gdd_fast_C, CPU, m) {
-  m.impl("relu_bits_", &gdd_fast::relu_bits_);
-  m.impl("mask_bits", &gdd_fast::mask_bits);
-}
+GDD_FAST_CPU_OPERATOR(relu_bits_, "(Tensor(a!) y, float ceiling) -> Tensor")
+GDD_FAST_CPU_OPERATOR(mask_bits, "(Tensor dy, Tensor bits) -> Tensor")

@@ -1,4 +1,4 @@
-"""The bits of frozen_conv2d_relu in Triton: packed in the pass that clamps, read in the pass that masks.
+"""The bits of ReLUs in Triton: packed in the pass that clamps, read in the pass that masks.
 
 Tensors are dense and treated as one run of memory. A program has a tile (BLOCK bytes, 8 bits): reading eight elements a
 byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and its
@@ -52,7 +52,7 @@ def relu_bits_(y: Tensor, ceiling: float) -> Tensor:
     """Clamp dense y to [0, ceiling] in place (infinity: no ceiling) -> bits, uint8 (ceil(numel / 8),)."""
     bits = torch.empty((y.numel() + 7) // 8, dtype=torch.uint8, device=y.device)
     if bits.numel():
-        options = configuration("frozen_conv2d_relu", y.device)
+        options = configuration("relu_bits", y.device)
         grid = (triton.cdiv(bits.numel(), options["BLOCK"]),)
         relu_bits_kernel[grid](y, bits, y.numel(), CEILING=None if ceiling == math.inf else ceiling, **options)
     return bits
@@ -63,6 +63,6 @@ def mask_bits(dy: Tensor, bits: Tensor) -> Tensor:
     """Dense dy, zero where its bit is 1, in a new tensor of the same strides."""
     dx = torch.empty_like(dy)
     if bits.numel():
-        options = configuration("frozen_conv2d_relu", dy.device)
+        options = configuration("relu_bits", dy.device)
         mask_bits_kernel[(triton.cdiv(bits.numel(), options["BLOCK"]),)](dy, bits, dx, dy.numel(), **options)
     return dx
