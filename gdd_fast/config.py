@@ -101,8 +101,8 @@ class LossConfig(Settings):
     r1_interval: int = 16
     """Iterations between R1 steps; 0 disables R1."""
     r1_precision: Precision = "tf32"
-    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and in
-    bf16 comes out some 10 % too short and 30 degrees off (docs/precision.md)."""
+    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
+    turns it by 20 to 30 degrees (docs/precision.md)."""
 
 
 @dataclass(frozen=True)
