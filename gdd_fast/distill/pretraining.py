@@ -179,12 +179,15 @@ class Pretraining:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
-        net = self.ema.net
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            samples = heun(net, z, labels)
-        save_grid(to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png")
+        if self.world.is_main:
+            net = self.ema.net
+            shape = (net.img_channels, net.img_resolution, net.img_resolution)
+            z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
+            with torch.no_grad():
+                samples = heun(net, z, labels)
+            save_grid(
+                to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png"
+            )
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

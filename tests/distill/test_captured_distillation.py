@@ -53,7 +53,12 @@ def compare(expected, found):
     assert values["skipped"] == other_values["skipped"] == {"g": 1, "d": 1, "r1": 0}
     for name, tensors in sections.items():
         assert tensors.keys() == others[name].keys()
-        assert [key for key in tensors if not torch.equal(tensors[key], others[name][key])] == [], name
+        assert [key for key in tensors if not same(tensors[key], others[name][key])] == [], name
+
+
+def same(a, b):
+    """To the bit; running statistics of heads, which nothing reads, are NaN after the skipped step."""
+    return a.dtype == b.dtype and torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built):
