@@ -85,7 +85,7 @@ class DiscriminatorConfig(Settings):
     """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
-    d_precision: Precision = "bf16"
+    d_precision: Precision = "fp32"
     """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
     are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
 
@@ -101,7 +101,7 @@ class LossConfig(Settings):
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
     """Iterations between R1 steps; 0 disables R1."""
-    r1_precision: Precision = "tf32"
+    r1_precision: Precision = "fp32"
     """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
     turns it by 20 to 30 degrees (docs/precision.md)."""
 
@@ -404,7 +404,8 @@ def _recipe(
     return TrainConfig(
         data=DataConfig(cond=cond),
         generator=GeneratorConfig(g_lr=g_lr, ema_halflife_mimg=ema),
-        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr),
+        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr, d_precision="bf16"),
+        loss=LossConfig(r1_precision="tf32"),
         run=RunConfig(duration_mimg=mimg, batch=batch),
     )
 
@@ -420,9 +421,9 @@ _RECIPES = {
         data=DataConfig(data=DEMO),
         generator=GeneratorConfig(teacher=DEMO, g_lr=1e-3, g_precision="fp32", ema_halflife_mimg=0.003, ema_rampup=0.1),
         discriminator=DiscriminatorConfig(
-            backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3, d_precision="fp32"
+            backbones=("tf_efficientnet_lite0",), disc_resolution=64, head_width=0.25, d_lr=1e-3
         ),
-        loss=LossConfig(r1_gamma=3e-3, r1_precision="fp32"),
+        loss=LossConfig(r1_gamma=3e-3),
         run=RunConfig(duration_mimg=0.0192, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
     ),
 }
