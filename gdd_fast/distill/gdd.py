@@ -56,7 +56,8 @@ class Distillation:
         self.r1_features = parts.r1_features.to(device)
         self.heads = parts.heads.to(device, memory_format=layouts[1]).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
-        self.ema.net.dtype = torch.float32  # what is sampled and exported: published distances are float32's
+        # what is sampled and exported: published distances are float32's
+        self.ema.net.dtype = torch.float32  # type: ignore[assignment]
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0

@@ -92,9 +92,8 @@ class Convolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, target: Target) -> None:
         super().__init__()
-        options = {"device": target.device, "dtype": target.dtype}
-        weight = weight.to(**options, memory_format=target.layout)
-        self.bias = None if bias is None else nn.Buffer(bias.to(**options))
+        weight = weight.to(target.device, target.dtype, memory_format=target.layout)
+        self.bias = None if bias is None else nn.Buffer(bias.to(target.device, target.dtype))
         self.padding = padding
         self.traced = target.convolve == "traced"
         self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
@@ -107,7 +106,7 @@ class Convolution(nn.Module):
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
-        weight = self.packed(self.weight, self.padding, x.shape)
+        weight = self.packed(self.weight, self.padding, x.shape)  # type: ignore[union-attr]
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, "none", [], "")
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Head(nn.Module):
         kernel = 4 if end >= 8 else max(1, end // 2)
         out_channels = 1 if embedding_dim is None else CLASS_MAP_CHANNELS
         self.out = _normed(Conv2d(channels, out_channels, kernel, bias=False), spectral_random)
-        self.embedding = nn.Embedding(own_rows, embedding_dim) if own_rows else None
+        self.embedding = nn.Embedding(own_rows, embedding_dim) if own_rows and embedding_dim else None
         self.class_map = None if embedding_dim is None else ClassMap(embedding_dim, CLASS_MAP_CHANNELS)
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
@@ -145,11 +145,12 @@ class ClassMap(nn.Module):
 
 def _normed(conv: Conv2d, random: bool) -> nn.Module:
     """Under a spectral norm, of one power iteration per forward in training, from vectors iterated or random."""
-    conv = spectral_norm(conv)
+    normed = spectral_norm(conv)
     if random:
-        for vector in conv.parametrizations.weight[0].buffers():
-            vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
-    return conv
+        for name, vector in normed.named_buffers():
+            if name.endswith(("._u", "._v")):
+                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
+    return normed
 
 
 def _class_table(label_dim: int, embedding: Tensor | None) -> nn.Embedding | None:
