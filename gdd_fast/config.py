@@ -17,6 +17,8 @@ from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
+StepEngine = Literal["auto", "eager", "graph"]
+Nonfinite = Literal["skip", "replace"]
 
 LOGGERS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
@@ -75,14 +77,21 @@ class DiscriminatorConfig(Settings):
     """Images are resized to this many pixels before the backbones."""
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
-    class_embedding: Literal["imagenet", "learned"] = "imagenet"
+    class_embedding: Literal["imagenet", "learned", "per-head"] = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
     scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    The public code has neither: it loads a table of its own, 1,000 x 320, and trains it on."""
+    `per-head`: as `learned`, and one for each head, as in the public code, which starts them from a table that comes
+    with it."""
+    backbone_statistics: Literal["published", "probed"] = "published"
+    """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
+    image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
+    spectral_start: Literal["iterated", "random"] = "iterated"
+    """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
-    """Compute precision of backbones and heads. The public recipe is fp32 without TF32."""
+    """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
+    are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,9 @@ class LossConfig(Settings):
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
     """Iterations between R1 steps; 0 disables R1."""
+    r1_precision: Precision = "fp32"
+    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
+    turns it by 20 to 30 degrees (docs/precision.md)."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +129,18 @@ class RunConfig(Settings):
     backend: Backend = "auto"
     """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
     named one runs the operators that have it, and their definitions for the others."""
+    engine: StepEngine = "auto"
+    """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, else `eager`."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+    nonfinite: Nonfinite = "skip"
+    """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
+    +-1e5 and takes it, as the public code does."""
     evaluate_images: int = 0
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
@@ -338,13 +356,13 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
 # What a resumed run may change; everything else is part of the recipe and has to stay. Data and teacher may
 # change their path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
-    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
+    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
     | {"data", "teacher"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
-ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "precision"})
+ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
 
 
 def differences(
@@ -392,7 +410,8 @@ def _recipe(
     return TrainConfig(
         data=DataConfig(cond=cond),
         generator=GeneratorConfig(g_lr=g_lr, ema_halflife_mimg=ema),
-        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr),
+        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr, d_precision="bf16"),
+        loss=LossConfig(r1_precision="tf32"),
         run=RunConfig(duration_mimg=mimg, batch=batch),
     )
 
@@ -450,8 +469,34 @@ def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
     return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
 
 
-def preset(name: str) -> TrainConfig:
-    """The named preset, or `ConfigError` that lists them."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {"g_precision": "bf16", "d_precision": "bf16", "r1_precision": "tf32"},
+    "public": {
+        "g_precision": "bf16",
+        "d_precision": "fp32",
+        "r1_precision": "fp32",
+        "backbone_statistics": "probed",
+        "class_embedding": "per-head",
+        "spectral_start": "random",
+        "nonfinite": "replace",
+        "logit_reduction": "rows",
+    },
+}
+"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, but for the demo's, which are fp32."""
+
+
+def preset(name: str, precision: str | None = None) -> TrainConfig:
+    """The named preset, with the settings of `RECIPES[precision]` if that is given.
+
+    Raises `ConfigError` that lists the names there are.
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]
+    return PRESETS[name] if precision is None else in_precision(PRESETS[name], precision)
+
+
+def in_precision(config: TrainConfig, precision: str) -> TrainConfig:
+    """`config` with the settings of `RECIPES[precision]`; raises `ConfigError` for another name."""
+    if precision not in RECIPES:
+        raise ConfigError(f"--precision is one of {', '.join(RECIPES)}, not {precision!r}")
+    return override(config, **RECIPES[precision])

@@ -3,10 +3,12 @@
     python -m gdd_fast.train                              # the demo: bundled teacher and data, minutes on a CPU
     python -m gdd_fast.train --preset cifar10-uncond-gdd-i \\
         --data cifar10-32x32.zip --teacher edm-cifar10-32x32-uncond-ve.pkl --run-dir runs/c10
+    python -m gdd_fast.train --precision public ...       # the public code's arithmetic; see docs/precision.md
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
---preset names the recipe whose settings are the defaults below; flags override them. With a --teacher of your own and
-no --preset, the settings follow from its resolution and size, and are printed. Running the same command again
+--preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
+docs/precision.md lists; flags override them. With a --teacher of your own and no --preset, the settings follow from its
+resolution and size, and are printed. Running the same command again
 resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
 progress; the exit status is then 128 + the signal's number (130, 143), 2 for bad input, 0 for a finished run. After a
 process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
@@ -18,7 +20,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from gdd_fast.cli import command, parse, pop_option
-from gdd_fast.config import AUTO, DEMO, PRESETS, TrainConfig, override, preset, recipe_for, to_dict
+from gdd_fast.config import AUTO, DEMO, PRESETS, TrainConfig, in_precision, override, preset, recipe_for, to_dict
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,17 @@ class Command:
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """The recipe named by `--preset`, overridden by the other flags.
+    """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
 
-    Without that it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and as reading the
+    Without a preset it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and as reading the
     teacher does.
     """
     name, arguments = pop_option(arguments, "preset", default="")
+    precision, arguments = pop_option(arguments, "precision", default="")
     teacher, _ = pop_option(arguments, "teacher", default=DEMO)
     recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher)
+    if precision:
+        recipe = in_precision(recipe, precision)
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
     asked = parse(Command, Command(recipe), name="train", args=arguments, description=about)
     if asked.dry_run and asked.config.missing():

@@ -162,6 +162,8 @@ CIFAR32 = Study(
         "backbones": ("vgg16", "tf_efficientnet_lite0"),
         "backbone_weights": ("vgg16={assets}/vgg16-features-fp16.safetensors",),
         "batch_gpu": 64,
+        "d_precision": "fp32",
+        "r1_precision": "fp32",
         "tick_kimg": 10,
         "checkpoint_ticks": 1,
         "ema_halflife_mimg": 0.05,
@@ -170,7 +172,12 @@ CIFAR32 = Study(
         Run("gdd-i", "GDD-I (level 1 frozen)", milestones=(20_000, 50_000, 200_000)),
         Run("gdd", "GDD (nothing frozen)", {"freeze": 0}, milestones=(20_000, 50_000, 200_000)),
         Run("random", "GAN from random weights", {"freeze": 0}, "random", (20_000, 50_000, 200_000)),
-        Run("d-bf16", "GDD-I, discriminator in bf16", {"d_precision": "bf16"}, milestones=(20_000, 50_000, 200_000)),
+        Run(
+            "d-bf16",
+            "GDD-I, discriminator in bf16, R1 in TF32",
+            {"d_precision": "bf16", "r1_precision": "tf32"},
+            milestones=(20_000, 50_000, 200_000),
+        ),
     ),
     features=("resnet56", "lite2", "inception", "pixels"),
 )

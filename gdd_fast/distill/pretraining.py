@@ -16,6 +16,7 @@ from gdd_fast.backend import Backend
 from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
 from gdd_fast.data.fingerprint import dataset_digest
+from gdd_fast.device import fast_layout
 from gdd_fast.distill.components import OPERATORS
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.backends import choose_backend
@@ -153,7 +154,8 @@ class Pretraining:
                 memory_limit=int(config.data_memory_gib * 2**30),
                 progress=progress,
             )
-        self.net = net.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        layout = fast_layout(world.device, config.precision)
+        self.net = net.to(world.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]

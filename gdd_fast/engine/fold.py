@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.device import fast_layout
 from gdd_fast.engine.fold_unet2d import fold_unet2d
 from gdd_fast.engine.folded_layers import (
     Attention,
@@ -169,11 +170,13 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
-    packed = device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in _packable()
+    layout = fast_layout(device)
+    packed = device.type == "cpu" and layout is torch.channels_last and dtype in _packable()
     attend = choose(attention.OPERATOR)
     return Target(
         device=device,
         dtype=dtype,
+        layout=layout,
         convolve="traced" if traced else "packed" if packed else "plain",
         norm=choose(group_norm_silu.OPERATOR),
         residual=choose(residual.OPERATOR),
@@ -184,7 +187,9 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
 
 
 def _packable() -> tuple[torch.dtype, ...]:
-    """What oneDNN convolves in on this processor."""
+    """What oneDNN convolves in on this processor, nothing in a PyTorch without it."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
@@ -261,7 +266,7 @@ class _Folder:
             row_sizes=sizes,
             aux_scale=math.sqrt(0.5),
             latent_scale=self.latent_scale,
-            dtype=self.target.dtype,
+            target=self.target,
         )
         return unet.eval().requires_grad_(False), self.conditioning
 

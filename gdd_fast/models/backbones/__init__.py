@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm
+from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.backbones.deit import DeitBase
 from gdd_fast.models.backbones.lite0 import Lite0
 from gdd_fast.models.backbones.vgg import Vgg16
@@ -26,6 +26,7 @@ __all__ = [
     "fit_to",
     "fit_weights",
     "fold_batch_norm",
+    "probe_batch_norm",
 ]
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
