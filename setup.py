@@ -180,7 +180,7 @@ setup(
     packages=[*find_packages(include=["gdd_fast", "gdd_fast.*"]), "gdd_fast.kernels"],
     package_dir={"gdd_fast.kernels": "kernels"},
     package_data={
-        "gdd_fast": ["py.typed", "assets/**/*", "data/assets/**/*"],
+        "gdd_fast": ["py.typed", "assets/**/*", "data/assets/**/*", "report/assets/*", "webpage/assets/*"],
         "gdd_fast.kernels": ["*.json"],
     },
     **(extension() if build_extension else {}),

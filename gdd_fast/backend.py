@@ -15,7 +15,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,10 @@ REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in the checkout
 
 # By device type, best first; any other device runs the definition. On a GPU the Triton kernels come first: they are the
 # ones tuned per architecture.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpp", "torch")}
+PREFERENCE: dict[str, tuple[Backend, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpp", "torch")}
+
+
+_ANYWHERE: tuple[Backend, ...] = ("torch",)
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,13 @@ def _triton_obstacle(device: str) -> str | None:
     return None
 
 
-def resolve(backend: Backend, operator: Operator, device: str) -> str:
+def resolve(backend: Backend, operator: Operator, device: str) -> Backend:
     """The implementation that runs: `backend` itself, or for "auto" the first in PREFERENCE that can.
 
     Raises BackendError for an unknown name, a backend that cannot run here, and an extension that does not load.
     """
     if backend == "auto":
-        candidates = (b for b in PREFERENCE.get(device, ("torch",)) if b not in operator.opt_in)
+        candidates = (b for b in PREFERENCE.get(device, _ANYWHERE) if b not in operator.opt_in)
         return next(b for b in candidates if obstacle(operator, b, device) is None)
     if backend not in get_args(Backend):
         raise BackendError(f"{operator.name}: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
@@ -144,7 +147,7 @@ def resolve(backend: Backend, operator: Operator, device: str) -> str:
     return backend
 
 
-def chooser(operator: Operator) -> Callable[..., str]:
+def chooser(operator: Operator) -> Callable[..., Backend]:
     """`choose(backend, device, double=False)`: how every operator decides, before it calls torch.ops with the result.
 
     That is `resolve`, and for float64 (`double`) the definition where the operator computes it in nothing else.
@@ -152,7 +155,7 @@ def chooser(operator: Operator) -> Callable[..., str]:
     torch.compiler.assume_constant_result, which would import the compiler and with it triton.
     """
 
-    def choose(backend: Backend, device: str, double: bool = False) -> str:
+    def choose(backend: Backend, device: str, double: bool = False) -> Backend:
         chosen = resolve(backend, operator, device)
         if chosen == "torch" or operator.float64 or not double:
             return chosen
@@ -164,7 +167,7 @@ def chooser(operator: Operator) -> Callable[..., str]:
     return choose
 
 
-def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, str]:
+def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
     """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
 
     A backend asked for by name is for the operators that have it; the others run their definition.
@@ -178,7 +181,7 @@ def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[s
     return {o.name: resolve("torch" if named and backend not in o.fused else backend, o, device) for o in operators}
 
 
-def summary(runs: dict[str, str]) -> str:
+def summary(runs: Mapping[str, str]) -> str:
     """A `plan` in one line, the definitions first."""
     backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
     return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)

@@ -110,7 +110,7 @@ class _Unbreakable(io.TextIOBase):
         return self._stream.fileno()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
 
 
@@ -137,8 +137,8 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        _end(f"not enough memory{f' ({reason})' if reason else ''}: ask for less at once")
+        detail = str(error).strip().partition("\n")[0]
+        _end(f"not enough memory{f' ({detail})' if detail else ''}: ask for less at once")
     except OSError as error:
         reason = _what_the_system_refuses(error)
         if reason is None:

@@ -5,9 +5,10 @@ Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from gdd_fast.backend import Backend
@@ -133,8 +134,8 @@ class RunConfig(Settings):
     feature_weights: tuple[str, ...] = ()
     """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
     log: str = "auto"
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard if
-    it is installed."""
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard
+    where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,25 @@ class TrainConfig:
     def total_images(self) -> int:
         return round(self.run.duration_mimg * 1e6)
 
+    def missing(self) -> list[str]:
+        """What has to be given yet before the run can begin."""
+        needed = {
+            "no data set: pass --data PATH (an EDM-style zip or a folder of images)": self.data.data,
+            "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)": self.generator.teacher,
+        }
+        return [message for message, path in needed.items() if path is None]
+
     def validate(self) -> None:
-        """Raise one `ConfigError` for the first setting that cannot work. Reads no file."""
+        """Raise one `ConfigError` for the first setting that is missing or cannot work. Reads no file."""
+        for message in self.missing():
+            raise ConfigError(message)
+        self.validate_settings()
+
+    def validate_settings(self) -> None:
+        """`validate`, but for what is `missing`."""
         run, loss = self.run, self.loss
         for section in (self.data, self.generator, self.discriminator, loss, run):
             check_values(section)
-        require(self.data.data is not None, "no data set: pass --data PATH (an EDM-style zip or a folder of images)")
-        teacher = self.generator.teacher
-        require(teacher is not None, "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
@@ -175,7 +187,7 @@ class TrainConfig:
         require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
         require(run.evaluate_ticks >= 0, f"--evaluate-ticks must be at least 0, not {run.evaluate_ticks}")
-        measured = run.evaluate_ticks or run.evaluate_at_start
+        measured = bool(run.evaluate_ticks) or run.evaluate_at_start
         require(
             not measured or run.evaluate_images > 0,
             "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
@@ -269,11 +281,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def default_settings(config: Any) -> dict[str, Any]:
+    """The defaults of a configuration's class, as `to_dict` gives them."""
+    return to_dict(type(config)())
+
+
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """The inverse of `to_dict`; unknown keys raise `ConfigError`."""
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} is made from a mapping of settings, not {values!r}")
@@ -284,7 +301,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     arguments = {}
     for name, value in values.items():
         kind = known[name].type
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             value = from_dict(kind, value)
         elif isinstance(value, list):
             value = tuple(value)
@@ -302,9 +319,10 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
     changed = config
     for name, value in settings.items():
         for section in fields(config):
-            old = getattr(changed, section.name)
-            if is_dataclass(old) and any(f.name == name for f in fields(old)):
-                changed = replace(changed, **{section.name: replace(old, **{name: value})})
+            old: Any = getattr(changed, section.name)
+            if is_dataclass(old) and not isinstance(old, type) and any(f.name == name for f in fields(old)):
+                new: dict[str, Any] = {section.name: replace(old, **{name: value})}
+                changed = replace(changed, **new)
                 break
         else:
             raise ConfigError(f"there is no setting {name!r}")
@@ -324,17 +342,32 @@ ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "lr", "pre
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = RESUMABLE, prefix: str = ""
+    old: dict[str, Any],
+    new: dict[str, Any],
+    ignore: frozenset[str] = RESUMABLE,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    prefix: str = "",
 ) -> list[str]:
-    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`."""
+    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`.
+
+    A setting that `old` lacks, because it is of a version that did not have it, is taken from `defaults`: a default is
+    what the program did before there was a choice.
+    """
     found = []
     for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
+        a, b = old.get(name, defaults.get(name)), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, ignore, f"{prefix}{name}.")
+            found += differences(a, b, ignore, defaults.get(name) or {}, f"{prefix}{name}.")
         elif a != b and name not in ignore:
             found.append(f"{prefix}{name}: {a} -> {b}")
     return found
+
+
+def given(path: str | None, flag: str) -> str:
+    """A path that `validate` has made sure of. Raises ConfigError without one."""
+    if path is None:
+        raise ConfigError(f"no {flag} was given")
+    return path
 
 
 _VGG = ("vgg16_bn", "tf_efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""Networks between EDM / GDD pickles, folders and state_dict files: `python -m gdd_fast.convert SOURCE DESTINATION`."""
+"""Networks between pickles, folders and state_dict files: `python -m gdd_fast.convert SOURCE DESTINATION`."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from gdd_fast.cli import command
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.files import atomic_write, check_destination, check_writable, write_tensors
 from gdd_fast.models.files import pickle_reader
-from gdd_fast.models.files.load import RUN_GENERATOR, load_network, network_from_pickle
+from gdd_fast.models.files.bare_weights import SUFFIXES
+from gdd_fast.models.files.load import RUN_GENERATOR, load_network, network_from_pickle, network_like
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.settings import Settings
@@ -27,11 +28,15 @@ class ConvertConfig(Settings):
     """Convert an EDM or GDD .pkl, a network folder or a run to a folder, or to a state_dict file with EDM's names."""
 
     source: tyro.conf.Positional[Path]
-    """EDM or GDD .pkl (nothing in it is executed), network folder, or training run folder (its EMA generator)."""
+    """EDM, GDD, D2O or SiD .pkl (nothing in it is executed), network folder, or training run folder (its EMA
+    generator); or weights alone with EDM's names, .safetensors, .pt or .pth, with --like."""
     destination: tyro.conf.Positional[Path]
     """New folder for config.json and model.safetensors; or a state_dict file, .safetensors or .pt (plain tensors)."""
     key: str = "ema"
-    """Which network of a .pkl: training snapshots may hold `ema` and `net`."""
+    """Which network of a file that holds several: training snapshots have `ema` and `net`."""
+    like: str | None = None
+    """What weights alone are the weights of: a path to such a network, EDM's name of it (edm-cifar10-32x32-cond-vp),
+    or a preset (cifar10-cond)."""
     dtype: Literal["float32", "float16"] = "float32"
     """How a folder stores the weights. They are float32 again when loaded, less what float16 rounds off."""
     overwrite: bool = False
@@ -41,9 +46,17 @@ class ConvertConfig(Settings):
     def to_state_dict(self) -> bool:
         return self.destination.suffix.lower() in STATE_DICT_SUFFIXES
 
+    @property
+    def bare(self) -> bool:
+        return not self.source.is_dir() and self.source.suffix.lower() in SUFFIXES
+
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work, before the network is read."""
         destination, wanted = self.destination, " or ".join(STATE_DICT_SUFFIXES)
+        if self.bare and self.like is None:
+            raise ConfigError(f"{self.source} is weights alone: pass --like NET|PRESET to say of which network")
+        if self.like is not None and not self.bare:
+            raise ConfigError(f"--like is for weights alone ({', '.join(SUFFIXES)}); {self.source} says what it is")
         if destination.suffix.lower() in OTHER_SUFFIXES:
             raise ConfigError(f"{destination}: give a folder's name, or a state_dict file that ends in {wanted}")
         if destination.resolve() == self.source.resolve():
@@ -66,7 +79,10 @@ def convert(config: ConvertConfig) -> EDMPrecond:
     UnsafePickleError for a pickle that is damaged or holds anything else.
     """
     config.validate()
-    net = _read(config.source, config.key)
+    if config.like is not None:
+        net = network_like(config.source, config.like, config.key)
+    else:
+        net = _read(config.source, config.key)
     if not config.to_state_dict:
         save_network(net, config.destination, dtype=getattr(torch, config.dtype))
         return net
@@ -90,7 +106,7 @@ def _read(source: Path, key: str) -> EDMPrecond:
     networks = pickle_reader.load(source)
     if key not in networks:
         raise WeightsError(f"{source} has no network {key!r}; --key can be {' or '.join(networks)}")
-    return network_from_pickle(networks[key])
+    return network_from_pickle(networks[key], where=source)
 
 
 def describe(net: EDMPrecond) -> str:

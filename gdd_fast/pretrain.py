@@ -10,7 +10,7 @@ signal's number.
 from collections.abc import Sequence
 
 from gdd_fast.cli import command, parse
-from gdd_fast.config import to_dict
+from gdd_fast.config import default_settings, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.files import check_writable
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_writable(config.run_dir)
     schedule = loop.Schedule.of(config.duration_mimg, config.tick_kimg, config.checkpoint_ticks)
     with join(config.device) as world, gpu_arithmetic(config.precision):
-        outcome = loop.run(Pretraining(config, world), config.run_dir, to_dict(config), schedule, world)
+        outcome = loop.run(
+            Pretraining(config, world), config.run_dir, to_dict(config), schedule, world, default_settings(config)
+        )
     if outcome.signal:
         if world.is_main:
             print(f"Stopped at {outcome.images:,} images; the same command resumes.")

@@ -27,6 +27,7 @@ from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination, check_writable
 from gdd_fast.layers.backends import choose_backend
+from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.models.files.load import load_generator, network_digest
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
@@ -122,7 +123,7 @@ def _sample(
         sigma = config.sampler.sigma_max
         net = OneStepGenerator.from_network(net, device=device, engine=engine, backend=config.backend, sigma=sigma)
     else:
-        net = net.to(device)
+        net = hold_frozen_weights(net.to(device), net.dtype)
 
     def images_of(seeds: Sequence[int]) -> Iterator[Batch]:
         batches = launch(

@@ -25,7 +25,7 @@ class Command:
 
     config: TrainConfig
     dry_run: bool = False
-    """Print the resolved settings and what would train, and stop."""
+    """Print the resolved settings, what would train and what is still needed, and stop."""
 
 
 def read(arguments: Sequence[str]) -> Command:
@@ -33,7 +33,10 @@ def read(arguments: Sequence[str]) -> Command:
     name, arguments = pop_option(arguments, "preset", default=DEMO)
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
     asked = parse(Command, Command(preset(name)), name="train", args=arguments, description=about)
-    asked.config.validate()
+    if asked.dry_run and asked.config.missing():
+        asked.config.validate_settings()
+    else:
+        asked.config.validate()
     return asked
 
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from gdd_fast.training.ranks import is_main
 
     if asked.dry_run:
-        shown = dry_run.describe(config, preflight(config))
+        shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))
         if is_main():
             print(shown)
         return

@@ -14,7 +14,7 @@ PACKAGE = sorted((ROOT / "gdd_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = [*PACKAGE, *KERNELS]
 
-COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
+COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "export", "info", "analyze")
 # From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
 LAYERS = (
     ("config", "errors", "files", "cli", "backend", "extension_sources", "kernels", "device", "signals", "settings"),
@@ -24,7 +24,8 @@ LAYERS = (
     ("models",),
     ("interop.hub", "interop.edm_pickle"),
     ("sampling",),
-    ("engine", "acceleration", "metrics"),
+    ("engine", "acceleration", "metrics", "report"),
+    ("webpage",),
     ("training",),
     ("distill",),
     ("interop.diffusers",),
@@ -36,7 +37,18 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 OPTIONAL = {"gdd_fast.interop.diffusers"}
 
 # What these need of training belongs below both.
-NOT_TRAINING = ("sample", "evaluate", "sampling", "engine", "acceleration", "metrics")
+NOT_TRAINING = (
+    "sample",
+    "evaluate",
+    "export",
+    "webpage",
+    "analyze",
+    "sampling",
+    "engine",
+    "acceleration",
+    "metrics",
+    "report",
+)
 
 # The only files that may take a pickle apart, each by an unpickler that executes nothing.
 UNPICKLERS = {"gdd_fast/models/files/pickle_reader.py", "gdd_fast/data/cifar.py"}

@@ -34,7 +34,8 @@ assert Path(spec.origin).with_name("tuned.json").is_file(), "no launch configura
 if util.find_spec("triton"):
     from gdd_fast.kernels import to_uint8 as kernels
     assert kernels.configuration("to_uint8", kernels.torch.device("cpu"))["BLOCK"]
-for name in ("gdd_fast/data/assets", "gdd_fast/assets", "gdd_fast/py.typed"):
+PACKAGED = ("assets", "data/assets", "report/assets", "webpage/assets", "py.typed")
+for name in (f"gdd_fast/{kept}" for kept in PACKAGED):
     expected = Path(sys.argv[1], name)
     found = files("gdd_fast").joinpath(name.partition("/")[2])
     missing = {p.name for p in expected.rglob("*")} - {p.name for p in Path(str(found)).rglob("*")}

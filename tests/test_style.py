@@ -22,6 +22,11 @@ def test_python(arguments):
     passes(sys.executable, "-m", "ruff", *arguments, "--no-cache", ".")
 
 
+def test_types():
+    pytest.importorskip("mypy")
+    passes(sys.executable, "-m", "mypy")
+
+
 def test_cxx_and_cuda():
     pytest.importorskip("clang_format")
     tool = Path(sysconfig.get_path("scripts"), "clang-format")

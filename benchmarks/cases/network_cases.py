@@ -1,8 +1,9 @@
 """Cases of whole networks and their pieces: generators, U-Net blocks, frozen backbones."""
 
 import copy
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.counts.flops import count_flops
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import Closeness, tensors
 from benchmarks.harness.timing import Call
+from benchmarks.peers import exported
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockBlock, StockGenerator
 from gdd_fast.distill.freeze import freeze
@@ -126,8 +128,16 @@ def _generator(
     makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
-    elif dtype != torch.float32:
-        makers["stock fp32"] = partial(stock, None, torch.float32)
+    else:
+        folder = tempfile.TemporaryDirectory()
+        file = cache(lambda: exported.write_generator(net, folder.name))
+        classes = None if labels is None else labels.argmax(1)
+        precision = "f32" if dtype == torch.float32 else "bf16"
+        makers["openvino"] = lambda: exported.openvino(file(), z, classes, precision)
+        if dtype == torch.float32:
+            makers["onnxruntime"] = lambda: exported.onnxruntime(file(), z, classes)
+        else:
+            makers["stock fp32"] = partial(stock, None, torch.float32)
     slow: dict[str, Callable[[], Call]] = {mode: partial(stock, mode) for mode in COMPILED}
     slow["OneStepGenerator:compile"] = partial(engine, "compile")
     makers = (makers if ready else {}) | {peer: slow[peer] for peer in compiled}
@@ -142,6 +152,7 @@ def _generator(
         images=batch,
         precision=_NAMES[dtype],
         precisions={"stock fp32": "fp32"},
+        keep=None if gpu else folder,
     )
 
 

@@ -19,6 +19,9 @@ OUT_OF_MEMORY = "out of memory"
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
+EXPORTED = ("onnxruntime", "openvino")
+"""Peers that run an exported file, which takes tens of seconds to write."""
+
 GRAPHS = ("graph", "max-autotune")
 """Peers that replay a CUDA graph: its memory is allocated at capture, so a count around a call sees none of it."""
 
@@ -152,7 +155,8 @@ def measure_peer(
     `timer` is `timing.measure` or stands in for it. A peer that is right is noted in `outcome`.
     """
     outcome = outcome or Outcome()
-    if is_compiled(peer) and not effort.seconds:
+    slow_to_start = is_compiled(peer) or any(name in peer for name in EXPORTED)
+    if slow_to_start and not effort.seconds:
         return None
     try:
         call = checked_call(bench, peer, device)

@@ -55,7 +55,8 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
         `net`, or `(net, report)`.
 
     Raises:
-        InputError: `net` is not a module, or has no memory yet (its parameters are on the meta device).
+        InputError: `net` is not a module, has no memory yet (its parameters are on the meta device), or was accelerated
+            and then sharded or parametrized (see `restore`).
         BackendError: an unknown backend, or one that cannot run on the network's device.
     """
     if not isinstance(net, nn.Module):
@@ -65,7 +66,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
     restore(net)
     first = next(itertools.chain(net.parameters(), net.buffers()), None)
     if first is not None and first.is_meta:
-        raise InputError("accelerate: the network's parameters are on the meta device: load its weights first")
+        raise InputError(
+            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
+            "them away (sequential offload), accelerate before these are added"
+        )
     plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
         decide(plan)

@@ -3,9 +3,11 @@
 That a norm follows a convolution is read off the forward of the module that holds both: it is traced once with its
 children as black boxes (torch.fx). The convolution's result must go to the norm and nowhere else.
 
-Folded weight and bias are made from the parameters and kept beside them until one changes. The convolution then
-computes with these and the norm hands its input on. Both ask the same `Fold` at every call, and it says yes only within
-the forward that was traced (`Gate`): called from anywhere else, the convolution convolves and the norm normalises.
+Folded weight and bias are made from the parameters in the call that uses them, and not kept: nothing tells when they
+would grow old. That is a pass over the weight in place of one over the map, and for backward the folded weight is saved
+in place of the norm's input; so a norm is folded where the map is the larger of the two by `MARGIN`. The convolution
+then computes with these and tells the norm, which hands its input on. It does so only within the forward that was
+traced (`Gate`): called from anywhere else, the convolution convolves and the norm normalises.
 """
 
 import copy
@@ -13,12 +15,25 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from gdd_fast.acceleration.class_exchange import Fast, capturing, silent
+from gdd_fast.acceleration.class_exchange import Fast
+from gdd_fast.layers.silent import silent
+from gdd_fast.ops._memory_format import compute_dtype
+
+MARGIN = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements of a map over which a pass takes as long as the half dozen small operators of folding."""
+
+
+class _Running(threading.local):
+    """Of one thread: how deep it is in the forward of a gate's module, and the norms that are done for this call."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.done: set[Fold] = set()
 
 
 class Gate:
@@ -26,16 +41,23 @@ class Gate:
 
     def __init__(self, arity: int) -> None:
         self.arity = arity
-        self._local = threading.local()
+        self._running = _Running()
 
     def is_open(self) -> bool:
-        return getattr(self._local, "depth", 0) > 0
+        return self._running.depth > 0
+
+    @property
+    def done(self) -> "set[Fold]":
+        """What convolutions have done of norms that have not been called since."""
+        return self._running.done
 
     def __enter__(self) -> None:
-        self._local.depth = getattr(self._local, "depth", 0) + 1
+        self._running.depth += 1
 
     def __exit__(self, *error: object) -> None:
-        self._local.depth -= 1
+        self._running.depth -= 1
+        if error[0] is not None or not self._running.depth:
+            self._running.done.clear()  # an error may have come between a convolution and its norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gate":
         gate = memo[id(self)] = Gate(self.arity)
@@ -47,7 +69,7 @@ class FastParent(Fast):
 
     _gdd_fast: Gate
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def fast_forward(self, *args: Any, **kwargs: Any) -> Any:
         gate = self._gdd_fast
         if torch.compiler.is_compiling() or kwargs or len(args) != gate.arity:
             return super().forward(*args, **kwargs)
@@ -55,59 +77,59 @@ class FastParent(Fast):
             return super().forward(*args)
 
 
-class _Cache(NamedTuple):
-    key: tuple[tuple[int, int] | None, ...]
-    sources: tuple[Tensor | None, ...]
-    eps: float
-    folded: tuple[Tensor, Tensor]
-
-
 class Fold:
     """A frozen batch norm within the weight and bias of the convolution before it."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, gate: Gate) -> None:
         self.conv, self.norm, self.gate = conv, norm, gate
-        self._cache: _Cache | None = None
 
-    def active(self) -> bool:
-        """Whether the convolution does the norm's work in the call at hand."""
-        # a compiler fuses the norm into what follows it, and could not see when the copies grow old
-        if torch.compiler.is_compiling() or not self.gate.is_open():
+    def active(self, x: Tensor) -> bool:
+        """Whether the convolution is to do the norm's work on `x`, the map that it is given."""
+        # a compiler fuses the norm into what follows it
+        if torch.compiler.is_compiling() or not self.gate.is_open() or x.dim() != 4:
             return False
         conv, norm = self.conv, self.norm
-        return not norm.training and frozen(conv) and frozen(norm) and silent(conv) and silent(norm)
+        if norm.training or not (silent(conv) and silent(norm) and frozen(conv) and frozen(norm)):
+            return False
+        pixels = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
+        margin = MARGIN.get(x.device.type, MARGIN["cuda"])
+        larger = len(x) * pixels * conv.out_channels >= conv.weight.numel() + margin
+        # without gradients what is gained is a pass over the map; on a GPU the bias, added in a pass of its own, is one
+        return larger and (x.is_cpu or (x.requires_grad and torch.is_grad_enabled()))
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """In the dtype of the convolution's weight; made in float64, so that rounding them once is the whole error."""
-        norm, cache = self.norm, self._cache
-        sources = (*self.conv._parameters.values(), *norm._parameters.values(), *norm._buffers.values())
-        key = tuple([None if t is None or t.is_inference() else (t._version, t.data_ptr()) for t in sources])
-        same = cache is not None and cache.key == key and cache.eps == norm.eps
-        if not same or any(a is not b for a, b in zip(cache.sources, sources, strict=True)):
-            folded = _fold(self.conv, norm)
-            if capturing(self.conv.weight) or any(t is not None and t.is_inference() for t in sources):
-                return folded  # holds its values in a replay only, or of tensors that tell no version
-            cache = self._cache = _Cache(key, sources, norm.eps, folded)
-        return cache.folded
+    @torch.no_grad()
+    def weight_and_bias(self, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+        """In `dtype`, the weight in channels_last if that is `layout`; both are rounded to it once."""
+        conv, norm = self.conv, self.norm
+        full = compute_dtype(conv.weight)
+        scale = norm.running_var.to(full).add(norm.eps).rsqrt_()
+        if norm.weight is not None:
+            scale.mul_(norm.weight)
+        mean = norm.running_mean.to(full)
+        mean = mean if conv.bias is None else mean - conv.bias
+        bias = mean.mul(scale).neg_() if norm.bias is None else torch.addcmul(norm.bias.to(full), mean, scale, value=-1)
+        layout = layout if layout is torch.channels_last else torch.preserve_format
+        weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
+        torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=weight)
+        return weight, bias.to(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fold":
         twin = memo[id(self)] = object.__new__(Fold)
         conv, norm, gate = (copy.deepcopy(part, memo) for part in (self.conv, self.norm, self.gate))
-        Fold.__init__(twin, conv, norm, gate)  # the copy folds anew
+        Fold.__init__(twin, conv, norm, gate)
         return twin
 
+    def finish(self) -> None:
+        """Called by the convolution when it has done the norm's work."""
+        self.gate.done.add(self)
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    # ordinary tensors even if made in inference mode, so that autograd can save them later
-    with torch.inference_mode(False), torch.no_grad():
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight.double()
-        shift = -norm.running_mean.double() * scale
-        shift = shift if norm.bias is None else shift + norm.bias.double()
-        shift = shift if conv.bias is None else shift + conv.bias.double() * scale
-        weight = torch.empty_like(conv.weight)  # in the same memory format
-        weight.copy_(conv.weight.double() * scale[:, None, None, None])
-        return weight, shift.to(weight.dtype)
+    def finished(self) -> bool:
+        """Asked by the norm, once a call: whether its work is done."""
+        done = self.gate.done
+        if self not in done:
+            return False
+        done.remove(self)
+        return True
 
 
 class FastBatchNorm(Fast):
@@ -115,8 +137,8 @@ class FastBatchNorm(Fast):
 
     _gdd_fast: Fold
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self._gdd_fast.active() else super().forward(x)
+    def fast_forward(self, x: Tensor) -> Tensor:
+        return x if self._gdd_fast.finished() else super().forward(x)
 
 
 class FastBatchNormAct(Fast):
@@ -124,13 +146,13 @@ class FastBatchNormAct(Fast):
 
     _gdd_fast: Fold
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(x)) if self._gdd_fast.active() else super().forward(x)
+    def fast_forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x)) if self._gdd_fast.finished() else super().forward(x)
 
 
 def frozen(module: nn.Module) -> bool:
-    """Whether none of the module's own parameters is trained."""
-    return all(p is None or not p.requires_grad for p in module._parameters.values())
+    """Whether neither weight nor bias is trained, be they parameters or computed by a parametrisation."""
+    return not any(t is not None and t.requires_grad for t in (module.weight, module.bias))
 
 
 class Untraceable(Exception):

@@ -9,8 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.class_exchange import silent
 from gdd_fast.backend import Backend
+from gdd_fast.layers.silent import silent
 from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.residual import residual
 
@@ -38,7 +38,7 @@ def normalise(
     return F.silu(x) if activation == "silu" else x
 
 
-def merge(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Tensor:
+def scaled_sum(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Tensor:
     """`(x + skip) * scale`."""
     if backend is None or x.dtype != skip.dtype:  # the two may differ under autocast
         x = x + skip
@@ -47,7 +47,7 @@ def merge(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Ten
 
 
 def unchanged(block: nn.Module, children: Mapping[str, type[nn.Module]]) -> bool:
-    """Whether these children of `block`, which it passes over, have the class they had and no hook listens to them."""
+    """Whether these children of `block`, which it passes over, have the class they had and are `silent`."""
     modules = block._modules
     return all(type(modules.get(name)) is kind and silent(modules[name]) for name, kind in children.items())
 

@@ -4,8 +4,10 @@ The subclass is made of a mixin of ours, a `Fast`, and the module's own class, w
 state_dict, parameters, hooks, attributes and code that asks for a class name see no difference, `super().forward` is
 the original, and giving the class back restores it. PyTorch's parametrisations and FSDP2 work in the same way.
 
-A mixin decides at every call whether it may run: modes, `requires_grad` and hooks can change after the exchange. What
-it needs besides the module lies in `module._gdd_fast`, a plain object that is no part of any state_dict.
+Whether a mixin may run is decided at every call, since modes, `requires_grad` and hooks can change after the exchange:
+by `ordinary` for all of them, and by each for itself. What it needs besides the module lies in `module._gdd_fast`, a
+plain object that is no part of any state_dict. It describes the module and holds nothing that was computed from a
+parameter or buffer: these can change without a trace (see `gdd_fast.ops.frozen_conv2d.converted`).
 
 A deep copy of an exchanged module is exchanged as well. A pickle, a shallow copy and the replicas of nn.DataParallel
 are of the original class and know nothing of gdd_fast.
@@ -14,22 +16,29 @@ are of the original class and know nothing of gdd_fast.
 import contextlib
 import copy
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from gdd_fast.layers.silent import plain
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STATE = "_gdd_fast"
 
 
 class Fast:
-    """Base of the mixins. `super().forward` in them is the original's."""
+    """Base of the mixins, which have `fast_forward`. `super().forward` in them is the original's."""
 
     original: ClassVar[type[nn.Module]]
     _gdd_fast: Any
+
+    def fast_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), "gdd_fast")))
@@ -58,8 +67,18 @@ def _plain(module: Fast) -> nn.Module:
 
 @functools.cache
 def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, mixin):  # a hook kept this method and outlived the exchange
+            return type(self).forward(self, *args, **kwargs)
+        if not ordinary(self):
+            return original.forward(self, *args, **kwargs)
+        return self.fast_forward(*args, **kwargs)
+
+    # torch.compile remembers shapes and recompilations by a function's name and place, which all classes would share
+    forward.__code__ = forward.__code__.replace(co_name=f"{mixin.__module__}.{mixin.__name__}.{original.__qualname__}")
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), {**names, "original": original})
+    return type(original.__name__, (mixin, original), {**names, "original": original, "forward": forward})
 
 
 def exchange(module: nn.Module, mixin: type[Fast], state: Any) -> None:
@@ -69,7 +88,7 @@ def exchange(module: nn.Module, mixin: type[Fast], state: Any) -> None:
 
 
 def give_back(module: nn.Module) -> bool:
-    """The inverse of `exchange`; whether there was anything to do."""
+    """The inverse of `exchange`; whether there was anything to do. Not for a module that is `covered`."""
     if not isinstance(module, Fast):
         return False
     module.__class__ = module.original
@@ -77,10 +96,17 @@ def give_back(module: nn.Module) -> bool:
     return True
 
 
+def covered(module: nn.Module) -> bool:
+    """Whether somebody else's class lies over ours, as of FSDP2 or a parametrisation, which `give_back` would lose."""
+    return isinstance(module, Fast) and "original" not in vars(type(module))
+
+
 def obstacle(module: nn.Module) -> str | None:
     """Why the class of `module` cannot be exchanged, whatever it computes, or None."""
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized: its weight is computed anew at every use"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as offloading and casting do: accelerate before that"
     if hasattr(type(module), "__deepcopy__"):
         return "its class has its own way of being copied"
     return None
@@ -91,17 +117,17 @@ def library_class(module: str, name: str) -> type | None:
     return getattr(sys.modules.get(module), name, None)
 
 
-def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, so that what is computed now has its values in a replay only."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def ordinary(module: nn.Module) -> bool:
+    """Whether `module` is called to compute, with tensors as PyTorch makes them.
 
-
-def silent(module: nn.Module) -> bool:
-    """Whether no hook listens to `module`, so that it need not be called."""
-    # written out: this runs for every layer at every call
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    Not so under the transforms of torch.func and in forward-mode derivatives, which do not know our operators; while
+    torch.jit traces, whose result is to run without gdd_fast; and if a parameter is of a class of its own, quantised
+    or distributed, which knows what its own operators are.
+    """
+    if torch.compiler.is_compiling():
+        return plain(module)
+    special = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return not special and plain(module)
 
 
 @contextlib.contextmanager
@@ -122,7 +148,7 @@ def difference(
     module: nn.Module,
     mixin: type[Fast],
     state: Any,
-    inputs: Callable[[torch.Generator], Iterable[Tensor]],
+    inputs: Callable[[torch.Generator], Iterable[Tensor | None]],
     device: torch.device,
 ) -> str | None:
     """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
@@ -131,11 +157,13 @@ def difference(
     The trial has random parameters: many of a trained network's start at zero, which hides what they multiply. The
     module is in evaluation mode and unheard for the while.
     """
+    if any("forward" in vars(child) for child in module.modules()):
+        return "the forward of a layer in it was replaced on the instance: accelerate before that"
     like = next(module.parameters(), torch.zeros((), device=device))
     generator = torch.Generator().manual_seed(0)
     draw: Callable[[Tensor], Tensor] = lambda p: torch.randn(p.shape, generator=generator) / _fan_in(p) ** 0.5
     parameters = {name: draw(p).to(p.device, p.dtype) for name, p in module.named_parameters()}
-    arguments = tuple(value.to(like.device, like.dtype) for value in inputs(generator))
+    arguments = tuple(None if x is None else x.to(like.device, like.dtype) for x in inputs(generator))
     modes = [(child, child.training) for child in module.modules()]
     with unheard(module), torch.autocast(like.device.type, enabled=False):
         try:
@@ -157,4 +185,4 @@ def difference(
 
 
 def _fan_in(parameter: Tensor) -> int:
-    return max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+    return max(math.prod(parameter.shape[1:]), 1) if parameter.dim() > 1 else 4

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.blocks import kinds, merge, normalise, unchanged
-from gdd_fast.acceleration.class_exchange import Fast, capturing, library_class
+from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
+from gdd_fast.acceleration.class_exchange import Fast, library_class
 from gdd_fast.acceleration.replacements import Plan
 from gdd_fast.backend import Backend
 from gdd_fast.layers.convolution import resample_kernel
@@ -61,7 +61,7 @@ class FastResnet(Fast):
 
     _gdd_fast: BlockState
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def fast_forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         state, x = self._gdd_fast, input_tensor
         unusual = args or kwargs or x.dim() != 4 or (temb is None) != (self.time_emb_proj is None)
         if unusual or not unchanged(self, state.passed_over):
@@ -81,7 +81,7 @@ class FastResnet(Fast):
         h = self.conv2(self.dropout(normalise(self.norm2, h, state.norm, **embedded)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)  # as diffusers has it
-        return merge(x, h, 1 / float(self.output_scale_factor), state.residual)
+        return scaled_sum(x, h, 1 / float(self.output_scale_factor), state.residual)
 
 
 def _plan_resnet(plan: Plan, block: nn.Module) -> None:
@@ -95,10 +95,10 @@ def _plan_resnet(plan: Plan, block: nn.Module) -> None:
         return
     state = BlockState(norm, plan.backend_of(residual.OPERATOR), parts)
 
-    def inputs(generator: torch.Generator) -> Iterator[Tensor]:
+    def inputs(generator: torch.Generator) -> Iterator[Tensor | None]:
         yield torch.randn(2, block.in_channels, SIZE, SIZE, generator=generator)
-        if block.time_emb_proj is not None:
-            yield torch.randn(2, block.time_emb_proj.in_features, generator=generator)
+        proj = block.time_emb_proj  # None in autoencoders, whose blocks are called with None in its place
+        yield None if proj is None else torch.randn(2, proj.in_features, generator=generator)
 
     sampling = (type(block.upsample), type(block.downsample))
     options = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.time_emb_proj is None)
@@ -110,49 +110,20 @@ def _plan_resnet(plan: Plan, block: nn.Module) -> None:
 # --- attention
 
 
-class Packed:
-    """The weights and biases of the query, key and value side by side, made again when one changes.
-
-    Kept only while all are frozen. What is trained is also what averages such as diffusers' EMAModel write to through
-    `.data`, of which a tensor's version says nothing; it is put together in every call.
-    """
-
-    def __init__(self) -> None:
-        self._made: tuple[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, Tensor | None]] | None = None
-
-    def __call__(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        sources = tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)
-        trained = any(t.requires_grad for t in sources)
-        passing = torch.compiler.is_compiling() or capturing(sources[0]) or any(t.is_inference() for t in sources)
-        if trained:
-            self._made = None
-        if trained or passing:
-            return self._pack(layers)
-        key = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
-        made = self._made
-        if made is None or made[0] != key or any(a is not b for a, b in zip(made[1], sources, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor that autograd can save later
-                made = self._made = (key, sources, self._pack(layers))
-        return made[2]
-
-    @staticmethod
-    def _pack(layers: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        return torch.cat([layer.weight for layer in layers]), bias
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
-        return Packed()
+def _packed(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The weights and the biases of the query, key and value side by side, put together in every call."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return torch.cat([layer.weight for layer in layers]), bias
 
 
 @dataclass
 class AttentionState:
-    """As BlockState, with the packed weights and the class of the processor, which users may exchange."""
+    """As BlockState, with the class of the processor, which users may exchange."""
 
     norm: Backend | None
     residual: Backend | None
     passed_over: Mapping[str, type[nn.Module]]
     processor: type
-    packed: Packed
 
 
 class FastAttention(Fast):
@@ -160,7 +131,7 @@ class FastAttention(Fast):
 
     _gdd_fast: AttentionState
 
-    def forward(
+    def fast_forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -174,13 +145,13 @@ class FastAttention(Fast):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         n, _, height, width = x.shape
         tokens = normalise(self.group_norm, x, state.norm, activation=None).flatten(2).transpose(1, 2)
-        qkv = F.linear(tokens, *state.packed(self.to_q, self.to_k, self.to_v))
+        qkv = F.linear(tokens, *_packed(self.to_q, self.to_k, self.to_v))
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y = self.to_out[1](self.to_out[0](y)).transpose(1, 2).reshape(n, -1, height, width)
         scale = 1 / float(self.rescale_output_factor)
         if self.residual_connection:
-            return merge(y, x, scale, state.residual)
+            return scaled_sum(y, x, scale, state.residual)
         return y if scale == 1 else y * scale
 
 
@@ -200,7 +171,7 @@ def _plan_attention(plan: Plan, block: nn.Module) -> None:
         plan.leave(block, "it is not made of a GroupNorm and three Linear layers of one size")
         return
     norm = plan.backend_of(group_norm_silu.OPERATOR)
-    state = AttentionState(norm, plan.backend_of(residual.OPERATOR), parts, type(block.processor), Packed())
+    state = AttentionState(norm, plan.backend_of(residual.OPERATOR), parts, type(block.processor))
     inputs = lambda generator: [torch.randn(2, block.query_dim, SIZE, SIZE, generator=generator)]
     like = (block.heads > 1, block.residual_connection, block.rescale_output_factor, block.to_q.bias is None)
     note = "one product for query, key and value; its norm reads the image as it lies"
@@ -225,7 +196,7 @@ class FastFir(Fast):
 
     _gdd_fast: FilterState
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def fast_forward(self, hidden_states: Tensor) -> Tensor:
         state, x = self._gdd_fast, hidden_states
         if state.kernel.device != x.device:
             state.kernel = state.kernel.to(x.device)

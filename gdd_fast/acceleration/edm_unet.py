@@ -11,14 +11,14 @@ and by computing in a trial what is expected of it.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.blocks import kinds, merge, normalise, unchanged
+from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
 from gdd_fast.acceleration.class_exchange import Fast
 from gdd_fast.acceleration.replacements import Plan
 from gdd_fast.backend import Backend
@@ -30,7 +30,7 @@ from gdd_fast.models.edm import DhariwalUNet, SongUNet
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.ops import attention, group_norm_silu, residual
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE
 from gdd_fast.ops.resample2d import resample2d
 
@@ -61,7 +61,7 @@ def decide(plan: Plan) -> None:
 class FastFourier(KeepsFrequencies, Fast):
     """EDM's embedding of the noise level by random frequencies."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         phase = torch.outer(x, (math.tau * self.freqs).to(x.dtype))
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
@@ -74,7 +74,7 @@ def _is_fourier(module: nn.Module) -> bool:
 class FastLinear(Fast):
     """EDM's linear layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -97,7 +97,6 @@ class ConvState:
     """What EDM's convolution has besides its parameters."""
 
     backend: Backend
-    weight: FrozenWeight = field(default_factory=FrozenWeight)
 
 
 class FastConv(Fast):
@@ -105,11 +104,12 @@ class FastConv(Fast):
 
     _gdd_fast: ConvState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         border = 0 if self.resample_filter is None else self.resample_filter.shape[-1] // 2 - 1
         if self.weight is not None and self.down and self.fused_resample:
-            # the border that the filter needs is added once, before the convolution
-            return self._resample(self._convolve(x, self.weight.shape[-1] // 2 + border), padding=0)
+            # the border that the filter needs is added once, before the convolution, and so is the bias
+            x = self._convolve(x, self.weight.shape[-1] // 2 + border, bias_scale=1 / self.resample_filter.sum())
+            return self._resample(x, padding=0)
         if self.up or self.down:
             x = self._resample(x, padding=border)
         return x if self.weight is None else self._convolve(x, self.weight.shape[-1] // 2)
@@ -117,11 +117,12 @@ class FastConv(Fast):
     def _resample(self, x: Tensor, padding: int) -> Tensor:
         return resample2d(x, self.resample_filter, up=self.up, padding=padding, backend=self._gdd_fast.backend)
 
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def _convolve(self, x: Tensor, padding: int, bias_scale: Tensor | None = None) -> Tensor:
+        bias = self.bias if self.bias is None or bias_scale is None else self.bias * bias_scale
+        bias = None if bias is None else bias.to(x.dtype)
         if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
             return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
-        weight = self._gdd_fast.weight(self.weight, autocast_dtype(x), memory_format(x))
+        weight = converted(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding)
 
 
@@ -176,7 +177,7 @@ class FastBlock(Fast):
 
     _gdd_fast: BlockState
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor, emb: Tensor) -> Tensor:
         state = self._gdd_fast
         if not unchanged(self, state.passed_over):
             return super().forward(x, emb)
@@ -189,10 +190,10 @@ class FastBlock(Fast):
         else:
             h = normalise(self.norm1, h, state.norm, add=embedded)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = merge(h, x if self.skip is None else self.skip(x), scale, state.residual)
+        x = scaled_sum(h, x if self.skip is None else self.skip(x), scale, state.residual)
         if self.num_heads:
             qkv = self.qkv(normalise(self.norm2, x, state.norm, activation=None))
-            x = merge(
+            x = scaled_sum(
                 self.proj(attention.attention(qkv, self.num_heads, backend=state.attention)), x, scale, state.residual
             )
         return x

@@ -9,7 +9,7 @@ These save memory in backward, and the folded norms time. What a module may save
 that is trained or unfrozen after all runs PyTorch's own layers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from gdd_fast.backend import Backend
 from gdd_fast.ops import max_pool2x2 as pooling
 from gdd_fast.ops import relu_bits as bits
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
 
 TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep its input"
@@ -60,7 +60,6 @@ class ConvState:
 
     padding: tuple[int, int]
     fold: Fold | None
-    weight: FrozenWeight = field(default_factory=FrozenWeight)
 
 
 class FastConv(Fast):
@@ -68,23 +67,21 @@ class FastConv(Fast):
 
     _gdd_fast: ConvState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         state = self._gdd_fast
-        fold = state.fold
-        if fold is not None and fold.active():
-            weight, bias = fold.weight_and_bias()
-        elif _saves(x, self):
-            weight, bias = self.weight, self.bias
-        else:
+        fold = state.fold if state.fold is not None and state.fold.active(x) else None
+        if fold is None and not _saves(x, self):
             return super().forward(x)
         x = self._padded(x)
-        dtype = autocast_dtype(x)
-        weight = state.weight(weight, dtype, memory_format(x))
-        bias = None if bias is None else bias.to(dtype)
-        geometry = (self.stride, state.padding, self.dilation, self.groups)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return frozen_conv2d(x, weight, bias, *geometry)
-        return F.conv2d(x.to(dtype), weight, bias, *geometry)
+        dtype, layout = autocast_dtype(x), memory_format(x)
+        if fold is not None:
+            weight, bias = fold.weight_and_bias(dtype, layout)
+        else:
+            weight, bias = converted(self.weight, dtype, layout), None if self.bias is None else self.bias.to(dtype)
+        y = frozen_conv2d(x, weight, bias, self.stride, state.padding, self.dilation, self.groups)
+        if fold is not None:
+            fold.finish()
+        return y
 
     def _padded(self, x: Tensor) -> Tensor:
         return x
@@ -116,7 +113,7 @@ def _plan_conv(plan: Plan, conv: nn.Conv2d, fold: Fold | None) -> None:
         return
     note = "frozen: keeps no input for backward"
     if fold is not None:
-        note += "; in eval mode does the work of the batch norm after it (a folded copy of its weight is kept)"
+        note += "; in eval mode does the work of the batch norm after it on maps larger than its weight"
     plan.replace(conv, mixin, ConvState(_padding(conv), fold), note)
 
 
@@ -219,7 +216,7 @@ class FastRelu(Fast):
 
     _gdd_fast: ReluState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled() and dense(x)):
             return super().forward(x)
         return relu_bits(x, self._gdd_fast.activation, self.inplace, self._gdd_fast.backend)
@@ -255,7 +252,7 @@ class FastMaxPool(Fast):
 
     _gdd_fast: Backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self, x: Tensor) -> Tensor:
         fits = x.dim() == 4 and x.is_floating_point() and min(x.shape[2:]) >= 2
         if torch.compiler.is_compiling() or not (fits and x.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)

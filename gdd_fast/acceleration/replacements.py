@@ -49,7 +49,7 @@ class Plan:
         mixin: type[Fast],
         state: Any,
         note: str,
-        inputs: Callable[[torch.Generator], Iterable[Tensor]],
+        inputs: Callable[[torch.Generator], Iterable[Tensor | None]],
         like: Hashable,
     ) -> bool:
         """`replace` if a trial on `inputs` shows that the mixin computes the same; one trial for all modules of a class

@@ -6,7 +6,8 @@ from itertools import groupby
 
 from torch import nn
 
-from gdd_fast.acceleration.class_exchange import give_back
+from gdd_fast.acceleration.class_exchange import covered, give_back
+from gdd_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,17 @@ def _table(title: str, entries: tuple[Entry, ...]) -> list[str]:
 
 
 def restore(net: nn.Module) -> nn.Module:
-    """Undo `accelerate`: every module of `net` computes with its class's own forward again. Returns `net`."""
+    """Undo `accelerate`: every module of `net` computes with its class's own forward again. Returns `net`.
+
+    InputError, with nothing undone, if a module was given a class of its own since, as by a parametrisation or by
+    FSDP2's `fully_shard`, which `restore` would lose.
+    """
+    for name, module in net.named_modules():
+        if covered(module):
+            raise InputError(
+                f"{name or 'the network'} has become a {type(module).__name__} since it was accelerated: remove its "
+                "parametrisation first, or accelerate before fully_shard"
+            )
     for module in net.modules():
         give_back(module)
     return net

@@ -10,21 +10,24 @@ from torch import nn
 
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
-from gdd_fast.config import TrainConfig
+from gdd_fast.config import TrainConfig, given
 from gdd_fast.data import load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import full_float32
 from gdd_fast.distill.components import load_teacher
+from gdd_fast.distill.gdd import GRID_SEEDS, Distillation
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
-from gdd_fast.layers.backends import choose_backend
+from gdd_fast.layers.backends import choose_backend, set_backend
 from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.report import unet_picture
+from gdd_fast.report.run_record import SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
-from gdd_fast.sampling.grid import save_panel
+from gdd_fast.sampling.grid import save_grid, save_panel
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -45,6 +48,22 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
         )
     for name in FEATURES:
         build_extractor(name, **_options(config, name))
+
+
+def begin(config: TrainConfig, task: Distillation) -> None:
+    """Before the first iteration: what the report compares with. Overwrites what a run left that never was saved.
+
+    samples/teacher.png and samples/000000000.png are the teacher's images and those of its weights in one step, from
+    the noise of every later sheet; unet.json says what trains.
+    """
+    backend, device = task.operators["to_uint8"], task.world.device
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
+    set_backend(teacher, config.run.backend)
+    images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
+    save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
+    task.save_sheet(0)
+    with atomic_write(config.run_dir / UNET) as temporary:
+        temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
 
 
 def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
@@ -69,7 +88,7 @@ def write(
     images = config.run.evaluate_images
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
     reference_set = load_data(_evaluate_data(config))
-    teacher = load_teacher(config.generator.teacher).to(device)
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
     untrained = as_generator(teacher).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
@@ -134,7 +153,7 @@ def table(run_dir: Path) -> str:
 
 
 def _evaluate_data(config: TrainConfig) -> str:
-    return config.run.evaluate_data or config.data.data
+    return config.run.evaluate_data or given(config.data.data, "--data")
 
 
 def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, Any]:
@@ -147,7 +166,7 @@ def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int
     }
 
 
-def _options(config: TrainConfig, name: str) -> dict[str, Path]:
+def _options(config: TrainConfig, name: str) -> dict[str, Any]:
     weights = config.backbone_weight_paths().get("tf_efficientnet_lite0")
     return {"weights": weights} if name == "lite0" and weights else {}
 
@@ -160,7 +179,7 @@ def _stored_figures(
     config: TrainConfig, images: int, features: Sequence[str], reference_images: int
 ) -> dict[str, float] | None:
     """The figures beside the teacher if they were measured exactly as this report would."""
-    path = teacher_path(config.generator.teacher) / TEACHER_FIGURES
+    path = teacher_path(given(config.generator.teacher, "--teacher")) / TEACHER_FIGURES
     if not path.is_file():
         return None
     stored = json.loads(path.read_text())

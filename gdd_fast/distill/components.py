@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import plan
+from gdd_fast.backend import Backend, plan
 from gdd_fast.bundled import teacher_path
-from gdd_fast.config import Precision, TrainConfig
+from gdd_fast.config import Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import pick_device
@@ -35,7 +35,7 @@ class Components:
     frozen: FreezeReport
     features: ProjectedFeatures
     heads: DiscriminatorHeads
-    operators: dict[str, str]
+    operators: dict[str, Backend]
     contents: dict[str, str]
     """Digests of what was given as --data and --teacher."""
 
@@ -54,8 +54,8 @@ def build(config: TrainConfig) -> Components:
     config.validate()
     device = pick_device(config.run.device).type
     plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
-    dataset = load_data(config.data.data, use_labels=config.data.cond)
-    teacher = load_teacher(config.generator.teacher)
+    dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
+    teacher = load_teacher(given(config.generator.teacher, "--teacher"))
     broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise WeightsError(

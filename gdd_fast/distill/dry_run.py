@@ -1,17 +1,61 @@
-"""What `--dry-run` prints: the resolved configuration, what trains, and which implementations run."""
+"""What `--dry-run` prints: the resolved configuration, what trains, which implementations run, what is still needed."""
 
 import json
+from typing import Any
+
+import torch
 
 from gdd_fast.backend import summary
 from gdd_fast.config import TrainConfig, override, to_dict
 from gdd_fast.distill.components import Components
+from gdd_fast.distill.freeze import FreezeReport, freeze
+from gdd_fast.models.backbones import build_backbone
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.edm import adm, ncsnpp
+from gdd_fast.models.precond import GDDPrecond
+
+# By what the names of presets begin with: resolution, classes where it is conditional, the arguments of the network.
+TEACHERS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "cifar10": (32, 10, ncsnpp()),
+    "ffhq": (64, 0, ncsnpp(channel_mult=[1, 2, 2, 2])),
+    "afhqv2": (64, 0, ncsnpp(channel_mult=[1, 2, 2, 2])),
+    "imagenet": (64, 1000, adm()),
+}
+
+
+def describe_recipe(config: TrainConfig) -> str:
+    """What can be said without data or teacher: the configuration, the parameters and what is frozen of the networks of
+    the preset's paper, and what is still needed. Reads no file."""
+    lines = [json.dumps(to_dict(config), indent=2), ""]
+    known = config.preset.split("-")[0]
+    if known in TEACHERS:
+        resolution, classes, arguments = TEACHERS[known]
+        classes = classes if config.data.cond else 0
+        options = config.discriminator
+        with torch.device("meta"):
+            net = GDDPrecond(resolution, 3, classes, **arguments)
+            backbones = [build_backbone(name, None, options.disc_resolution) for name in options.backbones]
+            features = ProjectedFeatures(backbones, options.disc_resolution)
+            heads = DiscriminatorHeads(features.channels, features.resolutions, classes, width=options.head_width)
+        lines.append(f"Teacher of this preset: {type(net.model).__name__}, 3 x {resolution}^2, {classes} classes")
+        lines += _networks(freeze(net, config.generator.freeze), features, heads)
+    return "\n".join([*lines, "", "Still needed:", *(f"  {message}" for message in config.missing())])
+
+
+def _networks(frozen: FreezeReport, features: torch.nn.Module, heads: torch.nn.Module) -> list[str]:
+    """The tables of parameters."""
+    backbones = sum(p.numel() for p in features.parameters())
+    trained = sum(p.numel() for p in heads.parameters() if p.requires_grad)
+    return [
+        str(frozen),
+        f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, "
+        f"{trained / 1e6:.2f} M trained in heads",
+    ]
 
 
 def describe(config: TrainConfig, parts: Components) -> str:
     """The configuration as JSON and the table of parameters."""
     dataset, generator = parts.dataset, parts.generator
-    backbones = sum(p.numel() for p in parts.features.parameters())
-    heads = sum(p.numel() for p in parts.heads.parameters() if p.requires_grad)
     return "\n".join(
         [
             json.dumps(to_dict(override(config, run_dir=config.run_dir)), indent=2),
@@ -20,8 +64,6 @@ def describe(config: TrainConfig, parts: Components) -> str:
             f"{dataset.label_dim} classes",
             f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
             f"Operators: {summary(parts.operators)}",
-            str(parts.frozen),
-            f"Discriminator: {backbones / 1e6:.2f} M frozen in backbones and projections, "
-            f"{heads / 1e6:.2f} M trained in heads",
+            *_networks(parts.frozen, parts.features, parts.heads),
         ]
     )

@@ -40,11 +40,6 @@ class FreezeReport:
     def frozen(self) -> int:
         return sum(kind.frozen for kind in self.kinds)
 
-    @property
-    def fraction(self) -> float:
-        """Frozen share of all parameters, 0 to 1."""
-        return self.frozen / self.total
-
     def __str__(self) -> str:
         """A table with one line per kind of layer, largest first, and the sum."""
         rows = [*sorted(self.kinds, key=lambda kind: -kind.total), KindCount("all", self.total, self.frozen)]

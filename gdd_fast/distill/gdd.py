@@ -14,11 +14,12 @@ from torch import Tensor
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_logit, r1_penalty
+from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
@@ -46,9 +47,9 @@ class Distillation:
         self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
-        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()
+        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()
+        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
@@ -102,7 +103,7 @@ class Distillation:
             loss.backward()
             total += loss.detach()
         self.averages.add("loss_g", total)
-        self.g_guard.step()
+        self.averages.add("grad_norm_g", self.g_guard.step())
 
     def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
         """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
@@ -117,10 +118,12 @@ class Distillation:
             loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-            self.averages.add("logit_fake", mean_logit(fake))
-            self.averages.add("logit_real", mean_logit(true))
+            for kind, logits in (("fake", fake), ("real", true)):
+                mean, positive = mean_and_positive(logits)
+                self.averages.add(f"logit_{kind}", mean)
+                self.averages.add(f"sign_accuracy_{kind}", positive if kind == "real" else 1 - positive)
         self.averages.add("loss_d", total)
-        self.d_guard.step()
+        self.averages.add("grad_norm_d", self.d_guard.step())
 
     def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
         """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
@@ -131,7 +134,7 @@ class Distillation:
             loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
             loss.backward()
             self.averages.add("r1_penalty", penalty.mean())
-        self.r1_guard.step()
+        self.averages.add("grad_norm_r1", self.r1_guard.step())
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
@@ -159,13 +162,15 @@ class Distillation:
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
         if self.world.is_main:
-            self._save_grid(self.config.run_dir / "samples" / f"{images:09d}.png")
+            self.save_sheet(images)
         skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
         if self.evaluation is None or not self.evaluation.is_due(images):
             return skipped
-        return {**skipped, **self.evaluation(self.ema.net, images)}
+        return {**skipped, **self.evaluation(self.ema.net, images)}  # type: ignore[arg-type]
 
-    def _save_grid(self, path: Path) -> None:
+    def save_sheet(self, images: int) -> None:
+        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen."""
+        path = self.config.run_dir / "samples" / f"{images:09d}.png"
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
             samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
@@ -205,7 +210,8 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR)
+        save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

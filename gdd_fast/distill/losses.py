@@ -55,6 +55,7 @@ def r1_penalty(images: Tensor, logits: Logits) -> Tensor:
     return gradient.float().square().sum(dim=(1, 2, 3))
 
 
-def mean_logit(logits: Logits) -> Tensor:
-    """Mean over all logits, detached; for the log."""
-    return torch.cat([head.detach().float().flatten() for heads in logits for head in heads]).mean()
+def mean_and_positive(logits: Logits) -> tuple[Tensor, Tensor]:
+    """Of all logits, detached, the mean and the share above zero, which take an image for real; for the log."""
+    flat = torch.cat([head.detach().float().flatten() for heads in logits for head in heads])
+    return flat.mean(), (flat > 0).float().mean()

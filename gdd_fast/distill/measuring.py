@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from gdd_fast.config import TrainConfig
+from gdd_fast.backend import Backend
+from gdd_fast.config import TrainConfig, given
 from gdd_fast.data import load_data
 from gdd_fast.device import full_float32
 from gdd_fast.distill.components import load_teacher
@@ -18,6 +19,7 @@ from gdd_fast.metrics.measure import Measurement, is_better, label, parse_metric
 from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
+from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.sampling.generate import SamplerConfig
 from gdd_fast.training.ranks import World
 
@@ -29,7 +31,7 @@ _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 
 
-def build_measurement(config: TrainConfig, generator: nn.Module, device: torch.device | str = "cpu") -> Measurement:
+def build_measurement(config: TrainConfig, generator: EDMPrecond, device: torch.device | str = "cpu") -> Measurement:
     """What `--evaluate-metrics` asks for, with its weights read and its references compared with the generator.
 
     Raises `ConfigError`, `DataError` or `WeightsError` for what would keep it from measuring.
@@ -47,7 +49,7 @@ def build_measurement(config: TrainConfig, generator: nn.Module, device: torch.d
     measurement = Measurement(requests, weights=weights, device=device)
     shape = (generator.img_channels, generator.img_resolution, generator.img_resolution)
     measurement.references(run.evaluate_ref, shape, complete=True)
-    real = load_data(run.evaluate_data or config.data.data)
+    real = load_data(run.evaluate_data or given(config.data.data, "--data"))
     if real.shape != shape:
         raise ConfigError(f"the images to evaluate with are {real.shape}, and the generator makes {shape}")
     return measurement
@@ -71,7 +73,7 @@ class Evaluation:
     the real ones between two ticks.
     """
 
-    def __init__(self, config: TrainConfig, measurement: Measurement, world: World, backend: str) -> None:
+    def __init__(self, config: TrainConfig, measurement: Measurement, world: World, backend: Backend) -> None:
         self.config, self.measurement, self.world, self.backend = config, measurement, world, backend
         self.tick_images = max(1, round(config.run.tick_kimg * 1e3))
         self._real: list[Population] | None = None
@@ -88,17 +90,17 @@ class Evaluation:
         return images >= self.config.total_images or images // self.tick_images % run.evaluate_ticks == 0
 
     @full_float32()
-    def __call__(self, net: nn.Module, images: int) -> dict[str, float]:
+    def __call__(self, net: EDMPrecond, images: int) -> dict[str, float]:
         """The values of `net` after `images` images, and before the first iteration the teacher's. On every rank."""
         values = self._measure(net, _ONE_STEP)
         if images == 0:
-            teacher = load_teacher(self.config.generator.teacher).to(self.world.device)
+            teacher = load_teacher(given(self.config.generator.teacher, "--teacher")).to(self.world.device)
             values |= {TEACHER + key: value for key, value in self._measure(teacher, _TEACHER_SAMPLER).items()}
         elif self.world.is_main:
             self._keep_best(net, images, values)
         return values
 
-    def _measure(self, net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
+    def _measure(self, net: EDMPrecond, sampler: SamplerConfig) -> dict[str, float]:
         world, measurement = self.world, self.measurement
         if self._real is None:
             self._real = self._real_images(net)
@@ -109,14 +111,14 @@ class Evaluation:
         self._together(found)
         return measurement.values(found, self._real) if world.is_main else {}
 
-    def _real_images(self, net: nn.Module) -> list[Population]:
+    def _real_images(self, net: EDMPrecond) -> list[Population]:
         run, measurement = self.config.run, self.measurement
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         known = measurement.references(run.evaluate_ref, shape, complete=True)
         if None not in known:
-            return known
+            return known  # type: ignore[return-value]
         share = (self.world.rank, self.world.size)
-        dataset = load_data(run.evaluate_data or self.config.data.data)
+        dataset = load_data(run.evaluate_data or given(self.config.data.data, "--data"))
         counted = dataset_populations(dataset, measurement.extractors, measurement.needs, share=share)
         self._together(counted)
         return [kept or new for kept, new in zip(known, counted, strict=True)]
@@ -126,7 +128,7 @@ class Evaluation:
             for population in populations:
                 population.all_gather()
 
-    def _keep_best(self, net: nn.Module, images: int, values: dict[str, float]) -> None:
+    def _keep_best(self, net: EDMPrecond, images: int, values: dict[str, float]) -> None:
         """Write `net` under the name of each value that is the best so far. After a crash lost work may be among it."""
         folder = self.config.run_dir / BEST
         best = read_best(self.config.run_dir)
@@ -140,7 +142,7 @@ class Evaluation:
                     temporary.write_text(json.dumps(best, indent=2) + "\n")
 
 
-def read_best(run_dir: Path) -> dict[str, dict[str, float]]:
+def read_best(run_dir: Path) -> dict[str, dict[str, Any]]:
     """The best values of a run by their keys, each with `value` and `images`; empty without a measurement."""
     path = run_dir / BEST / "best.json"
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -23,6 +23,7 @@ from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
@@ -151,7 +152,7 @@ class Pretraining:
                 memory_limit=int(config.data_memory_gib * 2**30),
                 progress=progress,
             )
-        self.net = net.to(world.device, memory_format=torch.channels_last).train()
+        self.net = net.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]
@@ -172,14 +173,14 @@ class Pretraining:
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        self.guard.step()
+        self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
         if self.world.is_main:
             net = self.ema.net
             shape = (net.img_channels, net.img_resolution, net.img_resolution)
-            z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)
+            z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
             with torch.no_grad():
                 samples = heun(net, z, labels)
             save_grid(
@@ -206,7 +207,8 @@ class Pretraining:
         self.guard.restore(saved.values["skipped"])
 
     def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / TEACHER)
+        save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        report_page.refresh(run_dir)
 
     def close(self) -> None:
         self.stream.close()

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.config import TrainConfig, loggers, to_dict
+from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components
 from gdd_fast.distill.components import Components
@@ -12,6 +12,7 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
 from gdd_fast.files import check_writable
 from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.loggers import check_loggers
@@ -51,7 +52,8 @@ def preflight(config: TrainConfig) -> Components:
     if measures(config):
         build_measurement(config, built.generator)
     check_loggers(loggers(config.run.log))
-    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images)
+    defaults = default_settings(config)
+    loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
 
 
@@ -82,10 +84,15 @@ def distill(config: TrainConfig) -> Result:
                 for line in shared_judges(config, measurement):
                     print(line, file=sys.stderr)
         task = Distillation(config, built, world, evaluation)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, loggers(run.log))
+        if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
+            comparison.begin(config, task)
+        defaults, log = default_settings(config), loggers(run.log)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, defaults, log)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
-        distances = distances or comparison.write(config, built.contents, world.device, outcome.images)
+        if distances is None:
+            distances = comparison.write(config, built.contents, world.device, outcome.images)
+            report_page.refresh(config.run_dir)  # with what has just been measured
     generator = config.run_dir / RUN_GENERATOR
     return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)

@@ -120,7 +120,7 @@ class CudaCapture:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads may go on calling CUDA: they copy images while this one captures
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
                 images = network(latents, rows)
             torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -128,7 +128,7 @@ class CudaCapture:
             with torch.cuda.device(self.device):
                 torch.cuda.current_stream().wait_event(self.idle)  # the last replay may be on another stream
                 latents.copy_(new_latents)
-                if rows is not None:
+                if rows is not None and new_rows is not None:
                     rows.copy_(new_rows)
                 graph.replay()
                 result = images.clone()

@@ -16,7 +16,7 @@ All of it is exact but for rounding; weights are folded in float64 and cast once
 import copy
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,12 @@ class _Embedding:
         model = net.model
         # everything but the convolutions
         left_out = {id(layer): nn.Identity() for name, layer in model.named_children() if not name.startswith("map_")}
-        self.model = copy.deepcopy(model, left_out).cpu().float().eval()
+        self.model: Any = copy.deepcopy(model, left_out).cpu().float().eval()
         with torch.no_grad():
             waves = self.model.map_noise(torch.tensor([sigma], dtype=torch.float32).log() / 4)
         self.model.map_noise = _Constant(waves.double())
         affines = [(block.affine.weight, block.affine.bias, block.conv0.bias) for block in blocks]
-        self.affines = [[t.detach().to("cpu", copy=True) for t in affine] for affine in affines]
+        self.affines = [[t.detach().to("cpu", copy=True) for t in affine] for affine in affines]  # type: ignore[union-attr]
         self.adaptive = [block.adaptive_scale for block in blocks]
         self.sizes = [block.out_channels for block in blocks for _ in range(2 if block.adaptive_scale else 1)]
 
@@ -160,7 +160,7 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
     if backend not in get_args(Backend):
         raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
 
-    def choose(operator: Operator) -> str:
+    def choose(operator: Operator) -> Backend:
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
@@ -198,7 +198,7 @@ class _Folder:
         self.target = target
 
     def fold(self) -> tuple[FoldedUNet, Conditioning | None]:
-        model = self.net.model
+        model: Any = self.net.model
         layers = [*model.enc.values(), *model.dec.values()]
         blocks = [layer for layer in layers if isinstance(layer, UNetBlock)]
         self.conditioning = None
@@ -210,7 +210,10 @@ class _Folder:
             sizes = []
 
         # The residual encoder reads the image once, then its own maps; the skip encoder reads it at every resolution.
-        encoder, channels, first = [], self.net.img_channels, True
+        encoder: list[tuple[str, nn.Module]] = []
+        folded: nn.Module
+        channels, first = self.net.img_channels, True
+        layer: Any
         for name, layer in model.enc.items():
             role = layer_role(name)
             match role:
@@ -228,7 +231,7 @@ class _Folder:
             channels = channels if role.startswith("aux") else layer.out_channels
             encoder.append((role, folded))
 
-        decoder = []
+        decoder: list[tuple[str, nn.Module]] = []
         for name, layer in model.dec.items():
             role = layer_role(name)
             match role:
@@ -299,12 +302,12 @@ class _Folder:
             paired=paired,
         )
 
-    def condition(self, block: UNetBlock) -> tuple[Convolution, Norm, str | None]:
+    def condition(self, block: UNetBlock) -> tuple[Convolution, Norm, Literal["add", "scale_shift"] | None]:
         """conv0, norm1, and how the rows of a label enter between them (`Block`)."""
         adaptive, norm = block.adaptive_scale, block.norm1
         weight, bias = _f64(norm.weight), _f64(norm.bias)
         offset: Tensor | None = _f64(block.conv0.bias)
-        condition = None
+        condition: Literal["add", "scale_shift"] | None = None
         if self.conditioning is not None:
             condition = "scale_shift" if adaptive else "add"
             offset = offset if adaptive else None  # it is in the rows
@@ -332,8 +335,7 @@ class _Folder:
             bias = bias + _f64(skip.bias)
         if skip.up or skip.weight is None:
             conv = None if skip.weight is None else Convolution(_f64(skip.weight), None, 0, self.target)
-            end = Resampled(self.resampling(skip), conv, scale)
-            return Convolution(weight, bias, conv1.padding, self.target), end
+            return Convolution(weight, bias, conv1.padding, self.target), Resampled(self.resampling(skip), conv, scale)
         resample = self.resampling(skip) if skip.down else None
         weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
         if self.target.pointwise and self.target.residual != "torch":

@@ -9,12 +9,13 @@ does, and spares every norm that reads the map a pass over it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdd_fast.backend import Backend
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
 from gdd_fast.ops.attention import attention, attention_inference
@@ -38,10 +39,10 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     convolve: Convolve
-    norm: str
-    residual: str
-    resample: str
-    attention: str
+    norm: Backend
+    residual: Backend
+    resample: Backend
+    attention: Backend
     late_bias: bool
 
     @property
@@ -66,24 +67,35 @@ class Convolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, target: Target) -> None:
         super().__init__()
-        options = {"device": target.device, "dtype": target.dtype}
-        weight = weight.to(**options, memory_format=torch.channels_last)
-        self.bias = None if bias is None else nn.Buffer(bias.to(**options))
+        weight = weight.to(target.device, target.dtype, memory_format=torch.channels_last)
+        self.bias = None if bias is None else nn.Buffer(bias.to(target.device, target.dtype))
         self.padding = padding
         self.traced = target.convolve == "traced"
         self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
         self.packed: Tensor | None = None
         if target.convolve == "packed":
             # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [padding] * 2, [1, 1], [1, 1], 1, None)
+            self.packed = self._pack(weight)
         else:
             self.weight = nn.Buffer(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's order has no copy and no pickle, and is this processor's
+        return {**self.__dict__, "packed": None if self.packed is None else self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.packed is not None:
+            self.packed = self._pack(self.packed)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, [self.padding] * 2, [1, 1], [1, 1], 1, None)
 
     def forward(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
         if self.packed is None:
-            return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+            return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *geometry, "none", [], "")
 
@@ -119,7 +131,7 @@ class Norm(nn.Module):
         self.add = None if add is None else nn.Buffer(add.to(target.device, torch.float32)[None])
         self.groups = groups
         self.eps = eps
-        self.activation = "silu" if silu else None
+        self.activation: Literal["silu"] | None = "silu" if silu else None
         self.backend = target.norm
 
     def forward(
@@ -152,7 +164,7 @@ class Resampling(nn.Module):
     def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
         super().__init__()
         self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
-        self.options = {"up": up, "padding": padding, "box": box, "backend": target.resample}
+        self.options: dict[str, Any] = {"up": up, "padding": padding, "box": box, "backend": target.resample}
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
@@ -169,8 +181,7 @@ class Merge(nn.Module):
         self.statistics = target.statistics
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        options = {"statistics": self.statistics, "backend": self.backend}
-        merged = residual(h, x, self.bias, self.scale, **options)
+        merged: Any = residual(h, x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
         return merged if self.statistics else (merged, None)
 
 
@@ -202,7 +213,7 @@ class Projection(nn.Module):
         if self.resample is not None:
             x = self.resample(x)
         for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
-            h = conv.add_to(h, part)
+            h = conv.add_to(h, part)  # type: ignore[operator]
         return h, None
 
 
@@ -311,7 +322,7 @@ class Block(nn.Module):
             case "scale_shift":
                 h = self.norm1(h, scale=next(rows), shift=next(rows))
         h, statistics = self.skip(self.conv1(h), x)
-        return (h, statistics) if self.attention is None else self.attention(h, statistics)
+        return (h, statistics) if self.attention is None else self.attention(h, statistics)  # type: ignore[return-value]
 
 
 class FoldedUNet(nn.Module):
@@ -358,7 +369,7 @@ class FoldedUNet(nn.Module):
                 case "aux_down":
                     aux = layer(aux)
                 case "aux_skip":
-                    x, statistics = layer.add_to(x, aux), None
+                    x, statistics = layer.add_to(x, aux), None  # type: ignore[operator]
                     skips[-1] = x, None
                 case "aux_residual":
                     x, statistics = layer(aux, x, self.aux_scale), None
@@ -384,7 +395,7 @@ class FoldedUNet(nn.Module):
                         x, statistics = layer((x, skip), (statistics, skip_statistics), conditions)
                     else:
                         x, statistics = layer(x, statistics, conditions)
-        return torch.add(image, latents, alpha=self.latent_scale)
+        return torch.add(image, latents, alpha=self.latent_scale)  # type: ignore[arg-type]
 
 
 class ConvolutionDown(nn.Module):

@@ -41,8 +41,12 @@ Output = Literal["uint8", "float"]
 class OneStepGenerator:
     """Images in one evaluation of a network, on one device and in one compute type.
 
+    It holds the weights that the network had when it was made: make another when they have changed. It can be copied,
+    pickled and handed to another process, which captures or compiles for itself.
+
     Attributes:
-        network: the plain network it was made from, unchanged; a copy in host memory after `from_pretrained`.
+        network: the plain network it was made from, which is read once and not changed; in host memory after
+            `from_pretrained`.
         img_resolution, img_channels, label_dim: of the images (square), and the number of classes (0: none).
         dtype, device: what it computes in and where.
         engine: "eager", "compile" or "graph", as decided.
@@ -77,6 +81,14 @@ class OneStepGenerator:
         with torch.autocast("cpu", enabled=False):
             self.folded, self.conditioning = fold(network, target, sigma)
         self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
+        self._run = make_engine(self.engine, self.folded, self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.device = _device(self.device)  # which this process may not have
         self._run = make_engine(self.engine, self.folded, self.device)
 
     @classmethod
@@ -213,8 +225,11 @@ class OneStepGenerator:
         if not len(latents):
             return latents
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            rows = None if self.conditioning is None else self.conditioning(labels)
-            return self._run(latents, rows)
+            return self._evaluate(latents, labels)
+
+    def _evaluate(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """Images of latents and of what `_labels` returns."""
+        return self._run(latents, None if self.conditioning is None else self.conditioning(labels))
 
     def _labels(self, labels: Labels | None, n: int, check_classes: bool) -> Tensor | None:
         """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
@@ -288,6 +303,7 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
         numbers = [_whole(seed) for seed in seeds]
     except TypeError:
         numbers = [None]
-    if None in numbers:
+    whole = [number for number in numbers if number is not None]
+    if len(whole) < len(numbers):
         raise InputError(f"seeds must be a sequence of whole numbers, such as range(16), not {seeds!r:.100}")
-    return numbers
+    return whole

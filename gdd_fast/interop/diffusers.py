@@ -8,6 +8,7 @@
 imported, as diffusers imports no module because a file names it.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,9 +18,12 @@ from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, Model
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
+from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
+from gdd_fast.layers.silent import silent
 from gdd_fast.models.files.load import PRECONDS, load_generator
 from gdd_fast.models.precond import EDMPrecond
 
@@ -83,7 +87,7 @@ class OneStepPipeline(DiffusionPipeline):
     def __init__(self, model: GeneratorModel) -> None:
         super().__init__()
         self.register_modules(model=model)
-        self._engine: tuple[Any, OneStepGenerator] | None = None
+        self._engine: tuple[Any, list[Tensor], OneStepGenerator] | None = None
 
     @classmethod
     def from_generator(cls, generator: str | Path | EDMPrecond | OneStepGenerator) -> "OneStepPipeline":
@@ -136,11 +140,48 @@ class OneStepPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def engine(self) -> OneStepGenerator:
-        """The network made fast, again after it has moved, changed its dtype or got other weights."""
+        """The network made fast, again after it has moved, changed its dtype or got other weights.
+
+        Nothing tells surely that a weight has changed (fused optimizers and diffusers' EMAModel leave no trace), so the
+        weights are compared with a copy of those that were folded, which takes as much memory as they do. Where a layer
+        has hooks, a forward of its own or parameters of another class, as for offloading, the model itself is called.
+        """
         network, device = self.model.network, self._execution_device
+        if not all(silent(module) for module in self.model.modules()):
+            self._engine = None
+            return _Unfolded(self.model, device)
         stored = self.model.dtype  # what `to` and `from_pretrained(torch_dtype=...)` ask for is written in the weights
         dtype = network.dtype if stored == torch.float32 else stored
-        key = (device, dtype, *((id(t), t._version) for t in network.state_dict(keep_vars=True).values()))
-        if self._engine is None or self._engine[0] != key:
-            self._engine = key, OneStepGenerator.from_network(network, device=device, dtype=dtype)
-        return self._engine[1]
+        made_of = (network, device, dtype)
+        weights = [t.detach() for t in itertools.chain(network.parameters(), network.buffers())]
+        if self._engine is None or self._engine[0] != made_of or not _equal(weights, self._engine[1]):
+            self._engine = None  # its memory goes before the next is made
+            engine = OneStepGenerator.from_network(network, device=device, dtype=dtype)
+            self._engine = made_of, [t.clone() for t in weights], engine
+        return self._engine[2]
+
+
+class _Unfolded(OneStepGenerator):
+    """A pipeline's model called as it is, with whatever was hooked into it."""
+
+    def __init__(self, model: GeneratorModel, device: torch.device) -> None:
+        network = model.network
+        self.model, self.network, self.device, self.dtype = model, network, device, network.dtype
+        self.img_resolution, self.img_channels = network.img_resolution, network.img_channels
+        self.label_dim = network.label_dim
+
+    def _evaluate(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is not None and not labels.is_floating_point():
+            labels = F.one_hot(labels, self.label_dim).float()
+        return self.model(latents * SIGMA, SIGMA, labels)
+
+
+def _equal(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Whether all are the same numbers of the same types on the same device; waits for the device once."""
+    kind = lambda t: (t.shape, t.dtype, t.device)
+    if [kind(t) for t in weights] != [kind(t) for t in copies]:
+        return False
+    if all(t.device.type == "cpu" for t in weights):
+        return all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+    different = [(a != b).any() for a, b in zip(weights, copies, strict=True)]
+    return not torch.stack(different).any().item()

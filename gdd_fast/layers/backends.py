@@ -1,7 +1,7 @@
 """Which implementation of the operators a whole network runs."""
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -30,12 +30,13 @@ def set_backend(net: nn.Module, backend: Backend) -> None:
     for module in net.modules():
         operator = getattr(module, "operator", None)
         if isinstance(operator, Operator):
-            module.backend = backend if backend == "auto" or backend in operator.fused else "torch"
+            chosen: Any = backend if backend == "auto" or backend in operator.fused else "torch"
+            module.backend = chosen
 
 
 def choose_backend(
     backend: Backend, device: str, nets: Iterable[nn.Module], further: Iterable[Operator] = ()
-) -> dict[str, str]:
+) -> dict[str, Backend]:
     """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.plan.
 
     `further` are the operators that the run calls itself. Raises BackendError before anything is set, also for layers

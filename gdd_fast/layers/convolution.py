@@ -11,9 +11,21 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.layers.linear import Init, as_dtype
 from gdd_fast.layers.skip_pair import Pair
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.resample2d import OPERATOR as RESAMPLE2D
 from gdd_fast.ops.resample2d import resample2d
+
+
+def hold_frozen_weights(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold the frozen weights of all convolutions in `net` in `dtype` from here on, in place; returns `net`.
+
+    `Conv2d` casts such a weight in every call if it computes in another type. This is for a network that belongs to the
+    caller and only samples in `dtype`: results are the same bits, and the weights' own precision is given up.
+    """
+    for module in net.modules():
+        if isinstance(module, Conv2d) and module.weight is not None and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+    return net
 
 
 def resample_kernel(taps: Sequence[float]) -> Tensor:
@@ -32,6 +44,8 @@ class Conv2d(nn.Module):
 
     `backend` is that of the resampling; see gdd_fast.backend.
     """
+
+    resample_filter: Tensor
 
     operator = RESAMPLE2D
     backend: Backend = "auto"
@@ -66,8 +80,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(init.draw((out_channels, in_channels, kernel, kernel), init.weight, *fans))
             self.bias = nn.Parameter(init.draw((out_channels,), init.bias, *fans))
         else:
-            self.weight = self.bias = None
-        self._frozen_weight = FrozenWeight()
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
         self.register_buffer("resample_filter", resample_kernel(self.taps) if up or down else None)
 
     def forward(self, x: Tensor | Pair, *, add_bias: bool = True) -> Tensor:
@@ -83,14 +97,13 @@ class Conv2d(nn.Module):
             x = self._convolve(x, self.bias, self.padding + self.border)
             return resample2d(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
-            options = {"up": self.up, "padding": self.border, "box": self.box, "backend": self.backend}
-            x = resample2d(x, self.resample_filter, **options)
+            x = resample2d(x, self.resample_filter, up=self.up, padding=self.border, box=self.box, backend=self.backend)
         return x if self.weight is None else self._convolve(x, bias, self.padding)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         if self.weight.requires_grad:
             return F.conv2d(x, self.weight.to(x.dtype), as_dtype(bias, x.dtype), padding=padding)
-        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
+        weight = converted(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, weight, bias, padding=padding, backend=self.backend)
 
     def _convolve_pair(self, x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gdd_fast.errors import WeightsError
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object  # of the mixin below, which stands before the module's own class
 
 
 class PositionalEmbedding(nn.Module):
@@ -14,20 +20,24 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, num_channels: int, *, endpoint: bool = False, sin_first: bool = False) -> None:
         super().__init__()
-        self.half = num_channels // 2
+        self.num_waves = num_channels // 2
         self.endpoint = endpoint
         self.sin_first = sin_first
 
     def forward(self, x: Tensor) -> Tensor:
-        exponents = torch.arange(self.half, dtype=torch.float32, device=x.device) / (self.half - int(self.endpoint))
+        exponents = torch.arange(self.num_waves, dtype=torch.float32, device=x.device) / (
+            self.num_waves - int(self.endpoint)
+        )
         return _waves(torch.outer(x, (1e-4**exponents).to(x.dtype)), self.sin_first)
 
 
-class KeepsFrequencies:
+class KeepsFrequencies(_Module):
     """Mixin of a module with the buffer `freqs`, which stays as precise as it is when the module is cast.
 
     Phases are some hundreds of radians: of frequencies rounded to bfloat16 they would be wrong by half a turn.
     """
+
+    freqs: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         freqs = self.freqs

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.frozen_conv2d_relu import OPERATOR, Activation, frozen_conv2d_relu
 
 
@@ -13,8 +13,8 @@ class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` with a frozen weight: same arguments (zero padding only) and state_dict, no input kept for backward.
 
     `forward(x, activation)` applies ReLU or ReLU6 as well, for one bit per element. The weight computes in x's type (or
-    autocast's) and layout; where that is not its own, the copy is made once. If the weight is made trainable after all,
-    PyTorch's convolution runs.
+    autocast's) and layout; where that is not its own, it is converted in every call, so hold it in them. If it is made
+    trainable after all, PyTorch's convolution runs.
     """
 
     operator = OPERATOR
@@ -23,11 +23,10 @@ class FrozenConv2d(nn.Conv2d):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.weight.requires_grad_(False)
-        self._frozen_weight = FrozenWeight()
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
-        return self._convolve(x, self.padding, activation)
+        return self._convolve(x, self.padding, activation)  # type: ignore[arg-type]
 
     def _convolve(
         self, x: Tensor, padding: tuple[int, int], activation: Activation | None, pad: tuple[int, ...] = ()
@@ -37,10 +36,10 @@ class FrozenConv2d(nn.Conv2d):
         if self.weight.requires_grad:
             y = F.conv2d(x, F.pad(self.weight, pad) if pad else self.weight, self.bias, *geometry)
             return y if activation is None else F.relu(y) if activation == "relu" else F.relu6(y)
-        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x), pad)
+        weight = converted(self.weight, autocast_dtype(x), memory_format(x), pad)
         if activation is None:
-            return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)
-        return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)
+            return frozen_conv2d(x, weight, self.bias, *geometry, backend=self.backend)  # type: ignore[arg-type]
+        return frozen_conv2d_relu(x, weight, self.bias, *geometry, activation=activation, backend=self.backend)  # type: ignore[arg-type]
 
 
 def conv_norm_relu(conv: FrozenConv2d, norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:

@@ -9,7 +9,7 @@ from gdd_fast.layers.linear import Init
 from gdd_fast.ops._memory_format import autocast_dtype, memory_format
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
 from gdd_fast.ops.attention import attention
-from gdd_fast.ops.frozen_conv2d import frozen_conv2d
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 
 
 class QkvConv2d(Conv2d):
@@ -24,11 +24,11 @@ class QkvConv2d(Conv2d):
         super().__init__(channels, 3 * channels, 1, init=init)
         self.num_heads = num_heads
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         bias = self._blocks(self.bias)
         if self.weight.requires_grad:
             return F.conv2d(x, self._blocks(self.weight).to(x.dtype), bias.to(x.dtype))
-        weight = self._frozen_weight(self.weight, autocast_dtype(x), memory_format(x))
+        weight = converted(self.weight, autocast_dtype(x), memory_format(x))
         return frozen_conv2d(x, self._blocks(weight), bias, backend=self.backend)
 
     def _blocks(self, parameter: Tensor) -> Tensor:

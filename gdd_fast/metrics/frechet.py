@@ -61,29 +61,15 @@ class Statistics:
             )
         if len(features) == 0:
             return
-        x = features.to(self.mean)
-        mean = x.mean(0)
-        self._combine(len(x), mean, x - mean)
-
-    def merge(self, other: "Statistics") -> None:
-        """Add everything `other` has seen."""
-        self._check_comparable(other)
-        if other.count is None:
-            raise DataError("statistics without a count cannot be merged")
-        if other.count:
-            self._scatter += other._scatter.to(self._scatter)
-            self._combine(other.count, other.mean.to(self.mean), None)
-
-    def _combine(self, count: int, mean: torch.Tensor, centred: torch.Tensor | None) -> None:
         if self.count is None:
             raise DataError("statistics without a count cannot be added to")
-        total = self.count + count
+        x = features.to(self.mean)
+        mean, total = x.mean(0), self.count + len(x)
         delta = mean - self.mean
         # The shift between the two means is one more row of the centred samples.
-        rows = (delta * (self.count * count / total) ** 0.5)[None]
-        rows = rows if centred is None else torch.cat([centred, rows])
+        rows = torch.cat([x - mean, (delta * (self.count * len(x) / total) ** 0.5)[None]])
         self._scatter.addmm_(rows.T, rows)
-        self.mean += delta * (count / total)
+        self.mean += delta * (len(x) / total)
         self.count = total
 
     def all_reduce(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,7 +53,7 @@ class DhariwalUNet(nn.Module):
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
         init_zero = Init("kaiming_uniform", weight=0.0)
 
-        def block(cin: int, cout: int, *, attend: bool = False, **sampling: bool) -> UNetBlock:
+        def block(cin: int, cout: int, *, attend: bool = False, **sampling: Any) -> UNetBlock:
             heads = cout // 64 if attend else 0
             return UNetBlock(
                 cin, cout, emb_channels, num_heads=heads, dropout=dropout, init=init, init_zero=init_zero, **sampling

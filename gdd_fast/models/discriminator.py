@@ -50,7 +50,7 @@ class ProjectedFeatures(nn.Module):
         for backbone in backbones:
             check_resolution(backbone, resolution)
         self.resolution = resolution
-        self.backbones = nn.ModuleDict(zip(names, backbones, strict=True))
+        self.backbones = nn.ModuleDict(dict(zip(names, backbones, strict=True)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projections = nn.ModuleDict(
@@ -60,7 +60,7 @@ class ProjectedFeatures(nn.Module):
                 }
             )
         self.requires_grad_(False)
-        self.to(dtype=dtype, memory_format=torch.channels_last)
+        self.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # pixels in [-1, 1] to the scale a backbone was trained on, ((x + 1) / 2 - mean) / std, as one multiply-add
         self.scale = [[0.5 / s for s in b.std] for b in backbones]
         self.shift = [[(0.5 - m) / s for m, s in zip(b.mean, b.std, strict=True)] for b in backbones]

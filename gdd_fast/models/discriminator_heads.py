@@ -62,7 +62,7 @@ class DiscriminatorHeads(nn.Module):
                 raise ConfigError(f"this discriminator takes one-hot labels (N, {self.label_dim}), not {given}")
             embedded = self.embedding(labels.argmax(1))
         return [
-            [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]
+            [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]  # type: ignore[call-overload]
             for heads, maps in zip(self.heads, features, strict=True)
         ]
 

@@ -78,7 +78,7 @@ class EDMPrecond(nn.Module):
         self.model_type = model_type
         self.model_kwargs = {name: _plain(name, value) for name, value in model_kwargs.items()}
         self.dtype = compute_dtype(dtype)
-        self.model = architecture(
+        self.model: Any = architecture(
             img_resolution=self.img_resolution,
             in_channels=self.img_channels,
             out_channels=self.img_channels,
@@ -113,6 +113,8 @@ class EDMPrecond(nn.Module):
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        *,
+        force_fp32: bool = False,
     ) -> Tensor:
         """Denoised images D(x; sigma), float32 (N, C, H, W).
 
@@ -121,6 +123,7 @@ class EDMPrecond(nn.Module):
             sigma: noise level > 0, one for all or N of them.
             class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
             augment_labels: (N, augment_dim) or (1, augment_dim); None for images that were not augmented.
+            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
 
         Raises ConfigError if the shapes do not fit the network.
         """
@@ -140,7 +143,9 @@ class EDMPrecond(nn.Module):
         c_in = 1 / (sigma.square() + variance).sqrt()
         c_noise = sigma.log() / 4
 
-        f = self.model((c_in * x).to(self.dtype), c_noise.flatten(), labels, augment_labels)
+        f = self.model(
+            (c_in * x).to(torch.float32 if force_fp32 else self.dtype), c_noise.flatten(), labels, augment_labels
+        )
         return c_skip * x + c_out * f.to(torch.float32)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
@@ -179,7 +184,7 @@ class GDDPrecond(EDMPrecond):
     """A U-Net under GDD's preconditioning: EDM's, with eps = 0.002, so that D(x; 0.002) = x."""
 
     def __init__(self, *args: Any, sigma_eps: float = 0.002, **kwargs: Any) -> None:
-        super().__init__(*args, sigma_eps=sigma_eps, **kwargs)
+        super().__init__(*args, **kwargs, sigma_eps=sigma_eps)  # type: ignore[misc]
 
 
 def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,6 +103,7 @@ class SongUNet(nn.Module):
                 **sampling,
             )
 
+        self.map_noise: nn.Module
         if embedding_type == "positional":
             self.map_noise = PositionalEmbedding(noise_channels, endpoint=True, sin_first=True)
         else:
@@ -120,7 +122,7 @@ class SongUNet(nn.Module):
                 self.enc[f"{size}_conv"] = Conv2d(in_channels, channels, 3, init=init)
             else:
                 self.enc[f"{size}_down"] = block(channels, channels, down=True)
-                aux = {"down": True, "resample_filter": resample_filter}
+                aux: dict[str, Any] = {"down": True, "resample_filter": resample_filter}
                 if encoder_type == "skip":
                     self.enc[f"{size}_aux_down"] = Conv2d(aux_channels, aux_channels, 0, **aux)
                     self.enc[f"{size}_aux_skip"] = Conv2d(aux_channels, channels, 1, init=init)
@@ -171,7 +173,7 @@ class SongUNet(nn.Module):
         emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
 
         # With each map go its statistics, for the norm that reads it, if what made the map has taken them.
-        skips = []
+        skips: list[tuple[Tensor, Tensor | None]] = []
         aux, statistics = x, None
         for name, layer in self.enc.items():
             match layer_role(name):
@@ -190,7 +192,7 @@ class SongUNet(nn.Module):
                     x, statistics = layer(x, emb, statistics=statistics, return_statistics=True)
                     skips.append((x, statistics))
 
-        image = None
+        image: Any = None
         normed = x
         for name, layer in self.dec.items():
             match layer_role(name):
@@ -212,7 +214,7 @@ class SongUNet(nn.Module):
         emb = self.map_noise(noise_labels)
         if self.map_label is not None:
             labels = drop_labels(class_labels, self.label_dropout, batch) if self.training else class_labels
-            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
+            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))  # type: ignore[operator]
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))

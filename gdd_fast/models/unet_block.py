@@ -1,6 +1,7 @@
 """The residual block that all of EDM's U-Nets are made of: the unit that freezing, fusing and folding work on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.layers.self_attention import Attention, QkvConv2d
+from gdd_fast.layers.silent import silent
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops import residual
 
@@ -51,7 +53,7 @@ class UNetBlock(nn.Module):
         self.dropout = dropout
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
-        sampling = {"up": up, "down": down, "resample_filter": resample_filter}
+        sampling: dict[str, Any] = {"up": up, "down": down, "resample_filter": resample_filter}
 
         self.norm0 = GroupNorm(in_channels, eps=eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **sampling, init=init)
@@ -80,7 +82,7 @@ class UNetBlock(nn.Module):
         """
         # Fused norms and residuals take a convolution's bias along, which libraries' add in a pass of its own, and the
         # residual's statistics spare the next norm a pass.
-        fused = self.norm1.is_fused(x)
+        fused = self.norm1.is_fused(x) and self._biases_are_free()
         h = self.conv0(self.norm0(x, statistics=statistics), add_bias=not fused)
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
@@ -89,19 +91,25 @@ class UNetBlock(nn.Module):
             offset = self.affine(emb)
             h = self.norm1(h, add=offset + self.conv0.bias if fused else offset)
         h = self.conv1(F.dropout(h, self.dropout, self.training), add_bias=not fused)
-        bias = self.conv1.bias if fused else None
+        bias: Tensor | None = self.conv1.bias if fused else None
         if self.skip is not None:
             x = self.skip(x, add_bias=not fused)
-            bias = bias + self.skip.bias if fused and self.skip.bias is not None else bias
+            if bias is not None and self.skip.bias is not None:
+                bias = bias + self.skip.bias
         elif isinstance(x, tuple):
             x = torch.cat(x, 1)
-        x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))
+        x, statistics = self._add(h, x, bias, fused and (return_statistics or self.num_heads > 0))  # type: ignore[arg-type]
         if self.num_heads:
             h = self.attend(self.qkv(self.norm2(x, activation=None, statistics=statistics)))
             h = self.proj(h, add_bias=not fused)
-            x, statistics = self._merge(h, x, self.proj.bias if fused else None, fused and return_statistics)
+            x, statistics = self._add(h, x, self.proj.bias if fused else None, fused and return_statistics)
         return (x, statistics) if return_statistics else x
 
-    def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        merged = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
+    def _biases_are_free(self) -> bool:
+        """Whether no one would notice that a convolution leaves its bias to what follows."""
+        convs = (self.conv0, self.conv1, self.skip, self.proj if self.num_heads else None)
+        return all(conv is None or silent(conv) for conv in convs)
+
+    def _add(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
+        merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
         return merged if statistics else (merged, None)

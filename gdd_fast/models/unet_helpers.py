@@ -1,13 +1,11 @@
 """What EDM's U-Nets share: names of layers, a decoder's block and its skip, labels dropped in training."""
 
 import torch
-from torch import Tensor
-
-from gdd_fast.models.unet_block import UNetBlock
+from torch import Tensor, nn
 
 
 def decode(
-    block: UNetBlock, x: Tensor, statistics: Tensor | None, skips: list[tuple[Tensor, Tensor | None]], emb: Tensor
+    block: nn.Module, x: Tensor, statistics: Tensor | None, skips: list[tuple[Tensor, Tensor | None]], emb: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """A decoder's block on x and, where it takes more channels, the latest of the skips; its result's statistics."""
     if block.in_channels == x.shape[1]:
@@ -26,8 +24,8 @@ def layer_role(name: str) -> str:
     return name.partition("_")[2]
 
 
-def drop_labels(labels: Tensor, probability: float, batch: int) -> Tensor:
+def drop_labels(labels: Tensor | None, probability: float, batch: int) -> Tensor | None:
     """Labels with whole rows set to zero at random, for guidance without a classifier."""
-    if not probability:
+    if labels is None or not probability:
         return labels
     return labels * (torch.rand(batch, 1, device=labels.device) >= probability).to(labels.dtype)

@@ -45,11 +45,11 @@ def check_options(betas: tuple[float, float], eps: float, weight_decay: float) -
 
 
 def adam_ema_ref_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
     step: Tensor,
     skipped: Tensor,
     lr: Tensor,
@@ -79,10 +79,10 @@ def adam_ema_ref_(
 
 
 def _adam_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     t: float,
     lr: float,
     options: Group,
@@ -90,7 +90,7 @@ def _adam_(
     """Adam's step number `t` of one group."""
     beta1, beta2 = options.betas
     if options.weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=options.weight_decay)
+        grads = list(torch._foreach_add(grads, params, alpha=options.weight_decay))
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
@@ -164,9 +164,9 @@ def adam_ema_(
         return
     implementation = _choose(backend, params[0].device.type)
     grads = [_laid_out_like(g, p) for g, p in zip(grads, params, strict=True)]
-    tensors = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages))
+    every = (list(params), grads, list(exp_avgs), list(exp_avg_sqs), list(averages))
     options = zip(*((g.tensors, *g.betas, g.eps, g.weight_decay) for g in groups), strict=True)
-    torch.ops.gdd_fast.adam_ema_(*tensors, step, skipped, lr, average_weight, *map(list, options), implementation)
+    torch.ops.gdd_fast.adam_ema_(*every, step, skipped, lr, average_weight, *map(list, options), implementation)
 
 
 def _dense(p: Tensor) -> bool:
@@ -213,16 +213,16 @@ torch.library.define(
 
 @torch.library.impl("gdd_fast::adam_ema_", "CompositeExplicitAutograd")
 def _adam_ema_(params: list[Tensor], *arguments) -> None:
-    *arguments, implementation = arguments
+    *given, implementation = arguments
     if implementation == "torch":
-        *arguments, tensors, beta1, beta2, eps, weight_decay = arguments
+        *lists, tensors, beta1, beta2, eps, weight_decay = given
         options = zip(tensors, zip(beta1, beta2, strict=True), eps, weight_decay, strict=True)
-        adam_ema_ref_(params, *arguments, [Group(*values) for values in options])
+        adam_ema_ref_(params, *lists, [Group(*values) for values in options])  # type: ignore[call-arg]
     else:
-        torch.ops.gdd_fast_C.adam_ema_(params, *arguments)
+        torch.ops.gdd_fast_C.adam_ema_(params, *given)
         # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the
         # casts of frozen weights do, goes by their version.
-        _, exp_avgs, exp_avg_sqs, averages, step, skipped, *_ = arguments
+        _, exp_avgs, exp_avg_sqs, averages, step, skipped, *_ = given
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, step, skipped])
 
 

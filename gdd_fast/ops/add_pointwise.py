@@ -34,17 +34,18 @@ def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> T
     Raises:
         InputError: shapes or dtypes do not fit.
     """
-    x, skip = x if isinstance(x, tuple) else (x, None)
-    maps = [x] if skip is None else [x, skip]
-    fits = all(t.dim() == 4 and (t.shape[0], *t.shape[2:]) == (x.shape[0], *x.shape[2:]) for t in maps)
+    first, skip = x if isinstance(x, tuple) else (x, None)
+    maps = [first] if skip is None else [first, skip]
+    fits = all(t.dim() == 4 and (t.shape[0], *t.shape[2:]) == (first.shape[0], *first.shape[2:]) for t in maps)
     fits = fits and weight.dim() == 4 and weight.shape[1:] == (sum(t.shape[1] for t in maps), 1, 1)
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(str(tuple(t.shape)) for t in (*maps, weight, bias) if t is not None)
         raise InputError(f"pointwise: x, weight and bias do not fit: {shapes}")
-    x, skip, weight, bias = (None if t is None else _as_convolved(t) for t in (x, skip, weight, bias))
-    if not all(t is None or t.dtype == x.dtype for t in (skip, weight, bias)):
-        raise InputError(f"pointwise: x, weight and bias must be of one dtype, x is {x.dtype}")
-    return torch.ops.gdd_fast.pointwise(x, skip, weight, bias)
+    given = [None if t is None else _as_convolved(t) for t in (first, skip, weight, bias)]
+    dtypes = {t.dtype for t in given if t is not None}
+    if len(dtypes) > 1:
+        raise InputError(f"pointwise: x, weight and bias must be of one dtype, not {', '.join(map(str, dtypes))}")
+    return torch.ops.gdd_fast.pointwise(*given)
 
 
 def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ on numbers that are written anyway. The gradient is the exact adjoint, one pass 
 is linear in them and its own gradient is y without the shift. Nothing is saved for either.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -187,7 +188,8 @@ def _ref(x: Tensor, scale: list[float], shift: list[float], size: int, dtype: to
 
 def _adjoint_ref(dys: list[Tensor], scale: list[float], channels: int, height: int, width: int) -> Tensor:
     wide = torch.promote_types(dys[0].dtype, torch.float32)
-    total = sum(dy.to(wide) * _per_channel(scale[3 * b : 3 * b + 3], dy.to(wide)) for b, dy in enumerate(dys))
+    scaled = [dy.to(wide) * _per_channel(scale[3 * b : 3 * b + 3], dy.to(wide)) for b, dy in enumerate(dys)]
+    total = functools.reduce(torch.add, scaled)
     total = total.sum(1, keepdim=True) if channels == 1 else total
     n, size = total.shape[0], total.shape[3]
     if (height, width) == (size, size) or n == 0:

@@ -55,7 +55,7 @@ def frozen_conv2d(
     Args:
         x: (N, C, H, W), floating, in any memory format. Its gradient is channels_last if x's channels are innermost.
         weight: (K, C / groups, R, S), not requiring gradient. Cast to the compute type, which is x's or autocast's, at
-            every call if it has another; `FrozenWeight` does that once.
+            every call if it has another.
         bias: (K,) or None, trainable or not, cast likewise.
         stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
         backend: that of the layer. "torch" keeps autograd's part in Python; with any other the extension does it on a
@@ -96,8 +96,8 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
 
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
     """The numbers that describe a convolution, every pair spelled out."""
-    pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-    return (*pairs, groups)
+    first, second, third = ((v, v) if isinstance(v, int) else (v[0], v[1]) for v in (stride, padding, dilation))
+    return first, second, third, groups
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
@@ -147,48 +147,16 @@ class _InputGradient(torch.autograd.Function):
         return _Convolution.apply(ddx, weight, None, ctx.geometry), None, None, None, None
 
 
-class FrozenWeight:
-    """A frozen weight in the type and layout that a convolution computes in, converted once and not at every step.
+def converted(weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...] = ()) -> Tensor:
+    """A frozen weight in `dtype`, in channels_last if that is `layout`, with `pad` zeros around it (as of `F.pad`).
 
-    Calling it returns the weight itself where nothing has to be converted, else a copy that is kept until the weight
-    changes: by an in-place operation (training, `load_state_dict`), by replacement, or by moving to another device.
-    Writing through `weight.data` is not seen, by autograd's rules. Copies are no parameters and no part of any
-    state_dict, and a deep copy or a pickle leaves them out.
+    It is `weight` itself where nothing has to be converted, else made in one pass over it, in every call. No copy is
+    kept between calls, since nothing tells when it grows old: fused optimizers, writes through `.data` and FSDP change
+    a tensor and leave its version as it was. Where the pass counts, hold the parameter in the type and layout that is
+    computed in.
     """
-
-    def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        self._copy: Tensor | None = None
-
-    def __call__(
-        self, weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...] = ()
-    ) -> Tensor:
-        """The weight in `dtype`, in channels_last if that is `layout`, with `pad` zeros around it (as of `F.pad`)."""
-        if weight.dtype == dtype and not pad and _has_layout(weight, layout):
-            return weight
-        if torch.compiler.is_compiling() or weight.is_inference():
-            return _convert(weight, dtype, layout, pad)
-        key = (weight._version, weight.data_ptr(), weight.stride(), weight.dtype, dtype, layout, pad)
-        if self._source is not weight or self._key != key:
-            converted = _convert(weight, dtype, layout, pad)
-            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-                return converted  # holds its values only when the graph is replayed
-            self._source, self._key, self._copy = weight, key, converted
-        return self._copy
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenWeight, ()  # copy, deepcopy and pickle start empty
-
-
-def _has_layout(weight: Tensor, layout: torch.memory_format) -> bool:
-    return layout is not torch.channels_last or weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _convert(weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...]) -> Tensor:
-    # an ordinary tensor even if made while sampling in inference mode, so that autograd can save it later
-    with torch.inference_mode(False), torch.no_grad():
-        weight = F.pad(weight, pad) if pad else weight.detach()
-        if layout is torch.channels_last:
-            return weight.to(dtype).contiguous(memory_format=layout)
-        return weight.to(dtype)
+    if pad:
+        weight = F.pad(weight, pad)
+    if layout is torch.channels_last and not weight.is_contiguous(memory_format=layout):
+        return weight.to(dtype, memory_format=layout)
+    return cast(weight, dtype)

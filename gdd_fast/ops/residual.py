@@ -4,6 +4,8 @@ Fused, the sum is taken in float32 and rounded once, in one pass over h and skip
 saved for backward, which is plain torch: `dy * scale`, and its sum for the bias.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,30 @@ def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: flo
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None, None]
     return y if scale == 1 else y * scale
+
+
+@overload
+def residual(
+    h: Tensor,
+    skip: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    statistics: Literal[False] = False,
+    backend: Backend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def residual(
+    h: Tensor,
+    skip: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    statistics: bool,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def residual(

@@ -1,9 +1,10 @@
 """The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -77,20 +78,27 @@ class Outcome:
 
 
 def run(
-    task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World, log: Sequence[str] = ("auto",)
+    task: Task,
+    run_dir: Path,
+    config: dict[str, Any],
+    schedule: Schedule,
+    world: World,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    log: Sequence[str] = ("auto",),
 ) -> Outcome:
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
     SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched. One that
     diverges leaves its state beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these
-    changes are printed, and written to metrics.jsonl. `log`: see `training.loggers`.
+    changes are printed, and written to metrics.jsonl. `defaults` stand for the settings that a checkpoint of an earlier
+    version lacks. `log`: see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
         DivergedError: see `StepGuard`.
     """
-    images, changes = _resume(task, run_dir, config, schedule, world)
+    images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
     if images >= schedule.total:
         task.close()
@@ -148,7 +156,11 @@ def run(
 
 
 def check_same_run(
-    run_dir: Path, config: dict[str, Any], contents: dict[str, str], total: int
+    run_dir: Path,
+    config: dict[str, Any],
+    contents: dict[str, str],
+    total: int,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """The values of the checkpoint in `run_dir`, None without one.
 
@@ -160,7 +172,7 @@ def check_same_run(
     values = checkpoint.load_values(path)
     elsewhere = "choose another --run-dir or move it away"
     finished = values["images"] >= total  # and what it came to is no result of other settings
-    changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE)
+    changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE, defaults)
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         kind = "a finished run" if finished else "a run"
@@ -176,14 +188,19 @@ def check_same_run(
 
 
 def _resume(
-    task: Task, run_dir: Path, config: dict[str, Any], schedule: Schedule, world: World
+    task: Task,
+    run_dir: Path,
+    config: dict[str, Any],
+    schedule: Schedule,
+    world: World,
+    defaults: Mapping[str, Any],
 ) -> tuple[int, list[str]]:
     """Restore the task from the run folder's checkpoint, if any; the images it had seen, and what is set otherwise."""
-    values = check_same_run(run_dir, config, task.contents, schedule.total)
+    values = check_same_run(run_dir, config, task.contents, schedule.total, defaults)
     images, changes = 0, []
     if values is not None:
         task.restore(checkpoint.load(run_dir / CHECKPOINT))
-        images, changes = values["images"], differences(values["config"], config)
+        images, changes = values["images"], differences(values["config"], config, defaults=defaults)
     if any(images != other.item() for other in world.gather(torch.tensor([images]))):
         raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
     return images, changes

@@ -19,7 +19,7 @@ class AdamEma(torch.optim.Optimizer):
     """torch.optim.Adam that leaves out, whole, every step with a gradient that is not finite, and averages on the way.
 
     `state_dict()` is that of torch.optim.Adam and loads into one, and the other way round. The counts, the learning
-    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device but `applied()`.
+    rates and the averages' weight are tensors on the parameters' device; nothing waits for the device.
     The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
     counts, and averages of its own unless it is copied together with the network that they belong to.
 
@@ -61,11 +61,10 @@ class AdamEma(torch.optim.Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._rates = torch.zeros(0, dtype=torch.float64, device=device)
         self._rates_filled: list[float | None] = []
-        self._skipped_seen = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: torch.optim.Optimizer names only what every optimizer has."""
-        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled", "_skipped_seen")
+        own = ("backend", "skipped", "average_weight", "_averages", "_step", "_rates", "_rates_filled")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,12 +113,6 @@ class AdamEma(torch.optim.Optimizer):
             backend=self.backend,
         )
         return loss
-
-    def applied(self) -> bool:
-        """Whether all steps since the last call were applied. Waits for the device."""
-        skipped = int(self.skipped)
-        before, self._skipped_seen = self._skipped_seen, skipped
-        return skipped == before
 
     def _read_rates(self) -> None:
         """Bring the groups' learning rates to the device."""
@@ -238,8 +231,10 @@ class StepGuard:
         self._read()
         return self._skipped_in_row
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
+
+        Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
 
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
@@ -248,13 +243,16 @@ class StepGuard:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._world.average_(p.grad for p in params)
+        gradients = [p.grad for p in params]
+        self._world.average_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
         self._on_host.copy_(self._count, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._unread = True
+        return norm
 
     def restore(self, skipped: int) -> None:
         """Go on counting from a checkpoint's `skipped`."""

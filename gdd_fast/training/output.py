@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,9 +77,11 @@ class RunOutput:
             dynamic_ncols=True,
         )
         self._started, self._since = time.monotonic(), start
+        self._seconds = 0.0
         self._loggers: list[Logger] = []
         if enabled:
             _drop_lines_after(self._path, start)
+            self._seconds = _seconds_before(self._path)
             self._loggers = open_loggers(log, run_dir, start, config or {}, self.say)
 
     def advance(self, images: int) -> None:
@@ -86,14 +89,19 @@ class RunOutput:
         self._bar.update(images)
 
     def metrics(self, images: int, values: dict[str, float]) -> dict[str, float | None]:
-        """Write one line for the state after `images` images; adds the rate and the memory peak since the last call.
+        """Write one line for the state after `images` images.
+
+        Adds the rate and the GPU's memory peak since the last call, the process's memory peak so far, and the minutes
+        spent on these images, in earlier parts of a run that was resumed too.
 
         A value that is not finite is written as null, as JSON has no other word for it.
         """
         now = time.monotonic()
+        self._seconds += now - self._started
         rate = (images - self._since) / max(now - self._started, 1e-9)
         self._started, self._since = now, images
-        values = {"images_per_second": round(rate, 3), **values}
+        values = {"minutes": round(self._seconds / 60, 4), "images_per_second": round(rate, 3), **values}
+        values["peak_host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if torch.cuda.is_initialized():
             values["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
@@ -147,6 +155,14 @@ def _drop_lines_after(path: Path, images: int) -> None:
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
             temporary.write_text("".join(kept))
+
+
+def _seconds_before(path: Path) -> float:
+    """What the last line that says so has of the time spent; 0 for a run that begins."""
+    if not path.exists():
+        return 0.0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return 60 * next((line["minutes"] for line in reversed(lines) if "minutes" in line), 0.0)
 
 
 def _images_of(line: str) -> float:

@@ -12,7 +12,7 @@ from gdd_fast.cli import command, parse, pop_option
 from gdd_fast.errors import ConfigError, GddFastError
 from gdd_fast.train import read
 
-COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "info")
+COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "export", "info")
 
 
 @dataclass(frozen=True)

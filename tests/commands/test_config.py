@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from gdd_fast.config import PRESETS, TrainConfig, differences, from_dict, override, preset, to_dict
+from gdd_fast.config import (
+    PRESETS,
+    RESUMABLE,
+    TrainConfig,
+    default_settings,
+    differences,
+    from_dict,
+    override,
+    preset,
+    to_dict,
+)
 from gdd_fast.errors import ConfigError
 
 VGG = ("vgg16_bn", "tf_efficientnet_lite0")
@@ -135,3 +145,23 @@ def test_what_a_resumed_run_may_change():
     assert differences(old, to_dict(length)) == []
     recipe = changed(preset("demo"), batch=8, g_lr=0.5)
     assert [line.split(":")[0] for line in differences(old, to_dict(recipe))] == ["generator.g_lr", "run.batch"]
+
+
+def test_a_setting_added_tomorrow_is_at_its_default_in_runs_of_yesterday():
+    now = preset("demo")
+    defaults = default_settings(now)
+    for section in ("data", "generator", "discriminator", "loss", "run"):
+        for name in defaults[section].keys() - RESUMABLE:
+            yesterday = to_dict(now)
+            value = yesterday[section].pop(name)
+            other = {name: "other"}
+            found = differences(yesterday, to_dict(now), defaults=defaults)
+            assert found == (
+                [] if value == defaults[section][name] else [f"{section}.{name}: {defaults[section][name]} -> {value}"]
+            )
+            chosen = to_dict(now)
+            chosen[section] |= other
+            assert len(differences(yesterday, chosen, defaults=defaults)) == 1
+    yesterday = to_dict(now)
+    del yesterday["loss"]
+    assert all("loss" in line for line in differences(yesterday, to_dict(now), defaults=defaults))

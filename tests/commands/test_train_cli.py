@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_dry_run(inputs, tmp_path, capsys):
     for line in ("24 images", "conv0", "skip", "frozen", "Discriminator: ", "Operators: torch"):
         assert line in shown
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["cifar10-uncond-gdd-i", "imagenet-64-gdd-i"])
+def test_a_dry_run_of_a_preset_says_what_it_needs(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    main(["--preset", name, "--dry-run", "--batch", "64"])
+    shown = capsys.readouterr().out
+    config, end = json.JSONDecoder().raw_decode(shown)
+    assert config["preset"] == name and config["run"]["batch"] == 64
+    (everything,) = re.findall(r"^all +([\d,]+) +([\d,]+)", shown[end:], re.M)
+    total, frozen = (int(number.replace(",", "")) for number in everything)
+    assert 0 < frozen < total and "Discriminator: " in shown
+    assert shown.rstrip().endswith("converted folder)") and "--data PATH" in shown and "--teacher PATH" in shown
+    main(["--preset", name, "--dry-run", "--data", "here"])
+    assert "--data PATH" not in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "must be at least 0, not -3" in refused(capsys, "--preset", name, "--dry-run", "--workers=-3")
 
 
 def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, monkeypatch):

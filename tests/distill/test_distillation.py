@@ -142,6 +142,7 @@ class Gradients:
         self.found = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
+        return torch.nn.utils.get_total_norm([g for g in self.found if g is not None])
 
 
 def test_gradients_of_all_three_steps_are_the_public_recipes(make):
@@ -258,8 +259,9 @@ def test_what_a_run_leaves(make):
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [8, 16, 20]
     expected = {"images", "images_per_second", "loss_g", "loss_d", "logit_fake", "logit_real"}
-    expected |= {"skipped_g", "skipped_d", "skipped_r1"}
-    assert lines[0].keys() == expected and lines[1].keys() == expected | {"r1_penalty"}
+    expected |= {"skipped_g", "skipped_d", "skipped_r1", "sign_accuracy_fake", "sign_accuracy_real"}
+    expected |= {"grad_norm_g", "grad_norm_d", "minutes", "peak_host_gib"}
+    assert lines[0].keys() == expected and lines[1].keys() == expected | {"r1_penalty", "grad_norm_r1"}
     grids = sorted(path.name for path in (config.run_dir / "samples").iterdir())
     assert grids == ["000000008.png", "000000016.png", "000000020.png"]
     exported = load_generator(config.run_dir)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_logit, r1_penalty, reduce_logits
+from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_and_positive, r1_penalty, reduce_logits
 
 
 def logits(images=4, seed=0):
@@ -58,8 +58,10 @@ def test_bfloat16_logits_are_reduced_in_float32():
     assert loss.dtype == torch.float32 and loss == generator_loss(exact, "rows", 4)
 
 
-def test_mean_logit():
-    assert mean_logit([[torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0]])]]).item() == 3
+def test_mean_and_share_above_zero_count_every_logit_once():
+    logits = [[torch.tensor([[1.0, -2.0]])], [torch.tensor([[6.0]]), torch.tensor([[0.0, 5.0]])]]
+    mean, positive = mean_and_positive(logits)
+    assert (mean.item(), positive.item()) == pytest.approx((2, 3 / 5))
 
 
 class Judge(nn.Module):

@@ -94,7 +94,7 @@ def test_micro_batches_add_up(inputs, tmp_path, monkeypatch):
     found = []
     for batch_gpu in (None, 1):
         task = Pretraining(config_of(inputs, tmp_path, batch_gpu=batch_gpu), ALONE)
-        monkeypatch.setattr(task.guard, "step", lambda: False)
+        monkeypatch.setattr(task.guard, "step", lambda: torch.zeros(()))
         task.iteration(0)
         found.append(([p.grad for p in task.net.parameters()], task.averages.take()["loss"]))
     for a, b in zip(found[0][0], found[1][0], strict=True):
@@ -114,6 +114,7 @@ def test_the_command_makes_a_teacher(inputs, tmp_path, capsys):
     assert "Teacher after 40 images" in capsys.readouterr().out
     assert as_generator(load_generator(tmp_path / "run" / TEACHER)).img_resolution == 16
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
+    assert "skipped_steps" in (tmp_path / "run" / "report.html").read_text()
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["images"] == 40 and line["skipped_steps"] == 0 and math.isfinite(line["loss"])
 

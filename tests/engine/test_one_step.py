@@ -1,5 +1,9 @@
 """OneStepGenerator: images of seeds and labels, whatever the batch; what it refuses."""
 
+import copy
+import multiprocessing
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +31,36 @@ def tiny(label_dim: int = 0) -> GDDPrecond:
 @pytest.fixture(scope="module")
 def conditional() -> OneStepGenerator:
     return OneStepGenerator.from_network(tiny(5))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+def test_copies_and_pickles_draw_the_same_bits(again, dtype) -> None:
+    generator = OneStepGenerator.from_network(tiny(5), dtype=dtype)
+    with torch.no_grad():
+        for parameter in generator.network.parameters():
+            parameter.mul_(0.5)  # which the generator does not follow, and so its copies must not either
+    twin = again(generator)
+    draw = lambda g: g(2, [1, 2], seeds=range(2), output="float")
+    assert torch.equal(draw(twin), draw(generator))
+    assert twin.run is not generator.run and twin.dtype is generator.dtype
+    soft = torch.full((2, 5), 0.2)
+    assert torch.equal(twin.run(torch.ones(2, 3, 8, 8), soft), generator.run(torch.ones(2, 3, 8, 8), soft))
+
+
+def draw_elsewhere(generator: OneStepGenerator, queue) -> None:
+    queue.put(generator(2, 1, seeds=range(2)).numpy())
+
+
+@pytest.mark.slow
+def test_a_spawned_process_can_have_one(conditional) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=draw_elsewhere, args=(conditional, queue))
+    process.start()
+    assert np.array_equal(queue.get(timeout=120), conditional(2, 1, seeds=range(2)).numpy())
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def levels(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -13,6 +13,8 @@ from gdd_fast.models.precond import GDDPrecond
 pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
 pytest.importorskip("diffusers")
 
+from diffusers.training_utils import EMAModel
+
 from gdd_fast.interop.diffusers import OneStepPipeline
 
 
@@ -69,6 +71,89 @@ def test_weights_that_change_are_seen(pipe):
         for parameter in pipe.model.parameters():
             parameter.mul_(0.5)
     assert not torch.allclose(draw(), before, atol=1e-3)
+
+
+def ema_copy_to(model):
+    average = EMAModel(model.parameters(), decay=0.9)
+    for p in average.shadow_params:
+        p.mul_(0.5)
+    average.store(model.parameters())
+    average.copy_to(model.parameters())
+
+
+def ema_restore(model):
+    average = EMAModel(model.parameters(), decay=0.9)
+    for p in average.shadow_params:
+        p.mul_(0.5)
+    average.store(model.parameters())
+    for p in model.parameters():
+        p.data.mul_(1.5)
+    average.restore(model.parameters())
+    ema_copy_to(model)
+
+
+def fused_adam(model):
+    torch.manual_seed(0)
+    for p in model.requires_grad_(True).parameters():
+        p.grad = torch.randn_like(p)
+    torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step()
+    model.requires_grad_(False)
+
+
+def assigned(model):
+    model.load_state_dict({k: v / 2 for k, v in model.state_dict().items()}, assign=True)
+
+
+def a_buffer(model):
+    model.network.model.map_noise.freqs.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [ema_copy_to, ema_restore, fused_adam, assigned, a_buffer])
+def test_images_are_of_the_weights_there_are(pipe, change):
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="pt").images
+    before, first = draw(pipe), pipe.engine()
+    assert pipe.engine() is first, "what has not changed is not folded again"
+    change(pipe.model)
+    after = draw(pipe)
+    want = draw(OneStepPipeline.from_generator(pipe.model.network))
+    assert torch.equal(after, want) and not torch.allclose(after, before, atol=1e-3)
+
+
+def triple(layer):
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: 3 * forward(*args, **kwargs)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda _, inputs, y: 3 * y)
+
+
+@pytest.mark.parametrize("change", [triple, hooked])
+@pytest.mark.parametrize("layer", ["network.model.out_conv", "network.model.dec.8x8_block0.conv1", ""])
+def test_layers_that_compute_otherwise_are_called(change, layer):
+    net = network("adm_cond") if layer else network()
+    pipe = OneStepPipeline.from_generator(net)
+    draw = lambda: pipe(2, [1, 2], generator(), output_type="pt").images
+    before = draw()
+    change(pipe.model.get_submodule(layer))
+    latents = torch.randn(2, 3, SIZE, SIZE, generator=generator())
+    want = (pipe.model(latents * 80, 80.0, torch.eye(10)[[1, 2]]) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(draw(), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(draw(), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["sequential", "model"])
+def test_offloading(pipe, how):
+    """Weights that lie elsewhere until a layer is called."""
+    hf = pytest.importorskip("accelerate")
+    draw = lambda: pipe(2, [1, 2], generator(), output_type="pt").images
+    want = draw()
+    if how == "sequential":
+        hf.cpu_offload(pipe.model, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert next(pipe.model.parameters()).is_meta
+    else:
+        hf.cpu_offload_with_hook(pipe.model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(draw(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_mistakes_are_one_error(pipe):

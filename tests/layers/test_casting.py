@@ -12,6 +12,7 @@ from gdd_fast import accelerate, restore
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import WeightsError
 from gdd_fast.interop import hub
+from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.layers.embedding import FourierEmbedding
 from gdd_fast.models.files.load import load_network
 from gdd_fast.models.precond import GDDPrecond
@@ -43,6 +44,18 @@ def test_a_plain_network(dtype) -> None:
     coarse = with_rounded_parameters(network(), dtype)
     coarse.model.map_noise.freqs.copy_(coarse.model.map_noise.freqs.to(dtype))
     assert (coarse(**inputs(NCSNPP)) - want).abs().max() > 1e-3, "rounding the frequencies would have shown"
+
+
+@HALVES
+@torch.no_grad()
+def test_frozen_weights_held_in_the_compute_type(dtype) -> None:
+    net = network()
+    net.dtype = dtype
+    want = net(**inputs(NCSNPP))
+    trained = net.model.dec["8x8_block0"].conv1.weight.requires_grad_()
+    hold_frozen_weights(net, dtype)
+    assert net.model.dec["8x8_block0"].conv0.weight.dtype == dtype and trained.dtype == torch.float32
+    assert torch.equal(net(**inputs(NCSNPP)), want)
 
 
 @HALVES

@@ -46,17 +46,6 @@ def test_a_mean_far_from_zero_costs_no_digits():
     np.testing.assert_allclose(shifted.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-6, atol=1e-7)
 
 
-def test_merging_equals_seeing_everything():
-    x = normal(101, 5) + 3
-    merged = statistics(x[:40])
-    merged.merge(statistics(x[40:]))
-    merged.merge(Statistics(5))
-    whole = statistics(x)
-    assert merged.count == 101
-    torch.testing.assert_close(merged.mean, whole.mean)
-    torch.testing.assert_close(merged.covariance, whole.covariance)
-
-
 def _rank(rank: int, splits: list[list[int]], store: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -132,7 +121,7 @@ def test_what_cannot_be_compared():
     large = statistics(normal(5, 3))
     large.image_shape = (3, 32, 32)
     small = Statistics(3, image_shape=(1, 16, 16))
-    small.merge(statistics(normal(5, 3)))
+    small.update(normal(5, 3))
     with pytest.raises(DataError, match="images"):
         frechet_distance(large, small)
     with pytest.raises(DataError, match="expected features"):

@@ -224,9 +224,10 @@ def test_from_pickle_owns_its_weights(net: EDMPrecond) -> None:
     assert_same(b, network_from_pickle(pickled(net)))
 
 
-def test_from_pickle_of_a_gdd_generator(net: EDMPrecond) -> None:
+@pytest.mark.parametrize("class_name", ["GDDPrecond", "D2OPrecond"])
+def test_from_pickle_of_a_gdd_generator(net: EDMPrecond, class_name: str) -> None:
     """GDD's files may still name an augmentation layer that their weights lack."""
-    source = pickled(net, "GDDPrecond")
+    source = pickled(net, class_name)
     del source.state_dict[AUGMENT]
     loaded = network_from_pickle(source, drop_augment=True)
     assert type(loaded) is GDDPrecond and loaded.sigma_eps == 0.002
@@ -234,9 +235,9 @@ def test_from_pickle_of_a_gdd_generator(net: EDMPrecond) -> None:
         network_from_pickle(source)
 
 
-@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", ""])
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "SongUNet", ""])
 def test_from_pickle_of_another_class(net: EDMPrecond, name: str) -> None:
-    with pytest.raises(WeightsError, match="only EDMPrecond and GDDPrecond"):
+    with pytest.raises(WeightsError, match="only EDMPrecond, GDDPrecond, D2OPrecond"):
         network_from_pickle(pickled(net, name))
 
 

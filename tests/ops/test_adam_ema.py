@@ -60,8 +60,9 @@ def fused_steps(optimizer, params, steps, decay, bad_steps=(), bad=float("nan"),
     optimizer.average_weight.fill_(1 - decay)
     for step in range(first, first + steps):
         set_gradients(params, step, bad if step in bad_steps else None)
+        before = int(optimizer.skipped)
         optimizer.step()
-        assert optimizer.applied() == (step not in bad_steps)
+        assert int(optimizer.skipped) - before == (step in bad_steps)
 
 
 def assert_close(got, want, **tolerances):
@@ -104,7 +105,7 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(bad, backend):
     assert_close(after[:-1], before[:-1], rtol=0, atol=0)
     for old, new in zip(before[-1].values(), after[-1].values(), strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old)
-    assert int(optimizer.skipped) == 1 and not optimizer.applied() and optimizer.applied()
+    assert int(optimizer.skipped) == 1
     fused_steps(optimizer, params, 2, 0.5, first=3)
     torch_steps(twin, twin_averages, 5, 0.5, bad_steps=(2,), lr=1e-2)
     assert_close(params, twin)
@@ -118,7 +119,7 @@ def test_huge_gradients_are_finite(backend):
     for p in params:
         p.grad = torch.full_like(p, 3e38)
     optimizer.step()
-    assert optimizer.applied()
+    assert int(optimizer.skipped) == 0
 
 
 @BACKENDS
@@ -245,7 +246,7 @@ def test_a_group_that_is_not_finite_stops_all(backend):
     optimizer = AdamEma(in_groups(params), backend=backend)
     set_gradients(params, 0, bad=float("nan"))  # in the last group
     optimizer.step()
-    assert not optimizer.applied()
+    assert int(optimizer.skipped) == 1
     assert_close(params, before, rtol=0, atol=0)
 
 

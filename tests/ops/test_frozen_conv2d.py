@@ -1,18 +1,14 @@
 """frozen_conv2d: PyTorch's convolution to the bit, without keeping the input, differentiable any number of times."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from gdd_fast.backend import has_extension
 from gdd_fast.errors import InputError
 from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.frozen_conv import FrozenConv2d
-from gdd_fast.ops.frozen_conv2d import FrozenWeight, frozen_conv2d, frozen_conv2d_ref
+from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d, frozen_conv2d_ref
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 # input shape, weight shape, stride, padding, dilation, groups
@@ -141,27 +137,20 @@ def test_empty_batch():
     assert dx.shape == x.shape and not db.any()
 
 
-# --- the weight's copy ---
+# --- a weight of another type or layout ---
 
 
-def test_copy_is_made_once_and_follows_the_weight():
-    weight, cast = nn.Parameter(torch.randn(6, 4, 3, 3), requires_grad=False), FrozenWeight()
-    get = lambda: cast(weight, torch.bfloat16, CHANNELS_LAST)
-    first = get()
-    assert get() is first
-    assert first.dtype == torch.bfloat16 and first.is_contiguous(memory_format=CHANNELS_LAST)
-    with torch.no_grad():
-        weight.mul_(2)
-    second = get()
-    assert second is not first and torch.equal(second, weight.bfloat16())
-    weight.data = torch.ones_like(weight)
-    assert torch.equal(get(), torch.ones_like(second))
-    weight = nn.Parameter(torch.zeros(6, 4, 3, 3), requires_grad=False)
-    assert not get().any()
-    assert cast(weight, torch.float32, CONTIGUOUS) is weight  # nothing to convert
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
+@pytest.mark.parametrize("pad", [(), (1, 0, 2, 1)], ids=str)
+def test_converted_weight(layout, pad):
+    weight = torch.randn(6, 4, 3, 3)
+    got = converted(weight, torch.bfloat16, layout, pad)
+    assert torch.equal(got, F.pad(weight, pad).bfloat16() if pad else weight.bfloat16())
+    assert got.is_contiguous(memory_format=layout)
+    assert converted(got, torch.bfloat16, layout) is got  # nothing to convert
 
 
-def test_copy_made_in_inference_mode_can_be_trained_through():
+def test_a_weight_converted_in_inference_mode_does_not_hinder_training():
     conv = FrozenConv2d(4, 6, 3).to(memory_format=CHANNELS_LAST)
     x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
     conv.bias.data = conv.bias.data.bfloat16()
@@ -169,15 +158,6 @@ def test_copy_made_in_inference_mode_can_be_trained_through():
         conv(x)
     x.requires_grad_()
     torch.autograd.grad(conv(x).float().sum(), x)
-
-
-def test_copies_stay_out_of_states_and_twins():
-    conv = Conv2d(4, 8, 3).requires_grad_(False)
-    conv(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16))
-    assert conv._frozen_weight._copy is not None
-    assert conv.state_dict().keys() == {"weight", "bias"}
-    for twin in (copy.deepcopy(conv), copy.copy(conv._frozen_weight), pickle.loads(pickle.dumps(conv))):
-        assert getattr(twin, "_frozen_weight", twin)._copy is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

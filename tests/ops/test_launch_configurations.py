@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import types
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from gdd_fast.kernels import _launch
 from gdd_fast.ops import attention as attention_operator
 
+DIRECTIONS = ("group_norm_silu.forward", "group_norm_silu.backward")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -65,9 +67,13 @@ def test_auto_takes_the_attention_kernels_where_they_were_measured_to_be_faster(
     assert attention_operator._measured_faster(qkv.float().to("meta"), 2) is False
 
 
-def test_every_operator_has_a_rule_and_measurements_are_well_formed():
-    with open(f"{_launch.Path(_launch.__file__).parent}/tuned.json") as file:
-        table = json.load(file)
+def test_every_kernel_has_a_rule_and_measurements_are_well_formed():
+    folder = _launch.Path(_launch.__file__).parent
+    table = json.loads((folder / "tuned.json").read_text())
+    sources = "".join(path.read_text() for path in folder.glob("*.py"))
+    asked = re.findall(r'configuration\(f?"([^"]+)"', sources)
+    wanted = {name for one in asked for name in (DIRECTIONS if "{" in one else [one])}
+    assert wanted == table.keys()
     for operator, entries in table.items():
         assert entries["default"], operator
         for name, entry in entries.items():

@@ -42,7 +42,8 @@ def test_values_and_gradients_are_pytorchs(dtype, layout, inplace, activation, b
 @BACKENDS
 @ACTIVATIONS
 def test_first_and_second_derivatives(activation, backend):
-    x = values(torch.float64, device_for(backend), (1, 2, 3, 3))[:, :, 1:].contiguous().requires_grad_()
+    x = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (8 * x).to(device_for(backend)).requires_grad_()  # none beside a bend
     torch.autograd.gradcheck(lambda x: relu_bits(x, activation, backend=backend), x)
     torch.autograd.gradgradcheck(lambda x: relu_bits(x, activation, backend=backend).square(), x)
 

@@ -5,8 +5,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
+from gdd_fast.backend import has_extension
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
+from gdd_fast.ops import resample2d as operator
 from gdd_fast.ops.resample2d import OPERATOR, resample2d, resample2d_ref
 from parity import assert_as_accurate_as_torch, backends, device_for
 
@@ -60,6 +62,8 @@ def case(shape, name, up, dtype=torch.float32, backend="torch", seed=0):
 def test_parity_of_output_and_gradients(layout, name, dtype, up, backend):
     for shape in SHAPES:
         x, add, kernel, options = case(shape, name, up, dtype, backend)
+        if backend == "cpp" and not torch.ops.gdd_fast_C.resample2d_takes(kernel):
+            return  # see test_any_filter_is_computed_or_refused
         x, add = LAYOUTS[layout](x).requires_grad_(), LAYOUTS[layout](add).requires_grad_()
         assert_as_accurate_as_torch(
             lambda x, k=kernel, o=options: resample2d(x, k, **o, backend=backend),
@@ -140,6 +144,8 @@ def test_separable_filters_with_signs(name, up, backend):
 def test_derivatives(name, up, backend):
     for layout in ("contiguous", "channels_last"):
         x, add, kernel, options = case((2, 3, 5, 6), name, up, torch.float64, backend)
+        if backend == "cpp" and not torch.ops.gdd_fast_C.resample2d_takes(kernel):
+            return
         inputs = [LAYOUTS[layout](t).requires_grad_() for t in (x, add)]
 
         def function(x, add, kernel=kernel, options=options):
@@ -285,13 +291,18 @@ def test_subnormal_halves_are_no_subnormal_floats(backend):
 
 @DIRECTIONS
 @pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]], ids=str)
-def test_the_layer_runs_it_and_the_reference_is_a_switch_away(taps, up):
+def test_the_layer_runs_it_and_the_reference_is_a_switch_away(taps, up, monkeypatch):
+    ran, runs = [], operator._runs
+    monkeypatch.setattr(operator, "_runs", lambda *arguments: ran.append(runs(*arguments)) or ran[-1])
     torch.manual_seed(0)
     layer = Conv2d(4, 6, 3, resample_filter=taps, up=up, down=not up)
     x = torch.randn(2, 4, 8, 8)
     y = layer(x)
+    assert set(ran) == {"cpp" if has_extension() else "torch"}
+    ran.clear()
     layer.backend = "torch"
     torch.testing.assert_close(y, layer(x))
+    assert set(ran) == {"torch"}
 
 
 def test_bad_input_is_refused():

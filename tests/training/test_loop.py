@@ -172,6 +172,14 @@ def test_other_contents_do_not_resume(tmp_path):
             run(Counting(contents={"data": "b"}), tmp_path, CONFIG, Schedule(total, 10, 10), ALONE)
 
 
+def test_a_run_of_yesterday_goes_on_although_a_setting_was_added(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    today, defaults = {**CONFIG, "added": 1.0}, {"added": 1.0}
+    assert run(Counting(), tmp_path, today, Schedule(40, 10, 10), ALONE, defaults) == Outcome(40, 20)
+    with pytest.raises(CheckpointError, match=r"added: 1.0 -> 2.0"):
+        run(Counting(), tmp_path, {**CONFIG, "added": 2.0}, Schedule(60, 10, 10), ALONE, defaults)
+
+
 def test_an_error_closes_the_task(tmp_path):
     task = Counting(at={20: lambda: 1 / 0})
     with pytest.raises(ZeroDivisionError):

@@ -60,6 +60,12 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad):
     assert (guard.skipped, guard.skipped_in_row) == (1, 1)
 
 
+def test_the_norm_of_a_step_is_that_of_all_its_gradients():
+    weights, guard = guarded()
+    weights[0].grad, weights[1].grad = torch.tensor([1.0, 2.0, 2.0]), torch.full((2, 2), 4.0)
+    assert guard.step().item() == pytest.approx((9 + 64) ** 0.5)
+
+
 def test_large_gradients_are_finite():
     weights, guard = guarded()
     for weight in weights:

@@ -1,7 +1,7 @@
 """What every frozen backbone is, and the folding of its batch norms."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +51,8 @@ def fold_batch_norm(backbone: Backbone) -> Backbone:
     batch norm, so published weights have to be loaded before.
     """
     for parent, conv_name, norm_name in list(backbone.conv_norms()):
-        conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
+        conv: Any = parent.get_submodule(conv_name)
+        norm: Any = parent.get_submodule(norm_name)
         if isinstance(norm, nn.Identity):
             continue
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

@@ -119,7 +119,7 @@ class Lite0(Backbone):
     std = (0.5, 0.5, 0.5)
     stages = STAGES
     """What the network is built of; a larger one of the family has others."""
-    tap_channels = tuple(STAGES[i].channels for i in _TAPPED_STAGES)
+    tap_channels = tuple(STAGES[i].channels for i in _TAPPED_STAGES)  # type: ignore[assignment]
     tap_strides = (4, 8, 16, 32)
 
     def __init__(self):
@@ -164,6 +164,6 @@ class Lite0(Backbone):
     def conv_norms(self) -> Iterator[ConvNorm]:
         yield ConvNorm(self, "conv_stem", "bn1")
         for stage in self.blocks:
-            for block in stage:
+            for block in stage:  # type: ignore[attr-defined]
                 yield from block.conv_norms()
         yield ConvNorm(self, "conv_head", "bn2")

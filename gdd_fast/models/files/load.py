@@ -11,12 +11,17 @@ from torch import Tensor
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
-from gdd_fast.models.files import pickle_reader
+from gdd_fast.models.files import bare_weights, pickle_reader
 from gdd_fast.models.files.pickle_reader import PickledNetwork
 from gdd_fast.models.files.save import FORMAT, PRECONDS, VERSION
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
+from gdd_fast.models.published import PUBLISHED, published
 
-PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond, "GDDPrecond": GDDPrecond}
+PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
+    "EDMPrecond": EDMPrecond,  # EDM's, and SiD's generators
+    "GDDPrecond": GDDPrecond,
+    "D2OPrecond": GDDPrecond,  # the same formula under the name of GDD's successor
+}
 RUN_GENERATOR = "generator_ema"
 
 
@@ -41,24 +46,35 @@ def load_network(folder: str | Path, device: torch.device | str | None = None) -
 
 
 def network_from_pickle(
-    pickled: PickledNetwork, *, drop_augment: bool = False, dtype: torch.dtype | str = torch.float32
+    pickled: PickledNetwork,
+    *,
+    drop_augment: bool = False,
+    dtype: torch.dtype | str = torch.float32,
+    where: str | Path = "the pickle",
 ) -> EDMPrecond:
-    """The network of an EDM or GDD pickle, computing in `dtype`; without its augmentation layer if `drop_augment`.
+    """The network of a pickle, computing in `dtype`; without its augmentation layer if `drop_augment`. `where` is how
+    errors name it.
 
-    Raises WeightsError for a network under another preconditioning (VP, VE, iDDPM), and if the weights do not fit.
+    Raises WeightsError for a network under another preconditioning (VP, VE, iDDPM, EDM2), and if the weights do not
+    fit.
     """
     cls = PICKLED_CLASSES.get(pickled.class_name)
     if cls is None:
+        edm2 = pickled.class_name == "Precond"
         raise WeightsError(
-            f"the file holds a {pickled.class_name}, and only {' and '.join(PICKLED_CLASSES)} can be loaded: "
-            "choose one of EDM's own models, not one of its VP, VE or iDDPM baselines."
+            f"{where} holds a {pickled.class_name}, and only {', '.join(PICKLED_CLASSES)} can be loaded: "
+            + (
+                "networks of EDM2 cannot."
+                if edm2
+                else "choose one of EDM's own models, not one of its VP, VE or iDDPM baselines."
+            )
         )
     init = {**pickled.init_kwargs, "dtype": dtype}
     state = dict(pickled.state_dict)
     if drop_augment:
         init.pop("augment_dim", None)
         state.pop("model.map_augment.weight", None)
-    return _build(cls, init, state, "the pickle")
+    return _build(cls, init, state, str(where))
 
 
 def load_generator(
@@ -81,13 +97,35 @@ def load_generator(
         networks = pickle_reader.load(path)
         if "ema" not in networks:
             raise WeightsError(f"{path} has no 'ema' network, only {', '.join(networks) or 'nothing'}.")
-        net = network_from_pickle(networks["ema"], drop_augment=True)
+        net = network_from_pickle(networks["ema"], drop_augment=True, where=path)
     else:
+        if path.is_file() and path.suffix.lower() in bare_weights.SUFFIXES:
+            raise WeightsError(
+                f"{path} is weights alone: name their network once, "
+                f"python -m gdd_fast.convert {path} FOLDER --like NET|PRESET, and give that folder."
+            )
         problem = "is not a network" if path.exists() else "does not exist"
         raise WeightsError(f"{path} {problem}: give an EDM .pkl, a network folder or a training run folder.")
     if dtype is not None:
         net.dtype = compute_dtype(dtype)
     return net.to(device).eval().requires_grad_(False)
+
+
+def network_like(path: Path, like: str, key: str = "ema") -> EDMPrecond:
+    """The weights alone in `path`, as the network that `like` names: a network as of `load_generator`, one of EDM's
+    files (edm-cifar10-32x32-cond-vp) or a preset (cifar10-cond). The augmentation layer is as in the file.
+
+    Raises WeightsError for a file without such weights, a name of no network, and weights that do not fit it.
+    """
+    state, augment_dim = bare_weights.read_bare(path, key)
+    cls, init = EDMPrecond, published(like)
+    if init is None:
+        if not Path(like).exists():
+            names = ", ".join(PUBLISHED)
+            raise WeightsError(f"--like {like}: there is no such network; give a path, a preset's name, or {names}")
+        other = load_generator(like)
+        cls, init = type(other), other.init_config()
+    return _build(cls, {**init, "augment_dim": augment_dim}, state, f"{path} as {like}")
 
 
 def network_digest(net: EDMPrecond) -> str:
@@ -105,7 +143,7 @@ def as_generator(teacher: EDMPrecond) -> GDDPrecond:
 
     The augmentation layer is dropped, and so is dropout; the result is on the teacher's device, in training mode.
     """
-    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()
+    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()  # type: ignore[return-value]
 
 
 def _rebuild(net: EDMPrecond, cls: type[EDMPrecond], **changes: Any) -> EDMPrecond:

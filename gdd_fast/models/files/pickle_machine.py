@@ -12,6 +12,7 @@ import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gdd_fast.errors import UnsafePickleError
 
@@ -55,7 +56,7 @@ class Reader:
         self.position += count
         return self.data[self.position - count : self.position]
 
-    def unpack(self, layout: str) -> int | float:
+    def unpack(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def line(self, limit: int = 256) -> str:
@@ -99,7 +100,7 @@ class Machine:
                 return self.pop()
             operation = _OPERATIONS.get(opcode)
             if operation is None:
-                known = pickletools.code2op.get(chr(opcode))
+                known = pickletools.code2op.get(chr(opcode))  # type: ignore[attr-defined]
                 raise self.refusal(f"opcode {known.name}" if known else f"byte 0x{opcode:02x}")
             operation(self)
         raise UnsafePickleError(

@@ -300,7 +300,7 @@ def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
 
 def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
     state = _state_dict(key, root, budget)
-    return PickledNetwork(root.class_name, _settings(root, budget), state)
+    return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
 
 
 def _state_dict(key: str, root: Module, budget: _Budget) -> dict[str, torch.Tensor]:
@@ -337,7 +337,9 @@ def _settings(root: Module, budget: _Budget) -> dict[str, object]:
         raise UnsafePickleError(
             f"{root.class_name} was saved without its constructor's arguments; it cannot be rebuilt"
         )
-    if arguments and (root.class_name not in ("EDMPrecond", "GDDPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)):
+    if arguments and (
+        root.class_name not in ("EDMPrecond", "GDDPrecond", "D2OPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)
+    ):
         raise UnsafePickleError(
             f"{root.class_name} was made with {len(arguments)} arguments by position, whose names are not known"
         )

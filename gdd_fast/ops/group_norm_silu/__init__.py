@@ -16,7 +16,7 @@ definition. "cpp" has the backward of channels_last maps, and autograd's part of
 PyTorch's.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,8 +50,9 @@ def group_norm_silu_ref(
     activation: Activation = "silu",
 ) -> Tensor:
     """The definition; arguments as of `group_norm_silu`."""
-    maps = x if isinstance(x, tuple) else (x, None)
-    return definition.formula(NormInputs(*maps, num_groups, weight, bias, eps, add, scale, shift, activation == "silu"))
+    first, skip = x if isinstance(x, tuple) else (x, None)
+    silu = activation == "silu"
+    return definition.formula(NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu))
 
 
 def group_norm_silu(
@@ -91,9 +92,9 @@ def group_norm_silu(
         InputError: shapes, dtypes or devices do not fit together.
         BackendError: the backend asked for cannot run here.
     """
-    maps = x if isinstance(x, tuple) else (x, None)
+    first, skip = x if isinstance(x, tuple) else (x, None)
     known = statistics if isinstance(statistics, tuple) else (statistics, None)
-    inputs = NormInputs(*maps, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
+    inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
     check(inputs, known)
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
@@ -142,12 +143,12 @@ torch.library.define(
 @torch.library.impl("gdd_fast::group_norm_silu", "CompositeExplicitAutograd")
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C, H, W) and each group's mean and reciprocal deviation (N, groups)."""
-    inputs, (*statistics, implementation) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
+    inputs, (x_statistics, skip_statistics, implementation) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
     if implementation == "torch" or inputs.x.shape[0] == 0:
         return definition.forward(inputs)
     if implementation == "cpp":
         return fused.forward_cpp(inputs)
-    return fused.forward_triton(inputs, statistics)
+    return fused.forward_triton(inputs, (x_statistics, skip_statistics))
 
 
 @torch.library.register_fake("gdd_fast::group_norm_silu")
@@ -171,8 +172,9 @@ def _backward(dy: Tensor, *arguments) -> list[Tensor]:
 @torch.library.register_fake("gdd_fast::group_norm_silu_backward")
 def _(dy: Tensor, *arguments) -> list[Tensor]:
     i, (_, _, needed, _) = NormInputs(*arguments[:LENGTH]), arguments[LENGTH:]
-    maps = [empty_map(t, t.shape[1]) for t, need in zip(i[:2], needed, strict=False) if need]
-    return maps + [t.new_empty(t.shape) for t, need in zip(i.parameters, needed[2:], strict=True) if need]
+    maps = [empty_map(t, t.shape[1]) for t, need in zip(i.maps, needed[:2], strict=True) if need and t is not None]
+    rows = zip(i.parameters, needed[2:], strict=True)
+    return maps + [t.new_empty(t.shape) for t, need in rows if need and t is not None]
 
 
 # --- autograd
@@ -188,9 +190,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    mean, rstd, x, skip, weight, bias, *rows = ctx.saved_tensors
+    mean, rstd, x, skip, weight, bias, add, scale, shift = ctx.saved_tensors
     num_groups, eps, silu = ctx.options
-    inputs = NormInputs(x, skip, num_groups, weight, bias, eps, *rows, silu)
+    inputs = NormInputs(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     needed = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     result: list[Tensor | None] = [None] * (LENGTH + 3)
     if dy is None or not any(needed):
@@ -199,7 +201,7 @@ def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         # Gradients to be differentiated again (create_graph): rare, so by the definition. On fresh views, so that a
         # gradient stops here even where one input was computed from another.
         inputs = inputs.mapped(*[lambda t: t.view_as(t)] * 2)
-        wanted = [inputs[i] for i, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+        wanted: list[Any] = [inputs[i] for i, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
         gradients = torch.autograd.grad(definition.formula(inputs), wanted, dy, create_graph=True)
     else:
         op = torch.ops.gdd_fast.group_norm_silu_backward

@@ -97,7 +97,9 @@ def backward(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, needed: list
     dadd = du.sum((2, 3)) if need_add else None
     # of a pair each gets memory of its own: an operator's results may not be views of one another
     dx, dskip = (
-        du[:, part].to(t.dtype, copy=i.skip is not None, memory_format=memory_format(t)) if need else None
+        du[:, part].to(t.dtype, copy=i.skip is not None, memory_format=memory_format(t))
+        if need and t is not None
+        else None
         for part, t, need in ((slice(i.x.shape[1]), i.x, need_x), (slice(i.x.shape[1], None), i.skip, need_skip))
     )
     return gradients(

@@ -28,9 +28,11 @@ def backward_triton(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, neede
     n, c = i.x.shape[0], i.weight.shape[0]
     rows = [i.x.new_empty((n, c), dtype=torch.float32) if need else None for need in needed[2:]]
     dweight, dbias, dadd, dscale, dshift = rows
-    dx, dskip = (empty_map(t, t.shape[1]) if need else None for t, need in zip(i[:2], needed, strict=False))
+    dx, dskip = (
+        empty_map(t, t.shape[1]) if need and t is not None else None for t, need in zip(i.maps, needed[:2], strict=True)
+    )
     kernels.backward(
-        evenly_spaced(dy), *i[:2], *i.parameters, mean, rstd, i.silu, dx, dskip, dadd, dweight, dbias, dscale, dshift
+        evenly_spaced(dy), *i.maps, *i.parameters, mean, rstd, i.silu, dx, dskip, dadd, dweight, dbias, dscale, dshift
     )
     return gradients(dx, dskip, rows, i)
 
@@ -46,7 +48,7 @@ def backward_cpp(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, needed: 
     """For channels_last maps; contiguous ones are left to the definition."""
     dy = _side_by_side(dy, 1, torch.channels_last)
     taken = _as_cpp_takes(i, 1, torch.channels_last)
-    arguments = (dy, *taken[:2], *taken.parameters, mean, rstd, i.silu)
+    arguments = (dy, *taken.maps, *taken.parameters, mean, rstd, i.silu)
     dx, dskip, by_image = torch.ops.gdd_fast_C.group_norm_silu_backward(*arguments)
     rows = [gradient if need else None for gradient, need in zip(by_image, needed[2:], strict=True)]
     return gradients(dx if needed[0] else None, dskip if needed[1] else None, rows, i)

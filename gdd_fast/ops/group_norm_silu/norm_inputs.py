@@ -1,5 +1,6 @@
 """What one call of group_norm_silu is given, in the order of every schema, and the checks of it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,10 @@ class NormInputs(NamedTuple):
     silu: bool
 
     @property
+    def maps(self) -> tuple[Tensor, Tensor | None]:
+        return self.x, self.skip
+
+    @property
     def rows(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What is added before the norm, and what scales and shifts after it."""
         return self.add, self.scale, self.shift
@@ -35,11 +40,18 @@ class NormInputs(NamedTuple):
         """All tensors but the maps, in the order of their gradients."""
         return self.weight, self.bias, *self.rows
 
-    def mapped(self, maps, parameters) -> "NormInputs":
+    def mapped(self, maps: Callable[[Tensor], Tensor], parameters: Callable[[Tensor], Tensor]) -> "NormInputs":
         """The same with x and skip changed by the function `maps` and the other tensors by `parameters`."""
-        changed = [None if t is None else maps(t) for t in (self.x, self.skip)]
-        weight, bias, *rows = (None if t is None else parameters(t) for t in self.parameters)
-        return NormInputs(*changed, self.num_groups, weight, bias, self.eps, *rows, self.silu)
+        add, scale, shift = (None if t is None else parameters(t) for t in self.rows)
+        return self._replace(
+            x=maps(self.x),
+            skip=None if self.skip is None else maps(self.skip),
+            weight=parameters(self.weight),
+            bias=parameters(self.bias),
+            add=add,
+            scale=scale,
+            shift=shift,
+        )
 
 
 SCHEMA = (

@@ -1,0 +1,1 @@
+"""A generator as a static web page that runs in the visitor's browser."""

@@ -1,0 +1,61 @@
+"""`python -m gdd_fast.export`: a file from a run, and what is refused before a network is read."""
+
+import builtins
+
+import pytest
+import torch
+from tiny_run import tiny_network
+
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.export import main
+from gdd_fast.models.files.load import RUN_GENERATOR, as_generator
+from gdd_fast.models.files.save import save_network
+from gdd_fast.sampling.seeds import SeedStreams
+
+
+def test_a_run_becomes_a_program(tmp_path, capsys):
+    net = as_generator(tiny_network()).eval()
+    save_network(net, tmp_path / "run" / RUN_GENERATOR)
+    out = tmp_path / "new" / "generator.pt2"
+    main(["--net", str(tmp_path / "run"), "--out", str(out), "--sigma", "2.5", "--images", "9"])
+    assert "9 images differ from the network's in float32 by at most" in capsys.readouterr().out
+
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    latents = SeedStreams([4]).normal(shape)
+    expected = OneStepGenerator.from_network(net, sigma=2.5).run(latents)
+    with torch.no_grad():
+        images = torch.export.load(out).module()(latents)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "nothing to write"),
+        (["--out", "generator.bin"], "ends in .onnx or .pt2"),
+        (["--out", "generator.pt2", "--sigma", "0"], "--sigma"),
+        (["--out", "generator.pt2", "--images", "0"], "--images"),
+        (["--web", "page", "--grid", "0"], "--grid"),
+    ],
+)
+def test_bad_options_end_before_anything_is_read(arguments, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["--net", "there-is-none", *arguments])
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "onnxscript":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SystemExit) as end:
+        main(["--net", "there-is-none", "--out", str(tmp_path / "generator.onnx")])
+    assert end.value.code == 2
+    assert "takes onnxscript: pip install 'gdd_fast[export]'" in capsys.readouterr().err
