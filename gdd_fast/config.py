@@ -23,6 +23,7 @@ MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+AUTO = "auto"  # what a configuration without preset says: see recipe_for
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
-    """Pretrained network: EDM .pkl or converted folder; `demo` is the bundled teacher."""
+    """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
+    repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
+    sigma_init: float | None = None
+    """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
     freeze: int = 1
     """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
     g_lr: float = 1e-4
@@ -176,6 +180,8 @@ class TrainConfig:
         run, loss = self.run, self.loss
         for section in (self.data, self.generator, self.discriminator, loss, run):
             check_values(section)
+        sigma = self.generator.sigma_init
+        require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
@@ -425,6 +431,23 @@ def _presets() -> dict[str, TrainConfig]:
 
 
 PRESETS: dict[str, TrainConfig] = _presets()
+
+
+def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
+    """The recipe for a teacher that no preset is of, from the one whose network is most like it.
+
+    `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
+    small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Data, teacher and the
+    data to evaluate with are nobody's.
+    """
+    if parameters >= 150_000_000:
+        like = "imagenet-64"
+    elif resolution > 32:
+        like = "ffhq-64"
+    else:
+        like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
+    recipe = _freeze_variant(AUTO, _RECIPES[like], 1)
+    return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
 
 
 def preset(name: str) -> TrainConfig:

@@ -22,6 +22,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
@@ -228,6 +229,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     operators = choose_backend(
         config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
     )
+    if net is not None:
+        accelerate_foreign(net, config.backend)
 
     def of_dataset(images: ImageDataset, what: str, max_images: int | None) -> list[Population]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:

@@ -150,6 +150,7 @@ CIFAR32 = Study(
         "attn_resolutions": (16,),
         "dropout": 0.13,
         "batch": 512,
+        "batch_gpu": 256,
         "precision": "bf16",
         "duration_mimg": 2.0,
         "tick_kimg": 100,
@@ -160,6 +161,7 @@ CIFAR32 = Study(
     base={
         "backbones": ("vgg16", "tf_efficientnet_lite0"),
         "backbone_weights": ("vgg16={assets}/vgg16-features-fp16.safetensors",),
+        "batch_gpu": 64,
         "tick_kimg": 10,
         "checkpoint_ticks": 1,
         "ema_halflife_mimg": 0.05,

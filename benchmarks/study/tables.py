@@ -24,6 +24,12 @@ _TITLES = {
     TEACHER: "teacher",
     UNTRAINED: "teacher's weights, one step, untrained",
 }
+_INTRODUCTION = """\
+Made by `python -m benchmarks.study {name} --table docs/study` from the runs of that study; [what it is](../study.md).
+FD: Frechet distance, KID: kernel distance, of {images:,} generated images to the held-out ones. Precision and recall by
+the first judge. CPU min: of one thread, for training to this point. Sets: of generated images with other seeds, over
+which the mean and the deviation are; every run is one training.
+"""
 
 
 def write(folders: Folders, out: Path) -> None:
@@ -32,11 +38,16 @@ def write(folders: Folders, out: Path) -> None:
     name = folders.study.name
     results = collect(folders)
     write_json(out / f"{name}.json", results)
-    with atomic_write(out / f"{name}.md") as temporary:
-        temporary.write_text(as_markdown(folders, results))
+    pictures = []
     if any(row["trained"] for row in results["rows"]):
         draw_curves(folders, results, out / f"{name}-curves.png")
-    write_sheet(folders, out / f"{name}-sheet.png")
+        pictures.append(("Distance against images and against minutes", f"{name}-curves.png"))
+    if write_sheet(folders, out / f"{name}-sheet.png"):
+        pictures.append(("Images from the same noise, teacher first", f"{name}-sheet.png"))
+    with atomic_write(out / f"{name}.md") as temporary:
+        temporary.write_text(
+            as_markdown(folders, results) + "".join(f"![{text}]({file})\n\n" for text, file in pictures)
+        )
 
 
 def collect(folders: Folders) -> dict[str, Any]:
@@ -95,7 +106,8 @@ def as_markdown(folders: Folders, results: dict[str, Any]) -> str:
     references = [row for row in results["rows"] if not row["trained"]]
     order = {FLOOR: 0, TEACHER: 1, UNTRAINED: 2}
     references.sort(key=lambda row: (order[row["what"]], _steps(row["sampler"])))
-    parts = [f"Reference figures, {results['title']}:", "", *_table(folders, references), ""]
+    parts = [f"# {results['title']}", "", _INTRODUCTION.format(name=folders.study.name, images=folders.study.images)]
+    parts += ["Reference figures:", "", *_table(folders, references), ""]
     for milestone in sorted({row["trained"] for row in results["rows"]} - {0}):
         rows = [row for row in results["rows"] if row["trained"] == milestone]
         rows.sort(key=lambda row: _headline(row)["mean"])
@@ -181,8 +193,8 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def write_sheet(folders: Folders, path: Path) -> None:
-    """Images of the same seeds by the teacher and each run's last snapshot, below each other."""
+def write_sheet(folders: Folders, path: Path) -> bool:
+    """Images of the same seeds by the teacher and each run's last snapshot. Whether there are any."""
     rows = []
     if Path(teacher_path(folders.teacher)).exists():
         steps = folders.study.teacher_steps[0]
@@ -194,6 +206,7 @@ def write_sheet(folders: Folders, path: Path) -> None:
             rows.append((_sheet_title(run, reached[-1]), _samples(str(folders.snapshot(run, reached[-1])), None)))
     if rows:
         save_panel(rows, path, cols=SHEET_IMAGES, zoom=3)
+    return bool(rows)
 
 
 def _sheet_title(run: Run, milestone: int) -> str:

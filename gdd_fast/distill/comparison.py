@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.config import TrainConfig, given
@@ -89,10 +90,12 @@ def write(
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
     reference_set = load_data(_evaluate_data(config))
     teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
-    untrained = as_generator(teacher).eval().requires_grad_(False)
+    untrained = as_generator(teacher, config.generator.sigma_init).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
     backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
+    for net in (teacher, untrained, distilled):
+        accelerate_foreign(net, config.run.backend)
     stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
     work = len(reference_set) + images * (2 if stored else 3)
     from tqdm import tqdm

@@ -13,12 +13,13 @@ from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import pick_device
 from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.interop import hub
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.files.load import as_generator, load_generator, network_digest
-from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
@@ -31,7 +32,7 @@ class Components:
     """The networks of a run and its data, on the CPU, and what runs of each fused operator, by its name."""
 
     dataset: ImageDataset
-    generator: GDDPrecond
+    generator: Preconditioned
     frozen: FreezeReport
     features: ProjectedFeatures
     heads: DiscriminatorHeads
@@ -62,7 +63,7 @@ def build(config: TrainConfig) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    generator = as_generator(teacher)
+    generator = as_generator(teacher, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
@@ -78,9 +79,10 @@ def build(config: TrainConfig) -> Components:
     return Components(dataset, generator, frozen, features, heads, operators, contents)
 
 
-def load_teacher(name: str) -> EDMPrecond:
-    """The pretrained network, float32, on the CPU."""
-    return load_generator(teacher_path(name))
+def load_teacher(name: str) -> Preconditioned:
+    """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub."""
+    path = teacher_path(name)
+    return load_generator(path if path.exists() else hub.locate(name))
 
 
 def build_features(config: TrainConfig, weights: dict[str, dict[str, Tensor]]) -> ProjectedFeatures:
@@ -119,7 +121,7 @@ def build_heads(
         )
 
 
-def _check_fit(generator: GDDPrecond, dataset: ImageDataset, config: TrainConfig) -> None:
+def _check_fit(generator: Preconditioned, dataset: ImageDataset, config: TrainConfig) -> None:
     """The teacher has to speak of the same kind of images as the data set."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
-from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.report import report_page
@@ -48,6 +49,7 @@ class Distillation:
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
         self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
         self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
@@ -212,6 +214,9 @@ class Distillation:
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
+
+    def exported(self, run_dir: Path) -> bool:
+        return holds_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

@@ -20,6 +20,7 @@ from gdd_fast.distill.components import OPERATORS
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
+from gdd_fast.models.files.load import holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -209,6 +210,9 @@ class Pretraining:
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
+
+    def exported(self, run_dir: Path) -> bool:
+        return holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

@@ -16,7 +16,8 @@ from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.loggers import check_loggers
-from gdd_fast.training.ranks import join, world_size
+from gdd_fast.training.ranks import is_main, join, world_size
+from gdd_fast.training.run_lock import only_process
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,16 @@ def distill(config: TrainConfig) -> Result:
     it after the iteration in progress, with the state saved.
 
     Raises:
-        GddFastError: bad input, before anything is written; or gradients that stopped being finite (`DivergedError`).
+        GddFastError: bad input, before anything is written; another process that trains there (`CheckpointError`); or
+            gradients that stopped being finite (`DivergedError`).
     """
+    config.validate()
+    check_writable(config.run_dir)
+    with only_process(config.run_dir, is_main()):
+        return _distill(config)
+
+
+def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
     run = config.run
     schedule = loop.Schedule.of(run.duration_mimg, run.tick_kimg, run.checkpoint_ticks, run.evaluate_at_start)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.engine.fold_unet2d import fold_unet2d
 from gdd_fast.engine.folded_layers import (
     Attention,
     Block,
@@ -42,6 +43,8 @@ from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.models.edm import layer_role
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.ops import attention, group_norm_silu, resample2d, residual
 from gdd_fast.ops.attention import check_triton
@@ -130,12 +133,12 @@ class _Constant(nn.Module):
         return self.value
 
 
-def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedUNet, Conditioning | None]:
+def fold(net: Preconditioned, target: Target, sigma: float = SIGMA) -> tuple[nn.Module, nn.Module | None]:
     """The network D(sigma z; sigma) as a function of z and, with classes, of the rows that `Conditioning` gives.
 
     Args:
-        net: EDMPrecond or GDDPrecond, on any device; read, not changed. Its augmentation layer is left out, as no
-            generated image is augmented, and so is dropout.
+        net: EDMPrecond, GDDPrecond or UNet2DPrecond, on any device; read, not changed. Its augmentation layer is left
+            out, as no generated image is augmented, and so is dropout.
         target: where and how the result runs; `make_target` makes it.
         sigma: the noise level, > 0.
 
@@ -145,6 +148,8 @@ def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedU
     if not sigma > 0 or math.isinf(sigma):
         raise ConfigError(f"sigma must be a positive number, not {sigma}")
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(net, UNet2DPrecond):
+            return fold_unet2d(net, target, sigma)
         return _Folder(net, sigma, target).fold()
 
 

@@ -23,7 +23,7 @@ from gdd_fast.errors import WeightsError
 from gdd_fast.files import atomic_write
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.files.save import save_network
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -52,11 +52,11 @@ net = hub.from_pretrained("{title}")
 class HasNetwork(Protocol):
     """A OneStepGenerator, or anything else that keeps the network it was made from."""
 
-    network: EDMPrecond
+    network: Preconditioned
 
 
 def save_pretrained(
-    net: EDMPrecond | HasNetwork,
+    net: Preconditioned | HasNetwork,
     save_directory: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -88,7 +88,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    net: EDMPrecond | HasNetwork,
+    net: Preconditioned | HasNetwork,
     repo_id: str,
     *,
     dtype: torch.dtype = torch.float32,
@@ -127,7 +127,7 @@ def from_pretrained(
     local_files_only: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-) -> EDMPrecond:
+) -> Preconditioned:
     """A network as `load_generator` returns it, from a repository of the Hub or from anything `load_generator` takes.
 
     Args:
@@ -193,11 +193,11 @@ def download(repo_id: str, **options: Any) -> Path:
     return folder
 
 
-def _network(net: EDMPrecond | HasNetwork) -> EDMPrecond:
+def _network(net: Preconditioned | HasNetwork) -> Preconditioned:
     return net if isinstance(net, nn.Module) else getattr(net, "network", net)
 
 
-def _card(network: EDMPrecond, title: str) -> str:
+def _card(network: Preconditioned, title: str) -> str:
     classes = f" in {network.label_dim} classes" if network.label_dim else ""
     return CARD.format(title=title, channels=network.img_channels, size=network.img_resolution, classes=classes)
 

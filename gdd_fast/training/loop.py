@@ -47,6 +47,9 @@ class Task(Protocol):
     def export(self, run_dir: Path) -> None:
         """Write the network that the run is for; main rank only."""
 
+    def exported(self, run_dir: Path) -> bool:
+        """Whether what `export` would write is there; main rank only."""
+
     def close(self) -> None:
         """End the processes that belong to the task."""
 
@@ -89,10 +92,11 @@ def run(
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
-    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched. One that
-    diverges leaves its state beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these
-    changes are printed, and written to metrics.jsonl. `defaults` stand for the settings that a checkpoint of an earlier
-    version lacks. `log`: see `training.loggers`.
+    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched, but for an
+    export that is not of its checkpoint, which is made again: the process was killed between the two, or somebody has
+    removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with other
+    `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the settings
+    that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
@@ -100,6 +104,8 @@ def run(
     """
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
+    if images and world.is_main and not task.exported(run_dir):
+        task.export(run_dir)
     if images >= schedule.total:
         task.close()
         return Outcome(images, 0)

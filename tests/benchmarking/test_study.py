@@ -125,6 +125,7 @@ def test_trained_judged_and_tabled_and_goes_on(tmp_path, tiny_study, capsys):
     assert "After 16 images" in (tmp_path / "tables/tiny.md").read_text()
     for picture in ("curves", "sheet"):
         assert (tmp_path / f"tables/tiny-{picture}.png").stat().st_size > 1000
+        assert f"(tiny-{picture}.png)" in (tmp_path / "tables/tiny.md").read_text()
 
 
 def test_a_run_that_fails_is_passed_over(tmp_path, monkeypatch):

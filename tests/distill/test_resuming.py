@@ -109,6 +109,34 @@ def test_a_report_is_of_one_teacher_and_one_set_of_images(inputs, run, tmp_path,
     assert len(measured) == 2
 
 
+def delete(generator):
+    shutil.rmtree(generator)
+
+
+def replace_by_another(generator):
+    net = load_generator(generator)
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] += 1e-6
+    save_network(net, generator)
+
+
+def cut_short(generator):
+    file = generator / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [delete, replace_by_another, cut_short], ids=lambda f: f.__name__)
+def test_the_generator_of_a_finished_run_is_that_of_its_checkpoint(inputs, run, capsys, damage):
+    """Whatever happened to it: killed between checkpoint and export, half copied, deleted."""
+    generator = run / RUN_GENERATOR
+    before = (generator / "model.safetensors").read_bytes()
+    damage(generator)
+    main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
+    assert f"One-step generator in {generator}" in capsys.readouterr().out
+    assert (generator / "model.safetensors").read_bytes() == before
+    load_generator(run)
+
+
 def test_digests_are_of_contents(tmp_path):
     net = tiny_network()
     same = network_digest(net)

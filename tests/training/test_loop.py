@@ -49,6 +49,10 @@ class Counting:
 
     def export(self, run_dir):
         self.exports += 1
+        (run_dir / "sum.txt").write_text(str(float(self.sum)))
+
+    def exported(self, run_dir):
+        return (run_dir / "sum.txt").exists() and (run_dir / "sum.txt").read_text() == str(float(self.sum))
 
     def close(self):
         self.closed += 1
@@ -89,6 +93,22 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert again.sum == 450 and again.closed == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
+
+
+@pytest.mark.parametrize("checkpoint_before", [0, 50])
+def test_an_export_that_is_not_of_the_checkpoint_is_made_again(tmp_path, checkpoint_before):
+    """The process is killed between the last checkpoint and its export; then somebody deletes the export."""
+    if checkpoint_before:
+        run(Counting(), tmp_path, CONFIG, Schedule(checkpoint_before, 50, 50), ALONE)
+    killed = Counting()
+    killed.export = lambda run_dir: (_ for _ in ()).throw(SystemExit(137))
+    with pytest.raises(SystemExit):
+        run(killed, tmp_path, CONFIG, Schedule(100, 50, 1000), ALONE)
+    assert checkpoint.load_values(tmp_path / CHECKPOINT)["images"] == 100
+    for _ in range(2):
+        assert run(Counting(), tmp_path, CONFIG, Schedule(100, 50, 50), ALONE) == Outcome(100, 0)
+        assert (tmp_path / "sum.txt").read_text() == "450.0"
+        (tmp_path / "sum.txt").unlink()
 
 
 def test_other_settings_do_not_resume_and_touch_nothing(tmp_path):
