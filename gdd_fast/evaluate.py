@@ -42,10 +42,11 @@ from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.seeds import check_class, parse_seeds
+from gdd_fast.settings import Settings
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What `evaluate` measures."""
 
     net: str | None = None
@@ -145,7 +146,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
+class ReferenceConfig(Settings):
     """What `evaluate ref` keeps of a data set."""
 
     data: str

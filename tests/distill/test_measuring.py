@@ -1,6 +1,10 @@
 """Metrics during a run: when, of what, on how many ranks, the best generators, and what is refused before it starts."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from gdd_fast.metrics.measure import Measurement, parse_metrics
 from gdd_fast.training import loggers
 from gdd_fast.training.ranks import World
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "duration_mimg": 16e-6,
     "evaluate_images": 7,
@@ -147,13 +152,21 @@ def test_a_judge_that_the_discriminator_looks_through_is_named(measured):
     assert "lite0-64" in line
 
 
+WANDB = """
+import pathlib, sys
+from gdd_fast.training.loggers import open_loggers
+(logger,) = open_loggers(("wandb",), pathlib.Path(sys.argv[1]), 0, {"batch": 4}, print)
+logger.add({"fid": 3.5}, 4)
+logger.close()
+"""
+
+
 @pytest.mark.slow
-def test_weights_and_biases_offline(measured, tmp_path, monkeypatch):
+def test_weights_and_biases_offline(tmp_path):
+    """In a process of its own, as its service writes the last records while that ends."""
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    (logger,) = loggers.open_loggers(("wandb",), tmp_path, 0, {"batch": 4}, print)
-    logger.add({"fid": 3.5}, 4)
-    logger.close()
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", WANDB, str(tmp_path)], env=environment, check=True, capture_output=True)
     run = (tmp_path / loggers.WANDB_ID).read_text().strip()
     (written,) = tmp_path.glob(f"wandb/offline-run-*/run-{run}.wandb")
     assert b"fid" in written.read_bytes()
