@@ -114,15 +114,14 @@ def _kinds(net: nn.Module) -> dict[nn.Parameter, str]:
             for child, layer in block.named_children():
                 kind = "norm" if child.startswith("norm") else child
                 kinds.update(dict.fromkeys(layer.parameters(), kind))
-    known = {library_class(*place): children for place, children in _DIFFUSERS.items()}
-    known.pop(None, None)
+    known = {cls: children for place, children in _DIFFUSERS.items() if (cls := library_class(*place)) is not None}
     for module in net.modules():
         for cls, children in known.items():
             if isinstance(module, cls):
                 for child, kind in children.items():
-                    layer = getattr(module, child, None)
-                    if layer is not None:
-                        kinds.update(dict.fromkeys(layer.parameters(), kind))
+                    named: nn.Module | None = getattr(module, child, None)
+                    if named is not None:
+                        kinds.update(dict.fromkeys(named.parameters(), kind))
     return kinds
 
 

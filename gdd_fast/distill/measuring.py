@@ -19,7 +19,7 @@ from gdd_fast.metrics.measure import Measurement, is_better, label, parse_metric
 from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.sampling.generate import SamplerConfig
 from gdd_fast.training.ranks import World
 
@@ -31,7 +31,9 @@ _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 
 
-def build_measurement(config: TrainConfig, generator: EDMPrecond, device: torch.device | str = "cpu") -> Measurement:
+def build_measurement(
+    config: TrainConfig, generator: Preconditioned, device: torch.device | str = "cpu"
+) -> Measurement:
     """What `--evaluate-metrics` asks for, with its weights read and its references compared with the generator.
 
     Raises `ConfigError`, `DataError` or `WeightsError` for what would keep it from measuring.
@@ -90,7 +92,7 @@ class Evaluation:
         return images >= self.config.total_images or images // self.tick_images % run.evaluate_ticks == 0
 
     @full_float32()
-    def __call__(self, net: EDMPrecond, images: int) -> dict[str, float]:
+    def __call__(self, net: Preconditioned, images: int) -> dict[str, float]:
         """The values of `net` after `images` images, and before the first iteration the teacher's. On every rank."""
         values = self._measure(net, _ONE_STEP)
         if images == 0:
@@ -100,7 +102,7 @@ class Evaluation:
             self._keep_best(net, images, values)
         return values
 
-    def _measure(self, net: EDMPrecond, sampler: SamplerConfig) -> dict[str, float]:
+    def _measure(self, net: Preconditioned, sampler: SamplerConfig) -> dict[str, float]:
         world, measurement = self.world, self.measurement
         if self._real is None:
             self._real = self._real_images(net)
@@ -111,7 +113,7 @@ class Evaluation:
         self._together(found)
         return measurement.values(found, self._real) if world.is_main else {}
 
-    def _real_images(self, net: EDMPrecond) -> list[Population]:
+    def _real_images(self, net: Preconditioned) -> list[Population]:
         run, measurement = self.config.run, self.measurement
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         known = measurement.references(run.evaluate_ref, shape, complete=True)
@@ -128,7 +130,7 @@ class Evaluation:
             for population in populations:
                 population.all_gather()
 
-    def _keep_best(self, net: EDMPrecond, images: int, values: dict[str, float]) -> None:
+    def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
         """Write `net` under the name of each value that is the best so far. After a crash lost work may be among it."""
         folder = self.config.run_dir / BEST
         best = read_best(self.config.run_dir)

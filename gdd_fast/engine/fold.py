@@ -151,7 +151,7 @@ def fold(net: Preconditioned, target: Target, sigma: float = SIGMA) -> tuple[nn.
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(net, UNet2DPrecond):
             return fold_unet2d(net, target, sigma)
-        return _Folder(net, sigma, target).fold()
+        return _Folder(net, sigma, target).fold()  # type: ignore[arg-type]
 
 
 def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False) -> Target:

@@ -64,7 +64,7 @@ class OneStepFunction(nn.Module):
         super().__init__()
         self.folded = generator.folded
         if generator.conditioning is not None:
-            self.table = nn.Buffer(generator.conditioning.table)
+            self.table = nn.Buffer(generator.conditioning.table)  # type: ignore[arg-type]
 
     def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
         """As the module's docstring; `classes` only of a network that has them."""

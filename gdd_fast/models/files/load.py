@@ -92,6 +92,7 @@ def load_generator(
     Raises WeightsError if there is no network at `path`, or it is broken.
     """
     path = Path(path)
+    net: Preconditioned
     if path.is_dir() and diffusers_folder.is_pipeline(path):
         init, state = diffusers_folder.read(path)
         net = _build(UNet2DPrecond, init, state, str(path))

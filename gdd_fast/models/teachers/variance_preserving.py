@@ -56,7 +56,7 @@ class VariancePreserving(Parametrisation):
             "rescale_betas_zero_snr": rescale_betas_zero_snr,
         }
         with torch.device("cpu"):
-            alphas = DDPMScheduler(**self._options).alphas_cumprod.double()
+            alphas = DDPMScheduler(**self._options).alphas_cumprod.double()  # type: ignore[attr-defined]
             sigmas = ((1 - alphas) / alphas).sqrt()
             if sigmas[-1].isinf():
                 sigmas[-1] = max(NO_SIGNAL, 2 * float(sigmas[-2]))
