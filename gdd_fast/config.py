@@ -5,7 +5,7 @@ Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from gdd_fast.settings import Settings
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
 
+LOGGERS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
@@ -126,6 +127,19 @@ class RunConfig(Settings):
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
     """The images those are compared with, best ones not trained on; default: the training data."""
+    evaluate_ticks: int = 0
+    """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
+    evaluate_metrics: str = "fd@lite0"
+    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; of each value the best generator is kept."""
+    evaluate_at_start: bool = False
+    """Measure teacher and untrained generator before the first iteration."""
+    evaluate_ref: tuple[str, ...] = ()
+    """Statistics of real images for `evaluate_metrics`, as `gdd_fast.evaluate --ref` takes them."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
+    log: str = "auto"
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard
+    where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,15 @@ class TrainConfig:
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
         require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
+        require(run.evaluate_ticks >= 0, f"--evaluate-ticks must be at least 0, not {run.evaluate_ticks}")
+        measured = bool(run.evaluate_ticks) or run.evaluate_at_start
+        require(
+            not measured or run.evaluate_images > 0,
+            "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
+        )
+        require(measured or not (run.evaluate_ref or run.feature_weights), "--evaluate-ref: nothing is measured")
+        loggers(run.log)
+        self.feature_weight_paths()
         require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
         require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
@@ -204,6 +227,10 @@ class TrainConfig:
         )
         self.backbone_weight_paths()
 
+    def feature_weight_paths(self) -> dict[str, Path]:
+        """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+        return named_paths("--feature-weights", self.run.feature_weights)
+
     def backbone_weight_paths(self) -> dict[str, Path]:
         """`--backbone-weights name=path ...` as a mapping; raises `ConfigError` for a malformed or unused entry."""
         paths, names = {}, self.discriminator.backbones
@@ -213,6 +240,23 @@ class TrainConfig:
             require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
             paths[name] = Path(path)
         return paths
+
+
+def named_paths(flag: str, entries: Sequence[str]) -> dict[str, Path]:
+    """`--flag name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+    for entry in entries:
+        require(all(entry.partition("=")[::2]), f"{flag} takes name=path, not {entry!r}")
+    return {name: Path(path) for name, _, path in (entry.partition("=") for entry in entries)}
+
+
+def loggers(log: str) -> tuple[str, ...]:
+    """The names in `--log`, none for "none"; raises `ConfigError` for another name."""
+    names = tuple(name.strip() for name in log.split(","))
+    if names in (("auto",), ("none",)):
+        return () if names == ("none",) else names
+    for name in names:
+        require(name in LOGGERS, f"--log is auto, none, or some of {', '.join(LOGGERS)}, not {name!r}")
+    return names
 
 
 def check_seed(seed: int) -> None:
@@ -296,6 +340,7 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
 RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
+    | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
     | {"data", "teacher"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.

@@ -15,7 +15,8 @@ from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.files import check_writable
 from gdd_fast.training import loop
-from gdd_fast.training.ranks import join
+from gdd_fast.training.ranks import is_main, join
+from gdd_fast.training.run_lock import only_process
 
 
 @command
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.validate()
     check_writable(config.run_dir)
     schedule = loop.Schedule.of(config.duration_mimg, config.tick_kimg, config.checkpoint_ticks)
-    with join(config.device) as world, gpu_arithmetic(config.precision):
+    with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(
             Pretraining(config, world), config.run_dir, to_dict(config), schedule, world, default_settings(config)
         )

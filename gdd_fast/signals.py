@@ -14,6 +14,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_SECONDS = 1.0
 
 
+def _say(message: bytes) -> None:
+    """On stderr. Not by print, which the signal may have interrupted; whoever read it may have died of the same one."""
+    with contextlib.suppress(OSError):
+        os.write(2, message)
+
+
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
     """Neither signal reaches this thread before the block's end."""
@@ -81,8 +87,8 @@ class StopRequest(_Handlers):
 
     def _on_first(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        if self._announce:  # not print: the signal may have interrupted one
-            os.write(2, b"\nStopping after this iteration; Ctrl-C again stops at once, without saving.\n")
+        if self._announce:
+            _say(b"\nStopping after this iteration; Ctrl-C again stops at once, without saving.\n")
 
     def _on_later(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -133,5 +139,5 @@ class Interruptible(_Handlers):
             before(number, frame)
             self._first = None  # it did not want an end
         else:
-            os.write(2, b"\nterminated\n")  # not print: the signal may have interrupted one
+            _say(b"\nterminated\n")
             raise SystemExit(128 + number)

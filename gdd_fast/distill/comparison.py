@@ -62,7 +62,7 @@ def begin(config: TrainConfig, task: Distillation) -> None:
     set_backend(teacher, config.run.backend)
     images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
     save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
-    task.tick(0)
+    task.save_sheet(0)
     with atomic_write(config.run_dir / UNET) as temporary:
         temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
 

@@ -16,7 +16,8 @@ from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
-from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.distill.measuring import Evaluation
+from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.report import report_page
@@ -39,9 +40,12 @@ class Distillation:
 
     remedy = "a lower --g-lr and --d-lr, or with --g-precision fp32 --d-precision fp32,"
 
-    def __init__(self, config: TrainConfig, parts: Components, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, parts: Components, world: World, evaluation: Evaluation | None = None
+    ) -> None:
         run, device = config.run, world.device
         self.config, self.world, self.batch = config, world, run.batch
+        self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         # channels_last is what tensor cores and oneDNN read without a layout copy
         self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -158,13 +162,21 @@ class Distillation:
         return zip(images.split(size), chunks(labels, size, total), strict=True)
 
     def tick(self, images: int) -> dict[str, float]:
-        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it, and the counts of skipped steps."""
+        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
+        if self.world.is_main:
+            self.save_sheet(images)
+        skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+        if self.evaluation is None or not self.evaluation.is_due(images):
+            return skipped
+        return {**skipped, **self.evaluation(self.ema.net, images)}  # type: ignore[arg-type]
+
+    def save_sheet(self, images: int) -> None:
+        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen."""
+        path = self.config.run_dir / "samples" / f"{images:09d}.png"
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
             samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
-        pixels = to_uint8(samples, self.operators["to_uint8"])
-        save_grid(pixels, self.config.run_dir / "samples" / f"{images:09d}.png")
-        return {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+        save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
 
     def _guards(self) -> dict[str, StepGuard]:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
@@ -202,6 +214,9 @@ class Distillation:
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
+
+    def exported(self, run_dir: Path) -> bool:
+        return holds_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

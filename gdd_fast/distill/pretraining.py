@@ -20,6 +20,7 @@ from gdd_fast.distill.components import OPERATORS
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
+from gdd_fast.models.files.load import holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -177,12 +178,15 @@ class Pretraining:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
-        net = self.ema.net
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            samples = heun(net, z, labels)
-        save_grid(to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png")
+        if self.world.is_main:
+            net = self.ema.net
+            shape = (net.img_channels, net.img_resolution, net.img_resolution)
+            z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
+            with torch.no_grad():
+                samples = heun(net, z, labels)
+            save_grid(
+                to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png"
+            )
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -206,6 +210,9 @@ class Pretraining:
     def export(self, run_dir: Path) -> None:
         save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
         report_page.refresh(run_dir)
+
+    def exported(self, run_dir: Path) -> bool:
+        return holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

@@ -1,19 +1,23 @@
 """A whole distillation run, from its configuration to its report: what `python -m gdd_fast.train` calls."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.config import TrainConfig, default_settings, to_dict
+from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
 from gdd_fast.files import check_writable
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
-from gdd_fast.training.ranks import join, world_size
+from gdd_fast.training.loggers import check_loggers
+from gdd_fast.training.ranks import is_main, join, world_size
+from gdd_fast.training.run_lock import only_process
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,17 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
+    if measures(config):
+        build_measurement(config, built.generator)
+    check_loggers(loggers(config.run.log))
     defaults = default_settings(config)
     loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
+
+
+def measures(config: TrainConfig) -> bool:
+    """Whether the run measures its generator before the end."""
+    return bool(config.run.evaluate_ticks or config.run.evaluate_at_start)
 
 
 def distill(config: TrainConfig) -> Result:
@@ -58,16 +70,33 @@ def distill(config: TrainConfig) -> Result:
     it after the iteration in progress, with the state saved.
 
     Raises:
-        GddFastError: bad input, before anything is written; or gradients that stopped being finite (`DivergedError`).
+        GddFastError: bad input, before anything is written; another process that trains there (`CheckpointError`); or
+            gradients that stopped being finite (`DivergedError`).
     """
+    config.validate()
+    check_writable(config.run_dir)
+    with only_process(config.run_dir, is_main()):
+        return _distill(config)
+
+
+def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
-    schedule = loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
+    run = config.run
+    schedule = loop.Schedule.of(run.duration_mimg, run.tick_kimg, run.checkpoint_ticks, run.evaluate_at_start)
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
-        task = Distillation(config, built, world)
+        evaluation = None
+        if measures(config):
+            measurement = build_measurement(config, built.generator, world.device)
+            evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
+            if world.is_main:
+                for line in shared_judges(config, measurement):
+                    print(line, file=sys.stderr)
+        task = Distillation(config, built, world, evaluation)
         if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
             comparison.begin(config, task)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, default_settings(config))
+        defaults, log = default_settings(config), loggers(run.log)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, defaults, log)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.signal:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)

@@ -39,7 +39,7 @@ tags:
 # {title}
 
 An image generator of {channels} x {size} x {size} pixels{classes}, stored by
-[gdd_fast](https://pypi.org/project/gdd_fast/): the arguments in config.json, the weights in model.safetensors.
+gdd_fast: the arguments in config.json, the weights in model.safetensors.
 
 ```python
 from gdd_fast.interop import hub

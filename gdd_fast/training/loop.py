@@ -1,7 +1,7 @@
 """The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +38,7 @@ class Task(Protocol):
 
     def iteration(self, images: int) -> None: ...
     def tick(self, images: int) -> dict[str, float]:
-        """Extra metrics and files of a tick; main rank only."""
+        """Extra metrics and files of a tick. Called on every rank; what the main one returns is written."""
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Sections of tensors and JSON values to save. Called on every rank."""
@@ -46,6 +46,9 @@ class Task(Protocol):
     def restore(self, saved: Checkpoint) -> None: ...
     def export(self, run_dir: Path) -> None:
         """Write the network that the run is for; main rank only."""
+
+    def exported(self, run_dir: Path) -> bool:
+        """Whether what `export` would write is there; main rank only."""
 
     def close(self) -> None:
         """End the processes that belong to the task."""
@@ -58,11 +61,13 @@ class Schedule:
     total: int
     tick: int
     checkpoint: int
+    at_start: bool = False
+    """Whether a tick comes before the first iteration."""
 
     @classmethod
-    def of(cls, duration_mimg: float, tick_kimg: float, checkpoint_ticks: int) -> "Schedule":
+    def of(cls, duration_mimg: float, tick_kimg: float, checkpoint_ticks: int, at_start: bool = False) -> "Schedule":
         tick = max(1, round(tick_kimg * 1e3))
-        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks)
+        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks, at_start)
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,16 @@ def run(
     schedule: Schedule,
     world: World,
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    log: Sequence[str] = ("auto",),
 ) -> Outcome:
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
-    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched. One that
-    diverges leaves its state beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these
-    changes are printed, and written to metrics.jsonl. `defaults` stand for the settings that a checkpoint of an earlier
-    version lacks.
+    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched, but for an
+    export that is not of its checkpoint, which is made again: the process was killed between the two, or somebody has
+    removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with other
+    `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the settings
+    that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
@@ -97,6 +104,8 @@ def run(
     """
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
+    if images and world.is_main and not task.exported(run_dir):
+        task.export(run_dir)
     if images >= schedule.total:
         task.close()
         return Outcome(images, 0)
@@ -106,7 +115,7 @@ def run(
             remove_leftovers(run_dir / name)
         with atomic_write(run_dir / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
-    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main)
+    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main, log=log, config=config)
     if images:
         output.say(f"Resuming {run_dir} at {images:,} of {schedule.total:,} images.")
     if changes:
@@ -123,12 +132,13 @@ def run(
 
     def tick() -> None:
         means = task.averages.take()
-        if world.is_main:
-            output.metrics(images, {**means, **task.tick(images)})
+        output.metrics(images, {**means, **task.tick(images)})
 
     stopped_by, saved_at = 0, images
     try:
         with StopRequest(announce=world.is_main) as stop:
+            if schedule.at_start and not images:
+                tick()
             while images < schedule.total and not stopped_by:
                 try:
                     task.iteration(images)

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM, held back for a block; what a run asks of them is in test_loop.py."""
 
+import os
 import signal
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from gdd_fast import signals
-from gdd_fast.signals import SIGNALS, Interruptible
+from gdd_fast.signals import SIGNALS, Interruptible, StopRequest
 
 BOTH = pytest.mark.parametrize("number", SIGNALS)
 
@@ -128,3 +129,22 @@ def test_other_threads():
     thread.start()
     thread.join()
     assert seen == ["elsewhere"]
+
+
+@BOTH
+def test_a_reader_of_stderr_that_died_of_the_same_signal(number):
+    """As in `2>&1 | tee log`: the words are lost, and the work is put in order all the same."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    kept = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+        with ends(number), Interruptible():
+            signal.raise_signal(number)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writing)
+    assert stop.signal == number

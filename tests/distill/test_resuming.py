@@ -15,13 +15,13 @@ from gdd_fast.distill import comparison
 from gdd_fast.models.files.load import RUN_GENERATOR, load_generator, network_digest
 from gdd_fast.models.files.save import save_network
 from gdd_fast.train import main
-from gdd_fast.training import checkpoint, loop, output
+from gdd_fast.training import checkpoint, loggers, loop
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """No TensorBoard, whose import takes seconds, and no distance between 1,280 features."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     monkeypatch.setattr(comparison, "FEATURES", ("pixels",))
 
 
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "find_spec", lambda name: None)
+        patch.setattr(loggers, "find_spec", lambda name: None)
         patch.setattr(comparison, "PANEL_IMAGES", 4)
         patch.setattr(comparison, "FEATURES", ("pixels",))
         main(tiny_flags(folder, duration_mimg=8e-6, evaluate_images=4))
@@ -107,6 +107,34 @@ def test_a_report_is_of_one_teacher_and_one_set_of_images(inputs, run, tmp_path,
     report_file.write_text(json.dumps(told))
     main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
     assert len(measured) == 2
+
+
+def delete(generator):
+    shutil.rmtree(generator)
+
+
+def replace_by_another(generator):
+    net = load_generator(generator)
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] += 1e-6
+    save_network(net, generator)
+
+
+def cut_short(generator):
+    file = generator / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [delete, replace_by_another, cut_short], ids=lambda f: f.__name__)
+def test_the_generator_of_a_finished_run_is_that_of_its_checkpoint(inputs, run, capsys, damage):
+    """Whatever happened to it: killed between checkpoint and export, half copied, deleted."""
+    generator = run / RUN_GENERATOR
+    before = (generator / "model.safetensors").read_bytes()
+    damage(generator)
+    main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
+    assert f"One-step generator in {generator}" in capsys.readouterr().out
+    assert (generator / "model.safetensors").read_bytes() == before
+    load_generator(run)
 
 
 def test_digests_are_of_contents(tmp_path):

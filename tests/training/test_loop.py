@@ -12,7 +12,7 @@ from tiny_run import ALONE
 
 from gdd_fast import signals
 from gdd_fast.errors import CheckpointError, DivergedError
-from gdd_fast.training import checkpoint, output
+from gdd_fast.training import checkpoint, loggers
 from gdd_fast.training.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
 from gdd_fast.training.output import Averages
 
@@ -49,6 +49,10 @@ class Counting:
 
     def export(self, run_dir):
         self.exports += 1
+        (run_dir / "sum.txt").write_text(str(float(self.sum)))
+
+    def exported(self, run_dir):
+        return (run_dir / "sum.txt").exists() and (run_dir / "sum.txt").read_text() == str(float(self.sum))
 
     def close(self):
         self.closed += 1
@@ -57,7 +61,7 @@ class Counting:
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
     """Its import takes seconds; one test asks for it."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
 
 
 def lines(folder):
@@ -89,6 +93,22 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert again.sum == 450 and again.closed == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
+
+
+@pytest.mark.parametrize("checkpoint_before", [0, 50])
+def test_an_export_that_is_not_of_the_checkpoint_is_made_again(tmp_path, checkpoint_before):
+    """The process is killed between the last checkpoint and its export; then somebody deletes the export."""
+    if checkpoint_before:
+        run(Counting(), tmp_path, CONFIG, Schedule(checkpoint_before, 50, 50), ALONE)
+    killed = Counting()
+    killed.export = lambda run_dir: (_ for _ in ()).throw(SystemExit(137))
+    with pytest.raises(SystemExit):
+        run(killed, tmp_path, CONFIG, Schedule(100, 50, 1000), ALONE)
+    assert checkpoint.load_values(tmp_path / CHECKPOINT)["images"] == 100
+    for _ in range(2):
+        assert run(Counting(), tmp_path, CONFIG, Schedule(100, 50, 50), ALONE) == Outcome(100, 0)
+        assert (tmp_path / "sum.txt").read_text() == "450.0"
+        (tmp_path / "sum.txt").unlink()
 
 
 def test_other_settings_do_not_resume_and_touch_nothing(tmp_path):
@@ -213,7 +233,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
 
 
 def test_a_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     assert len(lines(tmp_path)) == 1
@@ -225,7 +245,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
     run(Counting(), tmp_path, CONFIG, Schedule(40, 20, 20), ALONE)
     events = EventAccumulator(str(tmp_path))
     events.Reload()

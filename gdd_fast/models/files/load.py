@@ -150,6 +150,15 @@ def network_digest(net: Preconditioned) -> str:
     return digest.hexdigest()
 
 
+def holds_network(net: Preconditioned, folder: str | Path) -> bool:
+    """Whether `folder` holds this very network, to the last bit, as `save_network` writes it in float32."""
+    try:
+        saved = load_network(folder)
+    except WeightsError:
+        return False
+    return type(saved) is type(net) and network_digest(saved) == network_digest(net)
+
+
 def as_generator(teacher: Preconditioned, sigma_init: float | None = None) -> Preconditioned:
     """A one-step generator that starts from `teacher`: copies of its weights, without augmentation layer and dropout.
 
