@@ -168,7 +168,7 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
 
 
 def locate_teacher(name: str) -> Path:
-    """As `locate`, and for a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
+    """As `locate`; of a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
 
     Raises WeightsError for a string that is neither.
     """
