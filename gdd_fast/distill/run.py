@@ -26,7 +26,9 @@ class Result:
     new_images: int
     """Those of them seen by this call; 0 if the run was finished before."""
     signal: int
-    """The signal that stopped it, and 0 if it is finished."""
+    """The signal that stopped it, and 0 if none did."""
+    exit_status: int
+    """What the command ends with: 0 for a finished run, see `loop.Outcome`."""
     is_main: bool
     """Whether this process is the one of its run that writes and prints."""
     generator: Path
@@ -70,7 +72,10 @@ def distill(config: TrainConfig) -> Result:
 
 def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
-    schedule = loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
+    run = config.run
+    schedule = loop.Schedule.of(
+        run.duration_mimg, run.tick_kimg, run.checkpoint_ticks, run.keep_checkpoints, run.max_hours
+    )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         task = Distillation(config, built, world)
@@ -78,10 +83,12 @@ def _distill(config: TrainConfig) -> Result:
             comparison.begin(config, task)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, default_settings(config))
     distances = None
-    if config.run.evaluate_images and world.is_main and not outcome.signal:
+    if config.run.evaluate_images and world.is_main and not outcome.exit_status:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
         if distances is None:
             distances = comparison.write(config, built.contents, world.device, outcome.images)
             report_page.refresh(config.run_dir)  # with what has just been measured
     generator = config.run_dir / RUN_GENERATOR
-    return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)
+    return Result(
+        outcome.images, outcome.new_images, outcome.signal, outcome.exit_status, world.is_main, generator, distances
+    )
