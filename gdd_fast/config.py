@@ -131,7 +131,8 @@ class RunConfig(Settings):
     named one runs the operators that have it, and their definitions for the others."""
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
-    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, else `eager`."""
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `eager` until a GPU has
+    run `graph`, which is checked on a CPU so far (gdd_fast.training.rehearsal)."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
