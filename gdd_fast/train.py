@@ -7,8 +7,9 @@
 
 --preset names the recipe whose settings are the defaults below; flags override them. Running the same command again
 resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
-progress; the exit status is then 128 + the signal's number (130, 143), 75 when --max-hours are over, 2 for bad input, 0 for a finished run. After a
-process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
+progress; the exit status is then 128 + the signal's number (130, 143), 75 when --max-hours are over, 2 for bad input,
+0 for a finished run. After a process that failed, torchrun prints a traceback of its own and exits with 1: the line
+that begins "error:" says why.
 """
 
 import sys
