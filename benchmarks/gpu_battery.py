@@ -191,7 +191,7 @@ def supervise_together(part: str, options: Options, say: Callable[[str], None], 
         with ThreadPoolExecutor(processes) as pool:
             list(pool.map(lambda one: supervise(part, one, say), own))
     for one in own:
-        merge(base, Results.load(Path(one.out)))
+        take_findings(base, Results.load(Path(one.out)))
     base.save(path)
     for one in own:
         Path(one.out).unlink()
@@ -201,7 +201,7 @@ def _part_file(path: Path, part: str, number: int | str) -> Path:
     return path.with_name(f".{path.stem}.{part}.{number}.json")
 
 
-def merge(into: Results, found: Results) -> None:
+def take_findings(into: Results, found: Results) -> None:
     """Rows of `found`, and its notes on what was checked, cut off and died; a case still running was cut off."""
     into.add(found.rows)
     checked, own = _checked(into), _checked(found)
@@ -220,7 +220,7 @@ def merge(into: Results, found: Results) -> None:
         into.notes.setdefault("died", []).extend(found.notes["died"])
 
 
-def merge_left_over(results: Results, path: Path, fresh: Iterable[str]) -> list[Path]:
+def take_left_over(results: Results, path: Path, fresh: Iterable[str]) -> list[Path]:
     """Take up what processes of an earlier run wrote that was ended before it could; the files, to be removed.
 
     What parts that are `fresh` left is dropped, and what is of another device.
@@ -229,7 +229,7 @@ def merge_left_over(results: Results, path: Path, fresh: Iterable[str]) -> list[
     for part, file in files:
         found = Results.load(file)
         if part not in fresh and found.machine["device"] == results.machine["device"]:
-            merge(results, found)
+            take_findings(results, found)
     return [file for _, file in files]
 
 
@@ -294,7 +294,7 @@ def begin(
     stale += [note for note, part in (("correctness", "correctness"), ("tuning", "tune")) if part in fresh]
     for key in stale:
         results.notes.pop(key, None)
-    left_over = merge_left_over(results, path, fresh)
+    left_over = take_left_over(results, path, fresh)
     cut_off, died = results.notes.get("cut_off", {}), results.notes.get("died", [])
     results.notes["cut_off"] = {part: cases for part, cases in cut_off.items() if part not in fresh}
     results.notes["died"] = [one for one in died if one[0] not in fresh]

@@ -5,7 +5,7 @@ Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +17,15 @@ from gdd_fast.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
+StepEngine = Literal["auto", "eager", "graph"]
+Nonfinite = Literal["skip", "replace"]
 
+LOGGERS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+AUTO = "auto"  # what a configuration without preset says: see recipe_for
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
-    """Pretrained network: EDM .pkl or converted folder; `demo` is the bundled teacher."""
+    """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
+    repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
+    sigma_init: float | None = None
+    """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
     freeze: int = 1
     """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
     g_lr: float = 1e-4
@@ -70,14 +77,21 @@ class DiscriminatorConfig(Settings):
     """Images are resized to this many pixels before the backbones."""
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
-    class_embedding: Literal["imagenet", "learned"] = "imagenet"
+    class_embedding: Literal["imagenet", "learned", "per-head"] = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
     scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    The public code has neither: it loads a table of its own, 1,000 x 320, and trains it on."""
+    `per-head`: as `learned`, and one for each head, as in the public code, which starts them from a table that comes
+    with it."""
+    backbone_statistics: Literal["published", "probed"] = "published"
+    """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
+    image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
+    spectral_start: Literal["iterated", "random"] = "iterated"
+    """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
-    """Compute precision of backbones and heads. The public recipe is fp32 without TF32."""
+    """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
+    are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,9 @@ class LossConfig(Settings):
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
     """Iterations between R1 steps; 0 disables R1."""
+    r1_precision: Precision = "fp32"
+    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
+    turns it by 20 to 30 degrees (docs/precision.md)."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,9 @@ class RunConfig(Settings):
     backend: Backend = "auto"
     """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
     named one runs the operators that have it, and their definitions for the others."""
+    engine: StepEngine = "auto"
+    """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, else `eager`."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
@@ -122,10 +142,26 @@ class RunConfig(Settings):
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+    nonfinite: Nonfinite = "skip"
+    """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
+    +-1e5 and takes it, as the public code does."""
     evaluate_images: int = 0
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
     """The images those are compared with, best ones not trained on; default: the training data."""
+    evaluate_ticks: int = 0
+    """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
+    evaluate_metrics: str = "fd@lite0"
+    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; of each value the best generator is kept."""
+    evaluate_at_start: bool = False
+    """Measure teacher and untrained generator before the first iteration."""
+    evaluate_ref: tuple[str, ...] = ()
+    """Statistics of real images for `evaluate_metrics`, as `gdd_fast.evaluate --ref` takes them."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
+    log: str = "auto"
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard
+    where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +202,8 @@ class TrainConfig:
         run, loss = self.run, self.loss
         for section in (self.data, self.generator, self.discriminator, loss, run):
             check_values(section)
+        sigma = self.generator.sigma_init
+        require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
         require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
@@ -178,6 +216,15 @@ class TrainConfig:
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
         require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
+        require(run.evaluate_ticks >= 0, f"--evaluate-ticks must be at least 0, not {run.evaluate_ticks}")
+        measured = bool(run.evaluate_ticks) or run.evaluate_at_start
+        require(
+            not measured or run.evaluate_images > 0,
+            "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
+        )
+        require(measured or not (run.evaluate_ref or run.feature_weights), "--evaluate-ref: nothing is measured")
+        loggers(run.log)
+        self.feature_weight_paths()
         require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
         require(self.data.data_memory_gib >= 0, "--data-memory-gib cannot be negative")
         require(self.generator.g_lr >= 0 and self.discriminator.d_lr >= 0, "learning rates cannot be negative")
@@ -204,6 +251,10 @@ class TrainConfig:
         )
         self.backbone_weight_paths()
 
+    def feature_weight_paths(self) -> dict[str, Path]:
+        """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+        return named_paths("--feature-weights", self.run.feature_weights)
+
     def backbone_weight_paths(self) -> dict[str, Path]:
         """`--backbone-weights name=path ...` as a mapping; raises `ConfigError` for a malformed or unused entry."""
         paths, names = {}, self.discriminator.backbones
@@ -213,6 +264,23 @@ class TrainConfig:
             require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
             paths[name] = Path(path)
         return paths
+
+
+def named_paths(flag: str, entries: Sequence[str]) -> dict[str, Path]:
+    """`--flag name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+    for entry in entries:
+        require(all(entry.partition("=")[::2]), f"{flag} takes name=path, not {entry!r}")
+    return {name: Path(path) for name, _, path in (entry.partition("=") for entry in entries)}
+
+
+def loggers(log: str) -> tuple[str, ...]:
+    """The names in `--log`, none for "none"; raises `ConfigError` for another name."""
+    names = tuple(name.strip() for name in log.split(","))
+    if names in (("auto",), ("none",)):
+        return () if names == ("none",) else names
+    for name in names:
+        require(name in LOGGERS, f"--log is auto, none, or some of {', '.join(LOGGERS)}, not {name!r}")
+    return names
 
 
 def check_seed(seed: int) -> None:
@@ -294,12 +362,13 @@ def override(config: TrainConfig, **settings: Any) -> TrainConfig:
 # What a resumed run may change; everything else is part of the recipe and has to stay. Data and teacher may
 # change their path alone: their contents are compared (gdd_fast.data.fingerprint).
 RESUMABLE = frozenset(
-    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "tick_kimg", "checkpoint_ticks"}
+    {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
+    | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
     | {"data", "teacher", "keep_checkpoints", "max_hours"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
-ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "lr", "precision"})
+ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
 
 
 def differences(
@@ -347,7 +416,8 @@ def _recipe(
     return TrainConfig(
         data=DataConfig(cond=cond),
         generator=GeneratorConfig(g_lr=g_lr, ema_halflife_mimg=ema),
-        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr),
+        discriminator=DiscriminatorConfig(backbones=backbones, d_lr=d_lr, d_precision="bf16"),
+        loss=LossConfig(r1_precision="tf32"),
         run=RunConfig(duration_mimg=mimg, batch=batch),
     )
 
@@ -388,8 +458,51 @@ def _presets() -> dict[str, TrainConfig]:
 PRESETS: dict[str, TrainConfig] = _presets()
 
 
-def preset(name: str) -> TrainConfig:
-    """The named preset, or `ConfigError` that lists them."""
+def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
+    """The recipe for a teacher that no preset is of, from the one whose network is most like it.
+
+    `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
+    small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Data, teacher and the
+    data to evaluate with are nobody's.
+    """
+    if parameters >= 150_000_000:
+        like = "imagenet-64"
+    elif resolution > 32:
+        like = "ffhq-64"
+    else:
+        like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
+    recipe = _freeze_variant(AUTO, _RECIPES[like], 1)
+    return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {"g_precision": "bf16", "d_precision": "bf16", "r1_precision": "tf32"},
+    "public": {
+        "g_precision": "bf16",
+        "d_precision": "fp32",
+        "r1_precision": "fp32",
+        "backbone_statistics": "probed",
+        "class_embedding": "per-head",
+        "spectral_start": "random",
+        "nonfinite": "replace",
+        "logit_reduction": "rows",
+    },
+}
+"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, but for the demo's, which are fp32."""
+
+
+def preset(name: str, precision: str | None = None) -> TrainConfig:
+    """The named preset, with the settings of `RECIPES[precision]` if that is given.
+
+    Raises `ConfigError` that lists the names there are.
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]
+    return PRESETS[name] if precision is None else in_precision(PRESETS[name], precision)
+
+
+def in_precision(config: TrainConfig, precision: str) -> TrainConfig:
+    """`config` with the settings of `RECIPES[precision]`; raises `ConfigError` for another name."""
+    if precision not in RECIPES:
+        raise ConfigError(f"--precision is one of {', '.join(RECIPES)}, not {precision!r}")
+    return override(config, **RECIPES[precision])

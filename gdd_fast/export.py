@@ -10,7 +10,6 @@ from pathlib import Path
 
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
-from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.portable import Precision, check_portable, write_portable
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination
@@ -30,7 +29,7 @@ class ExportConfig:
     """A new folder: a static page that runs the generator in the visitor's browser."""
     dtype: Precision = "float32"
     """What the file stores and computes in. float16 halves it, and moves images by a few of 255 levels."""
-    sigma: float = SIGMA
+    sigma: float | None = None
     """Noise level of the one evaluation."""
     images: int = 64
     """How many images of the file are compared with the network's."""
@@ -47,7 +46,7 @@ class ExportConfig:
         if self.web is not None:
             check_portable(self.web / "generator.onnx", self.dtype)
             check_site(self.web, self.page)
-        if not 0 < self.sigma < float("inf"):
+        if self.sigma is not None and not 0 < self.sigma < float("inf"):
             raise ConfigError(f"--sigma must be a positive number, not {self.sigma}")
         if self.images < 1:
             raise ConfigError(f"--images must be at least 1, not {self.images}")

@@ -18,6 +18,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
@@ -124,6 +125,7 @@ def _sample(
         net = OneStepGenerator.from_network(net, device=device, engine=engine, backend=config.backend, sigma=sigma)
     else:
         net = hold_frozen_weights(net.to(device), net.dtype)
+        accelerate_foreign(net, config.backend)
 
     def images_of(seeds: Sequence[int]) -> Iterator[Batch]:
         batches = launch(

@@ -3,9 +3,12 @@
     python -m gdd_fast.train                              # the demo: bundled teacher and data, minutes on a CPU
     python -m gdd_fast.train --preset cifar10-uncond-gdd-i \\
         --data cifar10-32x32.zip --teacher edm-cifar10-32x32-uncond-ve.pkl --run-dir runs/c10
+    python -m gdd_fast.train --precision public ...       # the public code's arithmetic; see docs/precision.md
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
---preset names the recipe whose settings are the defaults below; flags override them. Running the same command again
+--preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
+docs/precision.md lists; flags override them. With a --teacher of your own and no --preset, the settings follow from its
+resolution and size, and are printed. Running the same command again
 resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
 progress; the exit status is then 128 + the signal's number (130, 143), 75 when --max-hours are over, 2 for bad input,
 0 for a finished run. After a process that failed, torchrun prints a traceback of its own and exits with 1: the line
@@ -14,10 +17,11 @@ that begins "error:" says why.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 
 from gdd_fast.cli import command, parse, pop_option
-from gdd_fast.config import DEMO, PRESETS, TrainConfig, preset
+from gdd_fast.config import AUTO, DEMO, PRESETS, TrainConfig, in_precision, override, preset, recipe_for, to_dict
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,54 @@ class Command:
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """The preset named by `--preset` (default: demo), overridden by the other flags. Raises `ConfigError`."""
-    name, arguments = pop_option(arguments, "preset", default=DEMO)
+    """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
+
+    Without a preset it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and as reading the
+    teacher does.
+    """
+    name, arguments = pop_option(arguments, "preset", default="")
+    precision, arguments = pop_option(arguments, "precision", default="")
+    teacher, _ = pop_option(arguments, "teacher", default=DEMO)
+    recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher)
+    if precision:
+        recipe = in_precision(recipe, precision)
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
-    asked = parse(Command, Command(preset(name)), name="train", args=arguments, description=about)
+    asked = parse(Command, Command(recipe), name="train", args=arguments, description=about)
     if asked.dry_run and asked.config.missing():
         asked.config.validate_settings()
     else:
         asked.config.validate()
     return asked
+
+
+def _recipe_of(teacher: str) -> TrainConfig:
+    from gdd_fast.distill.components import load_teacher
+
+    net = load_teacher(teacher)
+    recipe = recipe_for(net.img_resolution, sum(p.numel() for p in net.parameters()), net.label_dim)
+    run_dir = Path("runs") / Path(teacher).stem
+    return override(recipe, run_dir=run_dir)
+
+
+# What a teacher says nothing about.
+_GIVEN = ("data", "teacher", "run_dir", "seed", "device", "backend", "workers")
+
+
+def settings_of(config: TrainConfig) -> str:
+    """What a run without preset goes by, as the flags that say the same."""
+    shown = [
+        (name, value)
+        for section in fields(config)
+        if is_dataclass(part := getattr(config, section.name))
+        for name, value in to_dict(part).items()
+        if name not in _GIVEN and value not in (None, [])
+    ]
+    words = [
+        f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+        + ("" if isinstance(value, bool) else f" {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        for name, value in shown
+    ]
+    return "Settings by the teacher's resolution and size, each of which a flag changes:\n  " + " ".join(words)
 
 
 @command
@@ -55,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_main():
             print(shown)
         return
+    if config.preset == AUTO and is_main():
+        print(settings_of(config), flush=True)
     result = distill(config)
     if result.exit_status:
         if result.is_main:

@@ -55,9 +55,9 @@ def switches():
 @pytest.fixture
 def plain(monkeypatch):
     """One thread, so that a sum is the same sum everywhere; no TensorBoard, whose import takes seconds."""
-    from gdd_fast.training import output
+    from gdd_fast.training import loggers
 
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

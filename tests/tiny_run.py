@@ -53,6 +53,8 @@ FLAGS = {
     "disc_resolution": 32,
     "head_width": 0.0625,
     "g_precision": "fp32",
+    "d_precision": "fp32",
+    "r1_precision": "fp32",
     "class_embedding": "learned",
     "batch": BATCH,
     "r1_interval": 2,

@@ -1,10 +1,12 @@
 """Each operator beside what a user would run instead, on inputs of one shape.
 
-A function here takes a layer of the real networks (shapes.py, layers.py), batch, type and device, and returns the
+A function here takes a layer of the real networks (layer_calls.py), batch, type and device, and returns the
 Problem. "official" follows the settings of the public GDD code on stock PyTorch, "stock" is the best of plain PyTorch.
 """
 
+import importlib
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -265,6 +267,23 @@ def bytes_problem(resolution: int, batch: int, dtype: torch.dtype, device: torch
 
     peers = {"official": nchw(official), "stock": lambda x: official(x)}
     return Problem({"x": x}, definition, peers | fused_peers(to_uint8.OPERATOR, device, ours))
+
+
+def by_definition(name: str, parameters: Sequence[str] = ()) -> Callable[..., Problem]:
+    """What makes a Problem of `gdd_fast.ops.<name>`, called with a map x and a vector of C numbers for each of
+    `parameters`; the peers are its own definition."""
+    module = importlib.import_module(f"gdd_fast.ops.{name}")
+    function, definition = getattr(module, name), getattr(module, f"{name}_ref")
+
+    def problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        inputs = {"x": _map(batch, layer.channels, layer.resolution, dtype, device)}
+        inputs |= {name: torch.randn(layer.channels, device=device, dtype=dtype) for name in parameters}
+        call = lambda *, backend, **given: function(*given.values(), backend=backend)
+        plain = lambda **given: definition(*given.values())
+        peers = {"official": nchw(lambda **given: plain(**given)), "stock": plain}
+        return Problem(inputs, plain, peers | fused_peers(module.OPERATOR, device, call), tuple(inputs))
+
+    return problem
 
 
 def _map(n: int, c: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cases.metric_cases import metric_cases
 from benchmarks.cases.network_cases import cast_convolutions
 from benchmarks.harness.case import Bench, Case, UnavailableError
 from benchmarks.harness.checks import FACTOR, Closeness, MismatchError
@@ -45,6 +46,7 @@ def pipeline_cases(full: bool) -> list[Case]:
         Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
         Case("import", "in a new process", _import),
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
+        *metric_cases(full),
     ]
 
 

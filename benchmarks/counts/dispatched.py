@@ -140,6 +140,7 @@ def fake_engine(name: str, channels: int) -> Iterator[tuple[GDDPrecond, FoldedUN
     target = dataclasses.replace(
         make_target(torch.device("cpu"), torch.bfloat16),
         convolve="plain",
+        layout=torch.channels_last,
         late_bias=True,
         norm="triton",
         residual="triton",

@@ -1,5 +1,6 @@
 """The machine a figure was taken on: what it is, what runs on it, and what it can do, measured on it."""
 
+import os
 import platform
 import re
 import shutil
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "numpy", "torchvision", "timm", "diffusers", "apex", "xformers", "flash_attn")
 # Records and pages made of them are no part of what they tell of.
 _WRITTEN_BY_RUNS = (":(exclude,top)benchmarks/results", ":(exclude,top)docs", ":(exclude,top)README.md")
+_VECTOR_SETS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 _GPU_QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 
 
@@ -46,7 +48,12 @@ def describe(device: torch.device) -> dict[str, Any]:
             **_nvidia_smi(device),
         }
     else:
-        found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "clock_mhz": _cpu_clock()}
+        found |= {
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "instruction_sets": _instruction_sets(),
+            "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+            "clock_mhz": _cpu_clock(),
+        }
     return found
 
 
@@ -150,6 +157,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _instruction_sets() -> list[str]:
+    """Those that decide how networks run, by the kernel's names; what `ONEDNN_MAX_CPU_ISA` hides is among them."""
+    flags = re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    found = set(flags[0].split()) if flags else set()
+    return sorted(flag for flag in found if flag.startswith(_VECTOR_SETS))
 
 
 def _cpu_clock() -> float | None:

@@ -1,6 +1,6 @@
 """How an operator and its peers become a case: forward alone, or forward and backward.
 
-What each operator is compared with is in operator_problems.py, and at which shapes in operator_cases.py.
+What each operator is compared with is in operator_inputs.py, and at which shapes in operator_cases.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import operator_inputs as problems
+from benchmarks.cases import operator_inputs
 from benchmarks.cases.layer_calls import ConvCall, convolution_calls, norm_calls, pool_calls, residual_calls
 from benchmarks.harness.case import Bench, Case, computes, describe_error
 from benchmarks.harness.checks import MismatchError
@@ -80,12 +80,12 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
         return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
 
     return {
-        "group_norm_silu.forward": cases("group_norm_silu", norms, problems.norm_problem, False),
-        "group_norm_silu.backward": cases("group_norm_silu", norms, problems.norm_problem, True),
-        "residual": cases("residual", residuals, problems.residual_problem, False),
+        "group_norm_silu.forward": cases("group_norm_silu", norms, operator_inputs.norm_problem, False),
+        "group_norm_silu.backward": cases("group_norm_silu", norms, operator_inputs.norm_problem, True),
+        "residual": cases("residual", residuals, operator_inputs.residual_problem, False),
         "relu_bits": [bits(layer) for layer in some(convolutions)],
-        "max_pool2x2": cases("max_pool2x2", pools, problems.pool_problem, True),
-        "to_uint8": cases("to_uint8", [32, 64], problems.bytes_problem, False, torch.float32),
+        "max_pool2x2": cases("max_pool2x2", pools, operator_inputs.pool_problem, True),
+        "to_uint8": cases("to_uint8", [32, 64], operator_inputs.bytes_problem, False, torch.float32),
     }
 
 

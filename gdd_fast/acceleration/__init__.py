@@ -79,3 +79,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
     if not done.replaced:
         warnings.warn(f"nothing could be replaced; accelerate(net, report=True) says why\n{done}", stacklevel=2)
     return net
+
+
+def accelerate_foreign(net: nn.Module, backend: Backend = "auto") -> None:
+    """`accelerate` for a network of gdd_fast's whose layers are another library's (`Preconditioned.foreign`), else
+    nothing: what loops and samplers call for whatever network they are given, on its device. Nothing is said."""
+    if getattr(net, "foreign", False):
+        accelerate(net, backend=backend, report=True)

@@ -38,7 +38,7 @@ def normalise(
     return F.silu(x) if activation == "silu" else x
 
 
-def merge(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Tensor:
+def scaled_sum(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Tensor:
     """`(x + skip) * scale`."""
     if backend is None or x.dtype != skip.dtype:  # the two may differ under autocast
         x = x + skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.blocks import kinds, merge, normalise, unchanged
+from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
 from gdd_fast.acceleration.class_exchange import Fast, library_class
 from gdd_fast.acceleration.replacements import Plan
 from gdd_fast.backend import Backend
@@ -80,8 +80,9 @@ class FastResnet(Fast):
                 embedded = {"scale": scale, "shift": shift}
         h = self.conv2(self.dropout(normalise(self.norm2, h, state.norm, **embedded)))
         if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x.contiguous() if self.training else x)  # as diffusers has it
-        return merge(x, h, 1 / float(self.output_scale_factor), state.residual)
+            # in training diffusers makes channels_last maps contiguous first: a copy that would be kept for backward
+            x = self.conv_shortcut(x)
+        return scaled_sum(x, h, 1 / float(self.output_scale_factor), state.residual)
 
 
 def _plan_resnet(plan: Plan, block: nn.Module) -> None:
@@ -151,7 +152,7 @@ class FastAttention(Fast):
         y = self.to_out[1](self.to_out[0](y)).transpose(1, 2).reshape(n, -1, height, width)
         scale = 1 / float(self.rescale_output_factor)
         if self.residual_connection:
-            return merge(y, x, scale, state.residual)
+            return scaled_sum(y, x, scale, state.residual)
         return y if scale == 1 else y * scale
 
 

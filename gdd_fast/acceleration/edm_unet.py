@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.blocks import kinds, merge, normalise, unchanged
+from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
 from gdd_fast.acceleration.class_exchange import Fast
 from gdd_fast.acceleration.replacements import Plan
 from gdd_fast.backend import Backend
@@ -190,10 +190,10 @@ class FastBlock(Fast):
         else:
             h = normalise(self.norm1, h, state.norm, add=embedded)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = merge(h, x if self.skip is None else self.skip(x), scale, state.residual)
+        x = scaled_sum(h, x if self.skip is None else self.skip(x), scale, state.residual)
         if self.num_heads:
             qkv = self.qkv(normalise(self.norm2, x, state.norm, activation=None))
-            x = merge(
+            x = scaled_sum(
                 self.proj(attention.attention(qkv, self.num_heads, backend=state.attention)), x, scale, state.residual
             )
         return x

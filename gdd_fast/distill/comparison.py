@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.config import TrainConfig, given
@@ -61,7 +62,7 @@ def begin(config: TrainConfig, task: Distillation) -> None:
     set_backend(teacher, config.run.backend)
     images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
     save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
-    task.tick(0)
+    task.save_sheet(0)
     with atomic_write(config.run_dir / UNET) as temporary:
         temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
 
@@ -89,10 +90,12 @@ def write(
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
     reference_set = load_data(_evaluate_data(config))
     teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
-    untrained = as_generator(teacher).eval().requires_grad_(False)
+    untrained = as_generator(teacher, config.generator.sigma_init).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
     backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
+    for net in (teacher, untrained, distilled):
+        accelerate_foreign(net, config.run.backend)
     stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
     work = len(reference_set) + images * (2 if stored else 3)
     from tqdm import tqdm

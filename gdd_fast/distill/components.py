@@ -10,15 +10,16 @@ from gdd_fast.bundled import teacher_path
 from gdd_fast.config import Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
-from gdd_fast.device import pick_device
+from gdd_fast.device import fast_layout, pick_device
 from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.interop import hub
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.backbone_weights import load_backbone_weights
-from gdd_fast.models.backbones import build_backbone, fold_batch_norm
+from gdd_fast.models.backbones import build_backbone, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.files.load import as_generator, load_generator, network_digest
-from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 
@@ -31,9 +32,11 @@ class Components:
     """The networks of a run and its data, on the CPU, and what runs of each fused operator, by its name."""
 
     dataset: ImageDataset
-    generator: GDDPrecond
+    generator: Preconditioned
     frozen: FreezeReport
     features: ProjectedFeatures
+    r1_features: ProjectedFeatures
+    """`features` in the R1 step's precision; the same object where that is theirs."""
     heads: DiscriminatorHeads
     operators: dict[str, Backend]
     contents: dict[str, str]
@@ -62,7 +65,7 @@ def build(config: TrainConfig) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    generator = as_generator(teacher)
+    generator = as_generator(teacher, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
@@ -71,26 +74,35 @@ def build(config: TrainConfig) -> Components:
         name: load_backbone_weights(name, config.backbone_weight_paths().get(name))
         for name in config.discriminator.backbones
     }
-    features = build_features(config, weights)
+    features = r1_features = build_features(config, weights, config.discriminator.d_precision)
+    if config.loss.r1_interval and dtype_of(config.loss.r1_precision) != features.dtype:
+        r1_features = build_features(config, weights, config.loss.r1_precision)
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
-    operators = choose_backend(config.run.backend, device, [generator, features, heads], OPERATORS)
-    return Components(dataset, generator, frozen, features, heads, operators, contents)
+    operators = choose_backend(config.run.backend, device, [generator, features, r1_features, heads], OPERATORS)
+    return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents)
 
 
-def load_teacher(name: str) -> EDMPrecond:
-    """The pretrained network, float32, on the CPU."""
-    return load_generator(teacher_path(name))
+def load_teacher(name: str) -> Preconditioned:
+    """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub."""
+    path = teacher_path(name)
+    return load_generator(path if path.exists() else hub.locate_teacher(name))
 
 
-def build_features(config: TrainConfig, weights: dict[str, dict[str, Tensor]]) -> ProjectedFeatures:
+def build_features(
+    config: TrainConfig, weights: dict[str, dict[str, Tensor]], precision: Precision
+) -> ProjectedFeatures:
     """The frozen half of the discriminator: backbones with folded batch norm, and the random projection."""
     options = config.discriminator
-    backbones = [
-        fold_batch_norm(build_backbone(name, weights[name], options.disc_resolution)) for name in options.backbones
-    ]
+    backbones = [build_backbone(name, weights[name], options.disc_resolution) for name in options.backbones]
+    if options.backbone_statistics == "probed":
+        backbones = [probe_batch_norm(backbone) for backbone in backbones]
     return ProjectedFeatures(
-        backbones, options.disc_resolution, seed=config.run.seed, dtype=dtype_of(options.d_precision)
+        [fold_batch_norm(backbone) for backbone in backbones],
+        options.disc_resolution,
+        seed=config.run.seed,
+        dtype=dtype_of(precision),
+        layout=fast_layout(pick_device(config.run.device), precision),
     )
 
 
@@ -116,10 +128,12 @@ def build_heads(
             embedding=embedding,
             dtype=dtype_of(config.discriminator.d_precision),
             width=config.discriminator.head_width,
+            tables_per_head=config.discriminator.class_embedding == "per-head",
+            spectral_random=config.discriminator.spectral_start == "random",
         )
 
 
-def _check_fit(generator: GDDPrecond, dataset: ImageDataset, config: TrainConfig) -> None:
+def _check_fit(generator: Preconditioned, dataset: ImageDataset, config: TrainConfig) -> None:
     """The teacher has to speak of the same kind of images as the data set."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)

@@ -3,17 +3,51 @@
 GDD-I (Zheng & Yang, arXiv 2405.20750) finds that a diffusion network's convolutions already hold a one-step generator,
 and freezes those of the U-Net's blocks. What stays trainable is norms, embeddings' affine layers, skip and qkv
 convolutions, the mapping network and the outermost convolutions; two further levels freeze qkv and skip as well.
+
+In a U-Net of diffusers' the same layers have other names and places: a block's convolutions are conv1 and conv2, those
+that resample are modules of their own between blocks, attention's four products are linear layers.
 """
 
 import dataclasses
 
 from torch import nn
 
+from gdd_fast.acceleration.class_exchange import library_class
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.unet_block import UNetBlock
 
 # What each level adds to the ones before it, as layers of a UNetBlock. Level 0 is GDD, level 1 GDD-I.
-LEVELS: tuple[tuple[str, ...], ...] = ((), ("conv0", "conv1", "proj"), ("qkv",), ("skip",))
+LEVELS: tuple[tuple[str, ...], ...] = ((), ("conv0", "conv1", "proj", "resample"), ("qkv",), ("skip",))
+
+# Modules of diffusers' that U-Nets consist of, and what of a UNetBlock each of their children is.
+_DIFFUSERS: dict[tuple[str, str], dict[str, str]] = {
+    ("diffusers.models.resnet", "ResnetBlock2D"): {
+        "conv1": "conv0",
+        "conv2": "conv1",
+        "conv_shortcut": "skip",
+        "time_emb_proj": "affine",
+        "norm1": "norm",
+        "norm2": "norm",
+    },
+    ("diffusers.models.resnet", "ResnetBlockCondNorm2D"): {
+        "conv1": "conv0",
+        "conv2": "conv1",
+        "conv_shortcut": "skip",
+        "norm1": "norm",
+        "norm2": "norm",
+    },
+    ("diffusers.models.attention_processor", "Attention"): {
+        "to_q": "qkv",
+        "to_k": "qkv",
+        "to_v": "qkv",
+        "to_out": "proj",
+        "group_norm": "norm",
+    },
+    ("diffusers.models.downsampling", "Downsample2D"): {"conv": "resample"},
+    ("diffusers.models.downsampling", "FirDownsample2D"): {"Conv2d_0": "resample"},
+    ("diffusers.models.upsampling", "Upsample2D"): {"conv": "resample", "Conv2d_0": "resample"},
+    ("diffusers.models.upsampling", "FirUpsample2D"): {"Conv2d_0": "resample"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +83,11 @@ class FreezeReport:
 
 
 def freeze(net: nn.Module, level: int) -> FreezeReport:
-    """Set `requires_grad` of every parameter of `net`, EDM's networks preconditioned or bare, and report on it.
+    """Set `requires_grad` of every parameter of `net`, EDM's networks or diffusers', wrapped or bare, and report on it.
 
-    Level 0 trains everything (GDD), 1 freezes the blocks' convolutions and attention projections (GDD-I), 2 also the
-    qkv and 3 also the skip convolutions. What an earlier call froze and this level does not is trainable again.
+    Level 0 trains everything (GDD), 1 freezes the blocks' convolutions, those that resample and attention's projection
+    (GDD-I), 2 also the qkv and 3 also the skip convolutions. What an earlier call froze and this
+    level does not is trainable again.
 
     Raises ConfigError for another level, or a network without U-Net blocks.
     """
@@ -79,11 +114,19 @@ def _kinds(net: nn.Module) -> dict[nn.Parameter, str]:
             for child, layer in block.named_children():
                 kind = "norm" if child.startswith("norm") else child
                 kinds.update(dict.fromkeys(layer.parameters(), kind))
+    known = {cls: children for place, children in _DIFFUSERS.items() if (cls := library_class(*place)) is not None}
+    for module in net.modules():
+        for cls, children in known.items():
+            if isinstance(module, cls):
+                for child, kind in children.items():
+                    named: nn.Module | None = getattr(module, child, None)
+                    if named is not None:
+                        kinds.update(dict.fromkeys(named.parameters(), kind))
     return kinds
 
 
 def _outer_kind(name: str) -> str:
     """For the report alone: nothing outside the blocks is ever frozen."""
-    if "map_" in name:
+    if "map_" in name or "time_" in name or "class_embedding" in name:
         return "mapping"
     return "outer norm" if "norm" in name else "outer conv"

@@ -4,6 +4,7 @@ Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.2075
 nothing else: it is not in the loop. An iteration is a generator step, a discriminator step, and sometimes an R1 step.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
+from gdd_fast.device import fast_layout, gpu_arithmetic
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
+from gdd_fast.distill.measuring import Evaluation
+from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
@@ -23,6 +28,7 @@ from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
+from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import StepGuard, make_adam
@@ -38,15 +44,22 @@ class Distillation:
 
     remedy = "a lower --g-lr and --d-lr, or with --g-precision fp32 --d-precision fp32,"
 
-    def __init__(self, config: TrainConfig, parts: Components, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, parts: Components, world: World, evaluation: Evaluation | None = None
+    ) -> None:
         run, device = config.run, world.device
         self.config, self.world, self.batch = config, world, run.batch
+        self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
-        # channels_last is what tensor cores and oneDNN read without a layout copy
-        self.generator = parts.generator.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
+        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()  # type: ignore[call-overload]
+        accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
-        self.heads = parts.heads.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.r1_features = parts.r1_features.to(device)
+        self.heads = parts.heads.to(device, memory_format=layouts[1]).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
+        # what is sampled and exported: published distances are float32's
+        self.ema.net.dtype = torch.float32  # type: ignore[assignment]
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
@@ -57,11 +70,14 @@ class Distillation:
             self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
         )
         d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
-        self.g_guard = StepGuard("generator", g_optimizer, world, run.max_skipped_steps)
-        self.d_guard = StepGuard("discriminator", d_optimizer, world, run.max_skipped_steps)
-        self.r1_guard = StepGuard("R1", d_optimizer, world, run.max_skipped_steps)
+        limits = run.max_skipped_steps, run.nonfinite
+        self.g_guard = StepGuard("generator", g_optimizer, world, *limits)
+        self.d_guard = StepGuard("discriminator", d_optimizer, world, *limits)
+        self.r1_guard = StepGuard("R1", d_optimizer, world, *limits)
         self.r1_interval = r1_interval
         self.random = RandomState(run.seed, world)
+        graphs = choose_step_engine(run.engine, device) == "graph"
+        self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
         self.averages = Averages()
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
@@ -90,6 +106,24 @@ class Distillation:
 
     def generator_step(self, labels: Tensor | None) -> None:
         """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average."""
+        self._take(self.g_guard, self._generator_step, labels)
+
+    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+        self._take(self.d_guard, self._discriminator_step, real, labels)
+
+    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
+        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+        self._take(self.r1_guard, self._r1_step, real, labels)
+
+    def _take(self, guard: StepGuard, step: Step, *inputs: Tensor | None) -> None:
+        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here."""
+        guard.begin()
+        for name, value in self.steps(guard.name, step, *inputs).items():
+            self.averages.add(name, value)
+        guard.end()
+
+    def _generator_step(self, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
         for label in chunks(labels, self.micro_batch, self.local_batch):
@@ -98,13 +132,12 @@ class Distillation:
             loss = generator_loss(fake, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-        self.averages.add("loss_g", total)
-        self.averages.add("grad_norm_g", self.g_guard.step())
+        return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
 
-    def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+    def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
+        seen: list[Tensor] = []
         for part, label in self._micro_batches(real, labels):
             with torch.no_grad():
                 fake_features = self.features(self._fakes(label))
@@ -114,23 +147,39 @@ class Distillation:
             loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
             loss.backward()
             total += loss.detach()
-            for kind, logits in (("fake", fake), ("real", true)):
-                mean, positive = mean_and_positive(logits)
-                self.averages.add(f"logit_{kind}", mean)
-                self.averages.add(f"sign_accuracy_{kind}", positive if kind == "real" else 1 - positive)
-        self.averages.add("loss_d", total)
-        self.averages.add("grad_norm_d", self.d_guard.step())
+            seen.append(torch.stack([*mean_and_positive(fake), *mean_and_positive(true)]))
+        norm = self.d_guard.apply()
+        fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
+        return {
+            "loss_d": total,
+            "grad_norm_d": norm,
+            "logit_fake": fake_mean,
+            "logit_real": real_mean,
+            "sign_accuracy_fake": 1 - fake_positive,
+            "sign_accuracy_real": real_positive,
+        }
 
-    def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+    def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
-        for part, label in self._micro_batches(real, labels):
-            part = part.detach().requires_grad_()
-            penalty = r1_penalty(part, self._discriminate(part, label))
-            loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
-            loss.backward()
-            self.averages.add("r1_penalty", penalty.mean())
-        self.averages.add("grad_norm_r1", self.r1_guard.step())
+        penalties: list[Tensor] = []
+        with self._r1_arithmetic():
+            for part, label in self._micro_batches(real, labels):
+                part = part.detach().requires_grad_()
+                penalty = r1_penalty(part, self.heads(self.r1_features(part), label))
+                loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
+                loss.backward()
+                penalties.append(penalty.detach().mean())
+        return {"grad_norm_r1": self.r1_guard.apply(), "r1_penalty": torch.stack(penalties).mean()}
+
+    @contextlib.contextmanager
+    def _r1_arithmetic(self) -> Iterator[None]:
+        """The heads in the types of `r1_features`."""
+        before, self.heads.dtype = self.heads.dtype, self.r1_features.dtype
+        try:
+            with gpu_arithmetic(self.config.loss.r1_precision):
+                yield
+        finally:
+            self.heads.dtype = before
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
@@ -156,13 +205,24 @@ class Distillation:
         return zip(images.split(size), chunks(labels, size, total), strict=True)
 
     def tick(self, images: int) -> dict[str, float]:
-        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it, and the counts of skipped steps."""
+        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
+        if self.world.is_main:
+            self.save_sheet(images)
+        skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+        if self.evaluation is None or not self.evaluation.is_due(images):
+            return skipped
+        return {**skipped, **self.evaluation(self.ema.net, images)}  # type: ignore[arg-type]
+
+    def save_sheet(self, images: int) -> None:
+        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen."""
+        path = self.config.run_dir / "samples" / f"{images:09d}.png"
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
             samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
-        pixels = to_uint8(samples, self.operators["to_uint8"])
-        save_grid(pixels, self.config.run_dir / "samples" / f"{images:09d}.png")
-        return {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+        save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
+
+    def _all_features(self) -> tuple[ProjectedFeatures, ProjectedFeatures]:
+        return self.features, self.r1_features
 
     def _guards(self) -> dict[str, StepGuard]:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
@@ -172,7 +232,8 @@ class Distillation:
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
             "heads": self.heads.state_dict(),
-            "projection": self.features.projection_state(),
+            # as made, where one of the two has rounded it
+            "projection": max(self._all_features(), key=lambda f: f.dtype.itemsize).projection_state(),
             "g_optimizer": optimizer_tensors(self.g_guard.optimizer),
             "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
             "random": self.random.tensors(),
@@ -186,10 +247,12 @@ class Distillation:
         return sections, values
 
     def restore(self, saved: Checkpoint) -> None:
+        self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
         saved.load_module("generator", self.generator)
         saved.load_module("ema", self.ema.net)
         saved.load_module("heads", self.heads)
-        self.features.load_projection_state(saved.section("projection"))
+        for features in self._all_features():
+            features.load_projection_state(saved.section("projection"))
         saved.load_optimizer("g_optimizer", self.g_guard.optimizer)
         saved.load_optimizer("d_optimizer", self.d_guard.optimizer)
         self.random.restore(saved.section("random"), saved.values["images"])

@@ -16,6 +16,7 @@ from gdd_fast.backend import Backend
 from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
 from gdd_fast.data.fingerprint import dataset_digest
+from gdd_fast.device import fast_layout
 from gdd_fast.distill.components import OPERATORS
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.backends import choose_backend
@@ -167,7 +168,8 @@ class Pretraining:
                 memory_limit=int(config.data_memory_gib * 2**30),
                 progress=progress,
             )
-        self.net = net.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        layout = fast_layout(world.device, config.precision)
+        self.net = net.to(world.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]
@@ -192,12 +194,15 @@ class Pretraining:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
-        net = self.ema.net
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            samples = heun(net, z, labels)
-        save_grid(to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png")
+        if self.world.is_main:
+            net = self.ema.net
+            shape = (net.img_channels, net.img_resolution, net.img_resolution)
+            z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
+            with torch.no_grad():
+                samples = heun(net, z, labels)
+            save_grid(
+                to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png"
+            )
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -1,18 +1,21 @@
 """A whole distillation run, from its configuration to its report: what `python -m gdd_fast.train` calls."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.config import TrainConfig, default_settings, to_dict
+from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
 from gdd_fast.files import check_writable
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
+from gdd_fast.training.loggers import check_loggers
 from gdd_fast.training.ranks import is_main, join, world_size
 from gdd_fast.training.run_lock import only_process
 
@@ -49,9 +52,17 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
+    if measures(config):
+        build_measurement(config, built.generator)
+    check_loggers(loggers(config.run.log))
     defaults = default_settings(config)
     loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
+
+
+def measures(config: TrainConfig) -> bool:
+    """Whether the run measures its generator before the end."""
+    return bool(config.run.evaluate_ticks or config.run.evaluate_at_start)
 
 
 def distill(config: TrainConfig) -> Result:
@@ -74,14 +85,27 @@ def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
     run = config.run
     schedule = loop.Schedule.of(
-        run.duration_mimg, run.tick_kimg, run.checkpoint_ticks, run.keep_checkpoints, run.max_hours
+        run.duration_mimg,
+        run.tick_kimg,
+        run.checkpoint_ticks,
+        at_start=run.evaluate_at_start,
+        keep_checkpoints=run.keep_checkpoints,
+        max_hours=run.max_hours,
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
-        task = Distillation(config, built, world)
+        evaluation = None
+        if measures(config):
+            measurement = build_measurement(config, built.generator, world.device)
+            evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
+            if world.is_main:
+                for line in shared_judges(config, measurement):
+                    print(line, file=sys.stderr)
+        task = Distillation(config, built, world, evaluation)
         if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
             comparison.begin(config, task)
-        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, default_settings(config))
+        defaults, log = default_settings(config), loggers(run.log)
+        outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, defaults, log)
     distances = None
     if config.run.evaluate_images and world.is_main and not outcome.exit_status:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.device import fast_layout
+from gdd_fast.engine.fold_unet2d import fold_unet2d
 from gdd_fast.engine.folded_layers import (
     Attention,
     Block,
@@ -42,6 +44,8 @@ from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.models.edm import layer_role
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.ops import attention, group_norm_silu, resample2d, residual
 from gdd_fast.ops.attention import check_triton
@@ -130,12 +134,12 @@ class _Constant(nn.Module):
         return self.value
 
 
-def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedUNet, Conditioning | None]:
+def fold(net: Preconditioned, target: Target, sigma: float = SIGMA) -> tuple[nn.Module, nn.Module | None]:
     """The network D(sigma z; sigma) as a function of z and, with classes, of the rows that `Conditioning` gives.
 
     Args:
-        net: EDMPrecond or GDDPrecond, on any device; read, not changed. Its augmentation layer is left out, as no
-            generated image is augmented, and so is dropout.
+        net: EDMPrecond, GDDPrecond or UNet2DPrecond, on any device; read, not changed. Its augmentation layer is left
+            out, as no generated image is augmented, and so is dropout.
         target: where and how the result runs; `make_target` makes it.
         sigma: the noise level, > 0.
 
@@ -145,7 +149,9 @@ def fold(net: EDMPrecond, target: Target, sigma: float = SIGMA) -> tuple[FoldedU
     if not sigma > 0 or math.isinf(sigma):
         raise ConfigError(f"sigma must be a positive number, not {sigma}")
     with torch.inference_mode(False), torch.no_grad():
-        return _Folder(net, sigma, target).fold()
+        if isinstance(net, UNet2DPrecond):
+            return fold_unet2d(net, target, sigma)
+        return _Folder(net, sigma, target).fold()  # type: ignore[arg-type]
 
 
 def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False) -> Target:
@@ -164,11 +170,13 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
-    packed = device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in _packable()
+    layout = fast_layout(device)
+    packed = device.type == "cpu" and layout is torch.channels_last and dtype in _packable()
     attend = choose(attention.OPERATOR)
     return Target(
         device=device,
         dtype=dtype,
+        layout=layout,
         convolve="traced" if traced else "packed" if packed else "plain",
         norm=choose(group_norm_silu.OPERATOR),
         residual=choose(residual.OPERATOR),
@@ -179,7 +187,9 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
 
 
 def _packable() -> tuple[torch.dtype, ...]:
-    """What oneDNN convolves in on this processor."""
+    """What oneDNN convolves in on this processor, nothing in a PyTorch without it."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
@@ -256,7 +266,7 @@ class _Folder:
             row_sizes=sizes,
             aux_scale=math.sqrt(0.5),
             latent_scale=self.latent_scale,
-            dtype=self.target.dtype,
+            target=self.target,
         )
         return unet.eval().requires_grad_(False), self.conditioning
 

@@ -1,7 +1,7 @@
 """The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them.
 
-Weights are in the compute type and channels_last from the start, nothing requires a gradient, and a layer may write to
-the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
+Weights are in the compute type and the target's layout from the start, nothing requires a gradient, and a layer may
+write to the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
 
 With a map go its statistics, for the norm that reads it next, if what made the map has taken them: a fused residual
 does, and spares every norm that reads the map a pass over it.
@@ -32,12 +32,14 @@ compiler."""
 class Target:
     """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
 
+    layout: of images and weights, `gdd_fast.device.fast_layout`.
     late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
         product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
     """
 
     device: torch.device
     dtype: torch.dtype
+    layout: torch.memory_format
     convolve: Convolve
     norm: Backend
     residual: Backend
@@ -56,6 +58,29 @@ class Target:
         return self.norm == "triton" and self.residual == "triton"
 
 
+class PackedWeight:
+    """A weight in the order that oneDNN convolves in, kept for the last input shape.
+
+    The order depends on the processor, the threads and the shape. Without a packed weight every call brings it to that
+    order anew. A weight packed for another shape is worse: oneDNN then reorders one blocked order to another, for some
+    pairs of which it has no fast code, and a whole network took four times as long (AVX2, two threads).
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[torch.Size, int], Tensor] | None = None
+
+    def __call__(self, weight: Tensor, padding: int, shape: torch.Size) -> Tensor:
+        key, last = (shape, torch.get_num_threads()), self._last  # read once: other threads may replace it
+        if last is None or last[0] != key:
+            geometry = [padding] * 2, [1, 1], [1, 1], 1
+            last = key, torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(shape))
+            self._last = last
+        return last[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, ()  # oneDNN's order has no copy and no pickle, and is this processor's
+
+
 class Convolution(nn.Module):
     """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
 
@@ -67,29 +92,13 @@ class Convolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, target: Target) -> None:
         super().__init__()
-        weight = weight.to(target.device, target.dtype, memory_format=torch.channels_last)
+        weight = weight.to(target.device, target.dtype, memory_format=target.layout)
         self.bias = None if bias is None else nn.Buffer(bias.to(target.device, target.dtype))
         self.padding = padding
         self.traced = target.convolve == "traced"
         self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
-        self.packed: Tensor | None = None
-        if target.convolve == "packed":
-            # oneDNN's order of weights depends on the processor; without this, every call brings them to it anew
-            self.packed = self._pack(weight)
-        else:
-            self.weight = nn.Buffer(weight)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # oneDNN's order has no copy and no pickle, and is this processor's
-        return {**self.__dict__, "packed": None if self.packed is None else self.packed.to_dense()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.packed is not None:
-            self.packed = self._pack(self.packed)
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, [self.padding] * 2, [1, 1], [1, 1], 1, None)
+        self.weight = nn.Buffer(weight)
+        self.packed = PackedWeight() if target.convolve == "packed" else None
 
     def forward(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:
@@ -97,14 +106,16 @@ class Convolution(nn.Module):
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *geometry, "none", [], "")
+        weight = self.packed(self.weight, self.padding, x.shape)  # type: ignore[union-attr]
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, "none", [], "")
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + self(x)`, in the memory of `y` unless traced. Without bias only if the convolution is 1x1."""
         if self.packed is not None:
             geometry = [self.padding] * 2, [1, 1], [1, 1], 1
             fused = torch.ops.mkldnn._convolution_pointwise_.binary
-            return fused(y, x, self.packed, self.bias, *geometry, "add", 1.0, None, [], None)
+            weight = self.packed(self.weight, self.padding, x.shape)
+            return fused(y, x, weight, self.bias, *geometry, "add", 1.0, None, [], None)
         if self.traced or self.bias is not None or self.padding:
             return y + self(x)
         add_pointwise_(y, x, self.weight)
@@ -343,7 +354,7 @@ class FoldedUNet(nn.Module):
         row_sizes: list[int],
         aux_scale: float,
         latent_scale: float,
-        dtype: torch.dtype,
+        target: Target,
     ) -> None:
         super().__init__()
         self.encoder_roles, encoder_layers = zip(*encoder, strict=True)
@@ -353,12 +364,13 @@ class FoldedUNet(nn.Module):
         self.row_sizes = row_sizes
         self.aux_scale = aux_scale
         self.latent_scale = latent_scale
-        self.dtype = dtype
+        self.dtype = target.dtype
+        self.layout = target.layout
 
     def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
         """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
         conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
-        x = aux = latents.to(self.dtype, memory_format=torch.channels_last)
+        x = aux = latents.to(self.dtype, memory_format=self.layout)
         statistics: Tensor | None = None
         skips: list[tuple[Tensor, Tensor | None]] = []
         for role, layer in zip(self.encoder_roles, self.encoder, strict=True):

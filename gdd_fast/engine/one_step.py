@@ -26,10 +26,11 @@ from torch import Tensor
 
 from gdd_fast.backend import Backend
 from gdd_fast.engine.engines import Engine, choose_engine, make_engine
-from gdd_fast.engine.fold import SIGMA, fold, make_target
+from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.interop import hub
-from gdd_fast.models.precond import EDMPrecond, compute_dtype
+from gdd_fast.models.precond import compute_dtype
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.seeds import SeedStreams
@@ -55,16 +56,16 @@ class OneStepGenerator:
 
     def __init__(
         self,
-        network: EDMPrecond,
+        network: Preconditioned,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         engine: Engine = "auto",
         backend: Backend = "auto",
-        sigma: float = SIGMA,
+        sigma: float | None = None,
     ) -> None:
         """As `from_network`."""
-        if not isinstance(network, EDMPrecond):
+        if not isinstance(network, Preconditioned):
             raise InputError(
                 f"a OneStepGenerator is made of a network of gdd_fast, not {type(network).__name__}: load one with "
                 "gdd_fast.load_generator, or make this one faster with gdd_fast.accelerate"
@@ -79,7 +80,7 @@ class OneStepGenerator:
         self.engine = choose_engine(engine, self.device)
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
         with torch.autocast("cpu", enabled=False):
-            self.folded, self.conditioning = fold(network, target, sigma)
+            self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)
         self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
         self._run = make_engine(self.engine, self.folded, self.device)
 
@@ -130,17 +131,18 @@ class OneStepGenerator:
     @classmethod
     def from_network(
         cls,
-        net: EDMPrecond,
+        net: Preconditioned,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         engine: Engine = "auto",
         backend: Backend = "auto",
-        sigma: float = SIGMA,
+        sigma: float | None = None,
     ) -> "OneStepGenerator":
         """A generator with the weights `net` has now; `net` is read, not changed, and kept as `.network`.
 
-        By default on the device of `net` and in its compute type. `sigma` is the noise level of the one evaluation.
+        By default on the device of `net` and in its compute type. `sigma` is the noise level of the one evaluation, by
+        default the network's own `sigma_init`.
         The rest, and what it raises, as `from_pretrained`; InputError if `net` is none of gdd_fast's networks.
         """
         return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, sigma=sigma)

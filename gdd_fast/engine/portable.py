@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from gdd_fast.device import full_float32
-from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.files import atomic_write
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.resample2d import resample2d_ref
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.sampler import one_step
@@ -65,7 +64,7 @@ class OneStepFunction(nn.Module):
         super().__init__()
         self.folded = generator.folded
         if generator.conditioning is not None:
-            self.table = nn.Buffer(generator.conditioning.table)
+            self.table = nn.Buffer(generator.conditioning.table)  # type: ignore[arg-type]
 
     def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
         """As the module's docstring; `classes` only of a network that has them."""
@@ -73,14 +72,14 @@ class OneStepFunction(nn.Module):
 
 
 def write_portable(
-    net: EDMPrecond, path: str | Path, *, dtype: Precision = "float32", sigma: float = SIGMA, images: int = 64
+    net: Preconditioned, path: str | Path, *, dtype: Precision = "float32", sigma: float | None = None, images: int = 64
 ) -> Difference:
     """Write `net` as `path`, an ONNX file (.onnx) or a program of torch.export (.pt2), and compare it with the network.
 
     Args:
         net: a network of gdd_fast on any device; read, not changed.
         dtype: what the file computes in and stores its weights in.
-        sigma: the noise level of the one evaluation.
+        sigma: the noise level of the one evaluation; by default the network's own.
         images: how many images are compared, those of the seeds from 0 on, at least 1.
 
     Returns:
@@ -95,6 +94,7 @@ def write_portable(
     check_portable(path, dtype)
     if images < 1:
         raise ConfigError(f"at least 1 image has to be compared, not {images}")
+    sigma = net.sigma_init if sigma is None else sigma
     program = trace(net, dtype, sigma)
     with atomic_write(path) as temporary:
         if path.suffix.lower() == ".onnx":
@@ -125,7 +125,7 @@ def check_portable(path: Path, dtype: str) -> None:
 
 
 @torch.no_grad()
-def trace(net: EDMPrecond, dtype: Precision = "float32", sigma: float = SIGMA) -> ExportedProgram:
+def trace(net: Preconditioned, dtype: Precision = "float32", sigma: float | None = None) -> ExportedProgram:
     """The folded network as a program of PyTorch's own operators, for any number of images from 1 on."""
     # nothing fused or in place
     generator = OneStepGenerator.from_network(
@@ -181,7 +181,7 @@ def open_portable(path: str | Path) -> Function:
 
 @torch.no_grad()
 @full_float32()
-def compare(net: EDMPrecond, function: Function, *, sigma: float = SIGMA, images: int = 64) -> Difference:
+def compare(net: Preconditioned, function: Function, *, sigma: float | None = None, images: int = 64) -> Difference:
     """`function` against `net` in float32, on the images of the seeds from 0 on, in batches of several sizes."""
     own, device = net.dtype, next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)

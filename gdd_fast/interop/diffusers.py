@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.layers.silent import silent
+from gdd_fast.models.files.diffusers_folder import INDEX
 from gdd_fast.models.files.load import PRECONDS, load_generator
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 
 OutputType = Literal["pil", "np", "pt"]
 
@@ -34,7 +34,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
     """A network of gdd_fast as a component of diffusers': stored with its arguments, called as the network.
 
     Args:
-        precond: "edm" or "gdd".
+        precond: "edm", "gdd" or "unet2d".
         init: the network's arguments, as in the config.json of a network folder.
     """
 
@@ -46,7 +46,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
         self.network = PRECONDS[precond](**init)
 
     @classmethod
-    def of(cls, network: EDMPrecond) -> "GeneratorModel":
+    def of(cls, network: Preconditioned) -> "GeneratorModel":
         """A component around `network` itself, not a copy."""
         precond = next((name for name, kind in PRECONDS.items() if type(network) is kind), None)
         if precond is None:
@@ -90,11 +90,21 @@ class OneStepPipeline(DiffusionPipeline):
         self._engine: tuple[Any, list[Tensor], OneStepGenerator] | None = None
 
     @classmethod
-    def from_generator(cls, generator: str | Path | EDMPrecond | OneStepGenerator) -> "OneStepPipeline":
+    def from_generator(cls, generator: str | Path | Preconditioned | OneStepGenerator) -> "OneStepPipeline":
         """A pipeline of a network, or of whatever `gdd_fast.load_generator` takes."""
         network = load_generator(generator) if isinstance(generator, str | Path) else generator
         network = network.network if isinstance(network, OneStepGenerator) else network
         return cls(GeneratorModel.of(network))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "OneStepPipeline":
+        """As diffusers', from a folder or repository that a pipeline was saved to, and from a training run as well."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / INDEX).is_file():
+            pipe = cls.from_generator(folder)
+            dtype = options.get("dtype", options.get("torch_dtype"))
+            return pipe if dtype is None else pipe.to(dtype)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()
     def __call__(
@@ -173,7 +183,7 @@ class _Unfolded(OneStepGenerator):
     def _evaluate(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         if labels is not None and not labels.is_floating_point():
             labels = F.one_hot(labels, self.label_dim).float()
-        return self.model(latents * SIGMA, SIGMA, labels)
+        return self.model(latents * self.model.network.sigma_init, self.model.network.sigma_init, labels)
 
 
 def _equal(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:

@@ -23,9 +23,11 @@ from gdd_fast.errors import WeightsError
 from gdd_fast.files import atomic_write
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.files.save import save_network
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
+# Of a pipeline of diffusers': what it consists of, and its components, in folders or beside it.
+PIPELINE = ("model_index.json", "*config.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 CARD = """---
@@ -39,7 +41,7 @@ tags:
 # {title}
 
 An image generator of {channels} x {size} x {size} pixels{classes}, stored by
-[gdd_fast](https://pypi.org/project/gdd_fast/): the arguments in config.json, the weights in model.safetensors.
+gdd_fast: the arguments in config.json, the weights in model.safetensors.
 
 ```python
 from gdd_fast.interop import hub
@@ -52,11 +54,11 @@ net = hub.from_pretrained("{title}")
 class HasNetwork(Protocol):
     """A OneStepGenerator, or anything else that keeps the network it was made from."""
 
-    network: EDMPrecond
+    network: Preconditioned
 
 
 def save_pretrained(
-    net: EDMPrecond | HasNetwork,
+    net: Preconditioned | HasNetwork,
     save_directory: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -88,7 +90,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    net: EDMPrecond | HasNetwork,
+    net: Preconditioned | HasNetwork,
     repo_id: str,
     *,
     dtype: torch.dtype = torch.float32,
@@ -127,7 +129,7 @@ def from_pretrained(
     local_files_only: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-) -> EDMPrecond:
+) -> Preconditioned:
     """A network as `load_generator` returns it, from a repository of the Hub or from anything `load_generator` takes.
 
     Args:
@@ -165,6 +167,35 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
     return download(name_or_path, **options)
 
 
+def locate_teacher(name: str) -> Path:
+    """As `locate`; of a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
+
+    Raises WeightsError for a string that is neither.
+    """
+    if Path(name).exists() or Path(name).suffix.lower() == ".pkl" or not _REPOSITORY.fullmatch(name):
+        return locate(name)
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        commit = Path(hf_hub_download(name, PIPELINE[0])).parent.name
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE)))
+    except LocalEntryNotFoundError as error:  # is an EntryNotFoundError, and says that the Hub cannot be reached
+        raise _unknown(name, error) from error
+    except EntryNotFoundError:
+        return download(name)
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise _unknown(name, error) from error
+
+
+def _unknown(repo_id: str, error: Exception) -> WeightsError:
+    reason = str(error).strip().partition("\n")[0]
+    return WeightsError(
+        f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
+        "connection, and that you are logged in if the repository is private."
+    )
+
+
 def download(repo_id: str, **options: Any) -> Path:
     """The folder in huggingface_hub's cache with the network of a repository; options as of `hf_hub_download`.
 
@@ -185,19 +216,15 @@ def download(repo_id: str, **options: Any) -> Path:
         for name in FILES[1:]:
             hf_hub_download(repo_id, name, **options | {"revision": folder.name})
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(
-            f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
-            "connection, and that you are logged in if the repository is private."
-        ) from error
+        raise _unknown(repo_id, error) from error
     return folder
 
 
-def _network(net: EDMPrecond | HasNetwork) -> EDMPrecond:
+def _network(net: Preconditioned | HasNetwork) -> Preconditioned:
     return net if isinstance(net, nn.Module) else getattr(net, "network", net)
 
 
-def _card(network: EDMPrecond, title: str) -> str:
+def _card(network: Preconditioned, title: str) -> str:
     classes = f" in {network.label_dim} classes" if network.label_dim else ""
     return CARD.format(title=title, channels=network.img_channels, size=network.img_resolution, classes=classes)
 

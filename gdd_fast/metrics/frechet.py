@@ -4,18 +4,13 @@ The distance is that of the two Gaussians with these moments (Heusel et al., arX
 `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`.
 """
 
-import zipfile
-import zlib
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from gdd_fast.errors import DataError
-from gdd_fast.files import atomic_write
 
-# What NumPy raises on files that are not an .npz of plain arrays.
-_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+_ROUNDING = 1e-6
+"""Share of a covariance's trace by which files in float32 may be off."""
 
 
 class Statistics:
@@ -91,51 +86,32 @@ class Statistics:
         torch.distributed.all_reduce(self._scatter)
         self.count = int(count)
 
-    def save(self, path: str | Path) -> None:
-        """Write an npz with `mu`, `sigma` (EDM's form), `n`, `features` and `image_shape`. Atomic."""
-        known = {"n": self.count, "image_shape": self.image_shape}
-        extra = {name: value for name, value in known.items() if value is not None}
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
-            np.savez(file, mu=mu, sigma=sigma, features=self.features, **extra)
-
     @classmethod
-    def load(cls, path: str | Path) -> "Statistics":
-        """Read what `save` wrote, or any npz with `mu` and `sigma`. Raises `DataError` for anything else."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = ("mu", "sigma", "n", "features", "image_shape")
-                arrays = {name: file[name] for name in names if name in file}
-        except FileNotFoundError:
-            raise DataError(f"no statistics at {path}") from None
-        except _READ_ERRORS as error:
-            raise DataError(f"{path} is not an npz of statistics: {error}") from None
-        return cls._from_arrays(arrays, path)
+    def of_moments(
+        cls,
+        mu: np.ndarray,
+        sigma: np.ndarray,
+        features: str = "",
+        count: int | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> "Statistics":
+        """Of a mean (F,) and a covariance (F, F), floating point; `count` None if it is not known.
 
-    @classmethod
-    def _from_arrays(cls, arrays: dict[str, np.ndarray], path: str | Path) -> "Statistics":
-        if not {"mu", "sigma"} <= arrays.keys():
-            raise DataError(f"{path} holds no statistics: it needs arrays named mu and sigma")
-        mu, sigma = arrays["mu"], arrays["sigma"]
+        Raises `DataError` for other shapes and types, for values that are not finite, and for a matrix that is not
+        symmetric or has negative eigenvalues, beyond what rounding does.
+        """
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
             raise DataError(
-                f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance"
+                f"mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance"
             )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise DataError(f"{path}: mu or sigma hold NaN or infinite values")
-        shape = arrays.get("image_shape", np.zeros(3, np.int64))
-        count = arrays.get("n", np.array(2))
-        if (shape.shape, count.shape, shape.dtype.kind, count.dtype.kind) != ((3,), (), "i", "i") or count < 2:
-            raise DataError(f"{path}: n or image_shape are not a number of images, at least 2, and (C, H, W)")
-        statistics = cls(len(mu), str(arrays.get("features", "")))
-        if "image_shape" in arrays:
-            statistics.image_shape = tuple(shape.tolist())
-        statistics.mean.copy_(torch.from_numpy(mu.astype(np.float64)))
-        statistics._scatter.copy_(torch.from_numpy(sigma.astype(np.float64)))
-        statistics.count = None
-        if "n" in arrays:
-            statistics.count = int(arrays["n"])
-            statistics._scatter *= statistics.count - 1
+        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma))
+        if not (bool(mu.isfinite().all()) and bool(sigma.isfinite().all())):
+            raise DataError("mu or sigma hold NaN or infinite values")
+        check_covariance(sigma)
+        statistics = cls(len(mu), features, image_shape=image_shape)
+        statistics.mean.copy_(mu)
+        statistics._scatter.copy_(sigma if count is None else sigma * (count - 1))
+        statistics.count = count
         return statistics
 
     def _check_comparable(self, other: "Statistics") -> None:
@@ -145,6 +121,17 @@ class Statistics:
             raise DataError(f"statistics of images {self.image_shape} and {other.image_shape} cannot be compared")
         if self.dim != other.dim:
             raise DataError(f"features of {self.dim} and {other.dim} dimensions cannot be compared")
+
+
+def check_covariance(sigma: torch.Tensor) -> None:
+    """Raise `DataError` unless float64 `sigma` (F, F) is symmetric and positive semidefinite, but for rounding."""
+    tolerance = _ROUNDING * float(sigma.diagonal().abs().sum())
+    if float((sigma - sigma.T).abs().max()) > tolerance:
+        raise DataError("sigma is not symmetric, so it is the covariance of nothing")
+    # A Cholesky factorisation tells whether the smallest eigenvalue is above -tolerance, sooner than eigenvalues do.
+    shifted = sigma + max(tolerance, torch.finfo(sigma.dtype).tiny) * torch.eye(len(sigma), dtype=sigma.dtype)
+    if bool((sigma.diagonal() < -tolerance).any()) or bool(torch.linalg.cholesky_ex(shifted).info):
+        raise DataError("sigma has negative eigenvalues, so it is the covariance of nothing")
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

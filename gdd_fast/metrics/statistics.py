@@ -1,6 +1,6 @@
-"""Statistics of data sets and of generators, for any number of feature extractors in one pass over the images."""
+"""Populations of data sets and of generators, for any number of feature extractors in one pass over the images."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,25 +10,56 @@ from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
 from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.frechet import Statistics
+from gdd_fast.metrics.population import Needs, Population, Progress, gather
 from gdd_fast.sampling.generate import SamplerConfig, generate
 
-Progress = Callable[[int], None]  # called with the number of images just done
 
-
-def dataset_statistics(
+def dataset_populations(
     dataset: ImageDataset,
     extractors: Sequence[FeatureExtractor],
+    needs: Sequence[Needs] | None = None,
     *,
     batch: int = 64,
     max_images: int | None = None,
+    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-) -> list[Statistics]:
-    """Statistics of the images of `dataset`, one a feature extractor.
+) -> list[Population]:
+    """What metrics need of the images of `dataset`, one for each feature extractor.
 
-    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced.
-    Raises `DataError` for an image that cannot be read, and with fewer than two images.
+    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `share`
+    (rank, size) takes every size-th image from the rank-th on. Raises `DataError` for an image that cannot be read, and
+    with fewer than two images.
     """
-    return collect(_image_batches(dataset, batch, max_images), extractors, progress)
+    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]]
+    found = gather(_image_batches(dataset, batch, indices), extractors, needs, progress)
+    return found if share[1] > 1 else _enough(found)
+
+
+def generator_populations(
+    net: torch.nn.Module,
+    extractors: Sequence[FeatureExtractor],
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    needs: Sequence[Needs] | None = None,
+    *,
+    batch: int = 64,
+    class_index: int | None = None,
+    generator_device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+    progress: Progress | None = None,
+) -> list[Population]:
+    """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate`.
+
+    From the generator to the features images stay on the device. Of several ranks, each may be given its share.
+    """
+    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
+    batches = generate(net, seeds, sampler, **options)
+    return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress)
+
+
+def dataset_statistics(dataset: ImageDataset, extractors: Sequence[FeatureExtractor], **options) -> list[Statistics]:
+    """Statistics of the images of `dataset`; options as of `dataset_populations`."""
+    return [population.statistics for population in dataset_populations(dataset, extractors, **options)]
 
 
 def generator_statistics(
@@ -36,40 +67,27 @@ def generator_statistics(
     extractors: Sequence[FeatureExtractor],
     seeds: Sequence[int],
     sampler: SamplerConfig | None = None,
-    *,
-    batch: int = 64,
-    class_index: int | None = None,
-    generator_device: torch.device | str = "cpu",
-    backend: Backend = "auto",
-    progress: Progress | None = None,
+    **options,
 ) -> list[Statistics]:
-    """Statistics of the images of `seeds`, one a feature extractor. Arguments as `inference.generate.generate`."""
-    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
-    batches = generate(net, seeds, sampler, **options)
-    return collect((part.images.permute(0, 3, 1, 2) for part in batches), extractors, progress)
+    """Statistics of the images of `seeds`; options as of `generator_populations`."""
+    found = _enough(generator_populations(net, extractors, seeds, sampler, **options))
+    return [population.statistics for population in found]
 
 
 def collect(
     batches: Iterable[Tensor], extractors: Sequence[FeatureExtractor], progress: Progress | None = None
 ) -> list[Statistics]:
-    """Statistics of uint8 image batches `(N, C, H, W)`, one a feature extractor."""
-    found: list[Statistics] = []
-    for images in batches:
-        features = [extractor(images) for extractor in extractors]
-        if not found:
-            pairs = zip(extractors, features, strict=True)
-            shape = tuple(images.shape[1:])
-            found = [Statistics(f.shape[1], e.name, f.device, image_shape=shape) for e, f in pairs]
-        for statistics, part in zip(found, features, strict=True):
-            statistics.update(part)
-        if progress is not None:
-            progress(len(images))
-    count = found[0].count if found else 0
+    """Statistics of uint8 image batches `(N, C, H, W)`, one for each feature extractor."""
+    return [population.statistics for population in _enough(gather(batches, extractors, None, progress))]
+
+
+def _enough(populations: list[Population]) -> list[Population]:
+    count = populations[0].count if populations else 0
     if count < 2:
         raise DataError(f"statistics need at least 2 images, not {count}")
-    return found
+    return populations
 
 
-def _image_batches(dataset: ImageDataset, batch: int, max_images: int | None) -> Iterator[Tensor]:
-    for chunk in dataset.chunks(choose_images(len(dataset), max_images)):
+def _image_batches(dataset: ImageDataset, batch: int, indices: Sequence[int]) -> Iterator[Tensor]:
+    for chunk in dataset.chunks(indices):
         yield from torch.from_numpy(chunk).split(batch)

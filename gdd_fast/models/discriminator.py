@@ -20,10 +20,10 @@ _LEVEL_STRIDES = (4, 8, 16, 32)
 class ProjectedFeatures(nn.Module):
     """What the discriminator sees of an image: backbone features under a fixed random projection. Nothing trains.
 
-    `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to channels_last,
-    which suits them on CPUs and GPUs alike. Images are normalised for each backbone and resized bilinearly to
-    `resolution`. The projections are drawn from `seed`; `projection_state()` is what a checkpoint has to keep of this
-    module, the backbones being published weights. `backend` is that of the resizing; see gdd_fast.backend.
+    `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to `layout`. Images
+    are normalised for each backbone and resized bilinearly to `resolution`. The projections are drawn from `seed`;
+    `projection_state()` is what a checkpoint has to keep of this module, the backbones being published weights.
+    `backend` is that of the resizing; see gdd_fast.backend.
 
     `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
     coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`
@@ -41,9 +41,11 @@ class ProjectedFeatures(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
+        layout: torch.memory_format = torch.channels_last,
     ):
         super().__init__()
         self.backend = backend
+        self.layout = layout
         names = [backbone.name for backbone in backbones]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"a discriminator needs one or more different backbones, not {names}")
@@ -60,7 +62,7 @@ class ProjectedFeatures(nn.Module):
                 }
             )
         self.requires_grad_(False)
-        self.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
         # pixels in [-1, 1] to the scale a backbone was trained on, ((x + 1) / 2 - mean) / std, as one multiply-add
         self.scale = [[0.5 / s for s in b.std] for b in backbones]
         self.shift = [[(0.5 - m) / s for m, s in zip(b.mean, b.std, strict=True)] for b in backbones]
@@ -95,6 +97,6 @@ class ProjectedFeatures(nn.Module):
             raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
         inputs = discriminator_input(images, self.scale, self.shift, self.resolution, self.dtype, self.backend)
         return [
-            self.projections[name](backbone(x))
+            self.projections[name](backbone(x.contiguous(memory_format=self.layout)))
             for (name, backbone), x in zip(self.backbones.items(), inputs, strict=True)
         ]

@@ -24,7 +24,8 @@ class DiscriminatorHeads(nn.Module):
 
     With `label_dim`, logits are inner products with a projection of the class's row of a table that all heads share.
     `embedding` is that table, frozen: at least `label_dim` rows (the first are taken) of any width, scaled as a
-    whole to mean 0 and deviation 1. None learns a table from scratch.
+    whole to mean 0 and deviation 1. None learns a table from scratch; with `tables_per_head` each head learns its own.
+    With `spectral_random`, spectral norms start from random vectors, not from those that torch has iterated 15 times.
 
     Raises `ConfigError` for resolutions that are not powers of two up to 512 and for a table that does not fit.
     """
@@ -37,17 +38,23 @@ class DiscriminatorHeads(nn.Module):
         embedding: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         width: float = 1.0,
+        tables_per_head: bool = False,
+        spectral_random: bool = False,
     ):
         super().__init__()
+        if tables_per_head and embedding is not None:
+            raise ConfigError("heads with tables of their own learn them: leave the class embedding out")
         if width <= 0:
             raise ConfigError(f"the width of the discriminator heads must be positive, not {width}")
         self.label_dim = label_dim
         self.dtype = dtype
-        self.embedding = _class_table(label_dim, embedding)
-        embedding_dim = None if self.embedding is None else self.embedding.embedding_dim
+        table = _class_table(label_dim, embedding)
+        embedding_dim = None if table is None else table.embedding_dim
+        self.embedding = None if tables_per_head else table
+        own_rows = label_dim if tables_per_head else 0
         self.heads = nn.ModuleList(
             nn.ModuleList(
-                Head(in_channels, size, end=min(sizes[-1], 8), embedding_dim=embedding_dim, width=width)
+                Head(in_channels, size, min(sizes[-1], 8), embedding_dim, width, own_rows, spectral_random)
                 for in_channels, size in zip(level_channels, sizes, strict=True)
             )
             for level_channels, sizes in zip(channels, resolutions, strict=True)
@@ -56,11 +63,12 @@ class DiscriminatorHeads(nn.Module):
     def forward(self, features: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> list[list[Tensor]]:
         """Maps of `ProjectedFeatures` and one-hot `(N, label_dim)` -> for each map logits `(N, positions)`."""
         embedded = None
-        if self.embedding is not None:
+        if self.label_dim:
             if labels is None or labels.ndim != 2 or labels.shape[1] != self.label_dim:
                 given = "none" if labels is None else tuple(labels.shape)
                 raise ConfigError(f"this discriminator takes one-hot labels (N, {self.label_dim}), not {given}")
-            embedded = self.embedding(labels.argmax(1))
+            classes = labels.argmax(1)
+            embedded = classes if self.embedding is None else self.embedding(classes)
         return [
             [head(x.to(self.dtype), embedded) for head, x in zip(heads, maps, strict=True)]  # type: ignore[call-overload]
             for heads, maps in zip(self.heads, features, strict=True)
@@ -68,9 +76,21 @@ class DiscriminatorHeads(nn.Module):
 
 
 class Head(nn.Module):
-    """Strided convolutions from `start` down to `end`, then one to logits; nominal sizes, both powers of two."""
+    """Strided convolutions from `start` down to `end`, then one to logits; nominal sizes, both powers of two.
 
-    def __init__(self, in_channels: int, start: int, end: int, embedding_dim: int | None = None, width: float = 1.0):
+    With `own_rows` it has a class table of its own, and takes classes in place of their rows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        start: int,
+        end: int,
+        embedding_dim: int | None = None,
+        width: float = 1.0,
+        own_rows: int = 0,
+        spectral_random: bool = False,
+    ):
         super().__init__()
         if start not in CHANNELS or end not in CHANNELS or start < end:
             raise ConfigError(f"a discriminator head goes down in powers of two up to 512, not from {start} to {end}")
@@ -79,7 +99,7 @@ class Head(nn.Module):
         for level in range(start.bit_length() - 1, end.bit_length() - 1, -1):
             out_channels = max(1, round(CHANNELS[1 << level - 1] * width))
             layers += [
-                spectral_norm(Conv2d(channels, out_channels, 4, stride=2, padding=1)),
+                _normed(Conv2d(channels, out_channels, 4, stride=2, padding=1), spectral_random),
                 nn.BatchNorm2d(out_channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
@@ -87,15 +107,18 @@ class Head(nn.Module):
         self.main = nn.Sequential(*layers)
         kernel = 4 if end >= 8 else max(1, end // 2)
         out_channels = 1 if embedding_dim is None else CLASS_MAP_CHANNELS
-        self.out = spectral_norm(Conv2d(channels, out_channels, kernel, bias=False))
+        self.out = _normed(Conv2d(channels, out_channels, kernel, bias=False), spectral_random)
+        self.embedding = nn.Embedding(own_rows, embedding_dim) if own_rows and embedding_dim else None
         self.class_map = None if embedding_dim is None else ClassMap(embedding_dim, CLASS_MAP_CHANNELS)
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
-        """Feature map `(N, C, h, w)`, embedded classes `(N, embedding_dim)` -> logits `(N, positions)`."""
+        """Map `(N, C, h, w)`, embedded classes `(N, embedding_dim)`, or int64 `(N,)` -> logits `(N, positions)`."""
         x = self.out(self.main(x)).flatten(2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.class_map is None:
             return x.squeeze(1)
+        if self.embedding is not None:
+            embedded = self.embedding(embedded)
         return (x * self.class_map(embedded).unsqueeze(2)).sum(1) / math.sqrt(CLASS_MAP_CHANNELS)
 
 
@@ -118,6 +141,16 @@ class ClassMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.weight / math.sqrt(self.weight.shape[1]), self.bias)
         return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def _normed(conv: Conv2d, random: bool) -> nn.Module:
+    """Under a spectral norm, of one power iteration per forward in training, from vectors iterated or random."""
+    normed = spectral_norm(conv)
+    if random:
+        for name, vector in normed.named_buffers():
+            if name.endswith(("._u", "._v")):
+                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
+    return normed
 
 
 def _class_table(label_dim: int, embedding: Tensor | None) -> nn.Embedding | None:

@@ -15,10 +15,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.edm import ARCHITECTURES
+from gdd_fast.models.preconditioned import SIGMA_INIT, Preconditioned, check_sigma_init, is_row_each
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -27,7 +28,7 @@ COMPUTE_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class EDMPrecond(nn.Module):
+class EDMPrecond(Preconditioned):
     """A U-Net under EDM's preconditioning.
 
     Args:
@@ -37,6 +38,7 @@ class EDMPrecond(nn.Module):
         sigma_data: standard deviation of the training data in [-1, 1].
         model_type: "SongUNet" | "DhariwalUNet".
         sigma_eps: eps of the formula above.
+        sigma_init: the noise level of the one step, 80 in GDD.
         dtype: compute type of the U-Net's activations, a torch.dtype or its name: float32, bfloat16 or float16.
             Parameters, embeddings, normalisation statistics and softmax are float32 in any case.
         **model_kwargs: arguments of the U-Net, EDM's names.
@@ -55,6 +57,7 @@ class EDMPrecond(nn.Module):
         sigma_data: float = 0.5,
         model_type: str = "DhariwalUNet",
         sigma_eps: float = 0.0,
+        sigma_init: float = SIGMA_INIT,
         dtype: torch.dtype | str = torch.float32,
         **model_kwargs: Any,
     ) -> None:
@@ -75,6 +78,7 @@ class EDMPrecond(nn.Module):
         self.sigma_max = _level("sigma_max", sigma_max)
         self.sigma_data = _level("sigma_data", sigma_data)
         self.sigma_eps = _level("sigma_eps", sigma_eps)
+        self.sigma_init = check_sigma_init(sigma_init, 0.0, math.inf)
         self.model_type = model_type
         self.model_kwargs = {name: _plain(name, value) for name, value in model_kwargs.items()}
         self.dtype = compute_dtype(dtype)
@@ -89,7 +93,8 @@ class EDMPrecond(nn.Module):
     def init_config(self) -> dict[str, Any]:
         """The constructor's arguments that rebuild this network, in JSON's types.
 
-        An infinite `sigma_max`, which is the default, is left out: JSON has no infinity.
+        An infinite `sigma_max`, which is the default, is left out: JSON has no infinity. So is a `sigma_init` of 80,
+        for programs that know no other.
         """
         config = {
             "img_resolution": self.img_resolution,
@@ -105,6 +110,8 @@ class EDMPrecond(nn.Module):
         }
         if math.isinf(self.sigma_max):
             del config["sigma_max"]
+        if self.sigma_init != SIGMA_INIT:
+            config["sigma_init"] = self.sigma_init
         return config
 
     def forward(
@@ -129,9 +136,7 @@ class EDMPrecond(nn.Module):
         """
         self._check_images(x)
         x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        if sigma.shape[0] not in (1, x.shape[0]):
-            raise ConfigError(f"sigma must hold 1 or {x.shape[0]} noise levels, got {sigma.shape[0]}.")
+        sigma = self._noise_levels(sigma, x).reshape(-1, 1, 1, 1)
         labels = self._class_labels(class_labels, x)
         if augment_labels is not None:
             self._check_augment_labels(augment_labels, x)
@@ -148,34 +153,11 @@ class EDMPrecond(nn.Module):
         )
         return c_skip * x + c_out * f.to(torch.float32)
 
-    def round_sigma(self, sigma: Tensor | float) -> Tensor:
-        """The nearest noise level the network supports: `sigma` itself, as the noise level is continuous."""
-        return torch.as_tensor(sigma)
-
-    def _check_images(self, x: Tensor) -> None:
-        expected = (self.img_channels, self.img_resolution, self.img_resolution)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ConfigError(f"the network takes images (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}.")
-
-    def _class_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
-        if self.label_dim == 0:
-            if labels is not None and labels.shape[-1] != 0:
-                raise ConfigError(f"the network is without classes, got class_labels {tuple(labels.shape)}: give None.")
-            return None
-        if labels is None:
-            return torch.zeros(1, self.label_dim, device=x.device)
-        if not _is_row_each(labels, x, self.label_dim):
-            raise ConfigError(
-                f"class_labels must be one-hot, ({x.shape[0]}, {self.label_dim}), got {tuple(labels.shape)}: "
-                f"torch.nn.functional.one_hot(classes, {self.label_dim}) makes them."
-            )
-        return labels.to(torch.float32)
-
     def _check_augment_labels(self, labels: Tensor, x: Tensor) -> None:
         layer = self.model.map_augment
         if layer is None:
             raise ConfigError("the network has no augmentation layer (augment_dim is 0): give no augment_labels.")
-        if not _is_row_each(labels, x, layer.in_features):
+        if not is_row_each(labels, x, layer.in_features):
             expected = (x.shape[0], layer.in_features)
             raise ConfigError(f"augment_labels must be {expected}, got {tuple(labels.shape)}.")
 
@@ -193,11 +175,6 @@ def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {name!r}.")
     return COMPUTE_DTYPES[name]
-
-
-def _is_row_each(labels: Tensor, x: Tensor, width: int) -> bool:
-    """Whether `labels` is (N, width) or (1, width) for the N images of `x`."""
-    return labels.ndim == 2 and labels.shape[0] in (1, x.shape[0]) and labels.shape[1] == width
 
 
 def _level(name: str, value: float) -> float:

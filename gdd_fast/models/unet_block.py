@@ -98,11 +98,11 @@ class UNetBlock(nn.Module):
                 bias = bias + self.skip.bias
         elif isinstance(x, tuple):
             x = torch.cat(x, 1)
-        x, statistics = self._merge(h, x, bias, fused and (return_statistics or self.num_heads > 0))  # type: ignore[arg-type]
+        x, statistics = self._add(h, x, bias, fused and (return_statistics or self.num_heads > 0))  # type: ignore[arg-type]
         if self.num_heads:
             h = self.attend(self.qkv(self.norm2(x, activation=None, statistics=statistics)))
             h = self.proj(h, add_bias=not fused)
-            x, statistics = self._merge(h, x, self.proj.bias if fused else None, fused and return_statistics)
+            x, statistics = self._add(h, x, self.proj.bias if fused else None, fused and return_statistics)
         return (x, statistics) if return_statistics else x
 
     def _biases_are_free(self) -> bool:
@@ -110,6 +110,6 @@ class UNetBlock(nn.Module):
         convs = (self.conv0, self.conv1, self.skip, self.proj if self.num_heads else None)
         return all(conv is None or silent(conv) for conv in convs)
 
-    def _merge(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
+    def _add(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
         merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
         return merged if statistics else (merged, None)

@@ -37,13 +37,14 @@ class SamplerConfig(Settings):
     """How latents become images."""
 
     sampler: SamplerName = "one-step"
-    """`one-step`: GDD's, one evaluation at sigma 80. `heun`: EDM's, 2 * steps - 1 evaluations."""
+    """`one-step`: GDD's, one evaluation at one noise level. `heun`: EDM's, 2 * steps - 1 evaluations."""
     steps: int = 18
     """Steps of the heun sampler."""
     sigma_min: float = 0.002
     """Lowest noise level of the heun sampler."""
-    sigma_max: float = 80.0
-    """Highest noise level of the heun sampler, and the only one of one-step."""
+    sigma_max: float | None = None
+    """Highest noise level of the heun sampler, 80 by default, and the only one of one-step, by default the one that the
+    generator was trained at."""
     rho: float = 7.0
     """How far the heun sampler's steps crowd towards low noise."""
     s_churn: float = 0.0
@@ -69,7 +70,12 @@ class SamplerConfig(Settings):
             )
         if self.s_churn < 0:
             raise ConfigError(f"--s-churn must be at least 0, not {self.s_churn}")
-        sampler.noise_levels(self.steps, self.sigma_min, self.sigma_max, self.rho)
+        sampler.noise_levels(self.steps, self.sigma_min, self.highest, self.rho)
+
+    @property
+    def highest(self) -> float:
+        """Where the heun sampler starts."""
+        return sampler.SIGMA_MAX if self.sigma_max is None else self.sigma_max
 
     def __call__(self, net: Network, streams: SeedStreams, latents: torch.Tensor, labels: torch.Tensor | None):
         """Images in the dtype and shape of `latents`."""
@@ -83,7 +89,7 @@ class SamplerConfig(Settings):
             labels,
             steps=self.steps,
             sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
+            sigma_max=self.highest,
             rho=self.rho,
             s_churn=self.s_churn,
             s_min=self.s_min,

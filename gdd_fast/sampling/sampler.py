@@ -16,15 +16,23 @@ from gdd_fast.errors import ConfigError
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 NoiseSource = Callable[[torch.Tensor], torch.Tensor]
 
+SIGMA_MAX = 80.0
+
 
 def one_step(
-    net: Denoiser, latents: torch.Tensor, labels: torch.Tensor | None = None, sigma: float = 80.0
+    net: Denoiser, latents: torch.Tensor, labels: torch.Tensor | None = None, sigma: float | None = None
 ) -> torch.Tensor:
-    """`D(sigma * z; sigma)`: latents z `(N, C, H, W)` and labels `(N, label_dim)` -> images `(N, C, H, W)`."""
+    """`D(sigma * z; sigma)`: latents z `(N, C, H, W)` and labels `(N, label_dim)` -> images `(N, C, H, W)`.
+
+    By default sigma is `net.sigma_init`, and 80 for a network that has none.
+    """
+    sigma = getattr(net, "sigma_init", SIGMA_MAX) if sigma is None else sigma
     return net(latents * sigma, _noise_level(sigma, latents), labels)
 
 
-def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+def noise_levels(
+    steps: int = 18, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0
+) -> list[float]:
     """Equation 5: `steps` levels from `sigma_max` down to `sigma_min`, then 0. One step goes straight to 0.
 
     Raises `ConfigError` for a schedule that does not go down.
@@ -46,7 +54,7 @@ def heun(
     *,
     steps: int = 18,
     sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_max: float = SIGMA_MAX,
     rho: float = 7.0,
     s_churn: float = 0.0,
     s_min: float = 0.0,

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -43,7 +43,7 @@ class Task(Protocol):
 
     def iteration(self, images: int) -> None: ...
     def tick(self, images: int) -> dict[str, float]:
-        """Extra metrics and files of a tick; main rank only."""
+        """Extra metrics and files of a tick. Called on every rank; what the main one returns is written."""
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Sections of tensors and JSON values to save. Called on every rank."""
@@ -66,6 +66,8 @@ class Schedule:
     total: int
     tick: int
     checkpoint: int
+    at_start: bool = False
+    """Whether a tick comes before the first iteration."""
     keep: int = 1
     seconds: float = math.inf
 
@@ -75,12 +77,15 @@ class Schedule:
         duration_mimg: float,
         tick_kimg: float,
         checkpoint_ticks: int,
+        *,
+        at_start: bool = False,
         keep_checkpoints: int = 1,
         max_hours: float | None = None,
     ) -> "Schedule":
         tick = max(1, round(tick_kimg * 1e3))
         seconds = math.inf if max_hours is None else 3600 * max_hours
-        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks, keep_checkpoints, seconds)
+        total = round(duration_mimg * 1e6)
+        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def run(
     schedule: Schedule,
     world: World,
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    log: Sequence[str] = ("auto",),
 ) -> Outcome:
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
@@ -114,7 +120,7 @@ def run(
     export that is not of its checkpoint, which is made again: the process was killed between the two, or somebody has
     removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with other
     `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the settings
-    that a checkpoint of an earlier version lacks.
+    that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
@@ -133,7 +139,7 @@ def run(
             remove_leftovers(run_dir / name)
         with atomic_write(run_dir / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
-    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main)
+    output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main, log=log, config=config)
     if images:
         output.say(f"Resuming {run_dir} at {images:,} of {schedule.total:,} images.")
     if changes:
@@ -153,13 +159,14 @@ def run(
 
     def tick() -> None:
         means = task.averages.take()
-        if world.is_main:
-            output.metrics(images, {**means, **task.tick(images)})
+        output.metrics(images, {**means, **task.tick(images)})
 
     stopped_by, saved_at = 0, images
     time_is_up = time.monotonic() + schedule.seconds
     try:
         with StopRequest(announce=world.is_main) as stop:
+            if schedule.at_start and not images:
+                tick()
             while images < schedule.total and not stopped_by:
                 try:
                     task.iteration(images)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
+from gdd_fast.config import Nonfinite
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
 from gdd_fast.training.ranks import World
@@ -85,7 +86,7 @@ class AdamEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._read_rates()
+        self.read_rates()
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = [p for group in trained for p in group]
         if not params:
@@ -114,18 +115,18 @@ class AdamEma(torch.optim.Optimizer):
         )
         return loss
 
-    def _read_rates(self) -> None:
-        """Bring the groups' learning rates to the device."""
+    def read_rates(self) -> None:
+        """Bring the groups' learning rates to the device. `step` does; before a replay of it, somebody has to."""
         if len(self._rates_filled) != len(self.param_groups):
             self._rates = self._rates.new_zeros(len(self.param_groups))
             self._rates_filled = [None] * len(self.param_groups)
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                self._rates[index].copy_(lr.reshape(()))
+                self._rates.select(0, index).copy_(lr.reshape(()))
                 self._rates_filled[index] = None
             elif lr != self._rates_filled[index]:  # else not: a captured graph would fill in the old one for ever
-                self._rates[index].fill_(lr)
+                self._rates.select(0, index).fill_(lr)
                 self._rates_filled[index] = lr
 
     def _start(self, params: list[nn.Parameter]) -> None:
@@ -207,10 +208,11 @@ class StepGuard:
     Args:
         name: of the step, for the error's message; steps of several kinds may share an optimizer.
         limit: skipped steps in a row that end the run.
+        nonfinite: "skip" as above; "replace" takes every step, with 0 for NaN and +-1e5 for infinities.
     """
 
-    def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int) -> None:
-        self.name, self.optimizer, self.limit = name, optimizer, limit
+    def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int, nonfinite: Nonfinite = "skip") -> None:
+        self.name, self.optimizer, self.limit, self.nonfinite = name, optimizer, limit, nonfinite
         self._world = world
         self._count = torch.zeros_like(optimizer.skipped)
         self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self._count.is_cuda)
@@ -234,25 +236,46 @@ class StepGuard:
     def step(self) -> Tensor:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
 
-        Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
+        `begin`, `apply` and `end` in turn: a step that is captured has `apply` alone within it.
+        Returns what `apply` returns.
 
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
         """
+        self.begin()
+        norm = self.apply()
+        self.end()
+        return norm
+
+    def begin(self) -> None:
+        """What the host does before a step. Raises as `step`."""
         if self.skipped_in_row >= self.limit:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
+        self.optimizer.read_rates()
+
+    def apply(self) -> Tensor:
+        """What the device does: the gradients are averaged, applied if they are finite, and cleared.
+
+        Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
+        """
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in params]
         self._world.average_(gradients)
+        if self.nonfinite == "replace":
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step(skipped=self._count)
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def end(self) -> None:
+        """What the host asks for behind a step."""
         self._on_host.copy_(self._count, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._unread = True
-        return norm
 
     def restore(self, skipped: int) -> None:
         """Go on counting from a checkpoint's `skipped`."""

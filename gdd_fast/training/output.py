@@ -6,8 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.files import atomic_write
+from gdd_fast.training.loggers import Logger, open_loggers
 
 
 class Averages:
@@ -48,9 +48,20 @@ class RunOutput:
         start: images already seen; metric lines beyond it, from work that a crash lost, are dropped.
         unit: what the progress bar counts.
         enabled: False on every rank but the main one: nothing is shown or written.
+        log, config: where metrics go beside metrics.jsonl, and what of; see `training.loggers`.
     """
 
-    def __init__(self, run_dir: Path, total: int, start: int, *, unit: str = "img", enabled: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        total: int,
+        start: int,
+        *,
+        unit: str = "img",
+        enabled: bool = True,
+        log: Sequence[str] = ("auto",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         from tqdm import tqdm
 
         self._enabled = enabled
@@ -67,22 +78,11 @@ class RunOutput:
         )
         self._started, self._since = time.monotonic(), start
         self._seconds = 0.0
-        self._board = None
+        self._loggers: list[Logger] = []
         if enabled:
             _drop_lines_after(self._path, start)
             self._seconds = _seconds_before(self._path)
-            self._board = self._open_board(run_dir, start)
-
-    def _open_board(self, run_dir: Path, start: int) -> Any:
-        """TensorBoard's writer where it is installed and works; metrics.jsonl holds the same numbers."""
-        if find_spec("tensorboard") is None:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except Exception as error:  # whatever its dependencies raise; a viewer is no reason not to train
-            self.say(f"TensorBoard is installed but does not import ({error}): no event files are written.")
-            return None
-        return SummaryWriter(run_dir, purge_step=start)
+            self._loggers = open_loggers(log, run_dir, start, config or {}, self.say)
 
     def advance(self, images: int) -> None:
         """Move the bar by `images`."""
@@ -109,9 +109,8 @@ class RunOutput:
         if self._enabled:
             with self._path.open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
-            if self._board is not None:
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, images)
+            for logger in self._loggers:
+                logger.add(values, images)
             self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss")}, refresh=False)
         return line
 
@@ -129,8 +128,8 @@ class RunOutput:
 
     def close(self) -> None:
         self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 @contextlib.contextmanager

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.portable import Difference, Precision, write_portable
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, check_writable
-from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.preconditioned import Preconditioned
 
 ONNXRUNTIME_WEB = "1.30.0"
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist"
@@ -58,12 +57,12 @@ def check_site(folder: Path, page: Page) -> None:
 
 
 def write_site(
-    net: EDMPrecond,
+    net: Preconditioned,
     folder: str | Path,
     page: Page = Page(),
     *,
     dtype: Precision = "float32",
-    sigma: float = SIGMA,
+    sigma: float | None = None,
     images: int = 64,
 ) -> Difference:
     """Write the page of `net` as `folder`; a page that is there already is replaced. `model.json`, which the page reads

@@ -228,7 +228,7 @@ def test_the_record_counts_what_each_peer_was_right_in_and_names_backends_that_c
     assert checked["checked"] == 2 and checked["failures"] == []
     assert {"official": 1, "stock": 1, "p": 1}.items() <= checked["right"].items()
     assert checked["missing"] == {"gdd_fast:cpp": [2, "it is gone"]} and "gdd_fast:cpp" not in checked["right"]
-    gpu_battery.merge(found, Results.load(path))
+    gpu_battery.take_findings(found, Results.load(path))
     assert any("gdd_fast:cpp not checked in 4 cases: it is gone" in line for line in gpu_battery.summary(found))
 
 

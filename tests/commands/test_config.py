@@ -46,7 +46,7 @@ def test_the_papers_recipes(name, row, level):
     assert config.generator.freeze == level
     assert config.data.cond is cond and config.data.x_flip is False
     assert (config.loss.r1_gamma, config.loss.r1_interval, config.loss.logit_reduction) == (1e-4, 16, "rows")
-    assert (config.generator.g_precision, config.discriminator.d_precision) == ("bf16", "fp32")
+    assert (config.generator.g_precision, config.discriminator.d_precision) == ("bf16", "bf16")
     assert config.data.data is None and config.generator.teacher is None
 
 

@@ -46,18 +46,27 @@ def evaluate(capsys):
     return run
 
 
+@pytest.fixture
+def keep(capsys):
+    def run(*args) -> str:
+        main(["ref", *map(str, args), *SMALL])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    return run
+
+
 def test_a_generator_against_a_data_set(net, real, capsys):
     main(["--net", str(net), "--data", str(real), "--images", "40", "--device", "cpu", "--features", "lite0, pixels"])
     out = capsys.readouterr().out
-    assert "40 images to 128 real ones" in out
-    assert "lite0-64" in out
-    assert "pixels-16" in out
+    assert "40 images against 128 real ones" in out
+    assert "FD-lite0-64" in out
+    assert "FD-pixels-16" in out
 
 
 def test_a_set_has_no_distance_to_itself(real, evaluate):
     result = evaluate("--samples", real, "--data", real)
     assert result["generated_images"] == result["real_images"] == 128
-    assert result["frechet_distance"]["pixels-16"] == pytest.approx(0, abs=1e-6)
+    assert result["metrics"]["fd-pixels-16"] == pytest.approx(0, abs=1e-6)
 
 
 def test_generating_and_storing_first_give_the_same_distance(net, real, tmp_path, evaluate):
@@ -67,15 +76,15 @@ def test_generating_and_storing_first_give_the_same_distance(net, real, tmp_path
         sample(["--net", str(net), "--seeds", "10-49", "--sampler", "heun", "--steps", "3", *out])
         stored = evaluate("--samples", tmp_path / name, "--data", real)
         assert stored["generated_images"] == 40
-        assert stored["frechet_distance"] == pytest.approx(direct["frechet_distance"], rel=1e-6)
+        assert stored["metrics"] == pytest.approx(direct["metrics"], rel=1e-6)
 
 
-def test_a_kept_reference_stands_for_its_data_set(net, real, tmp_path, evaluate):
+def test_a_kept_reference_stands_for_its_data_set(net, real, tmp_path, evaluate, keep):
     reference = tmp_path / "ref.npz"
-    assert evaluate("--data", real, "--save-ref", reference)["real_images"] == 128
+    assert keep("--data", real, "--out", reference) == "statistics of 128 real images -> " + str(reference)
     by_data = evaluate("--net", net, "--data", real, "--images", 30)
     by_reference = evaluate("--net", net, "--ref", reference, "--images", 30)
-    assert by_reference["frechet_distance"] == pytest.approx(by_data["frechet_distance"])
+    assert by_reference["metrics"] == pytest.approx(by_data["metrics"])
     assert by_reference["real_images"] == 128
 
 
@@ -99,10 +108,15 @@ def fails(capsys, *args) -> str:
     [
         (["--data", "demo"], "--net or --samples"),
         (["--net", "demo"], "--data"),
-        (["--net", "demo", "--data", "demo", "--ref", "x.npz"], "--data"),
         (["--net", "demo", "--samples", "x", "--data", "demo"], "choose one"),
-        (["--net", "demo", "--data", "demo", "--save-ref", "x.npz"], "one kind"),
-        (["--net", "demo", "--ref", "x.npz", "--save-ref", "y.npz", "--features", "pixels"], "--save-ref"),
+        (["ref", "--data", "demo", "--out", "x.npz", "--features", "lite0,pixels"], "lite0,pixels"),
+        (["ref", "--data", "demo", "--out", "x.pt", "--features", "pixels"], "--out"),
+        (["--net", "demo", "--data", "demo", "--metrics", "fdi"], "fdi"),
+        (["--net", "demo", "--data", "demo", "--metrics", "fid@lite0"], "fd@lite0"),
+        (["--net", "demo", "--data", "demo", "--metrics", "kid,kid@inception"], "twice"),
+        (["--net", "demo", "--ref", "x.npz", "--metrics", "nn@pixels"], "--data"),
+        (["--samples", "x", "--data", "demo", "--rounds", "3"], "--rounds"),
+        (["--net", "demo", "--data", "demo", "--held-out", "demo-test"], "--held-out"),
         (["--net", "demo", "--data", "demo", "--images", "1"], "--images"),
         (["--net", "demo", "--data", "demo", "--seeds", "3"], "at least 2"),
         (["--net", "demo", "--data", "demo", "--features", "pixels,pixels"], "twice"),
@@ -115,10 +129,10 @@ def fails(capsys, *args) -> str:
         (["--samples", "x", "--data", "demo", "--dtype", "float16"], "--dtype"),
         (["--samples", "x", "--data", "demo", "--sampler", "heun"], "--sampler"),
         (["--samples", "x", "--data", "demo", "--sigma-max", "40"], "--sampler"),
-        (["--data", "demo", "--save-ref", "nowhere/x.npz", "--features", "pixels", "--class", "3"], "--class"),
         (["--net", "demo", "--ref", "x.npz", "--features", "pixels", "--data-images", "9"], "--data-images"),
         (["--net", "demo", "--data", "demo", "--seeds", "0-9", "--images", "20"], "--images"),
-        (["--net", "demo", "--data", "demo", "--features", "pixels", "--lite0-weights", "x"], "--lite0-weights"),
+        (["--net", "demo", "--data", "demo", "--features", "pixels", "--feature-weights", "lite0=x"], "lite0"),
+        (["--net", "demo", "--data", "demo", "--features", "pixels", "--feature-weights", "x"], "name=path"),
         (["--net", "demo", "--data", "demo", "--steps", "4"], "--steps 4: for --sampler heun"),
         (["--net", "demo", "--data", "demo", "--s-churn", "1"], "--s-churn"),
         *(
@@ -132,24 +146,25 @@ def test_bad_options(capsys, options, message):
     assert message in fails(capsys, *options)
 
 
-def test_a_reference_of_other_features(net, real, tmp_path, evaluate, capsys):
-    evaluate("--data", real, "--save-ref", tmp_path / "ref.npz", "--feature-resolution", 8)
+def test_a_reference_of_other_features(net, real, tmp_path, keep, capsys):
+    keep("--data", real, "--out", tmp_path / "ref.npz", "--feature-resolution", 8)
     message = fails(capsys, "--net", net, "--ref", tmp_path / "ref.npz", "--features", "pixels")
     assert "pixels-8" in message
     assert "pixels-16" in message
 
 
-def test_images_of_another_size(net, real, tmp_path, evaluate, capsys):
+def test_images_of_another_size(net, real, tmp_path, keep, capsys):
     with reserve(tmp_path / "big.zip") as output, output.writer(range(4), {}) as writer:
         writer.put(range(4), torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
     message = fails(capsys, "--samples", tmp_path / "big.zip", "--data", real, "--features", "pixels")
     assert "3 x 32^2" in message
     assert "1 x 16^2" in message
-    evaluate("--data", tmp_path / "big.zip", "--save-ref", tmp_path / "ref.npz")
+    keep("--data", tmp_path / "big.zip", "--out", tmp_path / "ref.npz")
     for ours in (["--samples", real], ["--net", net]):
         message = fails(capsys, *ours, "--ref", tmp_path / "ref.npz", "--features", "pixels")
         assert "1 x 16^2" in message
-        assert "ref.npz 3 x 32^2" in message
+        assert "3 x 32^2" in message
+        assert "ref.npz" in message
 
 
 def test_an_infinite_s_max_is_no_bound(net, real, evaluate):

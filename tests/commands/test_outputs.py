@@ -63,7 +63,7 @@ def no_work(monkeypatch):
         (sample, "load_generator"),
         (convert, "_read"),
         (prepare, "open_source"),
-        (evaluate, "build_extractor"),
+        (evaluate, "Measurement"),
         (pretrain, "join"),
     ):
         monkeypatch.setattr(module, name, work)
@@ -80,7 +80,7 @@ def no_work(monkeypatch):
         (convert.main, ["any", NOWHERE]),
         (convert.main, ["any", NOWHERE / "x.pt"]),
         (prepare.main, ["--source", "any", "--dest", NOWHERE / "p.zip"]),
-        (evaluate.main, ["--data", "demo", "--features", "pixels", "--save-ref", NOWHERE / "r.npz"]),
+        (evaluate.main, ["ref", "--data", "demo", "--features", "pixels", "--out", NOWHERE / "r.npz"]),
         (pretrain.main, ["--run-dir", NOWHERE]),
         (train.main, ["--run-dir", NOWHERE]),
         (train.main, ["--run-dir", NOWHERE, "--dry-run"]),
@@ -99,10 +99,10 @@ def test_what_checks_leave_behind(tmp_path):
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
-def test_save_ref_does_not_replace_a_file(tmp_path, capsys, no_work):
+def test_a_reference_does_not_replace_a_file(tmp_path, capsys, no_work):
     data_set = tmp_path / "images.npz"
     data_set.write_bytes(b"a data set")
-    flags = ["--data", "demo", "--features", "pixels", "--save-ref", data_set]
+    flags = ["ref", "--data", "demo", "--features", "pixels", "--out", data_set]
     assert "images.npz exists" in refused(evaluate.main, capsys, *flags)
     assert data_set.read_bytes() == b"a data set"
 

@@ -19,7 +19,7 @@ def test_paths_may_be_strings_in_every_configuration():
     assert override(preset("demo"), run_dir="runs/short").run_dir == Path("runs/short")
     assert SampleConfig(net=Path("demo"), out="x.zip", grid="x.png").out == Path("x.zip")
     assert SampleConfig(net=Path("demo")).net == "demo"
-    assert EvaluateConfig(save_ref="x.npz").save_ref == Path("x.npz")
+    assert EvaluateConfig(samples="x.zip", ref=["x.npz"]).samples == Path("x.zip")
     assert PrepareConfig(source="a", dest="b.zip").dest == Path("b.zip")
     assert ConvertConfig(source="a", destination="b").source == Path("a")
     assert PretrainConfig(run_dir="runs/t", channel_mult=[1, 2]).channel_mult == (1, 2)

@@ -22,14 +22,14 @@ from gdd_fast.errors import CheckpointError
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.files.save import save_network
 from gdd_fast.train import main, read
-from gdd_fast.training import checkpoint, loop, output
+from gdd_fast.training import checkpoint, loggers, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
 
 
 def refused(capsys, *flags):

@@ -94,7 +94,7 @@ def test_micro_batches_add_up(inputs, tmp_path, monkeypatch):
     found = []
     for batch_gpu in (None, 1):
         task = Pretraining(config_of(inputs, tmp_path, batch_gpu=batch_gpu), ALONE)
-        monkeypatch.setattr(task.guard, "step", lambda: False)
+        monkeypatch.setattr(task.guard, "step", lambda: torch.zeros(()))
         task.iteration(0)
         found.append(([p.grad for p in task.net.parameters()], task.averages.take()["loss"]))
     for a, b in zip(found[0][0], found[1][0], strict=True):

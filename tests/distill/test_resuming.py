@@ -15,13 +15,13 @@ from gdd_fast.distill import comparison
 from gdd_fast.models.files.load import RUN_GENERATOR, load_generator, network_digest
 from gdd_fast.models.files.save import save_network
 from gdd_fast.train import main
-from gdd_fast.training import checkpoint, loop, output
+from gdd_fast.training import checkpoint, loggers, loop
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """No TensorBoard, whose import takes seconds, and no distance between 1,280 features."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     monkeypatch.setattr(comparison, "FEATURES", ("pixels",))
 
 
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "find_spec", lambda name: None)
+        patch.setattr(loggers, "find_spec", lambda name: None)
         patch.setattr(comparison, "PANEL_IMAGES", 4)
         patch.setattr(comparison, "FEATURES", ("pixels",))
         main(tiny_flags(folder, duration_mimg=8e-6, evaluate_images=4))

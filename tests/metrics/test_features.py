@@ -6,7 +6,8 @@ from torch.nn.functional import interpolate
 
 from gdd_fast.data.demo import demo_dataset
 from gdd_fast.errors import ConfigError, DataError, WeightsError
-from gdd_fast.metrics.features import Lite0Features, PixelFeatures, build_extractor
+from gdd_fast.metrics.features import PixelFeatures, build_extractor
+from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.statistics import collect, dataset_statistics
 from gdd_fast.models.backbone_weights import load_backbone_weights
@@ -103,8 +104,8 @@ def test_too_few_images():
 
 
 def test_unknown_features_resolutions_and_weights(tmp_path):
-    with pytest.raises(ConfigError, match="inception"):
-        build_extractor("inception")
+    with pytest.raises(ConfigError, match="inception_v4"):
+        build_extractor("inception_v4")
     with pytest.raises(ConfigError, match="multiple of 32"):
         build_extractor("lite0", resolution=50)
     with pytest.raises(ConfigError, match="at least 1"):

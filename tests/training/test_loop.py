@@ -12,7 +12,7 @@ from tiny_run import ALONE
 
 from gdd_fast import signals
 from gdd_fast.errors import CheckpointError, DivergedError
-from gdd_fast.training import checkpoint, output
+from gdd_fast.training import checkpoint, loggers
 from gdd_fast.training.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
 from gdd_fast.training.output import Averages
 
@@ -61,7 +61,7 @@ class Counting:
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
     """Its import takes seconds; one test asks for it."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
 
 
 def lines(folder):
@@ -273,7 +273,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
 
 
 def test_a_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     assert len(lines(tmp_path)) == 1
@@ -285,7 +285,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(output, "find_spec", lambda name: True)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
     run(Counting(), tmp_path, CONFIG, Schedule(40, 20, 20), ALONE)
     events = EventAccumulator(str(tmp_path))
     events.Reload()

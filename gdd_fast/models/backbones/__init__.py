@@ -6,10 +6,10 @@ State-dict names are torchvision's for VGG-16 and timm's for the others; neither
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm
+from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.backbones.deit import DeitBase
 from gdd_fast.models.backbones.lite0 import Lite0
 from gdd_fast.models.backbones.vgg import Vgg16
@@ -23,8 +23,10 @@ __all__ = [
     "Vgg16",
     "build_backbone",
     "check_resolution",
+    "fit_to",
     "fit_weights",
     "fold_batch_norm",
+    "probe_batch_norm",
 ]
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
@@ -72,8 +74,13 @@ def fit_weights(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         backbone = _maker(name)()
-    expected = backbone.state_dict()
-    kept = {key: value for key, value in weights.items() if not key.startswith(backbone.unused_weights or "\0")}
+    return fit_to(backbone, name, weights, backbone.unused_weights)
+
+
+def fit_to(network: nn.Module, name: str, weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
+    """`fit_weights` for any network, here called `name`; tensors whose names begin with one of `unused` are dropped."""
+    expected = network.state_dict()
+    kept = {key: value for key, value in weights.items() if not key.startswith(unused or "\0")}
     # Older files lack the batch counters; eval mode never reads them.
     kept |= {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
     problems = [f"{key} is missing" for key in expected if key not in kept]

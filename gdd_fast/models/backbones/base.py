@@ -43,6 +43,25 @@ class Backbone(nn.Module):
 
 
 @torch.no_grad()
+def probe_batch_norm(backbone: Backbone) -> Backbone:
+    """Move every batch norm's running statistics once, as one image of zeros (256 x 256) in training mode does.
+
+    The public code of GDD leaves its backbones so: it learns the sizes of their maps from such an image before anything
+    else. To be called before `fold_batch_norm`; returns `backbone`, unchanged if it has no batch norm.
+    """
+    norms = [parent.get_submodule(norm) for parent, _, norm in backbone.conv_norms()]
+    if not norms:
+        return backbone
+    for norm in norms:
+        norm.train()
+    weight = next(backbone.parameters())
+    backbone(weight.new_zeros(1, 3, 256, 256))
+    for norm in norms:
+        norm.eval()
+    return backbone
+
+
+@torch.no_grad()
 def fold_batch_norm(backbone: Backbone) -> Backbone:
     """Fold every batch norm into the convolution before it, in place; returns `backbone`.
 

@@ -13,7 +13,7 @@ from gdd_fast.ops.frozen_conv2d_relu import Activation
 _BN_EPS = 1e-3
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     blocks: int
     kernel: int
     stride: int
@@ -21,14 +21,14 @@ class _Stage(NamedTuple):
     channels: int
 
 
-_STAGES = (
-    _Stage(1, 3, 1, 1, 16),
-    _Stage(2, 3, 2, 6, 24),
-    _Stage(2, 5, 2, 6, 40),
-    _Stage(3, 3, 2, 6, 80),
-    _Stage(3, 5, 1, 6, 112),
-    _Stage(4, 5, 2, 6, 192),
-    _Stage(1, 3, 1, 6, 320),
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
 )
 _TAPPED_STAGES = (1, 2, 4, 6)
 
@@ -117,7 +117,9 @@ class Lite0(Backbone):
     name = "tf_efficientnet_lite0"
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
-    tap_channels = tuple(_STAGES[i].channels for i in _TAPPED_STAGES)  # type: ignore[assignment]
+    stages = STAGES
+    """What the network is built of; a larger one of the family has others."""
+    tap_channels = tuple(STAGES[i].channels for i in _TAPPED_STAGES)  # type: ignore[assignment]
     tap_strides = (4, 8, 16, 32)
 
     def __init__(self):
@@ -126,7 +128,7 @@ class Lite0(Backbone):
         self.bn1 = _norm(32)
         stages: list[nn.Module] = []
         channels = 32
-        for stage in _STAGES:
+        for stage in self.stages:
             blocks: list[nn.Module] = []
             for i in range(stage.blocks):
                 if stage.expand == 1:

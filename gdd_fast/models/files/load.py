@@ -1,21 +1,23 @@
-"""Networks on disk: a folder of config.json and model.safetensors, an EDM pickle, or a training run."""
+"""Networks on disk: a folder of config.json and model.safetensors, an EDM pickle, a training run, a pipeline folder."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
-from gdd_fast.models.files import bare_weights, pickle_reader
+from gdd_fast.models.files import bare_weights, diffusers_folder, pickle_reader
 from gdd_fast.models.files.pickle_reader import PickledNetwork
 from gdd_fast.models.files.save import FORMAT, PRECONDS, VERSION
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
+from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.published import PUBLISHED, published
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond, output_gain
 
 PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
     "EDMPrecond": EDMPrecond,  # EDM's, and SiD's generators
@@ -23,9 +25,10 @@ PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
     "D2OPrecond": GDDPrecond,  # the same formula under the name of GDD's successor
 }
 RUN_GENERATOR = "generator_ema"
+Network = TypeVar("Network", bound=Preconditioned)
 
 
-def load_network(folder: str | Path, device: torch.device | str | None = None) -> EDMPrecond:
+def load_network(folder: str | Path, device: torch.device | str | None = None) -> Preconditioned:
     """The network in `folder`, float32 parameters whatever they were stored in, in evaluation mode.
 
     Raises WeightsError if a file is missing or broken, or the weights do not fit the configuration.
@@ -79,8 +82,9 @@ def network_from_pickle(
 
 def load_generator(
     path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-) -> EDMPrecond:
-    """A network to sample from: an EDM or GDD .pkl, a network folder, or a training run (its EMA generator).
+) -> Preconditioned:
+    """A network to sample from: an EDM or GDD .pkl, a network folder, a training run (its EMA generator), or a folder
+    that diffusers' DDPMPipeline and its like wrote (see gdd_fast.models.teachers).
 
     Called as `net(x, sigma, class_labels=None)`; in evaluation mode, without gradients and augmentation layer.
     `dtype` is the compute type (default: what a folder was saved with, float32 for a .pkl).
@@ -88,10 +92,14 @@ def load_generator(
     Raises WeightsError if there is no network at `path`, or it is broken.
     """
     path = Path(path)
-    if path.is_dir():
+    net: Preconditioned
+    if path.is_dir() and diffusers_folder.is_pipeline(path):
+        init, state = diffusers_folder.read(path)
+        net = _build(UNet2DPrecond, init, state, str(path))
+    elif path.is_dir():
         folder = path / RUN_GENERATOR if (path / RUN_GENERATOR).is_dir() else path
         net = load_network(folder)
-        if net.model_kwargs.get("augment_dim"):
+        if isinstance(net, EDMPrecond) and net.model_kwargs.get("augment_dim"):
             net = _rebuild(net, type(net), augment_dim=0)
     elif path.suffix.lower() == ".pkl" and path.is_file():
         networks = pickle_reader.load(path)
@@ -105,7 +113,10 @@ def load_generator(
                 f"python -m gdd_fast.convert {path} FOLDER --like NET|PRESET, and give that folder."
             )
         problem = "is not a network" if path.exists() else "does not exist"
-        raise WeightsError(f"{path} {problem}: give an EDM .pkl, a network folder or a training run folder.")
+        raise WeightsError(
+            f"{path} {problem}: give an EDM .pkl, a network folder, a training run folder or "
+            "a pipeline folder of diffusers'."
+        )
     if dtype is not None:
         net.dtype = compute_dtype(dtype)
     return net.to(device).eval().requires_grad_(False)
@@ -124,11 +135,13 @@ def network_like(path: Path, like: str, key: str = "ema") -> EDMPrecond:
             names = ", ".join(PUBLISHED)
             raise WeightsError(f"--like {like}: there is no such network; give a path, a preset's name, or {names}")
         other = load_generator(like)
+        if not isinstance(other, EDMPrecond):
+            raise WeightsError(f"--like {like}: that is a network of diffusers', which keeps its own names of weights.")
         cls, init = type(other), other.init_config()
     return _build(cls, {**init, "augment_dim": augment_dim}, state, f"{path} as {like}")
 
 
-def network_digest(net: EDMPrecond) -> str:
+def network_digest(net: Preconditioned) -> str:
     """SHA-256 of the weights and the configuration but for the compute type: alike where the function is."""
     kind = {"class": type(net).__name__, **net.init_config(), "dtype": None}
     digest = hashlib.sha256(json.dumps(kind, sort_keys=True).encode())
@@ -138,7 +151,7 @@ def network_digest(net: EDMPrecond) -> str:
     return digest.hexdigest()
 
 
-def holds_network(net: EDMPrecond, folder: str | Path) -> bool:
+def holds_network(net: Preconditioned, folder: str | Path) -> bool:
     """Whether `folder` holds this very network, to the last bit, as `save_network` writes it in float32."""
     try:
         saved = load_network(folder)
@@ -147,12 +160,23 @@ def holds_network(net: EDMPrecond, folder: str | Path) -> bool:
     return type(saved) is type(net) and network_digest(saved) == network_digest(net)
 
 
-def as_generator(teacher: EDMPrecond) -> GDDPrecond:
-    """A one-step generator that starts from `teacher`: copies of its weights under GDD's preconditioning.
+def as_generator(teacher: Preconditioned, sigma_init: float | None = None) -> Preconditioned:
+    """A one-step generator that starts from `teacher`: copies of its weights, without augmentation layer and dropout.
 
-    The augmentation layer is dropped, and so is dropout; the result is on the teacher's device, in training mode.
+    A network of EDM's comes under GDD's preconditioning, any other stays under its own. `sigma_init` is the noise level
+    of the one step, by default the teacher's; ConfigError if the teacher does not know it. On the teacher's device, in
+    training mode.
     """
-    return _rebuild(teacher, GDDPrecond, augment_dim=0, dropout=0.0, label_dropout=0.0).train()  # type: ignore[return-value]
+    wanted = teacher.sigma_init if sigma_init is None else sigma_init
+    if isinstance(teacher, EDMPrecond):
+        changes = {"augment_dim": 0, "dropout": 0.0, "label_dropout": 0.0, "sigma_init": wanted}
+        return _rebuild(teacher, GDDPrecond, **changes).train()
+    check_sigma_init(wanted, teacher.sigma_min, teacher.sigma_max)
+    init = teacher.init_config()
+    init |= {"unet": {**init["unet"], "dropout": 0.0}, "sigma_init": wanted}
+    generator = _build(UNet2DPrecond, init, teacher.state_dict(), "the network")
+    generator.scale_output(output_gain(generator))
+    return generator.train()
 
 
 def _rebuild(net: EDMPrecond, cls: type[EDMPrecond], **changes: Any) -> EDMPrecond:
@@ -189,7 +213,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _build(cls: type[EDMPrecond], init: dict[str, Any], state: dict[str, Tensor], where: str) -> EDMPrecond:
+def _build(cls: type[Network], init: dict[str, Any], state: dict[str, Tensor], where: str) -> Network:
     """A network of `cls` with float32 copies of the tensors of `state`, in evaluation mode.
 
     The arguments may be anything that a file can hold. The network is laid out without memory for its weights, within
@@ -202,10 +226,20 @@ def _build(cls: type[EDMPrecond], init: dict[str, Any], state: dict[str, Tensor]
         raise WeightsError(f"{where}: the network cannot be built from its arguments: {error}") from error
     _check_state(net, state, where)
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+    _fill_buffers(net, lambda: cls(**init))
     return net.eval()
 
 
-def _check_state(net: EDMPrecond, state: dict[str, Tensor], where: str) -> None:
+def _fill_buffers(net: nn.Module, anew: Callable[[], nn.Module]) -> None:
+    """Give buffers that no file holds, of which some layers of diffusers' have one, the values they are made with."""
+    empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    made = anew() if empty else net
+    for name in empty:
+        module, _, buffer = name.rpartition(".")
+        net.get_submodule(module)._buffers[buffer] = made.get_buffer(name)
+
+
+def _check_state(net: Preconditioned, state: dict[str, Tensor], where: str) -> None:
     """Raise one WeightsError for everything in which `state` differs from what `net` (on any device) consists of."""
     expected = net.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
@@ -224,7 +258,7 @@ def _check_state(net: EDMPrecond, state: dict[str, Tensor], where: str) -> None:
         raise WeightsError(f"{where}: the weights do not fit the network: {shown}.")
 
 
-def _filters(net: EDMPrecond, state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
+def _filters(net: Preconditioned, state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
     """The resampling filters that are stored with other values than the network's arguments give them."""
     for name, layer in net.named_modules():
         if isinstance(layer, Conv2d) and layer.resample_filter is not None:

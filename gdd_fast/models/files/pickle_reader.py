@@ -10,7 +10,7 @@ module_src, class_name, state}, and the state of a network is the `__dict__` of 
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,22 @@ def load(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Pick
         raise UnsafePickleError(f"{path}: {error}") from None
 
 
+def load_module(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, torch.Tensor]:
+    """The state dict of a pickle that is one network, as NVIDIA publishes the feature networks of its metrics.
+
+    As `load`: nothing is executed. Layers of torch.nn may be part of it.
+    """
+    path = Path(path)
+    data = _read(path, max_bytes)
+    try:
+        content = _content(data, _WithLayers(_globals()))
+        if not isinstance(content, Module):
+            raise UnsafePickleError(f"the file holds a {_kind(content)}, not a network")
+        return _state_dict("the network", content, _Budget(tensor_bytes=2 * len(data)))
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path}: {error}") from None
+
+
 def _read(path: Path, max_bytes: int) -> memoryview:
     try:
         if not path.is_file():
@@ -94,7 +110,7 @@ def _read(path: Path, max_bytes: int) -> memoryview:
     return memoryview(data)[:count]
 
 
-def _networks(data: memoryview) -> dict[str, PickledNetwork]:
+def _content(data: memoryview, names: Mapping[str, object]) -> object:
     if not len(data):
         raise UnsafePickleError("the file is empty; get it again")
     start = bytes(data[:32])
@@ -108,8 +124,11 @@ def _networks(data: memoryview) -> dict[str, PickledNetwork]:
             f"this is a pickle of protocol {start[1]}, as old torch.save checkpoints are; EDM and GDD network pickles "
             f"(.pkl) have protocol {MIN_PROTOCOL} or later"
         )
-    storages = Constructor(Storages())
-    content = Machine(Reader(data), {**_GLOBALS, "torch.storage._load_from_bytes": storages}).load()
+    return Machine(Reader(data), names).load()
+
+
+def _networks(data: memoryview) -> dict[str, PickledNetwork]:
+    content = _content(data, _globals())
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UnsafePickleError(f"the file holds a {_kind(content)}; a network pickle holds a dict with an entry 'ema'")
     budget = _Budget(tensor_bytes=2 * len(data))
@@ -214,6 +233,21 @@ _GLOBALS: dict[str, Constructor] = {
 }
 
 
+def _globals() -> dict[str, object]:
+    """Those of one file, whose storages are read once."""
+    return {**_GLOBALS, "torch.storage._load_from_bytes": Constructor(Storages())}
+
+
+class _WithLayers(dict):
+    """`_GLOBALS`, and any layer of torch.nn as a plain container."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith("torch.nn.modules."))
+
+    def __missing__(self, name: str) -> Constructor:
+        return Constructor(Module.container)
+
+
 def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
     """The module and all below it with the prefix of their names, in the order of torch.nn.Module.state_dict."""
     pending = [("", 0, root)]
@@ -265,6 +299,11 @@ def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
 
 
 def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
+    state = _state_dict(key, root, budget)
+    return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
+
+
+def _state_dict(key: str, root: Module, budget: _Budget) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for prefix, module in _modules(root, budget):
         skipped = module.state.get("_non_persistent_buffers_set", set())
@@ -287,7 +326,7 @@ def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
             budget.spend("tensors")
             budget.spend("tensor_bytes", value.bytes)
             state[full] = value.materialise()
-    return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
+    return state
 
 
 def _settings(root: Module, budget: _Budget) -> dict[str, object]:

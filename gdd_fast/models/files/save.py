@@ -8,13 +8,15 @@ import torch
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, write_tensors
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 
 FORMAT = "gdd_fast.network"
 VERSION = 1
-PRECONDS: dict[str, type[EDMPrecond]] = {"edm": EDMPrecond, "gdd": GDDPrecond}
+PRECONDS: dict[str, type[Preconditioned]] = {"edm": EDMPrecond, "gdd": GDDPrecond, "unet2d": UNet2DPrecond}
 
 
-def save_network(net: EDMPrecond, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def save_network(net: Preconditioned, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`.
 
     Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.

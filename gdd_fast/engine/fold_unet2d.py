@@ -1,0 +1,351 @@
+"""Folding a U-Net of diffusers' at one noise level; what is constant there is in `fold`.
+
+The network is copied, and in the copy its residual blocks and attentions are exchanged for the folded layers of our own
+networks, its first and last convolution for ones that hold D's scales. The modules that call them (diffusers' down,
+middle and up blocks) stay, and so does every layer of a kind that is not known here: it runs as it is, in the compute
+type. In place of the embedding the blocks are handed the rows that a label gives.
+"""
+
+# mypy: disable-error-code="union-attr,arg-type,operator,index,assignment,return-value,attr-defined,call-arg,misc"
+# The layers of diffusers are known by their structure and have no types here.
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.acceleration import restore
+from gdd_fast.acceleration.class_exchange import library_class
+from gdd_fast.engine.folded_layers import (
+    Attention,
+    Convolution,
+    Identity,
+    Merge,
+    MergedProjection,
+    Norm,
+    Projection,
+    Target,
+)
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond, unet_body
+from gdd_fast.ops.attention import check_triton
+
+Rows = Callable[[Tensor], list[Tensor]]
+"""Embeddings float64 (N, D) -> the rows of one block, float64 (N, C) each."""
+
+
+class FoldedUNet2D(nn.Module):
+    """A preconditioned U-Net of diffusers' at one noise level, from standard normal latents to images."""
+
+    def __init__(
+        self, unet: nn.Module, row_sizes: list[int], *, reads: tuple[float, float], latent_scale: float, target: Target
+    ) -> None:
+        """`reads`: factor and offset with which latents become what the U-Net reads; (1, 0) if its layers hold them."""
+        super().__init__()
+        self.unet = unet
+        self.row_sizes = row_sizes
+        self.reads = reads
+        self.latent_scale = latent_scale
+        self.dtype = target.dtype
+
+    def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
+        """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
+        factor, offset = self.reads
+        x = latents if self.reads == (1.0, 0.0) else latents * factor + offset
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        # a tuple also without classes: it stands where the blocks of diffusers pass an embedding on
+        x, image = unet_body(self.unet, x, () if rows is None else rows.split(self.row_sizes, 1))
+        x = self.unet.conv_out(self.unet.conv_norm_out(x.float()))
+        x = x if image is None else x + image.float()
+        return torch.add(x, latents, alpha=self.latent_scale) if self.latent_scale else x
+
+
+class Conditioning2D(nn.Module):
+    """What a label does to a folded network: its rows, float32 (N, sum of row_sizes), from a table by class.
+
+    Those of soft labels are computed anew, in float64, from the embeddings of the classes.
+    """
+
+    def __init__(self, base: Tensor, classes: Tensor, blocks: list[Rows], device: torch.device) -> None:
+        """`base` float64 (1, D): the time's embedding; `classes` float64 (label_dim, D), added to it."""
+        super().__init__()
+        self._base, self._classes, self._blocks = base, classes, blocks
+        self.table = nn.Buffer(self._rows(torch.eye(len(classes), dtype=torch.float64)).to(device))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
+        if labels.is_floating_point():
+            return self._rows(labels.cpu().double()).to(labels.device)
+        return self.table.index_select(0, labels)
+
+    def _rows(self, labels: Tensor) -> Tensor:
+        emb = self._base + labels @ self._classes
+        return torch.cat([row for block in self._blocks for row in block(emb)], 1).float()
+
+
+class Resnet(nn.Module):
+    """diffusers' residual block. `place`: where its rows are among all, None if they are constants of its layers."""
+
+    def __init__(
+        self,
+        *,
+        norm1: nn.Module,
+        conv1: Convolution,
+        norm2: Norm,
+        act: nn.Module | None,
+        conv2: Convolution,
+        end: Identity | Merge | Projection | MergedProjection,
+        sample: nn.Module | None,
+        place: int | None,
+        adaptive: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.act, self.conv2, self.end = norm1, conv1, norm2, act, conv2, end
+        self.sample = sample
+        self.place = place
+        self.adaptive = adaptive
+
+    def forward(self, x: Tensor, temb: tuple[Tensor, ...]) -> Tensor:
+        """`temb`, as diffusers calls it: the rows of all blocks."""
+        h = self.norm1(x)
+        if self.act is not None:
+            h = self.act(h)
+        if self.sample is not None:
+            x, h = self.sample(x), self.sample(h)
+        h = self.conv1(h)
+        if self.place is None:
+            h = self.norm2(h)
+        elif self.adaptive:
+            h = self.norm2(h, scale=temb[self.place], shift=temb[self.place + 1])
+        else:
+            h = self.norm2(h, add=temb[self.place])
+        if self.act is not None:
+            h = self.act(h)
+        return self.end(self.conv2(h), x)[0]
+
+
+class SelfAttention(nn.Module):
+    """diffusers' self-attention over the pixels of an image."""
+
+    def __init__(self, layer: Attention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return self.layer(x, None)[0]
+
+
+class Unfolded(nn.Module):
+    """A block of a kind that is not known here, with the embedding that it takes."""
+
+    def __init__(self, block: nn.Module, emb: Tensor | None, place: int | None) -> None:
+        super().__init__()
+        self.block = block
+        self.emb = None if emb is None else nn.Buffer(emb)
+        self.place = place
+
+    def forward(self, x: Tensor, temb: tuple[Tensor, ...]) -> Tensor:
+        return self.block(x, self.emb if self.place is None else temb[self.place].to(x.dtype))
+
+
+def fold_unet2d(net: UNet2DPrecond, target: Target, sigma: float) -> tuple[FoldedUNet2D, Conditioning2D | None]:
+    """As `fold.fold`, for a U-Net of diffusers'."""
+    return _Folder(net, target, sigma).fold()
+
+
+class _Folder:
+    def __init__(self, net: UNet2DPrecond, target: Target, sigma: float) -> None:
+        self.net, self.target, self.sigma = net, target, sigma
+        own = copy.deepcopy(net).cpu().float().eval()
+        restore(own)
+        self.unet = own.model
+        c = net.parametrisation.coefficients(torch.tensor([sigma], dtype=torch.float64))
+        self.read, self.offset = float(c.scale) * sigma, c.shift
+        self.latent_scale, self.out = float(c.skip) * sigma, float(net.out_factor(c))
+        base = own.double().embed(c.time.double(), None)  # waves are made in float32, what follows in float64
+        self.base = base.detach()
+        self.classes = None
+        if net.label_dim:
+            self.classes = (own.embed(c.time.double(), torch.eye(net.label_dim).double()) - base).detach()
+        self.rows: list[Rows] = []
+        self.sizes: list[int] = []
+
+    def fold(self) -> tuple[FoldedUNet2D, Conditioning2D | None]:
+        resnet = library_class("diffusers.models.resnet", "ResnetBlock2D")
+        other = library_class("diffusers.models.resnet", "ResnetBlockCondNorm2D") or ()
+        attention = library_class("diffusers.models.attention_processor", "Attention")
+        unet = self.unet
+        for module in list(unet.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is resnet:
+                    setattr(module, name, self.resnet(child))
+                elif isinstance(child, other):
+                    setattr(module, name, self.unfolded(child))
+                elif type(child) is attention and _is_plain(child):
+                    setattr(module, name, SelfAttention(self.attention(child)))
+        outside = [block for block in unet.down_blocks if hasattr(block, "skip_conv")]
+        center = unet.config.center_input_sample
+        read, offset = (2 * self.read, 2 * self.offset - 1) if center else (self.read, self.offset)
+        first = read if not outside and not offset else 1.0  # a padded convolution of an offset is none of an image
+        conv = unet.conv_in
+        unet.conv_in = Convolution(_f64(conv.weight) * first, _f64(conv.bias), conv.padding[0], self.target)
+        exact = dataclasses.replace(self.target, dtype=torch.float32)
+        norm, conv, channels = unet.conv_norm_out, unet.conv_out, self.net.img_channels
+        unet.conv_norm_out = Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, exact)
+        weight, bias = _f64(conv.weight)[:channels] * self.out, _f64(conv.bias)[:channels] * self.out
+        unet.conv_out = Convolution(weight, bias, conv.padding[0], exact)
+        for block in unet.up_blocks:
+            if getattr(block, "skip_conv", None) is not None:  # adds to the image that conv_out gives
+                block.skip_conv.weight.data.mul_(self.out)
+                block.skip_conv.bias.data.mul_(self.out)
+        for name in ("time_proj", "time_embedding", "class_embedding"):
+            setattr(unet, name, None)
+        self._to_target(unet)
+        conditioning = None
+        if self.classes is not None:
+            conditioning = Conditioning2D(self.base, self.classes, self.rows, self.target.device)
+        folded = FoldedUNet2D(
+            unet,
+            self.sizes,
+            reads=(1.0, 0.0) if first != 1.0 or (read, offset) == (1.0, 0.0) else (read, offset),
+            latent_scale=self.latent_scale,
+            target=self.target,
+        )
+        return folded.eval().requires_grad_(False), conditioning
+
+    def _to_target(self, unet: nn.Module) -> None:
+        """What is left of diffusers' own layers, in the compute type; folded layers have theirs."""
+        ours = (Convolution, Norm, Merge, Identity)
+        for module in unet.modules():
+            if isinstance(module, ours):
+                continue
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        cast = tensor.detach().to(self.target.device, self.target.dtype)
+                        layout = torch.channels_last if cast.ndim == 4 else torch.preserve_format
+                        cast = cast.contiguous(memory_format=layout) if cast.ndim == 4 else cast
+                        tensors[name] = (
+                            nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
+                        )
+
+    def condition(self, rows: Rows) -> tuple[list[Tensor], int | None]:
+        """The constant rows of a block and None, or with classes none and their place among all rows."""
+        if self.classes is None:
+            return [row[0] for row in rows(self.base)], None
+        place = len(self.sizes)
+        self.rows.append(rows)
+        self.sizes += [row.shape[1] for row in rows(self.base)]
+        return [], place
+
+    def resnet(self, block: nn.Module) -> Resnet:
+        affine, adaptive = block.time_emb_proj, block.time_embedding_norm == "scale_shift"
+        offset, norm = _f64(block.conv1.bias), block.norm2
+        weight, bias = _f64(norm.weight), _f64(norm.bias)
+        place = None
+        if affine is not None:
+            w, b = _f64(affine.weight), _f64(affine.bias)
+            activate = nn.Identity() if block.skip_time_act else block.nonlinearity
+            before = 0 if adaptive else offset  # the convolution's bias joins what is added after it
+
+            def rows(emb: Tensor) -> list[Tensor]:
+                row = torch.addmm(b, activate(emb), w.t())
+                return list(row.chunk(2, 1)) if adaptive else [row + before]
+
+            constants, place = self.condition(rows)
+            if not adaptive:
+                offset = constants[0] if constants else None
+            elif constants:
+                scale, shift = constants
+                weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        silu = isinstance(block.nonlinearity, nn.SiLU)
+        late = offset if self.target.late_bias else None
+        conv1 = self.convolution(block.conv1, None if self.target.late_bias else offset)
+        norm1, sample = block.norm1, block.upsample if block.upsample is not None else block.downsample
+        conv2, end = self.end(block)
+        return Resnet(
+            norm1=Norm(norm1.weight, norm1.bias, norm1.num_groups, norm1.eps, self.target, silu=silu),
+            conv1=conv1,
+            norm2=Norm(weight, bias, norm.num_groups, norm.eps, self.target, silu=silu, add=late),
+            act=None if silu else block.nonlinearity,
+            conv2=conv2,
+            end=end,
+            sample=sample,
+            place=place,
+            adaptive=adaptive,
+        )
+
+    def end(self, block: nn.Module) -> tuple[Convolution, nn.Module]:
+        """conv2, and the end of the block: (conv2(h) + skip) * scale."""
+        scale, conv, skip = 1 / float(block.output_scale_factor), block.conv2, block.conv_shortcut
+        weight, bias = _f64(conv.weight), _f64(conv.bias)
+        if skip is None:
+            return self.identity(conv, weight, bias, scale)
+        bias = bias if skip.bias is None else bias + _f64(skip.bias)
+        weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
+        short = Convolution(projection, None, skip.padding[0], self.target)
+        if self.target.residual != "torch":
+            return self.convolution(conv, None, weight), MergedProjection(short, None, self.merge(1.0, bias))
+        return self.convolution(conv, bias, weight), Projection([short], None)
+
+    def identity(self, conv: nn.Module, weight: Tensor, bias: Tensor, scale: float) -> tuple[Convolution, nn.Module]:
+        if self.target.residual == "torch":
+            return self.convolution(conv, bias * scale, weight * scale), Identity(scale, self.target)
+        return self.convolution(conv, None, weight), self.merge(scale, bias)
+
+    def merge(self, scale: float, bias: Tensor) -> Merge:
+        merge = Merge(scale, bias, self.target)
+        merge.statistics = False  # the blocks of diffusers hand on no statistics
+        return merge
+
+    def convolution(self, conv: nn.Module, bias: Tensor | None, weight: Tensor | None = None) -> Convolution:
+        padding = conv.padding[0] if isinstance(conv, nn.Conv2d) else 0
+        weight = _f64(conv.weight) if weight is None else weight
+        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+        return Convolution(weight, bias, padding, self.target)
+
+    def attention(self, block: nn.Module) -> Attention:
+        norm, scale = block.group_norm, 1 / float(block.rescale_output_factor)
+        layers = [block.to_q, block.to_k, block.to_v]
+        if self.target.attention == "triton":
+            width = layers[0].weight.shape[0] // block.heads
+            check_triton(width, self.target.dtype, self.target.device.type)
+        weight = torch.cat([_f64(layer.weight) for layer in layers])
+        bias = torch.cat([_bias(layer) for layer in layers])
+        out = block.to_out[0]
+        proj, merge = self.identity(out, _f64(out.weight), _bias(out), scale)
+        return Attention(
+            Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, self.target, silu=False),
+            self.convolution(layers[0], bias, weight),
+            proj,
+            block.heads,
+            merge,
+            self.target,
+        )
+
+    def unfolded(self, block: nn.Module) -> Unfolded:
+        constants, place = self.condition(lambda emb: [emb])
+        return Unfolded(block, constants[0][None] if constants else None, place)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether an attention is one over the image's own pixels, normalised once, with its residual."""
+    processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
+    absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
+    return (
+        type(block.processor) is processor
+        and not block.is_cross_attention
+        and block.residual_connection
+        and block.group_norm is not None
+        and all(getattr(block, name, None) is None for name in absent)
+        and block.to_q.weight.shape == block.to_k.weight.shape == block.to_v.weight.shape
+    )
+
+
+def _f64(t: Tensor) -> Tensor:
+    return t.detach().to("cpu", torch.float64)
+
+
+def _bias(layer: nn.Module) -> Tensor:
+    return torch.zeros(layer.weight.shape[0], dtype=torch.float64) if layer.bias is None else _f64(layer.bias)

@@ -1,0 +1,49 @@
+"""What a feature network is to a metric, and what its images go through first."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from gdd_fast.errors import ConfigError, InputError
+
+
+class FeatureExtractor(Protocol):
+    """A fixed function from images to vectors."""
+
+    name: str
+    """Names the function and its settings, for example `lite0-64`. Weights that nobody has published are part of it."""
+    network: nn.Module | None
+    """What computes them, if anything does that has fused operators to choose; see layers.backends.choose_backend."""
+    backbone: str | None
+    """The ImageNet network behind it, by its name as a backbone of the discriminator; None for any other."""
+    dim: int | None
+    """F; None where it depends on the images."""
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 `(N, C, H, W)`, C 1 or 3 -> float32 `(N, F)`, without gradient, on the extractor's device."""
+
+
+def rgb(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 `(N, 1 or 3, H, W)` -> float32 `(N, 3, H, W)` from 0 to 255 on `device`; gray is repeated.
+
+    Raises `InputError` for images of another type or number of channels.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise InputError(f"features are of uint8 images (N, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    return images.to(device).float().expand(-1, 3, -1, -1)
+
+
+def resized(x: Tensor, resolution: int, mode: str = "bilinear") -> Tensor:
+    """`x` float `(N, C, H, W)` at `resolution` x `resolution`, antialiased where it shrinks."""
+    if x.shape[-2:] == (resolution, resolution):
+        return x
+    return interpolate(x, size=(resolution, resolution), mode=mode, antialias=True, align_corners=False)
+
+
+def check_multiple_of_32(name: str, resolution: int) -> None:
+    """Raise `ConfigError` for a resolution that the strides of an ImageNet network do not divide."""
+    if resolution < 32 or resolution % 32:
+        raise ConfigError(f"the resolution of {name} features has to be a multiple of 32, not {resolution}")

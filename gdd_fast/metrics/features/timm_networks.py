@@ -1,0 +1,93 @@
+"""DINOv2, CLIP and any other network of timm, which brings architecture, preprocessing and, if need be, weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.device import full_float32
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.metrics.features.extractor import resized, rgb
+from gdd_fast.metrics.features.weight_files import digest
+from gdd_fast.models.backbone_weights import read_tensors
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
+
+
+class TimmFeatures:
+    """What a network of timm puts before its classifier; of CLIP, the image's embedding.
+
+    Images are resized to the network's own resolution (or `resolution`), bicubic and antialiased, and normalised with
+    its own mean and deviation. EDM2's FD of DINOv2 and clean-fid's CLIP-FID do the same with Pillow, which rounds to
+    bytes in between.
+
+    Args:
+        name: what the features are called.
+        model: timm's name, `architecture.weights`.
+        weights: a file with timm's names; None: timm's own, from the Hugging Face hub's cache or the hub.
+    """
+
+    backbone = None
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        weights: str | Path | None = None,
+        *,
+        resolution: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        timm = _timm()
+        config = timm.get_pretrained_cfg(model)
+        if config is None:
+            raise ConfigError(f"timm has no network {model!r}; timm.list_pretrained() lists them")
+        resolution = resolution or config.input_size[-1]
+        if name == "dinov2" and resolution == config.input_size[-1]:
+            resolution = 224  # published distances are at 224 and not at the 518 that timm evaluates it at
+        network = _network(timm, model, weights, resolution)
+        self.name = f"{name}-{resolution}"
+        if weights is not None:
+            self.name += f"-{digest(network.state_dict())[:8]}"
+        self.dim = network.num_features if network.num_classes == 0 else network.num_classes
+        self.resolution, self.device = resolution, torch.device(device)
+        self.network = network.eval().requires_grad_(False).to(device)
+        self._mean, self._std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (config.mean, config.std))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = resized(rgb(images, self.device), self.resolution, "bicubic").clamp(0, 255)
+        with full_float32():
+            return self.network((x - self._mean) / self._std).float()
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # torchvision's when it is of another build than torch
+        raise ConfigError(f"DINOv2 and CLIP need timm (pip install timm), which does not import: {error}") from None
+    return timm
+
+
+def _network(timm: Any, model: str, weights: str | Path | None, resolution: int) -> nn.Module:
+    is_clip = "_clip_" in model
+    options = {} if is_clip else {"num_classes": 0}  # CLIP's classifier is its projection
+    if "vit" in model:
+        options["img_size"] = resolution
+    if weights is None:
+        try:
+            return timm.create_model(model, pretrained=True, **options)
+        except Exception as error:  # whatever the hub's client raises, of the libraries that it sends requests with
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WeightsError(
+                f"the weights of {model} are not in the Hugging Face hub's cache and could not be fetched ({reason}): "
+                f"get model.safetensors of https://huggingface.co/timm/{model} and pass --feature-weights NAME=PATH"
+            ) from None
+    network = timm.create_model(model, pretrained=False, **options)
+    try:
+        network.load_state_dict(read_tensors(Path(weights)))
+    except (WeightsError, RuntimeError) as error:
+        raise WeightsError(f"{weights}: not weights of {model}: {' '.join(str(error).split())[:300]}") from None
+    return network

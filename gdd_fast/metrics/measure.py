@@ -1,0 +1,228 @@
+"""The metrics by name: what each needs to be gathered, and the values that come of it.
+
+A request is `metric` or `metric@network`: `fid,kid@lite2,pr`. FID and the Inception score are of Inception alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.metrics.features import FeatureExtractor, build_extractor
+from gdd_fast.metrics.features.inception import InceptionFeatures
+from gdd_fast.metrics.frechet import frechet_distance
+from gdd_fast.metrics.inception_score import inception_score
+from gdd_fast.metrics.kid import kernel_distance
+from gdd_fast.metrics.neighbours import density_coverage, precision_recall
+from gdd_fast.metrics.population import Needs, Population
+from gdd_fast.metrics.reference import choose_reference, load_references
+
+Compute = Callable[[Population, Population, FeatureExtractor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: what it needs of both sets, and how its values are computed from (generated, real, extractor)."""
+
+    needs: Needs
+    compute: Compute | None
+    only_inception: bool = False
+
+
+def _frechet(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
+    return {"fd": frechet_distance(generated.statistics, real.statistics)}
+
+
+def _kid(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
+    mean, deviation = kernel_distance(generated.rows, real.rows)
+    return {"kid": mean, "kid_std": deviation}
+
+
+def _inception_score(generated: Population, _: Population, extractor: FeatureExtractor) -> dict[str, float]:
+    mean, deviation = inception_score(extractor.logits(generated.rows))
+    return {"is": mean, "is_std": deviation}
+
+
+def _precision_recall(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
+    precision, recall = precision_recall(generated.rows, real.rows)
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12)}
+
+
+def _density_coverage(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
+    density, coverage = density_coverage(generated.rows, real.rows)
+    return {"density": density, "coverage": coverage}
+
+
+_STATISTICS, _ROWS = Needs(statistics=True), Needs(statistics=False, rows=True)
+METRICS: dict[str, Metric] = {
+    "fid": Metric(_STATISTICS, _frechet, only_inception=True),
+    "fd": Metric(_STATISTICS, _frechet),
+    "kid": Metric(_ROWS, _kid),
+    "is": Metric(_ROWS, _inception_score, only_inception=True),
+    "pr": Metric(_ROWS, _precision_recall),
+    "dc": Metric(_ROWS, _density_coverage),
+    "nn": Metric(_ROWS, None),
+}
+"""`nn`, nearest neighbours, needs images and is `gdd_fast.metrics.memorisation`'s."""
+
+HIGHER_IS_BETTER = ("is", "precision", "recall", "f1", "density", "coverage")
+DEFAULT_NETWORKS = {"fd": ("lite0", "pixels")}
+"""Of metrics that are not Inception's by default."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One metric of one network, by their names."""
+
+    metric: str
+    network: str
+
+
+def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
+    """The requests in `metrics`, comma-separated; `features` are the networks of those that do not name one.
+
+    Raises `ConfigError` for an unknown metric, a metric named twice, and FID or IS of another network than Inception.
+    """
+    networks = None if features is None else [name.strip() for name in features.split(",")]
+    if networks is not None and len(set(networks)) < len(networks):
+        raise ConfigError(f"--features names one twice: {features}")
+    found: list[Request] = []
+    for text in metrics.split(","):
+        name, _, network = text.strip().partition("@")
+        if name not in METRICS:
+            raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}, each also as metric@network")
+        if METRICS[name].only_inception:
+            if network not in ("", "inception"):
+                raise ConfigError(f"--metrics {text.strip()}: {name} is of Inception alone; fd@{network} is of any")
+            chosen = ["inception"]
+        else:
+            chosen = [network] if network else networks or DEFAULT_NETWORKS.get(name, ("inception",))
+        found += [Request(name, network) for network in chosen]
+    twice = {request for request in found if found.count(request) > 1}
+    if twice:
+        raise ConfigError(f"--metrics names one twice: {', '.join(sorted(f'{r.metric}@{r.network}' for r in twice))}")
+    if {("fid", "inception"), ("fd", "inception")} <= {(r.metric, r.network) for r in found}:
+        raise ConfigError("--metrics fid and fd@inception are the same: name one")
+    return found
+
+
+class Measurement:
+    """Requests and the networks they need, built: what runs over generated images as often as one likes.
+
+    Args:
+        requests: of `parse_metrics`.
+        weights: local weight files by network.
+        resolution: for the networks that have a choice; None: their own.
+
+    Raises:
+        ConfigError, WeightsError: as `build_extractor`; also if what is called FID would not be one.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        weights: Mapping[str, str | Path] | None = None,
+        resolution: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.requests = list(requests)
+        names = list(dict.fromkeys(request.network for request in requests))
+        weights = weights or {}
+        unused = sorted(set(weights) - set(names))
+        if unused:
+            raise ConfigError(f"--feature-weights names {', '.join(unused)}, which no metric here uses")
+        fixed = ("inception", "resnet56")
+        self.extractors = [
+            build_extractor(
+                name, weights=weights.get(name), resolution=None if name in fixed else resolution, device=device
+            )
+            for name in names
+        ]
+        self.needs = []
+        for name in names:
+            needs = [METRICS[request.metric].needs for request in requests if request.network == name]
+            self.needs.append(Needs(any(n.statistics for n in needs), any(n.rows for n in needs)))
+        for request in requests:
+            extractor = self.extractors[names.index(request.network)]
+            if request.metric == "fid" and not extractor.is_published:
+                raise WeightsError(
+                    f"{extractor.name} has other weights than those of 2015-12-05, so that its Frechet distance is no "
+                    "FID: fd@inception measures it under its own name"
+                )
+            if request.metric == "is" and isinstance(extractor, InceptionFeatures):
+                extractor.check_classifier()
+        self._names = names
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """What has operators to choose an implementation of."""
+        return [extractor.network for extractor in self.extractors if extractor.network is not None]
+
+    def extractor(self, network: str) -> FeatureExtractor:
+        return self.extractors[self._names.index(network)]
+
+    def of(self, network: str, populations: Sequence[Population]) -> Population:
+        """The one of `network` among populations in the order of `extractors`."""
+        return populations[self._names.index(network)]
+
+    def references(
+        self, paths: Sequence[str | Path], image_shape: tuple[int, ...], *, complete: bool
+    ) -> list[Population | None]:
+        """Of statistics in files, what stands for real images, for each extractor; None where they have nothing.
+
+        `complete`: what they lack comes from real images. Raises `ConfigError` or `DataError` for files that do not fit
+        the networks or the (C, H, W) of the images, and without `complete` for what they lack.
+        """
+        files = [(Path(path), population) for path in paths for population in load_references(path)]
+        if not files:
+            return [None] * len(self.extractors)
+        zeros = torch.zeros(1, *image_shape, dtype=torch.uint8)
+        chosen: list[Population | None] = []
+        for extractor, needs in zip(self.extractors, self.needs, strict=True):
+            found = choose_reference(files, extractor.name, extractor(zeros).shape[1], image_shape, needs)
+            if found is None and not complete:
+                there = ", ".join(f"{p.features or 'unnamed'} ({p.statistics.dim} dimensions)" for _, p in files)
+                what = "the features of every image (evaluate ref --with-features)" if needs.rows else "statistics"
+                raise ConfigError(
+                    f"the references hold {there}, and not {what} of {extractor.name}: give another one, the images "
+                    "themselves, or other features"
+                )
+            chosen.append(None if found is None else found.to(extractor.device))
+        return chosen
+
+    def values(self, generated: Sequence[Population], real: Sequence[Population]) -> dict[str, float]:
+        """Every requested value by its key: `fid`, `kid`, `kid_std`, `recall`; of another network, `recall-lite0-64`.
+
+        Both are in the order of `extractors`. Raises `DataError` where there are too few images for a metric.
+        """
+        found: dict[str, float] = {}
+        for request in self.requests:
+            metric = METRICS[request.metric]
+            if metric.compute is None:
+                continue
+            extractor = self.extractor(request.network)
+            ours, theirs = self.of(request.network, generated), self.of(request.network, real)
+            for name, value in metric.compute(ours, theirs, extractor).items():
+                found[key_of(name, extractor)] = value
+        return found
+
+
+def key_of(name: str, extractor: FeatureExtractor) -> str:
+    """The key of a value: of Inception the plain name, and `fid` for its Frechet distance."""
+    if extractor.name == "inception":
+        return {"fd": "fid"}.get(name, name)
+    return f"{name}-{extractor.name}"
+
+
+def is_better(key: str, value: float, than: float) -> bool:
+    """Whether `value` of the metric with this key is better than another."""
+    return value > than if key.partition("-")[0] in HIGHER_IS_BETTER else value < than
+
+
+def label(key: str) -> str:
+    """How a key is written for people: `FID`, `FD-lite0-64`, `recall-lite2-64`."""
+    base, dash, rest = key.partition("-")
+    return (base.upper() if base in ("fid", "fd", "kid", "is") else base) + dash + rest

@@ -1,0 +1,53 @@
+"""Whether a generator repeats its training images: samples beside their nearest ones, and how near those are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdd_fast.metrics.neighbours import Nearest, nearest, share_nearer
+from gdd_fast.sampling.grid import save_panel
+
+PAIRS = 24
+"""Of each row of a sheet."""
+GetImages = Callable[[Sequence[int]], Tensor]
+"""uint8 (N, C, H, W) of some indices."""
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Nearest training images of N samples, and of M held-out images where there are some."""
+
+    samples: Nearest
+    held_out: Nearest | None
+
+    @classmethod
+    def of(cls, samples: Tensor, training: Tensor, held_out: Tensor | None = None) -> "Memorisation":
+        """From features float32 (N, F), (K, F) and (M, F) on one device."""
+        return cls(nearest(samples, training), None if held_out is None else nearest(held_out, training))
+
+    def values(self) -> dict[str, float]:
+        """`nn_distance`, the median; with held-out images `nn_distance_held_out` and `nn_share_nearer`.
+
+        The last is the chance that a sample is nearer to a training image than a held-out image is: 0.5 for a
+        generator that makes new images, towards 1 for one that copies.
+        """
+        found = {"nn_distance": float(self.samples.distance.median())}
+        if self.held_out is not None:
+            found["nn_distance_held_out"] = float(self.held_out.distance.median())
+            found["nn_share_nearer"] = share_nearer(self.samples.distance, self.held_out.distance)
+        return found
+
+    def save_sheet(self, path: Path, samples: GetImages, training: GetImages) -> None:
+        """The samples nearest to a training image, and the first samples, each above its nearest training image."""
+        rows = []
+        count = min(PAIRS, len(self.samples.distance))
+        by_distance = self.samples.distance.argsort()[:count].tolist()
+        for title, chosen in (("nearest", by_distance), ("first", list(range(count)))):
+            places = torch.tensor(chosen)
+            nearest_ones = self.samples.index.cpu()[places].tolist()
+            rows.append((f"The {title} {count} samples", samples(chosen)))
+            rows.append(("Nearest training images", training(nearest_ones)))
+        save_panel(rows, path, cols=12)

@@ -1,0 +1,54 @@
+"""EDM's own parametrisation (Karras et al., arXiv 2206.00364, table 1) of a network of diffusers'.
+
+With sd = sigma_data: D = sd^2 / (sigma^2 + sd^2) x + sigma sd / sqrt(sigma^2 + sd^2) F(x / sqrt(sigma^2 + sd^2),
+ln(sigma) / 4). Where diffusers calls the prediction v, F has the other sign.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.preconditioned import SIGMA_INIT
+from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisation, choose
+
+SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+class Karras(Parametrisation):
+    """Args as of EDMEulerScheduler."""
+
+    kind = "edm"
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
+            raise ConfigError("sigma_min, sigma_max and sigma_data must be positive, and sigma_min below sigma_max.")
+        self.prediction_type = choose("prediction_type", prediction_type, PREDICTIONS)
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.sigma_init = min(SIGMA_INIT, sigma_max)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        variance = self.sigma_data**2
+        norm = (sigma.square() + variance).sqrt()
+        sign = 1 if self.prediction_type == "epsilon" else -1
+        return Coefficients(variance / norm.square(), sign * sigma * self.sigma_data / norm, 1 / norm, sigma.log() / 4)
+
+    def options(self) -> dict[str, Any]:
+        names = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
+        if scheduler.get("_class_name") not in SCHEDULERS:
+            return None
+        names = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
+        found = {name: scheduler[name] for name in names if name in scheduler}
+        choose("prediction_type", found.get("prediction_type", "epsilon"), PREDICTIONS)
+        return found

@@ -1,0 +1,68 @@
+"""The interface: what a network reads and what its output means at each noise level.
+
+Every diffusion model that was trained at x_t = a_t x0 + s_t n is a denoiser of x = x0 + sigma n, sigma = s_t / a_t
+(Karras et al., arXiv 2206.00364, appendix C). With F the network,
+
+    D(x; sigma) = skip(sigma) x + out(sigma) F(scale(sigma) x + shift, time(sigma))
+
+and a parametrisation is these five. They are computed in float64: time has to be exact at the times of training, and
+`out` is as large as sigma where F predicts noise.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from gdd_fast.errors import ConfigError
+
+
+class Coefficients(NamedTuple):
+    """skip, out, scale, time: float64 (N,), for N noise levels. shift: a number."""
+
+    skip: Tensor
+    out: Tensor
+    scale: Tensor
+    time: Tensor
+    shift: float = 0.0
+
+
+class Parametrisation(ABC):
+    """One way of predicting.
+
+    Attributes:
+        sigma_min, sigma_max: lowest and highest noise level of the training.
+        sigma_init: the noise level from which a generator of one step starts, unless another is asked for.
+    """
+
+    kind: ClassVar[str]
+    sigma_min: float
+    sigma_max: float
+    sigma_init: float
+
+    @abstractmethod
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """`sigma` float64 (N,), positive."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, in JSON's types."""
+
+    @classmethod
+    @abstractmethod
+    def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
+        """Constructor's arguments from a scheduler's configuration; None if it is another parametrisation's.
+
+        Raises ConfigError for a setting that cannot be served.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """What `make_parametrisation` makes it from."""
+        return {"kind": self.kind, **self.options()}
+
+
+def choose(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`; else a ConfigError that names the setting."""
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r:.100} cannot be distilled from: it has to be {' or '.join(choices)}.")
+    return value

@@ -1,0 +1,234 @@
+"""A UNet2DModel of diffusers' as a denoiser: D(x; sigma) under one of the parametrisations of this folder.
+
+The U-Net is diffusers' own class, so that every block it can be made of works; `gdd_fast.accelerate` makes its blocks
+fast, and the engine of one step folds it. What is written here anew is the order in which the parts are called, because
+the embedding takes soft labels and fractional times, is left out of the folded network, and stays in float32.
+"""
+
+# mypy: disable-error-code="union-attr,arg-type,operator,index,assignment,return-value,attr-defined,call-arg,misc"
+# The layers of diffusers are known by their structure and have no types here.
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.precond import compute_dtype
+from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
+from gdd_fast.models.teachers import make_parametrisation
+
+MAX_SIZE = 65536
+
+
+class UNet2DPrecond(Preconditioned):
+    """A U-Net of diffusers' under the parametrisation that its scheduler describes.
+
+    Args:
+        unet: arguments of UNet2DModel.
+        parametrisation: as of `Parametrisation.config`.
+        sigma_init: the noise level of the one step; by default the parametrisation's.
+        output_gain: how much larger the last layer's output is than the teacher's, which `as_generator` has scaled.
+        dtype: compute type of the U-Net's activations between its first and its last layer, a torch.dtype or its name.
+            Parameters, embeddings and the last norm and convolution are float32 in any case.
+
+    Raises ConfigError for arguments that cannot make a network, and without diffusers.
+    """
+
+    foreign = True
+
+    def __init__(
+        self,
+        unet: dict[str, Any],
+        parametrisation: dict[str, Any],
+        sigma_init: float | None = None,
+        output_gain: float = 1.0,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.unet_config = check_unet(unet)
+        self.parametrisation = make_parametrisation(parametrisation)
+        self.img_resolution: int = self.unet_config["sample_size"]
+        self.img_channels: int = self.unet_config["in_channels"]
+        self.label_dim: int = self.unet_config["num_class_embeds"] or 0
+        self.sigma_min, self.sigma_max = self.parametrisation.sigma_min, self.parametrisation.sigma_max
+        wanted = self.parametrisation.sigma_init if sigma_init is None else sigma_init
+        self.sigma_init = check_sigma_init(wanted, self.sigma_min, self.sigma_max)
+        self.output_gain = float(output_gain)
+        self.dtype = compute_dtype(dtype)
+        try:
+            self.model = unet_class()(**self.unet_config)
+        except Exception as error:  # whatever diffusers' blocks raise for arguments that do not fit together
+            raise ConfigError(f"diffusers' UNet2DModel cannot be made from these arguments: {error}") from error
+        frequencies = getattr(self.model.time_proj, "weight", None)
+        if frequencies is not None and not frequencies.requires_grad:
+            # a buffer: fixed, and kept in float32 by everything that stores parameters in less
+            del self.model.time_proj.weight
+            self.model.time_proj.register_buffer("weight", frequencies.detach())
+
+    def init_config(self) -> dict[str, Any]:
+        return {
+            "unet": self.unet_config,
+            "parametrisation": self.parametrisation.config(),
+            "sigma_init": self.sigma_init,
+            "output_gain": self.output_gain,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        *,
+        force_fp32: bool = False,
+    ) -> Tensor:
+        """Denoised images D(x; sigma), float32 (N, C, H, W).
+
+        Args:
+            x: noisy images (N, C, H, W), any floating type.
+            sigma: noise level > 0, one for all or N of them.
+            class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
+            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
+
+        Raises ConfigError if the shapes do not fit the network.
+        """
+        self._check_images(x)
+        x = x.to(torch.float32)
+        labels = self._class_labels(class_labels, x)
+        c = self.parametrisation.coefficients(self._noise_levels(sigma, x, torch.float64))
+        skip, out, scale = (value.float()[:, None, None, None] for value in (c.skip, self.out_factor(c), c.scale))
+        dtype = torch.float32 if force_fp32 else self.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self.embed(c.time.float(), labels)
+            return skip * x + out * self.predict(scale * x + c.shift if c.shift else scale * x, emb, dtype)
+
+    def out_factor(self, c: Any) -> Tensor:
+        """What `predict` is multiplied by, float64 (N,)."""
+        out = c.out / self.output_gain
+        # networks with a Fourier embedding divide by their time
+        return out / c.time if self.unet_config["time_embedding_type"] == "fourier" else out
+
+    def embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
+        """Times float32 (N,) or (1,) and labels float32 (N, label_dim) or (1, label_dim) -> (N, D) or (1, D)."""
+        emb = self.model.time_embedding(self._waves(time))
+        if labels is None:
+            return emb
+        table = self.model.class_embedding
+        if self.unet_config["class_embed_type"] == "timestep":
+            rows = table(self._waves(torch.arange(self.label_dim, device=time.device).to(time.dtype)))
+        else:
+            rows = table.weight
+        return emb + labels @ rows
+
+    def _waves(self, time: Tensor) -> Tensor:
+        embedding = self.model.time_proj
+        if not isinstance(embedding, nn.Embedding):
+            return embedding(time).to(self.model.time_embedding.linear_1.weight.dtype)
+        # one learned row per time, between which a fractional time lies
+        below = time.floor().long().clamp(0, embedding.num_embeddings - 1)
+        above = (below + 1).clamp(max=embedding.num_embeddings - 1)
+        return torch.lerp(embedding(below), embedding(above), (time - below)[:, None].to(embedding.weight.dtype))
+
+    def predict(self, x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the U-Net predicts, float32, of what it reads and an embedding; not yet divided by its time."""
+        x = 2 * x - 1 if self.unet_config["center_input_sample"] else x
+        low = dtype != torch.float32
+        with torch.autocast(x.device.type, dtype=dtype) if low else contextlib.nullcontext():
+            x, image = unet_body(self.model, x, emb)
+        x = self.model.conv_out(self.model.conv_act(self.model.conv_norm_out(x.float())))
+        x = x if image is None else x + image.float()
+        return x[:, : self.img_channels]
+
+    def scale_output(self, gain: float) -> None:
+        """Make the last layers' outputs `gain` times larger and what they are multiplied by so much smaller.
+
+        D stays what it is, but for rounding; the image is then less sensitive to a step of an optimizer in them.
+        """
+        last = [self.model.conv_out, *(b.skip_conv for b in self.model.up_blocks if getattr(b, "skip_conv", None))]
+        with torch.no_grad():
+            for parameter in (p for layer in last for p in layer.parameters()):
+                parameter.mul_(gain)
+        self.output_gain *= gain
+
+
+def output_gain(net: UNet2DPrecond) -> float:
+    """The gain with which the last layer of a generator from `net` is of the size of images at its noise level."""
+    sigma = torch.tensor([net.sigma_init], dtype=torch.float64)
+    return abs(float(net.out_factor(net.parametrisation.coefficients(sigma))))
+
+
+def unet_body(unet: nn.Module, x: Tensor, emb: Any) -> tuple[Tensor, Tensor | None]:
+    """The features before the last norm, and the image that "skip" blocks have added up, of x (N, C, H, W).
+
+    `emb` goes to the blocks as it is; x is centered.
+    """
+    image, x = x, unet.conv_in(x)
+    kept: tuple[Tensor, ...] = (x,)
+    for block in unet.down_blocks:
+        if hasattr(block, "skip_conv"):
+            x, maps, image = block(hidden_states=x, temb=emb, skip_sample=image)
+        else:
+            x, maps = block(hidden_states=x, temb=emb)
+        kept += tuple(maps)
+    if unet.mid_block is not None:
+        x = unet.mid_block(x, emb)
+    image = None
+    for block in unet.up_blocks:
+        count = len(block.resnets)
+        kept, maps = kept[:-count], kept[-count:]
+        if hasattr(block, "skip_conv"):
+            x, image = block(x, maps, emb, image)
+        else:
+            x = block(x, maps, emb)
+    return x, image
+
+
+def unet_class() -> type[nn.Module]:
+    """diffusers' UNet2DModel; ConfigError without diffusers."""
+    try:
+        from diffusers import UNet2DModel
+    except ModuleNotFoundError as error:
+        raise ConfigError("this network is a U-Net of diffusers': pip install 'gdd_fast[diffusers]'") from error
+    return UNet2DModel
+
+
+def check_unet(given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of UNet2DModel, defaults filled in, from those given.
+
+    Raises ConfigError that names the first setting which cannot be served.
+    """
+    if not isinstance(given, dict):
+        raise ConfigError(f"the U-Net's arguments must be a mapping, got {given!r:.100}.")
+    known = {n: p.default for n, p in inspect.signature(unet_class().__init__).parameters.items() if n != "self"}
+    unknown = sorted(str(name) for name in set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"diffusers' UNet2DModel here has no argument {', '.join(unknown):.300}: update diffusers.")
+    config = {**known, **given}
+    config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+    if isinstance(config["sample_size"], list) and len(set(config["sample_size"])) == 1:
+        config["sample_size"] = config["sample_size"][0]
+    for name in ("sample_size", "in_channels", "out_channels", "layers_per_block"):
+        if not isinstance(config[name], int) or not 1 <= config[name] <= MAX_SIZE:
+            wanted = "the side of square images" if name == "sample_size" else "a positive whole number"
+            raise ConfigError(f"{name} must be {wanted}, got {config[name]!r:.100}.")
+    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"]):
+        raise ConfigError(
+            f"out_channels {config['out_channels']} must be in_channels, {config['in_channels']}, or twice that (a "
+            "learned variance, which is left out)."
+        )
+    halvings = len(config["block_out_channels"]) - 1
+    if config["sample_size"] % 2**halvings:
+        raise ConfigError(
+            f"sample_size {config['sample_size']} cannot be halved {halvings} times, as block_out_channels says."
+        )
+    kind, classes = config["class_embed_type"], config["num_class_embeds"]
+    if kind not in (None, "timestep"):
+        raise ConfigError(f"class_embed_type {kind!r:.100} takes no classes: it has to be null or 'timestep'.")
+    if kind == "timestep" and not classes:
+        raise ConfigError("num_class_embeds must say how many classes there are, with class_embed_type 'timestep'.")
+    if config["time_embedding_type"] not in ("positional", "fourier", "learned"):
+        raise ConfigError(f"time_embedding_type {config['time_embedding_type']!r:.100} is unknown.")
+    return config

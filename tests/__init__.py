@@ -1,1 +1,0 @@
-"""A package, so that `tests.offline` is this folder whatever else installs a package of that name."""

@@ -1,0 +1,125 @@
+"""An iteration that is recorded and replayed is the eager one, to the bit; and on a GPU nothing in it would wait."""
+
+import copy
+
+import pytest
+import torch
+from tiny_run import ALONE, BATCH, tiny_config
+from torch import nn
+
+from gdd_fast.distill import components
+from gdd_fast.distill.gdd import Distillation
+from gdd_fast.training import checkpoint
+from gdd_fast.training.captured_steps import CapturedSteps
+from gdd_fast.training.optimizer import StepGuard, make_adam
+from gdd_fast.training.rehearsal import Rehearsal, forbid_waiting
+
+pytestmark = pytest.mark.usefixtures("plain")
+
+LOGGED = {"loss_g", "loss_d", "r1_penalty", "grad_norm_g", "grad_norm_d", "grad_norm_r1"}
+LOGGED |= {f"{name}_{kind}" for name in ("logit", "sign_accuracy") for kind in ("fake", "real")}
+INTERVAL, SKIPPED, FASTER = 3, 9, 10
+
+
+@pytest.fixture(scope="module")
+def built(inputs):
+    return components.build(tiny_config(inputs, backend="torch"))
+
+
+def task_of(inputs, built, recorder, **settings):
+    settings = {"backend": "torch", "r1_interval": INTERVAL, "r1_gamma": 0.1, **settings}
+    task = Distillation(tiny_config(inputs, **settings), copy.deepcopy(built), ALONE)
+    task.steps = CapturedSteps(recorder)
+    return task
+
+
+def iterate(task, start, stop):
+    """Iteration `SKIPPED` has weights, for its time, whose gradients are not finite; `FASTER` has other rates."""
+    for number in range(start, stop):
+        weight = next(p for p in task.generator.parameters() if p.requires_grad)
+        kept = weight.detach().clone()
+        if number == SKIPPED:
+            weight.detach().fill_(float("inf"))
+        if number >= FASTER:
+            for guard in (task.g_guard, task.d_guard):
+                guard.optimizer.param_groups[0]["lr"] = 1e-3
+        task.iteration(number * BATCH)
+        if number == SKIPPED:
+            weight.detach().copy_(kept)
+
+
+def compare(expected, found):
+    (sections, values), (others, other_values) = expected.state(), found.state()
+    assert values["skipped"] == other_values["skipped"] == {"g": 1, "d": 1, "r1": 0}
+    for name, tensors in sections.items():
+        assert tensors.keys() == others[name].keys()
+        assert [key for key in tensors if not same(tensors[key], others[name][key])] == [], name
+
+
+def same(a, b):
+    """To the bit; running statistics of heads, which nothing reads, are NaN after the skipped step."""
+    return a.dtype == b.dtype and torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built):
+    """Weights, moments, averages, counts, random state and log, with R1, a skipped step and a new learning rate."""
+    recorder, stop = Rehearsal(), 14
+    eager, replayed = task_of(inputs, built, None), task_of(inputs, built, recorder)
+    for task in (eager, replayed):
+        iterate(task, 0, stop)
+    assert recorder.replays == 2 * (stop - 3) + 1
+    compare(eager, replayed)
+    log, other = eager.averages.take(), replayed.averages.take()
+    assert log.keys() == other.keys() == LOGGED
+    assert all(log[key] == other[key] or log[key] != log[key] for key in log)  # NaN where a step was skipped
+
+
+@pytest.mark.slow
+def test_fifty_iterations_and_a_resumed_run(inputs, built, tmp_path):
+    """Gradients accumulated over micro-batches too."""
+    stop, saved = 50, 30
+    eager, first, second = (task_of(inputs, built, r, batch_gpu=2) for r in (None, Rehearsal(), Rehearsal()))
+    iterate(eager, 0, stop)
+    iterate(first, 0, saved)
+    sections, values = first.state()
+    checkpoint.save(tmp_path / "state", sections, {**values, "images": saved * BATCH})
+    second.restore(checkpoint.load(tmp_path / "state"))
+    iterate(second, saved, stop)
+    compare(eager, second)
+
+
+def on_meta(module):
+    """Parameters and buffers without memory in place of the module's own."""
+    for part in module.modules():
+        for kept in (part._parameters, part._buffers):
+            for name, t in kept.items():
+                if t is not None:
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+                    kept[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+
+
+def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
+    """Through all three steps and the optimizers, on a device that is not the host's and has no values to wait for.
+
+    Meta tensors: autograd refuses fake ones on CUDA in a PyTorch that is built without it.
+    """
+    task = task_of(inputs, built, None, batch_gpu=2)
+    task.random.generator = None  # there is none for a device that is not there
+    gpu = torch.device("meta")
+    task.world = type(ALONE)(0, 1, gpu)
+    for module in (task.generator, task.features, task.r1_features, task.heads):
+        on_meta(module)
+    task._head_weights = [p for p in task.heads.parameters() if p.requires_grad]
+    for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
+        guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
+        guard.name, guard.nonfinite, guard._world = name, "skip", task.world
+        guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
+        guard.optimizer.read_rates()
+        guard._count = torch.zeros_like(guard.optimizer.skipped)
+        setattr(task, name, guard)
+    real = torch.empty(BATCH, 1, 16, 16, device=gpu)
+    with forbid_waiting():
+        values = {**task._generator_step(None), **task._discriminator_step(real, None), **task._r1_step(real, None)}
+    assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
+        LOGGED, ("meta", 0)
+    )

@@ -1,0 +1,235 @@
+"""Networks of diffusers' as denoisers: what they compute at the times of training is what diffusers computes."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+pytest.importorskip("diffusers")
+
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
+from diffusers_teachers import CLASSES, SIZE, UNETS, random_unet
+
+from gdd_fast.acceleration import accelerate
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.models.files.load import as_generator, load_generator
+from gdd_fast.models.files.save import save_network
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.teachers import make_parametrisation, parametrisation_of
+from gdd_fast.sampling.sampler import heun, one_step
+
+
+def teacher(tmp_path, unet: UNet2DModel, scheduler):
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "pipeline")
+    return load_generator(tmp_path / "pipeline")
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """To 1e-5 of the largest value: D is as large as sigma where noise is predicted."""
+    assert got.shape == want.shape
+    assert float((got - want).abs().max()) <= 1e-5 * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained", "zero_snr"])
+def test_denoises_as_diffusers_at_every_time_of_training(tmp_path, prediction, schedule):
+    options = {"num_train_timesteps": 12, "prediction_type": prediction, "clip_sample": False}
+    if schedule == "trained":
+        options |= {"trained_betas": [0.01 * (k + 1) for k in range(12)]}
+    elif schedule == "zero_snr":
+        options |= {"rescale_betas_zero_snr": True, "beta_schedule": "linear"}
+    else:
+        options |= {"beta_schedule": schedule, "beta_end": 0.2}
+    scheduler = DDPMScheduler(**options)
+    unet = random_unet("plain")
+    net = teacher(tmp_path, unet, scheduler)
+    noisy = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    times = range(11) if schedule == "zero_snr" else range(12)  # of pure noise alone nothing is known but the noise
+    for t in times:
+        alpha = scheduler.alphas_cumprod[t].double()
+        predicted = unet(noisy, t).sample
+        want = scheduler.step(predicted, t, noisy).pred_original_sample
+        close(net(noisy.double() / alpha.sqrt(), ((1 - alpha) / alpha).sqrt()), want)
+
+
+def test_a_time_between_two_is_found_in_log_sigma():
+    vp = make_parametrisation({"kind": "vp", "beta_schedule": "linear"})
+    alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod.double()
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    assert vp.sigma_max == pytest.approx(157.4, abs=0.1)
+    times = vp.time(sigmas.float().double())  # float32 rounds the noise levels, and the times are whole all the same
+    assert torch.equal(times, torch.arange(1000.0, dtype=torch.float64))
+    between = (sigmas[500] * sigmas[501]).sqrt()
+    assert float(vp.time(between[None])) == pytest.approx(500.5, abs=1e-6)
+    assert float(vp.time(sigmas[:1] / 10)) == 0 and float(vp.time(sigmas[-1:] * 10)) == 999
+
+
+def test_score_networks_of_images_from_0_to_1(tmp_path):
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=10, sigma_min=0.01, sigma_max=50.0)
+    unet = random_unet("score")
+    net = teacher(tmp_path, unet, scheduler)
+    noisy = torch.rand(2, 3, SIZE, SIZE)
+    for sigma in scheduler.discrete_sigmas:
+        score = unet(noisy, sigma[None]).sample  # d log p / dx = (D - x) / sigma^2
+        want = noisy + sigma**2 * score
+        got = (net(noisy * 2 - 1, sigma * 2) + 1) / 2
+        close(got, want)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edms_own_parametrisation(tmp_path, prediction):
+    scheduler = EDMEulerScheduler(prediction_type=prediction)
+    unet = random_unet("plain")
+    net = teacher(tmp_path, unet, scheduler)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    for sigma in (0.002, 0.5, 80.0):
+        predicted = unet(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma)).sample
+        close(net(x, sigma), scheduler.precondition_outputs(x, predicted, sigma))
+
+
+def test_consistency_models(tmp_path):
+    scheduler = CMStochasticIterativeScheduler(clip_denoised=False)
+    unet = random_unet("adm")
+    net = teacher(tmp_path, unet, scheduler)
+    x, classes = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1, 2])
+    for sigma in (0.002, 0.5, 80.0):
+        time = torch.from_numpy(scheduler.sigma_to_t(torch.tensor([sigma], dtype=torch.float64))).float()
+        predicted = unet(x / math.hypot(sigma, 0.5), time, classes).sample[:, :3]  # the rest is a learned variance
+        skip, out = scheduler.get_scalings_for_boundary_condition(sigma)
+        close(net(x, sigma, torch.eye(CLASSES)[classes]), skip * x + out * predicted)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_one_network_wrapped_saved_folded_and_accelerated(tmp_path, name):
+    unet = random_unet(name)
+    net = teacher(tmp_path, unet, DDPMScheduler(prediction_type="v_prediction"))
+    assert (net.img_resolution, net.img_channels) == (unet.config.sample_size, unet.config.in_channels)
+    labels = torch.eye(net.label_dim)[[1, 2]] if net.label_dim else None
+    z = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution)
+    want = one_step(net, z, labels)
+    if labels is not None:
+        assert not torch.allclose(want[:1], one_step(net, z[:1], labels[1:]), atol=1e-4)
+
+    save_network(net, tmp_path / "folder")
+    assert torch.equal(one_step(load_generator(tmp_path / "folder"), z, labels), want)
+    close(one_step(as_generator(net).eval(), z, labels), want)
+    for backend in ("auto", "torch"):
+        engine = OneStepGenerator.from_network(net, backend=backend)
+        close(engine.run(z, None if labels is None else [1, 2]), want)
+        close(engine.run(z, labels), want)
+    close(one_step(accelerate(net, report=True)[0], z, labels), want)
+
+
+def test_half_precision_bears_the_noise_level(tmp_path):
+    """In a network that predicts noise an error of the prediction is sigma times larger in the image."""
+    net = as_generator(teacher(tmp_path, random_unet("plain"), DDPMScheduler())).eval()
+    z = torch.randn(4, 3, SIZE, SIZE)
+    want = one_step(net, z)
+    net.dtype = torch.bfloat16
+    relative = lambda sigma: float((one_step(net, z, sigma=sigma) - _float32(net, z, sigma)).square().mean().sqrt())
+    assert relative(net.sigma_init) < 0.25 * relative(80.0)
+    assert float((one_step(net, z) - want).abs().max()) > 0  # it does compute in bfloat16
+
+
+def _float32(net, z, sigma):
+    net.dtype = torch.float32
+    images = one_step(net, z, sigma=sigma)
+    net.dtype = torch.bfloat16
+    return images
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_heun_and_diffusers_samplers_reach_the_same_image(tmp_path, prediction, cls):
+    """From the same starting noise, to a hundredth of the image's range on average."""
+    options = {"prediction_type": prediction, "beta_schedule": "linear"}
+    unet = random_unet("plain")
+    net = teacher(tmp_path, unet, DDPMScheduler(**options))
+    scheduler = cls(**options, **({"clip_sample": False} if cls is DDIMScheduler else {}), timestep_spacing="trailing")
+    scheduler.set_timesteps(100)
+    z = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = z.clone()
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(scheduler.scale_model_input(x, t), t).sample, t, x).prev_sample
+        # that x = a_T x0 + s_T n, so as a point of the process of sigma it is z / a_T, not sigma_T z
+        start = math.hypot(1, net.sigma_max) / net.sigma_max
+        images = heun(net, z * start, steps=100, sigma_max=net.sigma_max)
+    size = float(images.square().mean().sqrt())
+    assert float((images - x).square().mean().sqrt()) <= 0.01 * max(1.0, size)
+
+
+def test_a_generators_noise_level_is_its_own(tmp_path):
+    net = teacher(tmp_path, random_unet("plain"), DDPMScheduler())
+    assert as_generator(net).sigma_init == net.sigma_init < 80
+    save_network(as_generator(net, sigma_init=2.5), tmp_path / "generator")
+    loaded = load_generator(tmp_path / "generator")
+    z = torch.randn(2, 3, SIZE, SIZE)
+    close(one_step(loaded, z), net(z * 2.5, 2.5))
+    close(OneStepGenerator.from_network(loaded).run(z), net(z * 2.5, 2.5))
+    with pytest.raises(ConfigError, match="sigma_init"):
+        as_generator(net, sigma_init=1000.0)
+    edm = EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1)
+    assert "sigma_init" not in as_generator(edm).init_config()  # nor in files that older programs read
+    assert as_generator(edm, sigma_init=10).init_config()["sigma_init"] == 10
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "words"),
+    [
+        ({"out_channels": 4}, {}, "out_channels 4"),
+        ({"sample_size": 10, "block_out_channels": (8, 8, 8)}, {}, "sample_size 10"),
+        ({"class_embed_type": "identity"}, {}, "class_embed_type"),
+        ({}, {"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({}, {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({}, {"beta_schedule": "laplace"}, "beta_schedule"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_the_name_of_its_setting(tmp_path, unet, scheduler, words):
+    import json
+
+    DDPMPipeline(random_unet("plain"), DDPMScheduler()).save_pretrained(tmp_path)
+    for path, changes in (("unet/config.json", unet), ("scheduler/scheduler_config.json", scheduler)):
+        config = json.loads((tmp_path / path).read_text())
+        if "block_out_channels" in changes:
+            changes = changes | {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+        (tmp_path / path).write_text(json.dumps(config | changes))
+    with pytest.raises(WeightsError, match=words) as refusal:
+        load_generator(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_folders_that_are_none(tmp_path):
+    unet = random_unet("plain")
+    with pytest.raises(ConfigError, match="FlowMatch"):
+        parametrisation_of(dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEuler"})
+    unet.save_pretrained(tmp_path / "alone")
+    with pytest.raises(WeightsError, match="scheduler_config"):
+        load_generator(tmp_path / "alone")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "broken")
+    weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_generator(tmp_path / "broken")
+
+
+def test_the_older_layout_with_everything_in_one_folder(tmp_path):
+    unet = random_unet("plain")
+    unet.save_pretrained(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    x = torch.randn(1, 3, SIZE, SIZE)
+    net = load_generator(tmp_path)
+    close(net(x * 10, 10.0), teacher(tmp_path, unet, DDPMScheduler())(x * 10, 10.0))

@@ -1,0 +1,125 @@
+"""What a rehearsal of a capture finds, each made wrong once; and when steps are recorded."""
+
+import pytest
+import torch
+from torch import nn
+
+from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.training.captured_steps import CapturedSteps, choose_step_engine
+from gdd_fast.training.rehearsal import CaptureError, Rehearsal, forbid_waiting
+
+CPU = torch.device("cpu")
+
+
+class Line:
+    """Fits y = w x by gradient descent, in steps that can be captured."""
+
+    def __init__(self):
+        self.weight, self.rate = nn.Parameter(torch.ones(3)), torch.tensor(0.1)
+
+    def __call__(self, x):
+        loss = ((self.weight * x).sum() - 1).square()
+        (gradient,) = torch.autograd.grad(loss, self.weight)
+        with torch.no_grad():
+            self.weight -= self.rate * gradient
+        return {"loss": loss.detach()}
+
+
+def run(step, recorder, calls=6):
+    random, steps = torch.Generator().manual_seed(0), CapturedSteps(recorder)
+    return [float(steps("step", step, torch.randn(3, generator=random))["loss"]) for _ in range(calls)]
+
+
+def test_replays_are_the_step():
+    recorder, eager, replayed = Rehearsal(), Line(), Line()
+    assert run(eager, None) == run(replayed, recorder)
+    assert torch.equal(eager.weight, replayed.weight) and recorder.replays == 3
+
+
+def test_random_numbers_go_on_from_replay_to_replay():
+    def step(generator):
+        return lambda x: {"loss": (x + torch.randn(3, generator=generator)).sum()}
+
+    assert run(step(torch.Generator().manual_seed(1)), None) == run(step(torch.Generator().manual_seed(1)), Rehearsal())
+
+
+def test_other_shapes_are_recorded_for_themselves():
+    recorder, line = Rehearsal(), Line()
+    steps = CapturedSteps(recorder)
+    for size in (3, 1, 3, 1, 3, 1):
+        steps("step", line, torch.ones(size))
+    assert recorder.replays == 0 and len(steps._recorded) == 2
+    steps("step", line, torch.ones(1))
+    assert recorder.replays == 1
+
+
+def test_a_number_that_changes_is_found():
+    line, count = Line(), iter(range(10))
+
+    def step(x):
+        return {"loss": line(x)["loss"] * (1 + next(count))}
+
+    with pytest.raises(CaptureError, match=r"aten.mul.Tensor is given 2 in one call and 3 in the next"):
+        run(step, Rehearsal())
+
+
+def test_a_tensor_that_is_not_refilled_is_found():
+    line, batch = Line(), {}
+
+    def step(x):
+        return line(batch["x"])
+
+    steps = CapturedSteps(Rehearsal())
+    with pytest.raises(CaptureError, match=r"reads torch.float32 \(3,\) that nobody holds any more"):
+        for _ in range(6):
+            batch["x"] = torch.randn(3)
+            steps("step", step, batch["x"])
+
+
+def test_memory_that_outlives_the_step_is_found():
+    line, kept = Line(), []
+
+    def step(x):
+        kept[:] = [x * 2]
+        return line(x)
+
+    with pytest.raises(CaptureError, match=r"memory outlives the step: aten.mul.Tensor \(3,\)"):
+        run(step, Rehearsal())
+
+
+def test_what_is_left_from_the_last_replay_is_poisoned():
+    """A result that is written only in part shows it."""
+    line = Line()
+
+    def step(x):
+        scratch = torch.empty(3)
+        scratch[:2] = x[:2]
+        return {"loss": line(x)["loss"] + scratch.sum()}
+
+    assert [value != value for value in run(step, Rehearsal())[3:]] == [True] * 3
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: bool(x[0] > 0)])
+def test_waiting_is_found(wait):
+    with pytest.raises(CaptureError, match="waits for the device"), forbid_waiting():
+        wait(torch.ones(3))
+
+
+def test_copies_between_devices_are_found():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+        with forbid_waiting():
+            assert (x * 2).device.type == "cuda"
+        with pytest.raises(CaptureError, match="copies between cpu and cuda"), forbid_waiting():
+            x.cpu()
+
+
+def test_engines_by_name():
+    assert choose_step_engine("auto", CPU) == choose_step_engine("eager", CPU) == "eager"
+    assert choose_step_engine("auto", torch.device("cuda")) == "graph"
+    with pytest.raises(BackendError, match="CUDA graphs"):
+        choose_step_engine("graph", CPU)
+    with pytest.raises(ConfigError, match="one of auto, eager, graph"):
+        choose_step_engine("fast", CPU)
