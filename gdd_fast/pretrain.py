@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.validate()
     check_writable(config.run_dir)
     schedule = loop.Schedule.of(
-        config.duration_mimg, config.tick_kimg, config.checkpoint_ticks, config.keep_checkpoints, config.max_hours
+        config.duration_mimg,
+        config.tick_kimg,
+        config.checkpoint_ticks,
+        keep_checkpoints=config.keep_checkpoints,
+        max_hours=config.max_hours,
     )
     with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(

@@ -88,9 +88,9 @@ def _distill(config: TrainConfig) -> Result:
         run.duration_mimg,
         run.tick_kimg,
         run.checkpoint_ticks,
-        run.keep_checkpoints,
-        run.max_hours,
         at_start=run.evaluate_at_start,
+        keep_checkpoints=run.keep_checkpoints,
+        max_hours=run.max_hours,
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):

@@ -66,10 +66,10 @@ class Schedule:
     total: int
     tick: int
     checkpoint: int
-    keep: int = 1
-    seconds: float = math.inf
     at_start: bool = False
     """Whether a tick comes before the first iteration."""
+    keep: int = 1
+    seconds: float = math.inf
 
     @classmethod
     def of(
@@ -77,13 +77,15 @@ class Schedule:
         duration_mimg: float,
         tick_kimg: float,
         checkpoint_ticks: int,
+        *,
+        at_start: bool = False,
         keep_checkpoints: int = 1,
         max_hours: float | None = None,
-        at_start: bool = False,
     ) -> "Schedule":
         tick = max(1, round(tick_kimg * 1e3))
         seconds = math.inf if max_hours is None else 3600 * max_hours
-        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks, keep_checkpoints, seconds, at_start)
+        total = round(duration_mimg * 1e6)
+        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def status(run, kill_at):
 found = {"whole": status(folder / "whole", 0), "killed": {}}
 steps = int((folder / "seen").read_text())
 for number in range(moments):
-    at = 1 + number * (steps - 1) // max(1, moments - 1)
+    at = max(1, int(steps * (number + 0.8) / moments))
     run = folder / f"killed-{at}"
     found["killed"][at] = [status(run, at), status(run, 0)]
 print(json.dumps(found))
@@ -57,8 +57,9 @@ def files(run: Path) -> dict[str, bytes]:
     """What a run leaves, but for the times in metrics.jsonl and on the page, and what the checkpoint says of paths."""
     names = [path for path in run.rglob("*") if path.is_file() and path.suffix in (".png", ".safetensors")]
     found = {path.relative_to(run).as_posix(): path.read_bytes() for path in names}
-    header = found.pop("checkpoint.safetensors")
-    found["tensors"] = header[8 + int.from_bytes(header[:8], "little") :]
+    for name in found:
+        if name.endswith(".safetensors"):  # its tensors; the header holds paths, and entries in any order
+            found[name] = found[name][8 + int.from_bytes(found[name][:8], "little") :]
     kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("minutes", "images_per_second", "peak_host_gib")
     found["metrics"] = json.dumps([{k: v for k, v in line.items() if k not in timed} for line in kept]).encode()
@@ -68,8 +69,8 @@ def files(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("command", "moments"),
     [
-        ("train", 3),
-        ("pretrain", 3),
+        ("train", 1),
+        ("pretrain", 1),
         pytest.param("train", 50, marks=pytest.mark.slow),
         pytest.param("pretrain", 50, marks=pytest.mark.slow),
     ],
