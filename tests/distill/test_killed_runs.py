@@ -69,8 +69,8 @@ def files(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("command", "moments"),
     [
-        ("train", 1),
-        ("pretrain", 1),
+        pytest.param("train", 1, marks=pytest.mark.slow),
+        pytest.param("pretrain", 1, marks=pytest.mark.slow),
         pytest.param("train", 50, marks=pytest.mark.slow),
         pytest.param("pretrain", 50, marks=pytest.mark.slow),
     ],
