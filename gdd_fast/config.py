@@ -25,6 +25,8 @@ MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+CLASS_TABLES = ("imagenet", "learned", "per-head")
+CLASS_TABLE_FILES = (".pkl", ".safetensors", ".npy")
 AUTO = "auto"  # what a configuration without preset says: see recipe_for
 
 
@@ -77,11 +79,11 @@ class DiscriminatorConfig(Settings):
     """Images are resized to this many pixels before the backbones."""
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
-    class_embedding: Literal["imagenet", "learned", "per-head"] = "imagenet"
+    class_embedding: str = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
     scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    `per-head`: as `learned`, and one for each head, as in the public code, which starts them from a table that comes
-    with it."""
+    `per-head`: as `learned`, and one for each head, as in the public code. A path (.pkl, .safetensors, .npy): as
+    `per-head`, from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
     backbone_statistics: Literal["published", "probed"] = "published"
     """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
     image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
@@ -240,6 +242,12 @@ class TrainConfig:
         require(
             1 <= resolution <= MAX_DISC_RESOLUTION,
             f"--disc-resolution must be from 1 to {MAX_DISC_RESOLUTION}, not {resolution}",
+        )
+        table = self.discriminator.class_embedding
+        require(
+            table in CLASS_TABLES or Path(table).suffix in CLASS_TABLE_FILES,
+            f"--class-embedding is one of {', '.join(CLASS_TABLES)} or the path of a {', '.join(CLASS_TABLE_FILES)} "
+            f"file, not {table!r}",
         )
         require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
         require(

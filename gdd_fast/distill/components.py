@@ -1,13 +1,14 @@
 """Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend, plan
 from gdd_fast.bundled import teacher_path
-from gdd_fast.config import Precision, TrainConfig, given
+from gdd_fast.config import CLASS_TABLES, Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import fast_layout, pick_device
@@ -18,6 +19,7 @@ from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.files.class_table import read_class_table
 from gdd_fast.models.files.load import as_generator, load_generator, network_digest
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
@@ -119,6 +121,9 @@ def build_heads(
                 "or use --class-embedding learned"
             )
         embedding = lite0["classifier.weight"]
+    from_file = config.discriminator.class_embedding not in CLASS_TABLES
+    if label_dim and from_file:
+        embedding = read_class_table(Path(config.discriminator.class_embedding))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return DiscriminatorHeads(
@@ -128,7 +133,7 @@ def build_heads(
             embedding=embedding,
             dtype=dtype_of(config.discriminator.d_precision),
             width=config.discriminator.head_width,
-            tables_per_head=config.discriminator.class_embedding == "per-head",
+            tables_per_head=from_file or config.discriminator.class_embedding == "per-head",
             spectral_random=config.discriminator.spectral_start == "random",
         )
 
