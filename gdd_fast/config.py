@@ -19,6 +19,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
 StepEngine = Literal["auto", "eager", "graph"]
 Nonfinite = Literal["skip", "replace"]
+Initialisation = Literal["teacher", "random", "shuffled"]
 
 LOGGERS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
@@ -113,6 +114,47 @@ class LossConfig(Settings):
 
 
 @dataclass(frozen=True)
+class AblationConfig(Settings):
+    """What the paper's loss and its start are compared with. The defaults are the paper's method: none of it."""
+
+    gan: Literal["on", "off"] = "on"
+    """`off`: the discriminator neither judges nor trains, for a loss below alone."""
+    init: Initialisation = "teacher"
+    """What the generator starts from: the teacher's weights, `random` ones of its form, or `shuffled`: the teacher's,
+    with the channels in another order in every weight that is frozen (with --freeze 0: that GDD-I freezes)."""
+    teacher_loss: Literal["none", "pd", "cd", "ctm"] = "none"
+    """Added to the GAN's: progressive distillation, consistency distillation, consistency trajectory."""
+    teacher_loss_weight: float = 1.0
+    """What its mean over images is multiplied with, beside a mean of the GAN's."""
+    teacher_loss_distance: Literal["l2", "pseudo-huber", "lpips", "lpips-vgg"] = "l2"
+    """Between the images that it compares. LPIPS's weights come from --feature-weights lpips=PATH."""
+    teacher_loss_levels: int = 18
+    """Noise levels of cd and ctm, from 0.002 to the one of the one step."""
+    target_ema: float = 0.0
+    """Decay, each iteration, of the average that is the target of cd and ctm; 0: the generator itself."""
+    pd_steps: int = 8
+    """Steps of the student in the first stage of pd, a power of two; each stage halves them, the last has 1."""
+    pd_stage_kimg: float = 50.0
+    """Thousands of images of each stage of pd but the last, which lasts to the end of the run."""
+    ctm_solver_steps: int = 3
+    """Steps that ctm's teacher solves at most, from one of its noise levels to the next."""
+    ctm_dsm_weight: float = 1.0
+    """Weight of ctm's denoising score matching within its loss."""
+    frechet_loss: tuple[str, ...] = ()
+    """Feature networks, as gdd_fast.evaluate names them, whose Frechet distance to the data is added to the loss."""
+    frechet_weight: float = 1.0
+    """What their sum is multiplied with, each distance divided by the variance of the data's features."""
+    frechet_population: int = 50_000
+    """Generated images that the statistics are of, the latest; more than there are features."""
+    frechet_refresh: int = 1
+    """Iterations between new statistics."""
+
+    @property
+    def adds_losses(self) -> bool:
+        return self.teacher_loss != "none" or bool(self.frechet_loss)
+
+
+@dataclass(frozen=True)
 class RunConfig(Settings):
     """Length, size and output of the run."""
 
@@ -176,6 +218,7 @@ class TrainConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -203,7 +246,7 @@ class TrainConfig:
     def validate_settings(self) -> None:
         """`validate`, but for what is `missing`."""
         run, loss = self.run, self.loss
-        for section in (self.data, self.generator, self.discriminator, loss, run):
+        for section in (self.data, self.generator, self.discriminator, loss, self.ablation, run):
             check_values(section)
         sigma = self.generator.sigma_init
         require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
@@ -225,7 +268,12 @@ class TrainConfig:
             not measured or run.evaluate_images > 0,
             "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
         )
-        require(measured or not (run.evaluate_ref or run.feature_weights), "--evaluate-ref: nothing is measured")
+        require(measured or not run.evaluate_ref, "--evaluate-ref: nothing is measured")
+        require(
+            measured or self.ablation.adds_losses or not run.feature_weights,
+            "--feature-weights: nothing is measured, and no loss looks through a feature network",
+        )
+        self._validate_ablation()
         loggers(run.log)
         self.feature_weight_paths()
         require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
@@ -259,6 +307,34 @@ class TrainConfig:
             "give --g-precision and --d-precision the same one, or use bf16",
         )
         self.backbone_weight_paths()
+
+    def _validate_ablation(self) -> None:
+        options, engine = self.ablation, self.run.engine
+        require(
+            options.gan == "on" or options.adds_losses,
+            "--gan off leaves no loss: add --teacher-loss or --frechet-loss",
+        )
+        require(engine != "graph" or not options.adds_losses, "--engine graph does not capture the losses of ablations")
+        weights = (options.teacher_loss_weight, options.frechet_weight, options.ctm_dsm_weight)
+        require(min(weights) >= 0, "weights of losses cannot be negative")
+        require(
+            options.teacher_loss_levels >= 2,
+            f"--teacher-loss-levels must be at least 2, not {options.teacher_loss_levels}",
+        )
+        require(0 <= options.target_ema < 1, f"--target-ema is from 0 to below 1, not {options.target_ema}")
+        require(options.ctm_solver_steps >= 1, "--ctm-solver-steps must be at least 1")
+        steps = options.pd_steps
+        require(steps >= 1 and steps & (steps - 1) == 0, f"--pd-steps must be a power of two, not {steps}")
+        require(options.pd_stage_kimg >= 0.001, "--pd-stage-kimg must be at least 0.001")
+        stages = (steps.bit_length() - 1) * round(options.pd_stage_kimg * 1e3)
+        require(
+            options.teacher_loss != "pd" or stages < self.total_images,
+            f"--duration-mimg {self.run.duration_mimg} ends before the student has one step: --pd-steps {steps} and "
+            f"--pd-stage-kimg {options.pd_stage_kimg} take {stages:,} images to get there",
+        )
+        require(len(set(options.frechet_loss)) == len(options.frechet_loss), "--frechet-loss names a network twice")
+        require(options.frechet_population >= 2, "--frechet-population must be at least 2")
+        require(options.frechet_refresh >= 1, "--frechet-refresh must be at least 1")
 
     def feature_weight_paths(self) -> dict[str, Path]:
         """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""

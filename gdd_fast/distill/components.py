@@ -12,7 +12,9 @@ from gdd_fast.config import CLASS_TABLES, Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import fast_layout, pick_device
+from gdd_fast.distill.additional_losses import AdditionalParts, additional_parts
 from gdd_fast.distill.freeze import FreezeReport, freeze
+from gdd_fast.distill.initialisation import start_from
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.interop import hub
 from gdd_fast.layers.backends import choose_backend
@@ -43,6 +45,8 @@ class Components:
     operators: dict[str, Backend]
     contents: dict[str, str]
     """Digests of what was given as --data and --teacher."""
+    additional: AdditionalParts | None = None
+    """What the losses beside the GAN's need; None without one."""
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -67,7 +71,8 @@ def build(config: TrainConfig) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    generator = as_generator(teacher, config.generator.sigma_init)
+    start = start_from(teacher, config.ablation.init, config.generator.freeze, config.run.seed)
+    generator = as_generator(start, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
@@ -81,8 +86,10 @@ def build(config: TrainConfig) -> Components:
         r1_features = build_features(config, weights, config.loss.r1_precision)
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
-    operators = choose_backend(config.run.backend, device, [generator, features, r1_features, heads], OPERATORS)
-    return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents)
+    additional = additional_parts(config, teacher, generator)
+    networks = [generator, features, r1_features, heads, *(additional.networks() if additional else ())]
+    operators = choose_backend(config.run.backend, device, networks, OPERATORS)
+    return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents, additional)
 
 
 def load_teacher(name: str) -> Preconditioned:
