@@ -10,6 +10,8 @@ Gaussian to the other. So the gradient of d in a feature of the population, time
 The statistics stand still within a batch; the batch joins the population after the step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,18 @@ class FrechetLoss(nn.Module):
     where the distance has no gradient; `DataError` for data whose features do not vary.
     """
 
+    features: Tensor
+    """Float32 (population, F), the place of the `oldest` ones next to be taken."""
+    oldest: Tensor
+    total: Tensor
+    """Sums over the population of x and of x x^T, for x = feature - the data's mean: `products`. Float64."""
+    products: Tensor
+    mean: Tensor
+    """Of the population when `refresh` looked at it, and with it T's matrix `transport` and the `distance`."""
+    transport: Tensor
+    distance: Tensor
+    filled: Tensor
+
     def __init__(self, extractor: FeatureExtractor, data: Statistics, population: int) -> None:
         super().__init__()
         if population <= data.dim:
@@ -46,7 +60,7 @@ class FrechetLoss(nn.Module):
         values, vectors = torch.linalg.eigh(covariance)
         self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         self._data_mean = mean
-        double = {"dtype": torch.float64, "device": device}
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.register_buffer("features", torch.zeros(population, data.dim, device=device))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
         self.register_buffer("total", torch.zeros(data.dim, **double))
@@ -94,13 +108,14 @@ class FrechetLoss(nn.Module):
         self.distance.copy_(shift.square().sum() + covariance.trace() + self.variance - 2 * roots.sum())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N,) whose gradient in `features` (N, F) is that of the distance over the data's variance, N times a mean's.
+        """Features (N, F) -> (N,): for each the distance at the last `refresh` over the data's variance.
 
-        Its values have no meaning; `distance` is the one at the last `refresh`.
+        The gradient in a feature is the one that the formula above gives, over the variance as well.
         """
         x = features.detach().double()
         away = 2 * (x - self._data_mean - (x - self.mean) @ self.transport)
-        return (features * (away / self.variance).to(features)).sum(1)
+        moves = (features * (away / self.variance).to(features)).sum(1)
+        return moves - moves.detach() + (self.distance / self.variance).to(features)
 
     def features_of(self, images: Tensor) -> Tensor:
         """Images (N, 1 or 3, H, W) in [-1, 1] -> (N, F), differentiable."""

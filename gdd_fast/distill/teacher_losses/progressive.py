@@ -27,6 +27,8 @@ class ProgressiveLoss(TeacherLoss):
     and its loss is max(1 / t^2, 1) d(D(x_t; t), target): the "truncated SNR" weight of section 4.
     """
 
+    stage: Tensor
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.first_steps = self.options.pd_steps

@@ -54,7 +54,7 @@ class TrajectoryLoss(TeacherLoss):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.grid = self.levels(self.options.teacher_loss_levels)
-        channels = setup.student.model.map_layer1.out_features  # type: ignore[union-attr]
+        channels = len(setup.student.model.map_layer1.weight)  # type: ignore[union-attr,arg-type]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # without influence: the layer behind starts at 0 for whatever these are
             self.embedding = EndEmbedding(channels).to(self.device)
