@@ -131,11 +131,16 @@ class RunConfig(Settings):
     named one runs the operators that have it, and their definitions for the others."""
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
-    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, else `eager`."""
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `eager` until a GPU has
+    run `graph`, which is checked on a CPU so far (gdd_fast.training.rehearsal)."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
+    keep_checkpoints: int = 1
+    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    max_hours: float | None = None
+    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
     nonfinite: Nonfinite = "skip"
@@ -207,6 +212,8 @@ class TrainConfig:
         require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
         check_seed(run.seed)
         require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
+        require(run.keep_checkpoints >= 1, f"--keep-checkpoints must be at least 1, not {run.keep_checkpoints}")
+        require(run.max_hours is None or run.max_hours > 0, f"--max-hours must be positive, not {run.max_hours}")
         require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
         require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
         require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
@@ -359,10 +366,10 @@ RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
-    | {"data", "teacher"}
+    | {"data", "teacher", "keep_checkpoints", "max_hours"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
-ADJUSTABLE = frozenset({"g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
+ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
 
 
 def differences(

@@ -4,7 +4,7 @@
 
 The averaged network is written to RUN_DIR/teacher, which `gdd_fast.train --teacher` takes. Running the same command
 again resumes. SIGINT or SIGTERM saves the state after the iteration in progress; the exit status is then 128 + the
-signal's number.
+signal's number, or 75 when --max-hours are over.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, name="pretrain", args=arguments, description=__doc__)
     config.validate()
     check_writable(config.run_dir)
-    schedule = loop.Schedule.of(config.duration_mimg, config.tick_kimg, config.checkpoint_ticks)
+    schedule = loop.Schedule.of(
+        config.duration_mimg,
+        config.tick_kimg,
+        config.checkpoint_ticks,
+        keep_checkpoints=config.keep_checkpoints,
+        max_hours=config.max_hours,
+    )
     with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(
             Pretraining(config, world), config.run_dir, to_dict(config), schedule, world, default_settings(config)
         )
-    if outcome.signal:
+    if outcome.exit_status:
         if world.is_main:
             print(f"Stopped at {outcome.images:,} images; the same command resumes.")
-        raise SystemExit(128 + outcome.signal)
+        raise SystemExit(outcome.exit_status)
     if world.is_main:
         print(f"Teacher after {outcome.images:,} images in {config.run_dir / TEACHER}")
 

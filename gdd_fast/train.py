@@ -8,10 +8,10 @@
 
 --preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
 docs/precision.md lists; flags override them. With a --teacher of your own and no --preset, the settings follow from its
-resolution and size, and are printed. Running the same command again
-resumes, and shows the report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in
-progress; the exit status is then 128 + the signal's number (130, 143), 2 for bad input, 0 for a finished run. After a
-process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
+resolution and size, and are printed. Running the same command again resumes, and shows the report again once the run is
+finished. SIGINT or SIGTERM saves the state after the iteration in progress; the exit status is then 128 + the signal's
+number (130, 143), 75 when --max-hours are over, 2 for bad input, 0 for a finished run. After a process that failed,
+torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
 """
 
 import sys
@@ -100,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.preset == AUTO and is_main():
         print(settings_of(config), flush=True)
     result = distill(config)
-    if result.signal:
+    if result.exit_status:
         if result.is_main:
             print(f"Stopped at {result.images:,} images; the same command resumes.")
-        raise SystemExit(128 + result.signal)
+        raise SystemExit(result.exit_status)
     if not result.is_main:
         return
     if not result.new_images:

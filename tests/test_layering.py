@@ -50,6 +50,9 @@ NOT_TRAINING = (
     "report",
 )
 
+# The only file that may replace NaN: as the public code does, where `--nonfinite replace` asks for that.
+SCRUBBERS = {"gdd_fast/training/optimizer.py"}
+
 # The only files that may take a pickle apart, each by an unpickler that executes nothing.
 UNPICKLERS = {"gdd_fast/models/files/pickle_reader.py", "gdd_fast/data/cifar.py"}
 
@@ -173,7 +176,8 @@ def test_nothing_in_a_file_is_executed(path):
 def test_no_error_is_hidden(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("nan_to_num", "nan_to_num_"), f"{name_of(path)}:{node.lineno}"
+            scrubs = node.attr in ("nan_to_num", "nan_to_num_")
+            assert not scrubs or name_of(path) in SCRUBBERS, f"{name_of(path)}:{node.lineno}"
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or dotted(node.type) in ("Exception", "BaseException")
             silent = all(isinstance(statement, ast.Pass | ast.Continue) for statement in node.body)

@@ -80,7 +80,8 @@ class FastResnet(Fast):
                 embedded = {"scale": scale, "shift": shift}
         h = self.conv2(self.dropout(normalise(self.norm2, h, state.norm, **embedded)))
         if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x.contiguous() if self.training else x)  # as diffusers has it
+            # in training diffusers makes channels_last maps contiguous first: a copy that would be kept for backward
+            x = self.conv_shortcut(x)
         return scaled_sum(x, h, 1 / float(self.output_scale_factor), state.residual)
 
 

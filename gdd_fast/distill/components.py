@@ -86,7 +86,7 @@ def build(config: TrainConfig) -> Components:
 def load_teacher(name: str) -> Preconditioned:
     """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub."""
     path = teacher_path(name)
-    return load_generator(path if path.exists() else hub.locate(name))
+    return load_generator(path if path.exists() else hub.locate_teacher(name))
 
 
 def build_features(

@@ -98,19 +98,33 @@ class PretrainConfig(Settings):
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 5
     """Ticks between checkpoints."""
+    keep_checkpoints: int = 1
+    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    max_hours: float | None = None
+    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first setting that cannot work. Reads no file; the network checks its own."""
         check_values(self)
-        positive = ("batch", "lr", "ema_halflife_mimg", "duration_mimg", "tick_kimg", "checkpoint_ticks")
+        positive = (
+            "batch",
+            "lr",
+            "ema_halflife_mimg",
+            "duration_mimg",
+            "tick_kimg",
+            "checkpoint_ticks",
+            "keep_checkpoints",
+        )
         for name in (*positive, "max_skipped_steps", "model_channels", "num_blocks"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ConfigError(f"--max-hours must be positive, not {self.max_hours}")
         check_seed(self.seed)
         if self.batch_gpu is not None and self.batch_gpu < 1:
             raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")

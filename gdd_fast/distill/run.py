@@ -29,7 +29,9 @@ class Result:
     new_images: int
     """Those of them seen by this call; 0 if the run was finished before."""
     signal: int
-    """The signal that stopped it, and 0 if it is finished."""
+    """The signal that stopped it, and 0 if none did."""
+    exit_status: int
+    """What the command ends with: 0 for a finished run, see `loop.Outcome`."""
     is_main: bool
     """Whether this process is the one of its run that writes and prints."""
     generator: Path
@@ -82,7 +84,14 @@ def distill(config: TrainConfig) -> Result:
 def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
     run = config.run
-    schedule = loop.Schedule.of(run.duration_mimg, run.tick_kimg, run.checkpoint_ticks, run.evaluate_at_start)
+    schedule = loop.Schedule.of(
+        run.duration_mimg,
+        run.tick_kimg,
+        run.checkpoint_ticks,
+        at_start=run.evaluate_at_start,
+        keep_checkpoints=run.keep_checkpoints,
+        max_hours=run.max_hours,
+    )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         evaluation = None
@@ -98,10 +107,12 @@ def _distill(config: TrainConfig) -> Result:
         defaults, log = default_settings(config), loggers(run.log)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, defaults, log)
     distances = None
-    if config.run.evaluate_images and world.is_main and not outcome.signal:
+    if config.run.evaluate_images and world.is_main and not outcome.exit_status:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
         if distances is None:
             distances = comparison.write(config, built.contents, world.device, outcome.images)
             report_page.refresh(config.run_dir)  # with what has just been measured
     generator = config.run_dir / RUN_GENERATOR
-    return Result(outcome.images, outcome.new_images, outcome.signal, world.is_main, generator, distances)
+    return Result(
+        outcome.images, outcome.new_images, outcome.signal, outcome.exit_status, world.is_main, generator, distances
+    )

@@ -26,6 +26,8 @@ from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
+# Of a pipeline of diffusers': what it consists of, and its components, in folders or beside it.
+PIPELINE = ("model_index.json", "*config.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 CARD = """---
@@ -165,6 +167,35 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
     return download(name_or_path, **options)
 
 
+def locate_teacher(name: str) -> Path:
+    """As `locate`; of a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
+
+    Raises WeightsError for a string that is neither.
+    """
+    if Path(name).exists() or Path(name).suffix.lower() == ".pkl" or not _REPOSITORY.fullmatch(name):
+        return locate(name)
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        commit = Path(hf_hub_download(name, PIPELINE[0])).parent.name
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE)))
+    except LocalEntryNotFoundError as error:  # is an EntryNotFoundError, and says that the Hub cannot be reached
+        raise _unknown(name, error) from error
+    except EntryNotFoundError:
+        return download(name)
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise _unknown(name, error) from error
+
+
+def _unknown(repo_id: str, error: Exception) -> WeightsError:
+    reason = str(error).strip().partition("\n")[0]
+    return WeightsError(
+        f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
+        "connection, and that you are logged in if the repository is private."
+    )
+
+
 def download(repo_id: str, **options: Any) -> Path:
     """The folder in huggingface_hub's cache with the network of a repository; options as of `hf_hub_download`.
 
@@ -185,11 +216,7 @@ def download(repo_id: str, **options: Any) -> Path:
         for name in FILES[1:]:
             hf_hub_download(repo_id, name, **options | {"revision": folder.name})
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(
-            f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
-            "connection, and that you are logged in if the repository is private."
-        ) from error
+        raise _unknown(repo_id, error) from error
     return folder
 
 

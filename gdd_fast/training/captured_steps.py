@@ -115,14 +115,14 @@ class CudaGraphs:
 
 
 def choose_step_engine(engine: StepEngine, device: torch.device) -> StepEngine:
-    """What "auto" is: "graph" on a GPU, where the host would be waited for; "eager" elsewhere.
+    """What "auto" is: "eager". "graph" takes its place on a GPU once one has run it.
 
     Raises ConfigError for an unknown name, BackendError for graphs on another device than a GPU.
     """
     if engine not in get_args(StepEngine):
         raise ConfigError(f"--engine is one of {', '.join(get_args(StepEngine))}, not {engine!r}")
     if engine == "auto":
-        return "graph" if device.type == "cuda" else "eager"
+        return "eager"
     if engine == "graph" and device.type != "cuda":
         raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")
     return engine

@@ -1,6 +1,10 @@
 """The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
 
+import contextlib
 import json
+import math
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ from gdd_fast.training.ranks import World
 CHECKPOINT = "checkpoint.safetensors"
 DIVERGED = "diverged.safetensors"
 """The state in which a run diverged, to look at; nothing reads it. `CHECKPOINT` is what the run goes on from."""
+TIME_IS_UP = 1000  # where the ranks agree on a signal; no signal has this number
 
 
 class Task(Protocol):
@@ -56,18 +61,31 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run, of a tick, and between checkpoints, in images."""
+    """Length of a run, of a tick, and between checkpoints, in images; checkpoints to keep; seconds for this call."""
 
     total: int
     tick: int
     checkpoint: int
     at_start: bool = False
     """Whether a tick comes before the first iteration."""
+    keep: int = 1
+    seconds: float = math.inf
 
     @classmethod
-    def of(cls, duration_mimg: float, tick_kimg: float, checkpoint_ticks: int, at_start: bool = False) -> "Schedule":
+    def of(
+        cls,
+        duration_mimg: float,
+        tick_kimg: float,
+        checkpoint_ticks: int,
+        *,
+        at_start: bool = False,
+        keep_checkpoints: int = 1,
+        max_hours: float | None = None,
+    ) -> "Schedule":
         tick = max(1, round(tick_kimg * 1e3))
-        return cls(round(duration_mimg * 1e6), tick, tick * checkpoint_ticks, at_start)
+        seconds = math.inf if max_hours is None else 3600 * max_hours
+        total = round(duration_mimg * 1e6)
+        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,13 @@ class Outcome:
     images: int
     new_images: int
     signal: int = 0
-    """0: it is finished."""
+    out_of_time: bool = False
+    """Whether `Schedule.seconds` were over before the run was finished."""
+
+    @property
+    def exit_status(self) -> int:
+        """Of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was up."""
+        return 128 + self.signal if self.signal else os.EX_TEMPFAIL if self.out_of_time else 0
 
 
 def run(
@@ -125,6 +149,9 @@ def run(
         sections, values = task.state()
         if world.is_main:
             values = {**values, "images": images, "config": config, "contents": task.contents}
+            values["processes"] = world.size
+            if name == CHECKPOINT:
+                _keep_earlier(run_dir, saved_at, images, schedule.keep)
             checkpoint.save(run_dir / name, sections, values)
             if name == CHECKPOINT:
                 task.export(run_dir)
@@ -135,6 +162,7 @@ def run(
         output.metrics(images, {**means, **task.tick(images)})
 
     stopped_by, saved_at = 0, images
+    time_is_up = time.monotonic() + schedule.seconds
     try:
         with StopRequest(announce=world.is_main) as stop:
             if schedule.at_start and not images:
@@ -147,7 +175,7 @@ def run(
                     raise DivergedError(f"{error}. {_advice(task, run_dir, saved_at)}") from None
                 before, images = images, images + task.batch
                 output.advance(task.batch)
-                stopped_by = world.largest(stop.signal)
+                stopped_by = world.largest(stop.signal or (TIME_IS_UP if time.monotonic() >= time_is_up else 0))
                 if images // schedule.tick > before // schedule.tick or images >= schedule.total:
                     tick()
                 if images // schedule.checkpoint > before // schedule.checkpoint:
@@ -158,6 +186,8 @@ def run(
     finally:
         output.close()
         task.close()
+    if stopped_by == TIME_IS_UP:
+        return Outcome(images, images - started_at, out_of_time=images < schedule.total)
     return Outcome(images, images - started_at, stopped_by)
 
 
@@ -207,9 +237,23 @@ def _resume(
     if values is not None:
         task.restore(checkpoint.load(run_dir / CHECKPOINT))
         images, changes = values["images"], differences(values["config"], config, defaults=defaults)
+        if values.get("processes", world.size) != world.size:
+            changes.append(f"processes: {values['processes']} -> {world.size}")
     if any(images != other.item() for other in world.gather(torch.tensor([images]))):
         raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
     return images, changes
+
+
+def _keep_earlier(run_dir: Path, saved_at: int, images: int, keep: int) -> None:
+    """Give the checkpoint of `saved_at` images, about to be replaced, a name that stays; the last `keep - 1` do."""
+    newest = run_dir / CHECKPOINT
+    if keep > 1 and newest.exists():
+        with contextlib.suppress(FileExistsError):  # of a process that was killed between this and the new one
+            os.link(newest, run_dir / f"checkpoint-{saved_at:09d}.safetensors")
+    earlier = {path.stem.partition("-")[2]: path for path in run_dir.glob("checkpoint-*.safetensors")}
+    numbers = sorted(int(number) for number in earlier if number.isdecimal() and int(number) < images)
+    for number in numbers[: max(0, len(numbers) - keep + 1)] if keep > 1 else []:
+        earlier[f"{number:09d}"].unlink()
 
 
 def _advice(task: Task, run_dir: Path, saved_at: int) -> str:

@@ -165,3 +165,36 @@ def test_without_huggingface_hub(monkeypatch):
 def test_other_modules_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="can be saved"):
         hub.save_pretrained(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_a_repository_with_a_pipeline_of_diffusers_is_a_teacher(monkeypatch, tmp_path):
+    asked = []
+
+    def file(repo_id, name, **options):
+        asked.append((repo_id, name))
+        return str(tmp_path / "commit" / name)
+
+    def snapshot(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        assert "model_index.json" in allow_patterns
+        return str(tmp_path / "commit")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert hub.locate_teacher("google/ddpm-cifar10-32") == tmp_path / "commit"
+    assert asked == [("google/ddpm-cifar10-32", "model_index.json"), ("google/ddpm-cifar10-32", "commit")]
+    assert hub.locate_teacher("no-such.pkl") == Path("no-such.pkl") and len(asked) == 2
+    with pytest.raises(WeightsError, match="no/such/folder"):
+        hub.locate_teacher("no/such/folder")
+
+
+def test_a_repository_without_a_pipeline_is_our_own(monkeypatch, tmp_path):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def file(repo_id, name, **options):
+        if name == "model_index.json":
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return str(tmp_path / "commit" / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
+    assert hub.locate_teacher("user/name") == tmp_path / "commit"

@@ -121,7 +121,7 @@ def test_saving_over_another_network_never_mixes_the_two(
 
 
 def test_only_preconditioned_networks_are_saved(net: EDMPrecond, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only EDMPrecond, GDDPrecond can be saved"):
+    with pytest.raises(ConfigError, match="only EDMPrecond, GDDPrecond, UNet2DPrecond can be saved"):
         save_network(net.model, tmp_path / "net")
     assert not (tmp_path / "net").exists()
 

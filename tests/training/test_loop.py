@@ -111,10 +111,50 @@ def test_an_export_that_is_not_of_the_checkpoint_is_made_again(tmp_path, checkpo
         (tmp_path / "sum.txt").unlink()
 
 
+def test_another_batch_size_counts_images_on_and_is_recorded(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(30, 10, 10), ALONE)
+    larger = Counting()
+    larger.batch = 20
+    assert run(larger, tmp_path, {**CONFIG, "batch": 20}, Schedule(100, 10, 10), ALONE) == Outcome(110, 80)
+    assert larger.sum == 0 + 10 + 20 + 30 + 50 + 70 + 90
+    assert lines(tmp_path)[3] == {"images": 30, "changed": ["batch: 10 -> 20"]}
+    assert [line["images"] for line in lines(tmp_path)[4:]] == [50, 70, 90, 110]
+
+
+def test_another_number_of_processes_is_recorded(tmp_path):
+    run(Counting(), tmp_path, CONFIG, Schedule(30, 10, 10), ALONE)
+    path = tmp_path / CHECKPOINT
+    saved = checkpoint.load(path)
+    checkpoint.save(path, {"x": saved.section("x")}, {**saved.values, "processes": 4})
+    run(Counting(), tmp_path, CONFIG, Schedule(50, 10, 10), ALONE)
+    assert lines(tmp_path)[3] == {"images": 30, "changed": ["processes: 4 -> 1"]}
+    assert checkpoint.load_values(path)["processes"] == 1
+
+
+def test_a_limit_of_time_saves_after_the_iteration(tmp_path):
+    def stops_at(seconds):
+        outcome = run(Counting(), tmp_path, CONFIG, Schedule(30, 100, 100, seconds=seconds), ALONE)
+        return outcome.images, outcome.exit_status
+
+    assert [stops_at(1e-9), stops_at(1e-9), stops_at(1e-9), stops_at(1e-9)] == [(10, 75), (20, 75), (30, 0), (30, 0)]
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    schedule = Schedule(60, 10, 10, keep=3)
+    run(Counting(), tmp_path, CONFIG, schedule, ALONE)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint*"))
+    assert names == ["checkpoint-000000040.safetensors", "checkpoint-000000050.safetensors", CHECKPOINT]
+    (tmp_path / names[0]).replace(tmp_path / CHECKPOINT)  # to go back to it
+    again = Counting()
+    assert run(again, tmp_path, CONFIG, schedule, ALONE) == Outcome(60, 20)
+    assert again.sum == 150 and sorted(path.name for path in tmp_path.glob("checkpoint*")) == names
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 60]
+
+
 def test_other_settings_do_not_resume_and_touch_nothing(tmp_path):
     run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
-    with pytest.raises(CheckpointError, match=r"batch: 10 -> 20.*choose another --run-dir"):
-        run(Counting(), tmp_path, {**CONFIG, "batch": 20}, Schedule(40, 10, 10), ALONE)
+    with pytest.raises(CheckpointError, match=r"seed: 0 -> 20.*choose another --run-dir"):
+        run(Counting(), tmp_path, {**CONFIG, "seed": 20}, Schedule(40, 10, 10), ALONE)
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
