@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from tiny_run import FLAGS, tiny_network
 
 from benchmarks.study import __main__ as study_command
 from benchmarks.study import plans, starts, tables, training
@@ -17,7 +18,6 @@ from gdd_fast.distill.pretraining import PretrainConfig
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.files.save import save_network
 from gdd_fast.signals import StopRequest
-from tests.tiny_run import FLAGS, tiny_network
 
 TINY = Study(
     name="tiny",
