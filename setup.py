@@ -153,8 +153,10 @@ def extension() -> dict:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES) if with_cuda else ""
     optimise = ["-O0", "-g"] if switch("GDD_FAST_DEBUG", "0", ("0", "1")) == "1" else ["-O3", "-g0"]
     # a fused multiply-add rounds once where torch's own kernels round twice: results would differ in the last bit
-    cxx_flags = [*optimise, "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", *openmp()]
-    nvcc_flags = [optimise[0], "-lineinfo", "--threads=2"] if with_cuda else []
+    # said here, as torch adds its own standard where none is, and up to 2.11 that is C++17
+    standard = "-std=c++20"
+    cxx_flags = [standard, *optimise, "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", *openmp()]
+    nvcc_flags = [standard, optimise[0], "-lineinfo", "--threads=2"] if with_cuda else []
     facts = {
         "GDD_FAST_TORCH_VERSION": torch.__version__,
         "GDD_FAST_CUDA_VERSION": torch.version.cuda if with_cuda else "",
