@@ -52,17 +52,12 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
-    if measures(config):
+    if config.run.measures:
         build_measurement(config, built.generator)
     check_loggers(loggers(config.run.log))
     defaults = default_settings(config)
     loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
-
-
-def measures(config: TrainConfig) -> bool:
-    """Whether the run measures its generator before the end."""
-    return bool(config.run.evaluate_ticks or config.run.evaluate_at_start)
 
 
 def distill(config: TrainConfig) -> Result:
@@ -95,7 +90,7 @@ def _distill(config: TrainConfig) -> Result:
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         evaluation = None
-        if measures(config):
+        if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)
             evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
             if world.is_main:
