@@ -7,7 +7,7 @@ Every operator has its definition in plain PyTorch ("torch") and any of three fu
     "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
 
 A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
-run here; `resolve` decides it and nothing else does. One choice for a whole run (`--backend`) is `plan`'s to interpret.
+run here; `resolve` decides it and nothing else does; `resolve_all` asks it for every operator of a run (`--backend`).
 `python -m gdd_fast.info` shows the outcome of both with the reasons.
 """
 
@@ -167,7 +167,7 @@ def chooser(operator: Operator) -> Callable[..., Backend]:
     return choose
 
 
-def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
+def resolve_all(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
     """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
 
     A backend asked for by name is for the operators that have it; the others run their definition.
@@ -182,6 +182,6 @@ def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[s
 
 
 def summary(runs: Mapping[str, str]) -> str:
-    """A `plan` in one line, the definitions first."""
+    """What `resolve_all` returns, in one line, the definitions first."""
     backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
     return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)

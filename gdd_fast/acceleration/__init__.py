@@ -19,7 +19,7 @@ from torch import nn
 from gdd_fast.acceleration import diffusers_unet as unet2d
 from gdd_fast.acceleration import edm_unet as edm
 from gdd_fast.acceleration import frozen
-from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.acceleration.summary import Entry, Report, restore
 from gdd_fast.backend import Backend
 from gdd_fast.errors import BackendError, InputError
@@ -70,10 +70,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
             "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
             "them away (sequential offload), accelerate before these are added"
         )
-    plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
+    decisions = Decisions(net, backend, torch.device("cpu") if first is None else first.device)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
-        decide(plan)
-    done = plan.carry_out()
+        decide(decisions)
+    done = decisions.carry_out()
     if report:
         return net, done
     if not done.replaced:

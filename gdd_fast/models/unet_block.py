@@ -111,5 +111,5 @@ class UNetBlock(nn.Module):
         return all(conv is None or silent(conv) for conv in convs)
 
     def _add(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
-        return merged if statistics else (merged, None)
+        summed: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
+        return summed if statistics else (summed, None)
