@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gdd_fast.engine.one_step import OneStepGenerator
     from gdd_fast.models.files.load import load_generator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["OneStepGenerator", "__version__", "accelerate", "load_generator", "restore"]
 
