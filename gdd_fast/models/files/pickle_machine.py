@@ -270,7 +270,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
         pickle.BINPUT: lambda m: m.put(m.reader.unpack("<B")),
         pickle.LONG_BINPUT: lambda m: m.put(m.reader.unpack("<I")),
         pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
-        pickle.GLOBAL: lambda m: m.find(m.reader.line(), m.reader.line()),
+        pickle.GLOBAL: lambda m: m.find_global(m.reader.line(), m.reader.line()),
         pickle.STACK_GLOBAL: Machine.stack_global,
         pickle.REDUCE: Machine.reduce,
         pickle.NEWOBJ: Machine.reduce,
