@@ -1,6 +1,6 @@
 """One-step image generators from pretrained diffusion models (GDD / GDD-I), with fused kernels.
 
-Public names, imported on first use so that `import gdd_fast` costs nothing:
+Public names, imported on first use so that `import gdd_fast` is quick:
 
     load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
     OneStepGenerator.from_pretrained(path, ...)      the same, as a fast function from seeds to images

@@ -60,12 +60,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: M
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What processes killed while they wrote `path` have left, and what others are writing it to now."""
+    """Temporary files of `path`: left by processes that were killed, or being written by others now."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"))
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes killed while they wrote `path` have left; nobody may be writing it now."""
+    """Delete the temporary files of `path` that killed processes left; nobody may be writing it now."""
     for leftover in leftovers(path):
         leftover.unlink(missing_ok=True)
 

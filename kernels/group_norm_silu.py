@@ -157,10 +157,10 @@ def _room(parts: int) -> int:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of sample, channel and pixel."""
+    """Strides of sample, channel and pixel."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), pixel_stride(x))
 
 
 def _row_stride(row: Tensor | None) -> int:
-    """Of sample; rows of a single sample serve all."""
+    """Strides of sample; 0 where the rows of one sample serve all."""
     return 0 if row is None or row.shape[0] == 1 else row.stride(0)

@@ -1,7 +1,7 @@
 """Max pooling over 2x2 windows in Triton: a program has BLOCK windows, in the memory order of the output.
 
 A contiguous tensor (N, C, H, W) is read as channels_last (N * C, 1, H, W), so one kernel serves both formats. All
-offsets are 64-bit; what is divided is not, but once a program.
+offsets are 64-bit; divisions are not, except one per program.
 """
 
 import torch

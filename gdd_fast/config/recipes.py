@@ -97,11 +97,11 @@ PRESETS: dict[str, TrainConfig] = _presets()
 
 
 def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
-    """The recipe for a teacher that no preset is of, from the one whose network is most like it.
+    """The recipe for a teacher that has no preset, from the preset whose network is most like it.
 
     `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
     small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Data, teacher and the
-    data to evaluate with are nobody's.
+    data to evaluate with are left unset.
     """
     if parameters >= 150_000_000:
         like = "imagenet-64"
@@ -126,7 +126,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "logit_reduction": "rows",
     },
 }
-"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, but for the demo's, which are fp32."""
+"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, except the demo's, which are fp32."""
 
 
 def preset(name: str, precision: str | None = None) -> TrainConfig:

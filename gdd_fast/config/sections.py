@@ -1,4 +1,4 @@
-"""What a distillation run can be told, one frozen dataclass per concern.
+"""The settings of a distillation run, one frozen dataclass per concern.
 
 Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`. The docstring under a
 field is its help text. What the paper's loss is compared with is in ablation.py, which values work in checks.py.
@@ -77,8 +77,9 @@ class DiscriminatorConfig(Settings):
     `per-head`: as `learned`, and one for each head, as in the public code. A path (.pkl, .safetensors, .npy): as
     `per-head`, from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
     backbone_statistics: Literal["published", "probed"] = "published"
-    """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
-    image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
+    """Running statistics of the backbones' batch norms: as published with their weights; or `probed`, as the public
+    code leaves them: moved by a tenth towards those of one image of zeros, which it sends through them in training mode
+    to learn the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
     """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
     d_lr: float = 1e-4
@@ -143,11 +144,11 @@ class RunConfig(Settings):
     evaluate_images: int = 0
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
-    """The images those are compared with, best ones not trained on; default: the training data."""
+    """The real images they are compared with, preferably not trained on; default: the training data."""
     evaluate_ticks: int = 0
     """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
     evaluate_metrics: str = "fd@lite0"
-    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; of each value the best generator is kept."""
+    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; the best generator by each value is kept."""
     evaluate_at_start: bool = False
     """Measure teacher and untrained generator before the first iteration."""
     evaluate_ref: tuple[str, ...] = ()
@@ -185,7 +186,7 @@ class TrainConfig:
         return round(self.run.duration_mimg * 1e6)
 
     def missing(self) -> list[str]:
-        """What has to be given yet before the run can begin."""
+        """One message for each thing that is still needed before the run can begin."""
         needed = {
             "no data set: pass --data PATH (an EDM-style zip or a folder of images)": self.data.data,
             "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)": self.generator.teacher,
@@ -221,7 +222,7 @@ class TrainConfig:
 
 
 def given(path: str | None, flag: str) -> str:
-    """A path that `validate` has made sure of. Raises ConfigError without one."""
+    """A path that `validate` has checked to be there. Raises ConfigError without one."""
     if path is None:
         raise ConfigError(f"no {flag} was given")
     return path

@@ -33,7 +33,7 @@ RESUMABLE = frozenset(
     | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
     | {"data", "teacher", "keep_checkpoints", "max_hours"}
 )
-# What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
+# What may also change while a run is not finished: one that diverges needs other values to go on. It is recorded.
 ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
 
 
@@ -44,10 +44,10 @@ def differences(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     prefix: str = "",
 ) -> list[str]:
-    """Settings in which two `to_dict` configurations differ, not those to `ignore`: `section.name: old -> new`.
+    """Settings in which two `to_dict` configurations differ, except those to `ignore`: `section.name: old -> new`.
 
-    A setting that `old` lacks, because it is of a version that did not have it, is taken from `defaults`: a default is
-    what the program did before there was a choice.
+    A setting that `old` lacks, because it was written by a version that did not have it, is taken from `defaults`: a
+    default is what the program did before there was a choice.
     """
     found = []
     for name in sorted(old.keys() | new.keys()):

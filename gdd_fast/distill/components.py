@@ -148,7 +148,7 @@ def build_heads(
 
 
 def _check_fit(generator: Preconditioned, dataset: ImageDataset, config: TrainConfig) -> None:
-    """The teacher has to speak of the same kind of images as the data set."""
+    """Raise WeightsError unless the teacher makes images of the size, channels and classes of the data set."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)
     if ours != teachers:

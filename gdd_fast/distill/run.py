@@ -22,7 +22,7 @@ from gdd_fast.training.run_lock import only_process
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     images: int
     """Real images seen in the run's whole life."""
@@ -41,7 +41,7 @@ class Result:
 
 
 def preflight(config: TrainConfig) -> Components:
-    """The parts of a run, once everything is checked that could keep the run from its end. Writes nothing.
+    """Check everything that could keep the run from finishing, and return its parts. Writes nothing.
 
     Raises:
         GddFastError: bad input.
