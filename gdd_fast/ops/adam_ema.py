@@ -176,7 +176,7 @@ def _dense(p: Tensor) -> bool:
 
 
 def _same_memory(t: Tensor, p: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same places, whatever the strides of size-1 dimensions."""
+    """Whether two tensors of one shape have their elements in the same places, whatever strides sizes of 1 have."""
     if t.stride() == p.stride():
         return True
     return all(n < 2 or a == b for n, a, b in zip(p.shape, t.stride(), p.stride(), strict=True))
