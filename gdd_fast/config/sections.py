@@ -95,7 +95,7 @@ class LossConfig(Settings):
 
     logit_reduction: Reduction = "rows"
     """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
-    R1 weighs less the more images a process has. `heads`: the mean over images and positions, summed over heads."""
+    R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
     r1_gamma: float = 1e-4
     """Weight of the R1 penalty on real images."""
     r1_interval: int = 16
@@ -127,7 +127,7 @@ class RunConfig(Settings):
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
     after the first iterations, so that the GPU does not wait for the host. `auto` is `eager` until a GPU has
-    run `graph`, which is checked on a CPU so far (gdd_fast.training.rehearsal)."""
+    run `graph`, which so far is checked by replaying the steps on a CPU."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10

@@ -60,7 +60,7 @@ def metric_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Of a metric by its name, whatever stands before a slash or behind a dash: `recall`, `metrics/recall-lite2`."""
+    """Whether more is better of a metric by its name, such as `recall` or `metrics/recall-lite2`."""
     return metric.rpartition("/")[2].lower().replace("_", "-").split("-")[0] in HIGHER_IS_BETTER
 
 
