@@ -64,7 +64,7 @@ def choose_reference(
             theirs, ours = population.image_shape, image_shape
             raise DataError(
                 f"{path} is of images {theirs[0]} x {theirs[1]}^2 and the generated ones are {ours[0]} x {ours[1]}^2; "
-                "compare images of one form (python -m gdd_fast.prepare resizes)"
+                "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
             )
         if population.features == name and population.statistics.dim != dim:
             raise DataError(f"{path} holds {population.statistics.dim} features of {name}, which here has {dim}")
