@@ -54,7 +54,7 @@ def choose_engine(engine: Engine, device: torch.device) -> Engine:
     if engine == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"engine 'graph' records CUDA graphs, which cannot run on {device}; use 'eager' or 'compile'")
+        raise BackendError(f"engine 'graph' is CUDA graphs, which cannot run on {device}; use 'eager' or 'compile'")
     return engine
 
 

@@ -124,5 +124,5 @@ def choose_step_engine(engine: StepEngine, device: torch.device) -> StepEngine:
     if engine == "auto":
         return "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"--engine graph records CUDA graphs, which cannot run on {device}; use eager, or auto")
+        raise BackendError(f"--engine graph is CUDA graphs, which cannot run on {device}; use eager, or auto")
     return engine
