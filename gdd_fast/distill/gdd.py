@@ -24,6 +24,7 @@ from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.ranks import World
 from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
@@ -35,7 +36,6 @@ from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
-from gdd_fast.training.ranks import World
 
 GRID_SEEDS = range(64)
 

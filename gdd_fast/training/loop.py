@@ -17,11 +17,11 @@ from torch import Tensor
 from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
 from gdd_fast.errors import CheckpointError, DivergedError
 from gdd_fast.files import atomic_write, remove_leftovers
+from gdd_fast.ranks import World
 from gdd_fast.signals import StopRequest
 from gdd_fast.training import checkpoint
 from gdd_fast.training.checkpoint import Checkpoint
 from gdd_fast.training.output import Averages, RunOutput
-from gdd_fast.training.ranks import World
 
 CHECKPOINT = "checkpoint.safetensors"
 DIVERGED = "diverged.safetensors"

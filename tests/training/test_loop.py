@@ -267,7 +267,9 @@ def test_a_value_that_is_not_finite_is_null(tmp_path):
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
-    (tmp_path / f".{CHECKPOINT}.01234567.safetensors").write_bytes(b"half")
+    half = tmp_path / f".{CHECKPOINT}.01234567"
+    half.mkdir()
+    (half / CHECKPOINT).write_bytes(b"half")
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     assert not list(tmp_path.glob(".*"))
 
