@@ -183,6 +183,9 @@ class RunConfig(Settings):
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
     keep_checkpoints: int = 1
     """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
+    cannot be written ends the run at the next checkpoint."""
     max_hours: float | None = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10
@@ -450,7 +453,7 @@ RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
-    | {"data", "teacher", "keep_checkpoints", "max_hours"}
+    | {"data", "teacher", "keep_checkpoints", "max_hours", "async_checkpoints"}
 )
 # What may change in addition while a run is not finished, as one that diverges goes on only so; it is recorded.
 ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})

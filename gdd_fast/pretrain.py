@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.checkpoint_ticks,
         keep_checkpoints=config.keep_checkpoints,
         max_hours=config.max_hours,
+        async_checkpoints=config.async_checkpoints,
     )
     with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(

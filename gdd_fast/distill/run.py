@@ -91,6 +91,7 @@ def _distill(config: TrainConfig) -> Result:
         at_start=run.evaluate_at_start,
         keep_checkpoints=run.keep_checkpoints,
         max_hours=run.max_hours,
+        async_checkpoints=run.async_checkpoints,
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
