@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late: --help needs no torch
     from gdd_fast.distill import comparison, dry_run
     from gdd_fast.distill.run import distill, preflight
-    from gdd_fast.training.ranks import is_main
+    from gdd_fast.ranks import is_main
 
     if asked.dry_run:
         shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))

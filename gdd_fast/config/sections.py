@@ -134,6 +134,9 @@ class RunConfig(Settings):
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
     keep_checkpoints: int = 1
     """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
+    cannot be written ends the run at the next checkpoint."""
     max_hours: float | None = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10

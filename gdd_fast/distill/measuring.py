@@ -20,8 +20,8 @@ from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.ranks import World
 from gdd_fast.sampling.generate import SamplerConfig
-from gdd_fast.training.ranks import World
 
 BEST = "best"
 """Folder of the run: a network folder for each value, and best.json with the values and when they were reached."""

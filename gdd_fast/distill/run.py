@@ -12,11 +12,11 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
 from gdd_fast.files import check_writable
 from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.ranks import is_main, join, world_size
 from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.loggers import check_loggers
-from gdd_fast.training.ranks import is_main, join, world_size
 from gdd_fast.training.run_lock import only_process
 
 
@@ -86,6 +86,7 @@ def _distill(config: TrainConfig) -> Result:
         at_start=run.evaluate_at_start,
         keep_checkpoints=run.keep_checkpoints,
         max_hours=run.max_hours,
+        async_checkpoints=run.async_checkpoints,
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):

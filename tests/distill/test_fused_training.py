@@ -42,9 +42,9 @@ from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops import adam_ema as ops_adam_ema
 from gdd_fast.ops import group_norm_silu, residual
+from gdd_fast.ranks import World
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.training import optimizer
-from gdd_fast.training.ranks import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 20
