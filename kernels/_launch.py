@@ -6,7 +6,7 @@ tuned.json holds for every operator (group_norm_silu: for either direction)
     "sm_90", ...    what differs on an architecture; "measured" among it is a list of {"shape": ..., "options": ...},
                     of which the entry nearest to the shape at hand is taken
 
-and for attention also "faster_than_sdpa": by architecture, the [tokens, channels a head, type] at which the kernels
+and for attention also "faster_than_sdpa": by architecture, the [tokens, channels per head, type] at which the kernels
 were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
 
 It is read once. An architecture without an entry runs by rule, as sm_80 and sm_90 do until someone measures them.
@@ -84,7 +84,7 @@ def _table() -> dict[str, Any]:
 
 
 def faster_than_sdpa(device: torch.device) -> list[list]:
-    """[tokens, channels a head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
+    """[tokens, channels per head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
     return _table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
 
 

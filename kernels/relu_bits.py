@@ -1,8 +1,8 @@
 """The bits of ReLUs in Triton: packed in the pass that clamps, read in the pass that masks.
 
-Tensors are dense and treated as one run of memory. A program has a tile (BLOCK bytes, 8 bits): reading eight elements a
-byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and its
-bits. All offsets are 64-bit.
+Tensors are dense and treated as one run of memory. A program has a tile (BLOCK bytes, 8 bits): reading eight elements
+per byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and
+its bits. All offsets are 64-bit.
 """
 
 import math

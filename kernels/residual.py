@@ -1,6 +1,6 @@
 """(h + skip + bias) * scale in Triton, on request with the statistics of the result that the next norm needs.
 
-One program a block of channels and a run of pixels of one sample; every tensor is addressed by the strides of sample,
+One program per block of channels and run of pixels of one sample; every tensor is addressed by the strides of sample,
 channel and pixel.
 """
 

@@ -1,4 +1,4 @@
-"""to_uint8 in Triton: one program a BLOCK of output bytes of one image, so that stores are contiguous.
+"""to_uint8 in Triton: one program per BLOCK of output bytes of one image, so that stores are contiguous.
 
 x is addressed by the strides of image, channel and pixel, so that contiguous and channels_last memory are both read in
 place. All offsets are 64-bit.

@@ -68,7 +68,7 @@ def begin(config: TrainConfig, task: Distillation) -> None:
 
 
 def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
-    """The distances that `write` has left in the run folder; None if there are none of this very measurement."""
+    """The distances that `write` has left in the run folder; None if they were measured otherwise."""
     path = config.run_dir / REPORT
     if not path.is_file():
         return None

@@ -95,7 +95,8 @@ class FrechetLoss(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take statistics of the population as it is: the distance, and where to each feature ought to go."""
+        """Take statistics of the population as it is: the distance, and the map T that says where each feature should
+        move."""
         count = len(self.features)
         shift = self.total / count
         covariance = (self.products - count * torch.outer(shift, shift)) / (count - 1)

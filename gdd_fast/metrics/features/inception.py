@@ -231,7 +231,7 @@ def enlarged(x: Tensor, resolution: int = RESOLUTION) -> Tensor:
     """`x` float (N, C, H, W) at `resolution` x `resolution` as TensorFlow 1's `resize_bilinear` makes it.
 
     Output pixel i lies at i * (H / resolution) of the input, between its neighbours; beyond the last one, that repeats.
-    Nothing is antialiased. As a product with two matrices of at most two entries a row.
+    Nothing is antialiased. As a product with two matrices of at most two entries per row.
     """
     rows, columns = (_interpolation(size, resolution, x.device) for size in x.shape[-2:])
     return rows @ x @ columns.T

@@ -83,7 +83,7 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """What is compared, (N, C, H', W') a layer: features of unit length at every position, before the weights."""
+        """What is compared, (N, C, H', W') per layer: features of unit length at every position, before the weights."""
         x = (x - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.features):
