@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._group_norm_backward import backward_kernel, backward_sums_kernel
 from ._group_norm_forward import forward_kernel, statistics_kernel
-from ._launch import configuration, on_its_device, pixel_stride, programs_wanted
+from ._launch import configuration, launch, on_its_device, pixel_stride, programs_wanted, workspace
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
 
@@ -54,8 +54,8 @@ def statistics(x: Tensor, parts: int) -> Tensor:
     n, c, h, w = x.shape
     options = dict(configuration("group_norm_silu.forward", x.device, (n, c, h * w)))
     t = tile(c, 1, h * w, x.stride(1) == 1, options.pop("elements"))
-    out = torch.empty((n, parts, 2, c), dtype=torch.float32, device=x.device)
-    statistics_kernel[(n * t.blocks * parts,)](
+    out = workspace((n, parts, 2, c), x.device)
+    launch(statistics_kernel, (n * t.blocks * parts,),
         x, out, *_strides(x), c, h * w, parts, ceil_div(h * w, parts), t.blocks,
         CHANNELS=t.channels, BLOCK_C=t.block_c, BLOCK_S=t.block_s, **options,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def forward(
         skip_statistics = None  # two maps of a network: not worth a kernel compiled for the skip's alone
     x_parts = 0 if x_statistics is None else x_statistics.shape[1]
     skip_parts = 0 if skip_statistics is None else skip_statistics.shape[1]
-    forward_kernel[(partition.blocks * partition.parts,)](
+    launch(forward_kernel, (partition.blocks * partition.parts,),
         x, skip, x_statistics, skip_statistics, add, weight, bias, scale, shift, y, mean, rstd,
         *_strides(x), *_strides(skip), *_strides(y), _row_stride(add), _row_stride(scale), _row_stride(shift),
         C=c, C1=x.shape[1], S=partition.pixels, eps=eps, **partition.cut, x_parts=x_parts, skip_parts=skip_parts,
@@ -137,13 +137,13 @@ def backward(
     number = 2 if dadd is None else 3
     sums = None
     if partition.parts > 1:
-        sums = torch.empty((n, partition.parts, number, c), dtype=torch.float32, device=x.device)
-        backward_sums_kernel[(partition.blocks * partition.parts,)](
+        sums = workspace((n, partition.parts, number, c), x.device)
+        launch(backward_sums_kernel, (partition.blocks * partition.parts,),
             *sources, sums, *strides, *row_strides, c, x.shape[1], partition.pixels, **partition.cut,
             SUMS=number, SILU=silu, **partition.constants(group),
         )  # fmt: skip
     cut = partition.whole if dx is None and dskip is None else partition.cut
-    backward_kernel[(partition.blocks * cut["parts"],)](
+    launch(backward_kernel, (partition.blocks * cut["parts"],),
         *sources, sums, dx, dskip, dadd, dweight, dbias, dscale, dshift,
         *strides, *_strides(dx), *_strides(dskip), *row_strides, C=c, C1=x.shape[1], S=partition.pixels, **cut,
         sum_parts=partition.parts, BLOCK_G=partition.tile.block_g, SUM_PARTS=0 if sums is None else MOST_PARTS,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device, pixel_stride
+from ._launch import configuration, launch, on_its_device, pixel_stride
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def to_uint8(x: Tensor) -> Tensor:
     size = c * h * w
     blocks = triton.cdiv(size, options["BLOCK"])
     # the definition rounds the product before the sum: no fused multiply-add
-    to_uint8_kernel[(n * blocks,)](
+    launch(to_uint8_kernel, (n * blocks,),
         x, y, x.stride(0), x.stride(1), pixel_stride(x), size, blocks, C=c, enable_fp_fusion=False, **options
     )
     return y

@@ -71,7 +71,7 @@ def frozen_conv2d(
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
-    if backend != "torch" and x.is_cpu and runs_eagerly(x) and has_extension():
+    if backend != "torch" and (x.is_cpu or x.is_cuda) and runs_eagerly(x) and has_extension():
         return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
 
