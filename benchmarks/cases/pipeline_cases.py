@@ -255,7 +255,7 @@ def _run(device: torch.device) -> Bench:
     from gdd_fast.distill.components import build
     from gdd_fast.distill.gdd import Distillation
     from gdd_fast.errors import WeightsError
-    from gdd_fast.training.ranks import World
+    from gdd_fast.ranks import World
 
     preset = PRESETS["demo"]
     config = replace(preset, run=replace(preset.run, device=str(device)))

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
-from gdd_fast.engine.folded_layers import FoldedUNet
+from gdd_fast.engine.folded_unet import FoldedUNet
 from gdd_fast.models.precond import GDDPrecond
 
 EDM = {"ncsnpp-32": (978, 592), "adm-64": (1709, 840)}

@@ -369,7 +369,7 @@ def test_bytes_of_backward_are_what_it_reads():
 
 
 class Trials(TorchDispatchMode):
-    """Of every convolution, the type and whether cuDNN would try its algorithms."""
+    """Notes for every convolution the type, and whether cuDNN would try its algorithms."""
 
     def __init__(self):
         super().__init__()
