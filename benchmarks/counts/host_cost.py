@@ -8,10 +8,14 @@ itself, through torch.library, as where gdd_fast._C is not built.
 
     forward     without gradients
     both        forward and backward, by torch.autograd.grad, of every differentiable input
+
+`--network`: a forward pass without gradients of google/ddpm-cifar10-32's architecture (diffusers' UNet2DModel, all its
+layers, few channels and pixels), as it is and accelerated, at batch 1.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -136,14 +140,42 @@ def measure(rounds: int = 30) -> list[dict]:
     return found
 
 
+def network(rounds: int = 10) -> tuple[float, float, int, int]:
+    """Milliseconds of host time of a forward pass, original and accelerated; launches and modules replaced."""
+    import torch
+    from diffusers import UNet2DModel
+
+    import gdd_fast
+    from benchmarks.counts.accelerated import DDPM_CIFAR10
+    from benchmarks.counts.host_gpu import stubbed
+
+    torch.set_num_threads(1)
+    few = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "sample_size": 8}
+    net = UNet2DModel(**DDPM_CIFAR10 | few).eval().requires_grad_(False)
+    x, time_step = torch.randn(1, 3, 8, 8), torch.tensor(10)
+    with stubbed() as stub, torch.no_grad():
+        fast, report = gdd_fast.accelerate(copy.deepcopy(net), backend="triton", report=True)
+        before = stub.launches
+        fast(x, time_step)
+        launched = stub.launches - before
+        times = least(lambda: net(x, time_step), lambda: fast(x, time_step), rounds=rounds, calls=10)
+    return times[0] / 1e3, times[1] / 1e3, launched, len(report.replaced)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.counts.host_cost", description=__doc__.split("\n", 1)[0]
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--network", action="store_true", help="a whole network, as it is and accelerated")
     options = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"
+    if options.network:
+        original, fast, launched, replaced = network(options.rounds)
+        print(f"ddpm-cifar10-32 at batch 1, ms of host time: original {original:.2f}, accelerated {fast:.2f}")
+        print(f"({fast / original:.2f} of it; {replaced} modules replaced, {launched} launches of ours)")
+        return
     found = measure(options.rounds)
     if options.json:
         print(json.dumps(found))
