@@ -62,24 +62,26 @@ struct Call {
 // y, mean and rstd
 std::array<at::Tensor, 3> forward_pass(const variable_list& t, const Call& call) {
   if (call.forward) {
-    std::vector<at::Tensor> made = (*call.forward)({t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift],
-                                                    call.x_statistics, call.skip_statistics});
+    std::vector<at::Tensor> made = (*call.forward)({t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale],
+                                                    t[kShift], call.x_statistics, call.skip_statistics});
     return {made[0], made[1], made[2]};
   }
-  const auto [y, mean, rstd] =
-      group_norm_silu(laid_out(t[kX]), optional(laid_out(t[kSkip])), call.groups, row(t[kWeight]), row(t[kBias]),
-                      call.eps, optional(row(t[kAdd])), optional(row(t[kScale])), optional(row(t[kShift])), call.silu, true);
+  const auto [y, mean, rstd] = group_norm_silu(laid_out(t[kX]), optional(laid_out(t[kSkip])), call.groups,
+                                               row(t[kWeight]), row(t[kBias]), call.eps, optional(row(t[kAdd])),
+                                               optional(row(t[kScale])), optional(row(t[kShift])), call.silu, true);
   return {y, mean, rstd};
 }
 
 // The gradients that are needed; those of the parameters by image.
-variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean, const at::Tensor& rstd,
-                            const std::vector<int>& needed, bool silu, LaunchPlans* plans, const std::string& backend) {
+variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean,
+                            const at::Tensor& rstd, const std::vector<int>& needed, bool silu, LaunchPlans* plans,
+                            const std::string& backend) {
   variable_list gradients(kInputs);
   if (plans != nullptr) {
     int bits = 0;
     for (const int i : needed) bits |= 1 << i;
-    const at::Tensor inputs[] = {spaced(dy), t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift], mean, rstd};
+    const at::Tensor inputs[] = {spaced(dy), t[kX],     t[kSkip],  t[kWeight], t[kBias],
+                                 t[kAdd],    t[kScale], t[kShift], mean,       rstd};
     const Plan plan = plans->find(Direction::kBackward, backend, inputs, {double(silu), double(bits)});
     TORCH_INTERNAL_ASSERT(plan != nullptr);
     std::vector<at::Tensor> made = (*plan)(inputs);
@@ -87,8 +89,8 @@ variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const 
     return gradients;
   }
   auto [dx, dskip, by_image] = group_norm_silu_backward(
-      laid_out(dy), laid_out(t[kX]), optional(laid_out(t[kSkip])), row(t[kWeight]), row(t[kBias]), optional(row(t[kAdd])),
-      optional(row(t[kScale])), optional(row(t[kShift])), mean, rstd, silu);
+      laid_out(dy), laid_out(t[kX]), optional(laid_out(t[kSkip])), row(t[kWeight]), row(t[kBias]),
+      optional(row(t[kAdd])), optional(row(t[kScale])), optional(row(t[kShift])), mean, rstd, silu);
   for (const int i : needed) gradients[i] = i == kX ? dx : i == kSkip ? dskip : by_image[i - kWeight];
   return gradients;
 }
@@ -171,14 +173,24 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
 at::Tensor differentiable(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
                           const at::Tensor& bias, double eps, const Optional& add, const Optional& scale,
                           const Optional& shift, bool silu) {
-  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift, Call{.groups = groups, .eps = eps, .silu = silu});
+  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift,
+                                      Call{.groups = groups, .eps = eps, .silu = silu});
 }
 
 // The same by plan; nothing where the operator is not Triton's, or the call is another's to make.
-Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
-                 const at::Tensor& bias, double eps, const Optional& add, const Optional& scale, const Optional& shift,
-                 bool silu, const Optional& x_statistics, const Optional& skip_statistics, const std::string& backend) {
-  at::Tensor given[] = {x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift), plain(x_statistics), plain(skip_statistics)};
+Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups,
+                 const at::Tensor& weight, const at::Tensor& bias, double eps, const Optional& add,
+                 const Optional& scale, const Optional& shift, bool silu, const Optional& x_statistics,
+                 const Optional& skip_statistics, const std::string& backend) {
+  at::Tensor given[] = {x,
+                        plain(skip),
+                        weight,
+                        bias,
+                        plain(add),
+                        plain(scale),
+                        plain(shift),
+                        plain(x_statistics),
+                        plain(skip_statistics)};
   if (x.dim() != 4 || (given[kSkip].defined() && given[kSkip].dim() != 4) || !unobserved(given)) return std::nullopt;
   for (int i = kX; i <= kSkip; i++) given[i] = spaced(given[i]);
   for (int i = kWeight; i <= kShift; i++) {

@@ -188,6 +188,7 @@ static const gdd_fast::Bind bind_launch_plans([](py::module_& m) {
       .def(py::init([](py::object planner) { return c10::make_intrusive<LaunchPlans>(std::move(planner)); }))
       .def("__len__", &LaunchPlans::size);
   m.def(
-      "current_stream", [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(gdd_fast::current_stream(x.device())); },
+      "current_stream",
+      [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(gdd_fast::current_stream(x.device())); },
       "The handle of the stream that plans launch on, for tensors where x is.");
 });
