@@ -1,6 +1,6 @@
 // gdd_fast_C::frozen_conv2d and frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
-// frozen_conv2d_relu.py in C++. Both call the library's convolution and its backward, and so give the same numbers.
-// What is saved is the overhead: autograd through Python costs 0.1 ms per layer and step, as much as a small depthwise
+// frozen_conv2d_relu.py in C++. The numbers are the library's convolution and its backward, in both alike. What is
+// gained is what surrounds them: autograd through Python costs 0.1 ms a layer and step, as much as a small depthwise
 // convolution. planned_frozen_conv2d_relu is the same with the bits packed by Triton's kernels.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -23,7 +23,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// All that describes a convolution beside its tensors: stride, padding and dilation, two numbers each, and groups.
+// Of a convolution all but the tensors: stride, padding and dilation, two numbers each, and groups.
 using Geometry = std::vector<int64_t>;
 using Bias = std::optional<at::Tensor>;
 
@@ -70,7 +70,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
 struct InputGradient : torch::autograd::Function<InputGradient> {
   static at::Tensor compute(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef shape,
                             at::MemoryFormat format, const Geometry& g) {
-    // Its values are not read; its strides choose the algorithm.
+    // Its values are not read, its strides choose the algorithm.
     const at::Tensor x = at::empty(shape, dy.options().memory_format(format));
     return std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), pair(g, 0), pair(g, 1),
                                                 pair(g, 2), false, {0, 0}, g[6], {true, false, false}));

@@ -18,8 +18,8 @@ using torch::autograd::variable_list;
 
 // Its own derivative.
 struct Masked : torch::autograd::Function<Masked> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits, at::MemoryFormat format,
-                            const BitPacker& packer) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits,
+                            at::MemoryFormat format, const BitPacker& packer) {
     ctx->save_for_backward({bits});
     ctx->saved_data["format"] = format;
     packer.keep(ctx);
