@@ -107,7 +107,8 @@ class Outcome:
 
     @property
     def exit_status(self) -> int:
-        """Of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was up."""
+        """Exit status of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was
+        up."""
         return 128 + self.signal if self.signal else os.EX_TEMPFAIL if self.out_of_time else 0
 
 

@@ -1,6 +1,6 @@
 """Twenty steps of distillation by the training loop itself, all operators fused against all in plain PyTorch.
 
-Both runs are `Distillation`: the whole plan of a run, from the discriminator's input to the optimizer and the bytes of
+Both runs are `Distillation`: all of a run, from the discriminator's input to the optimizer and the bytes of
 the sample grid. A third is the same program in float64, the definitions throughout. The rule is the one of parity.py:
 what comes out of the fused run is at most twice as far from float64 as what comes out of eager PyTorch in float32.
 
