@@ -90,7 +90,8 @@ class World:
             if not any(counts):
                 return
             parts = self._to_main(mine, counts)
-            yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
+            if self.is_main:
+                yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
 
     def _to_main(self, mine: Tensor | None, counts: list[int]) -> list[Tensor]:
         """Tensors of all ranks as bytes of one size, on the main rank."""
@@ -106,7 +107,7 @@ class World:
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
         with _exchange():
             dist.gather(padded, parts)
-        return parts or []
+        return [] if parts is None else parts
 
     def barrier(self) -> None:
         if self.size > 1:

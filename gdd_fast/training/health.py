@@ -1,11 +1,12 @@
 """Signs in the metrics that a run has gone wrong although all its numbers are finite.
 
 - `discriminator_collapsed`: it says the same of every image. In this tick and the one before, its logits are on the
-  right side of zero for more than 99 % of the images of one kind, real or generated, and for less than 1 % of the other.
+  right side of zero for more than 99 % of the images of one kind, real or generated, and for less than 1 % of the
+  other.
 - `discriminator_saturated`: it tells all images apart: more than 99.9 % of either kind in this tick and the one before.
   There is little left that the generator could learn from it.
-- `loss_ran_away`: the mean of a loss in this tick is not finite, or more than 10 times the median of the 10 ticks before
-  it, of which there are at least 3.
+- `loss_ran_away`: the mean of a loss in this tick is not finite, or more than 10 times the median of the 10 ticks
+  before it, of which there are at least 3.
 """
 
 from collections.abc import Mapping, Sequence
