@@ -110,7 +110,7 @@ class EvaluateConfig(Settings):
         require(self.net is None or self.samples is None, "--net and --samples: choose one")
         require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         self._refuse_unused(names)
-        require(names.count("nn") <= 1, "--metrics nn: of one network")
+        require(names.count("nn") <= 1, "--metrics nn takes one network")
         if "nn" in names:
             require(self.data is not None, "--metrics nn looks for the nearest images of --data")
             require(self.nn_sheet.suffix.lower() == ".png", f"--nn-sheet is a .png, not {self.nn_sheet}")
@@ -138,12 +138,10 @@ class EvaluateConfig(Settings):
             "--sampler and its options": self.sampler != SamplerConfig(),
         }
         for name, given in generator.items():
-            require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
-        require(
-            self.data is not None or self.data_images is None, "--data-images is of --data; --ref is counted already"
-        )
+            require(self.net is not None or not given, f"{name} is for a generator (--net), and none is given")
+        require(self.data is not None or self.data_images is None, "--data-images limits --data, which is not given")
         require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
-        require(self.held_out is None or "nn" in metrics, "--held-out: for --metrics nn")
+        require(self.held_out is None or "nn" in metrics, "--held-out is for --metrics nn")
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class ReferenceConfig(Settings):
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        require("," not in self.features, f"a reference is of one network: --features {self.features}")
+        require("," not in self.features, f"a reference holds the features of one network, not of {self.features}")
         require(self.out.suffix.lower() == ".npz", f"--out is an .npz, not {self.out}")
         require(not self.out.exists(), f"--out {self.out} exists; name another file or move it")
         check_destination(self.out)
@@ -364,7 +362,7 @@ def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) ->
     if ours != real:
         raise ConfigError(
             f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
-            "compare images of one form (python -m gdd_fast.prepare resizes)"
+            "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
         )
 
 

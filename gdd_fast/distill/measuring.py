@@ -20,13 +20,13 @@ from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.ranks import World
 from gdd_fast.sampling.generate import SamplerConfig
-from gdd_fast.training.ranks import World
 
 BEST = "best"
 """Folder of the run: a network folder for each value, and best.json with the values and when they were reached."""
 TEACHER = "teacher_"
-"""Before the keys of the teacher's values."""
+"""What the keys of the teacher's values begin with."""
 _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 
@@ -121,7 +121,8 @@ class Evaluation:
                 population.all_gather()
 
     def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
-        """Write `net` under the name of each value that is the best so far. After a crash lost work may be among it."""
+        """Write `net` under the name of each value that is the best so far. After a crash it may come from work that
+        was lost."""
         folder = self.config.run_dir / BEST
         best = read_best(self.config.run_dir)
         for key, value in values.items():

@@ -98,7 +98,7 @@ def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
             raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}, each also as metric@network")
         if METRICS[name].only_inception:
             if network not in ("", "inception"):
-                raise ConfigError(f"--metrics {text.strip()}: {name} is of Inception alone; fd@{network} is of any")
+                raise ConfigError(f"--metrics {text.strip()}: {name} needs Inception; fd@{network} does not")
             chosen = ["inception"]
         else:
             chosen = [network] if network else networks or DEFAULT_NETWORKS.get(name, ("inception",))

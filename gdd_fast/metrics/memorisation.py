@@ -11,7 +11,7 @@ from gdd_fast.metrics.neighbours import Nearest, nearest, share_nearer
 from gdd_fast.sampling.grid import save_panel
 
 PAIRS, COLUMNS = 24, 12
-"""Of each part of a sheet, and in one line of it."""
+"""Pairs in each part of a sheet, and in one line of it."""
 GetImages = Callable[[Sequence[int]], Tensor]
 """uint8 (N, C, H, W) of some indices."""
 

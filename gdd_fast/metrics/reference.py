@@ -12,22 +12,19 @@ anything, 0 among it.
 """
 
 import pickle
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gdd_fast.data.npz import read_arrays
 from gdd_fast.errors import DataError, UnsafePickleError
 from gdd_fast.files import atomic_write
 from gdd_fast.metrics.frechet import Statistics
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.models.files.numpy_pickle import load_arrays
 
-# What NumPy raises on files that are not an .npz of plain arrays.
-_NPZ_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 _FIELDS = ("mu", "sigma", "n", "features", "image_shape", "feats")
 _EDM2 = {"fid": "inception", "fd_dinov2": "dinov2-224"}
 
@@ -65,7 +62,7 @@ def choose_reference(
             theirs, ours = population.image_shape, image_shape
             raise DataError(
                 f"{path} is of images {theirs[0]} x {theirs[1]}^2 and the generated ones are {ours[0]} x {ours[1]}^2; "
-                "compare images of one form (python -m gdd_fast.prepare resizes)"
+                "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
             )
         if population.features == name and population.statistics.dim != dim:
             raise DataError(f"{path} holds {population.statistics.dim} features of {name}, which here has {dim}")
@@ -87,11 +84,7 @@ def save_reference(population: Population, path: str | Path, *, rows: bool = Fal
 
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in _FIELDS if name in file}
-    except _NPZ_ERRORS as error:
-        raise DataError(f"{path} is not an npz of statistics: {error}") from None
+    return read_arrays(path, _FIELDS)
 
 
 def _from_pickle(path: Path) -> list[Population]:

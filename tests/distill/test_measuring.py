@@ -20,8 +20,8 @@ from gdd_fast.errors import ConfigError, DataError, WeightsError
 from gdd_fast.evaluate import EvaluateConfig, evaluate
 from gdd_fast.metrics.measure import Measurement, parse_metrics
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
+from gdd_fast.ranks import World
 from gdd_fast.training import loggers
-from gdd_fast.training.ranks import World
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {

@@ -34,7 +34,7 @@ def test_requests():
     ]
     for bad, message in {
         "fdi": "fdi",
-        "is@lite0": "Inception alone",
+        "is@lite0": "needs Inception",
         "kid,kid@inception": "twice",
         "fd@lpips": "too many features",
         "": "choose",

@@ -231,7 +231,7 @@ def enlarged(x: Tensor, resolution: int = RESOLUTION) -> Tensor:
     """`x` float (N, C, H, W) at `resolution` x `resolution` as TensorFlow 1's `resize_bilinear` makes it.
 
     Output pixel i lies at i * (H / resolution) of the input, between its neighbours; beyond the last one, that repeats.
-    Nothing is antialiased. As a product with two matrices of at most two entries a row.
+    Nothing is antialiased. As a product with two matrices of at most two entries per row.
     """
     rows, columns = (_interpolation(size, resolution, x.device) for size in x.shape[-2:])
     return rows @ x @ columns.T
@@ -337,7 +337,7 @@ def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = [key.rpartition(".")[0] for key, value in weights.items() if value.ndim == 4]
         if len(theirs) != len(prefixes):
             raise WeightsError(
-                f"these weights have {len(theirs)} convolutions where FID's Inception has {len(prefixes)}: another network"
+                f"these weights have {len(theirs)} convolutions and FID's Inception {len(prefixes)}: another network"
             )
         parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
         found = {}

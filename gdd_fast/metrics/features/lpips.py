@@ -71,7 +71,7 @@ class Lpips(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], network: str = "alexnet") -> None:
         super().__init__()
         if network not in ("alexnet", "vgg16"):
-            raise ConfigError(f"LPIPS is of alexnet or vgg16, not {network!r}")
+            raise ConfigError(f"LPIPS has the networks alexnet and vgg16, not {network!r}")
         with torch.device("meta"):
             self.features, self.taps = _alexnet() if network == "alexnet" else _vgg16()
             for i, tap in enumerate(self.taps):
@@ -83,7 +83,7 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """What is compared, (N, C, H', W') a layer: features of unit length at every position, before the weights."""
+        """What is compared, (N, C, H', W') per layer: features of unit length at every position, before the weights."""
         x = (x - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.features):
