@@ -197,6 +197,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
+    if isinstance(config, dict) and "discriminator" in config:
+        raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint brings one.")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
     if config.get("version") != VERSION:
