@@ -134,7 +134,7 @@ def test_without_nvcc_no_step_waits_for_the_gpu(monkeypatch):
     lists = [[torch.empty(shape, device="meta") for shape in SHAPES] for _ in range(5)]
     kinds = (torch.float32, torch.int64, torch.float64, torch.float64)
     step, skipped, lr, weight = (torch.empty((), dtype=dtype, device="meta") for dtype in kinds)
-    adam_ema_(*lists[:4], step, skipped, lr, averages=lists[4], average_weight=weight, backend="torch")
+    adam_ema_waitless_(*lists, step, skipped, lr, weight, [Group(len(SHAPES))])
     assert [options["lr"].device.type for options in fused] == ["meta"]
     with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
         adam_ema_ref_(*lists, step, skipped, lr, weight, [Group(len(SHAPES))])
