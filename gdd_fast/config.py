@@ -19,12 +19,15 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
 StepEngine = Literal["auto", "eager", "graph"]
 Nonfinite = Literal["skip", "replace"]
+Initialisation = Literal["teacher", "random", "shuffled"]
 
 LOGGERS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
 MAX_DISC_RESOLUTION = 4096
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+CLASS_TABLES = ("imagenet", "learned", "per-head")
+CLASS_TABLE_FILES = (".pkl", ".safetensors", ".npy")
 AUTO = "auto"  # what a configuration without preset says: see recipe_for
 
 
@@ -77,11 +80,11 @@ class DiscriminatorConfig(Settings):
     """Images are resized to this many pixels before the backbones."""
     head_width: float = 1.0
     """Scales the channels of the heads' convolutions; 1 is the paper's."""
-    class_embedding: Literal["imagenet", "learned", "per-head"] = "imagenet"
+    class_embedding: str = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
     scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    `per-head`: as `learned`, and one for each head, as in the public code, which starts them from a table that comes
-    with it."""
+    `per-head`: as `learned`, and one for each head, as in the public code. A path (.pkl, .safetensors, .npy): as
+    `per-head`, from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
     backbone_statistics: Literal["published", "probed"] = "published"
     """Of the backbones' batch norms. `probed`: as the public code leaves them, moved by a tenth towards those of one
     image of zeros, which it sends through them in training mode to learn the sizes of their maps."""
@@ -108,6 +111,47 @@ class LossConfig(Settings):
     r1_precision: Precision = "fp32"
     """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
     turns it by 20 to 30 degrees (docs/precision.md)."""
+
+
+@dataclass(frozen=True)
+class AblationConfig(Settings):
+    """What the paper's loss and its start are compared with. The defaults are the paper's method: none of it."""
+
+    gan: Literal["on", "off"] = "on"
+    """`off`: the discriminator neither judges nor trains, for a loss below alone."""
+    init: Initialisation = "teacher"
+    """What the generator starts from: the teacher's weights, `random` ones of its form, or `shuffled`: the teacher's,
+    with the channels in another order in every weight that is frozen (with --freeze 0: that GDD-I freezes)."""
+    teacher_loss: Literal["none", "pd", "cd", "ctm"] = "none"
+    """Added to the GAN's: progressive distillation, consistency distillation, consistency trajectory."""
+    teacher_loss_weight: float = 1.0
+    """What its mean over images is multiplied with, beside a mean of the GAN's."""
+    teacher_loss_distance: Literal["l2", "pseudo-huber", "lpips", "lpips-vgg"] = "l2"
+    """Between the images that it compares. LPIPS's weights come from --feature-weights lpips=PATH."""
+    teacher_loss_levels: int = 18
+    """Noise levels of cd and ctm, from 0.002 to the one of the one step."""
+    target_ema: float = 0.0
+    """Decay, each iteration, of the average that is the target of cd and ctm; 0: the generator itself."""
+    pd_steps: int = 8
+    """Steps of the student in the first stage of pd, a power of two; each stage halves them, the last has 1."""
+    pd_stage_kimg: float = 50.0
+    """Thousands of images of each stage of pd but the last, which lasts to the end of the run."""
+    ctm_solver_steps: int = 3
+    """Steps that ctm's teacher solves at most, from one of its noise levels to the next."""
+    ctm_dsm_weight: float = 1.0
+    """Weight of ctm's denoising score matching within its loss."""
+    frechet_loss: tuple[str, ...] = ()
+    """Feature networks, as gdd_fast.evaluate names them, whose Frechet distance to the data is added to the loss."""
+    frechet_weight: float = 1.0
+    """What their sum is multiplied with, each distance divided by the variance of the data's features."""
+    frechet_population: int = 50_000
+    """Generated images that the statistics are of, the latest; more than there are features."""
+    frechet_refresh: int = 1
+    """Iterations between new statistics."""
+
+    @property
+    def adds_losses(self) -> bool:
+        return self.teacher_loss != "none" or bool(self.frechet_loss)
 
 
 @dataclass(frozen=True)
@@ -174,6 +218,7 @@ class TrainConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -201,7 +246,7 @@ class TrainConfig:
     def validate_settings(self) -> None:
         """`validate`, but for what is `missing`."""
         run, loss = self.run, self.loss
-        for section in (self.data, self.generator, self.discriminator, loss, run):
+        for section in (self.data, self.generator, self.discriminator, loss, self.ablation, run):
             check_values(section)
         sigma = self.generator.sigma_init
         require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
@@ -223,7 +268,12 @@ class TrainConfig:
             not measured or run.evaluate_images > 0,
             "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
         )
-        require(measured or not (run.evaluate_ref or run.feature_weights), "--evaluate-ref: nothing is measured")
+        require(measured or not run.evaluate_ref, "--evaluate-ref: nothing is measured")
+        require(
+            measured or self.ablation.adds_losses or not run.feature_weights,
+            "--feature-weights: nothing is measured, and no loss looks through a feature network",
+        )
+        self._validate_ablation()
         loggers(run.log)
         self.feature_weight_paths()
         require(self.data.workers >= 0, f"--workers must be at least 0, not {self.data.workers}")
@@ -241,6 +291,12 @@ class TrainConfig:
             1 <= resolution <= MAX_DISC_RESOLUTION,
             f"--disc-resolution must be from 1 to {MAX_DISC_RESOLUTION}, not {resolution}",
         )
+        table = self.discriminator.class_embedding
+        require(
+            table in CLASS_TABLES or Path(table).suffix in CLASS_TABLE_FILES,
+            f"--class-embedding is one of {', '.join(CLASS_TABLES)} or the path of a {', '.join(CLASS_TABLE_FILES)} "
+            f"file, not {table!r}",
+        )
         require(len(self.discriminator.backbones) >= 1, "--backbones needs at least one name")
         require(
             len(set(self.discriminator.backbones)) == len(self.discriminator.backbones), "--backbones names one twice"
@@ -251,6 +307,34 @@ class TrainConfig:
             "give --g-precision and --d-precision the same one, or use bf16",
         )
         self.backbone_weight_paths()
+
+    def _validate_ablation(self) -> None:
+        options, engine = self.ablation, self.run.engine
+        require(
+            options.gan == "on" or options.adds_losses,
+            "--gan off leaves no loss: add --teacher-loss or --frechet-loss",
+        )
+        require(engine != "graph" or not options.adds_losses, "--engine graph does not capture the losses of ablations")
+        weights = (options.teacher_loss_weight, options.frechet_weight, options.ctm_dsm_weight)
+        require(min(weights) >= 0, "weights of losses cannot be negative")
+        require(
+            options.teacher_loss_levels >= 2,
+            f"--teacher-loss-levels must be at least 2, not {options.teacher_loss_levels}",
+        )
+        require(0 <= options.target_ema < 1, f"--target-ema is from 0 to below 1, not {options.target_ema}")
+        require(options.ctm_solver_steps >= 1, "--ctm-solver-steps must be at least 1")
+        steps = options.pd_steps
+        require(steps >= 1 and steps & (steps - 1) == 0, f"--pd-steps must be a power of two, not {steps}")
+        require(options.pd_stage_kimg >= 0.001, "--pd-stage-kimg must be at least 0.001")
+        stages = (steps.bit_length() - 1) * round(options.pd_stage_kimg * 1e3)
+        require(
+            options.teacher_loss != "pd" or stages < self.total_images,
+            f"--duration-mimg {self.run.duration_mimg} ends before the student has one step: --pd-steps {steps} and "
+            f"--pd-stage-kimg {options.pd_stage_kimg} take {stages:,} images to get there",
+        )
+        require(len(set(options.frechet_loss)) == len(options.frechet_loss), "--frechet-loss names a network twice")
+        require(options.frechet_population >= 2, "--frechet-population must be at least 2")
+        require(options.frechet_refresh >= 1, "--frechet-refresh must be at least 1")
 
     def feature_weight_paths(self) -> dict[str, Path]:
         """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""

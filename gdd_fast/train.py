@@ -20,7 +20,18 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from gdd_fast.cli import command, parse, pop_option
-from gdd_fast.config import AUTO, DEMO, PRESETS, TrainConfig, in_precision, override, preset, recipe_for, to_dict
+from gdd_fast.config import (
+    AUTO,
+    DEMO,
+    PRESETS,
+    AblationConfig,
+    TrainConfig,
+    in_precision,
+    override,
+    preset,
+    recipe_for,
+    to_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def settings_of(config: TrainConfig) -> str:
     shown = [
         (name, value)
         for section in fields(config)
-        if is_dataclass(part := getattr(config, section.name))
+        if is_dataclass(part := getattr(config, section.name)) and part != AblationConfig()
         for name, value in to_dict(part).items()
         if name not in _GIVEN and value not in (None, [])
     ]

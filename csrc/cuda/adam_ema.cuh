@@ -155,9 +155,12 @@ __global__ inline void __launch_bounds__(kThreads)
   const Chunk chunk(t, blockIdx.x);
   const Factors by(o, *s.average_weight);
   const int wide = chunk.wide(), thread = static_cast<int>(threadIdx.x);
+  // unrolled, these loops spill
+#pragma unroll 1
   for (int i = thread * kWide; i < wide; i += kThreads * kWide) {
     update<kWide>(chunk, i, by, step_size, root_correction);
   }
+#pragma unroll 1
   for (int i = wide + thread; i < chunk.size; i += kThreads) update<1>(chunk, i, by, step_size, root_correction);
 }
 

@@ -1,23 +1,27 @@
 """Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend, plan
 from gdd_fast.bundled import teacher_path
-from gdd_fast.config import Precision, TrainConfig, given
+from gdd_fast.config import CLASS_TABLES, Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import fast_layout, pick_device
+from gdd_fast.distill.additional_losses import AdditionalParts, additional_parts
 from gdd_fast.distill.freeze import FreezeReport, freeze
+from gdd_fast.distill.initialisation import start_from
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.interop import hub
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.files.class_table import read_class_table
 from gdd_fast.models.files.load import as_generator, load_generator, network_digest
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
@@ -41,6 +45,8 @@ class Components:
     operators: dict[str, Backend]
     contents: dict[str, str]
     """Digests of what was given as --data and --teacher."""
+    additional: AdditionalParts | None = None
+    """What the losses beside the GAN's need; None without one."""
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -65,7 +71,8 @@ def build(config: TrainConfig) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    generator = as_generator(teacher, config.generator.sigma_init)
+    start = start_from(teacher, config.ablation.init, config.generator.freeze, config.run.seed)
+    generator = as_generator(start, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
     _check_fit(generator, dataset, config)
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
@@ -79,8 +86,10 @@ def build(config: TrainConfig) -> Components:
         r1_features = build_features(config, weights, config.loss.r1_precision)
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
-    operators = choose_backend(config.run.backend, device, [generator, features, r1_features, heads], OPERATORS)
-    return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents)
+    additional = additional_parts(config, teacher, generator)
+    networks = [generator, features, r1_features, heads, *(additional.networks() if additional else ())]
+    operators = choose_backend(config.run.backend, device, networks, OPERATORS)
+    return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents, additional)
 
 
 def load_teacher(name: str) -> Preconditioned:
@@ -119,6 +128,9 @@ def build_heads(
                 "or use --class-embedding learned"
             )
         embedding = lite0["classifier.weight"]
+    from_file = config.discriminator.class_embedding not in CLASS_TABLES
+    if label_dim and from_file:
+        embedding = read_class_table(Path(config.discriminator.class_embedding))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return DiscriminatorHeads(
@@ -128,7 +140,7 @@ def build_heads(
             embedding=embedding,
             dtype=dtype_of(config.discriminator.d_precision),
             width=config.discriminator.head_width,
-            tables_per_head=config.discriminator.class_embedding == "per-head",
+            tables_per_head=from_file or config.discriminator.class_embedding == "per-head",
             spectral_random=config.discriminator.spectral_start == "random",
         )
 

@@ -16,6 +16,7 @@ from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout, gpu_arithmetic
+from gdd_fast.distill.additional_losses import build_additional
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
@@ -66,15 +67,20 @@ class Distillation:
         self.operators = parts.operators
         self.contents = parts.contents
         backend = parts.operators["adam_ema"]
-        g_optimizer = make_adam(
-            self.generator.parameters(), config.generator.g_lr, averages=self.ema.averages, backend=backend
-        )
+        self.additional = build_additional(config, parts, self.generator, world)
+        averages, weights = self.ema.averages, list(self.generator.parameters())
+        if self.additional is not None:
+            weights += self.additional.parameters()
+            averages = averages | self.additional.averages
+        g_optimizer = make_adam(weights, config.generator.g_lr, averages=averages, backend=backend)
         d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
         limits = run.max_skipped_steps, run.nonfinite
         self.g_guard = StepGuard("generator", g_optimizer, world, *limits)
         self.d_guard = StepGuard("discriminator", d_optimizer, world, *limits)
         self.r1_guard = StepGuard("R1", d_optimizer, world, *limits)
         self.r1_interval = r1_interval
+        self.gan = config.ablation.gan == "on"
+        self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
         graphs = choose_step_engine(run.engine, device) == "graph"
         self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
@@ -98,15 +104,26 @@ class Distillation:
         real, labels = next(self.stream)
         real = real.float() / 127.5 - 1
         self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
-        self.generator_step(labels)
-        self.discriminator_step(real, labels)
         number = images // self.batch
+        if self.additional is None:
+            self.generator_step(labels)
+        else:
+            self.additional.begin(self.generator, images, number)
+            self.generator_step(labels, real)
+            for name, value in self.additional.end(self.generator).items():
+                self.averages.add(name, value)
+        if not self.gan:
+            return
+        self.discriminator_step(real, labels)
         if self.r1_interval and number and number % self.r1_interval == 0:
             self.r1_step(real, labels)
 
-    def generator_step(self, labels: Tensor | None) -> None:
-        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average."""
-        self._take(self.g_guard, self._generator_step, labels)
+    def generator_step(self, labels: Tensor | None, *real: Tensor) -> None:
+        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average.
+
+        Losses that an ablation adds look at the `real` images.
+        """
+        self._take(self.g_guard, self._generator_step, labels, *real)
 
     def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
         """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
@@ -123,13 +140,21 @@ class Distillation:
             self.averages.add(name, value)
         guard.end()
 
-    def _generator_step(self, labels: Tensor | None) -> dict[str, Tensor]:
+    def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
-        for label in chunks(labels, self.micro_batch, self.local_batch):
-            fake = self._discriminate(self._fakes(label), label)
-            # a loss against the teacher (the paper's ablation) would be added to this one
-            loss = generator_loss(fake, self.config.loss.logit_reduction, self.local_batch)
+        reduction = self.config.loss.logit_reduction
+        parts = [images.split(self.micro_batch) for images in real]
+        for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
+            fakes = self._fakes(label) if self.judges_fakes else None
+            losses: list[Tensor] = []
+            if self.gan and fakes is not None:
+                losses.append(generator_loss(self._discriminate(fakes, label), reduction, self.local_batch))
+            if self.additional is not None:
+                more = self.additional(self.generator, fakes, parts[0][i], label, self.random.generator)
+                # as many times a mean over images as the GAN's is
+                losses.append(more.sum() if reduction == "rows" else more.sum() / self.local_batch)
+            loss = torch.stack(losses).sum()
             loss.backward()
             total += loss.detach()
         return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
@@ -238,6 +263,8 @@ class Distillation:
             "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
             "random": self.random.tensors(),
         }
+        if self.additional is not None:
+            sections |= self.additional.state()
         values = {
             "g_optimizer": optimizer_values(self.g_guard.optimizer),
             "d_optimizer": optimizer_values(self.d_guard.optimizer),
@@ -257,6 +284,8 @@ class Distillation:
         saved.load_optimizer("d_optimizer", self.d_guard.optimizer)
         self.random.restore(saved.section("random"), saved.values["images"])
         self.stream.load_state_dict(saved.values["stream"])
+        if self.additional is not None:
+            self.additional.restore(saved, self.generator)
         for name, guard in self._guards().items():
             guard.restore(saved.values["skipped"][name])
 

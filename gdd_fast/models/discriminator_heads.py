@@ -24,7 +24,8 @@ class DiscriminatorHeads(nn.Module):
 
     With `label_dim`, logits are inner products with a projection of the class's row of a table that all heads share.
     `embedding` is that table, frozen: at least `label_dim` rows (the first are taken) of any width, scaled as a
-    whole to mean 0 and deviation 1. None learns a table from scratch; with `tables_per_head` each head learns its own.
+    whole to mean 0 and deviation 1. None learns a table from scratch. With `tables_per_head` each head learns a table
+    of its own, which starts from the first rows of `embedding` as they are, or at random.
     With `spectral_random`, spectral norms start from random vectors, not from those that torch has iterated 15 times.
 
     Raises `ConfigError` for resolutions that are not powers of two up to 512 and for a table that does not fit.
@@ -42,8 +43,6 @@ class DiscriminatorHeads(nn.Module):
         spectral_random: bool = False,
     ):
         super().__init__()
-        if tables_per_head and embedding is not None:
-            raise ConfigError("heads with tables of their own learn them: leave the class embedding out")
         if width <= 0:
             raise ConfigError(f"the width of the discriminator heads must be positive, not {width}")
         self.label_dim = label_dim
@@ -52,9 +51,10 @@ class DiscriminatorHeads(nn.Module):
         embedding_dim = None if table is None else table.embedding_dim
         self.embedding = None if tables_per_head else table
         own_rows = label_dim if tables_per_head else 0
+        own = embedding[:label_dim].float() if tables_per_head and embedding is not None else None
         self.heads = nn.ModuleList(
             nn.ModuleList(
-                Head(in_channels, size, min(sizes[-1], 8), embedding_dim, width, own_rows, spectral_random)
+                Head(in_channels, size, min(sizes[-1], 8), embedding_dim, width, own_rows, spectral_random, own)
                 for in_channels, size in zip(level_channels, sizes, strict=True)
             )
             for level_channels, sizes in zip(channels, resolutions, strict=True)
@@ -78,7 +78,8 @@ class DiscriminatorHeads(nn.Module):
 class Head(nn.Module):
     """Strided convolutions from `start` down to `end`, then one to logits; nominal sizes, both powers of two.
 
-    With `own_rows` it has a class table of its own, and takes classes in place of their rows.
+    With `own_rows` it has a class table of its own, and takes classes in place of their rows; `own_table` (own_rows,
+    embedding_dim) is what that starts from.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Head(nn.Module):
         width: float = 1.0,
         own_rows: int = 0,
         spectral_random: bool = False,
+        own_table: Tensor | None = None,
     ):
         super().__init__()
         if start not in CHANNELS or end not in CHANNELS or start < end:
@@ -109,6 +111,8 @@ class Head(nn.Module):
         out_channels = 1 if embedding_dim is None else CLASS_MAP_CHANNELS
         self.out = _normed(Conv2d(channels, out_channels, kernel, bias=False), spectral_random)
         self.embedding = nn.Embedding(own_rows, embedding_dim) if own_rows and embedding_dim else None
+        if self.embedding is not None and own_table is not None:
+            self.embedding.weight.data.copy_(own_table)
         self.class_map = None if embedding_dim is None else ClassMap(embedding_dim, CLASS_MAP_CHANNELS)
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:

@@ -75,7 +75,7 @@ def test_the_teacher_is_judged_by_networks_that_no_discriminator_looks_through()
 def test_shuffling_keeps_every_value_of_a_layer_and_moves_only_what_gdd_i_freezes(tmp_path):
     net = tiny_network()
     save_network(net, tmp_path / "teacher")
-    starts.write_shuffled(str(tmp_path / "teacher"), tmp_path / "shuffled")
+    starts.WRITERS["shuffled"](str(tmp_path / "teacher"), tmp_path / "shuffled")
     freeze(net, 1)
     shuffled = dict(load_generator(tmp_path / "shuffled").named_parameters())
     for name, parameter in net.named_parameters():
@@ -86,7 +86,7 @@ def test_shuffling_keeps_every_value_of_a_layer_and_moves_only_what_gdd_i_freeze
 def test_random_weights_are_those_before_training(tmp_path):
     net = tiny_network()
     save_network(net, tmp_path / "teacher")
-    starts.write_random(str(tmp_path / "teacher"), tmp_path / "random")
+    starts.WRITERS["random"](str(tmp_path / "teacher"), tmp_path / "random")
     random = load_generator(tmp_path / "random")
     assert random.init_config() == net.init_config()
     zeros = [p for name, p in random.named_parameters() if name.endswith("conv0.bias")]

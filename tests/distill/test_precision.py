@@ -72,8 +72,6 @@ def test_heads_with_tables_and_vectors_of_their_own():
         matrix = norm.original.detach().flatten(1)
         found.append(float(norm[0]._u @ matrix @ norm[0]._v / torch.linalg.svdvals(matrix)[0]))
     assert found[0] > 0.9 and abs(found[1]) < 0.7
-    with pytest.raises(ConfigError, match="leave the class embedding out"):
-        DiscriminatorHeads([(8,)], [(16,)], label_dim=3, embedding=torch.ones(3, 4), tables_per_head=True)
 
 
 def test_gradients_that_are_not_finite_can_be_replaced():

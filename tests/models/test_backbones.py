@@ -91,8 +91,9 @@ def test_lite0_same_padding_at_odd_sizes(timm_lite0):
 
 
 @torch.no_grad()
-def test_lite0_unequal_padding_on_gpus_equals_the_cpu_way(timm_lite0):
+def test_lite0_unequal_padding_on_gpus_equals_the_cpu_way(timm_lite0, monkeypatch):
     """Elsewhere than on the CPU the image is padded instead of the kernel; the meta device takes that branch."""
+    from gdd_fast.layers import frozen_conv
     from gdd_fast.models.backbones.lite0 import SameConv2d
 
     class Elsewhere(torch.Tensor):
@@ -104,8 +105,10 @@ def test_lite0_unequal_padding_on_gpus_equals_the_cpu_way(timm_lite0):
         conv = SameConv2d(4, 4, kernel, stride=2, groups=4, bias=False)
         x = torch.randn(2, 4, size, size)
         want = conv(x)
-        conv._frozen_weight = lambda weight, *_: weight.detach().as_subclass(Elsewhere)
-        assert_close([conv(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)], [want])
+        with monkeypatch.context() as patch:
+            patch.setattr(frozen_conv, "converted", lambda weight, *_: weight.detach().as_subclass(Elsewhere))
+            found = conv(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+        assert_close([found], [want])
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ def test_only_preconditioned_networks_are_saved(net: EDMPrecond, tmp_path: Path)
         ({"format": "other"}, "not of the format"),
         ({"version": 2}, "version 2 .* update gdd_fast"),
         ({"extra": 1}, "unknown keys extra"),
-        ({"precond": "vp"}, "'precond' must be one of edm, gdd, got 'vp'"),
+        ({"precond": "vp"}, "'precond' must be one of edm, gdd, unet2d, got 'vp'"),
         ({"precond": ["edm"]}, "'precond' must be one of"),
         ({"init": None}, "'init'"),
         ({"init": {"img_resolution": 16}}, "img_channels"),

@@ -178,7 +178,7 @@ def test_bad_input_is_refused():
         discriminator_input(x, SCALE * 3, SHIFT * 3, 8)
     with pytest.raises(InputError, match="size"):
         discriminator_input(x, SCALE, SHIFT, 0)
-    with pytest.raises(InputError, match="float64"):
+    with pytest.raises(BackendError, match="float64"):
         discriminator_input(x.double(), SCALE, SHIFT, 8, backend="cpp")
     with pytest.raises(BackendError, match="no triton implementation"):
         discriminator_input(x, SCALE, SHIFT, 8, backend="triton")

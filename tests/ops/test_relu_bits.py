@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from offline import TritonCase, compile_triton
 from torch.library import opcheck
 from torch.nn import functional as F
 
+from benchmarks.counts.offline import TritonCase, compile_triton
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.ops.relu_bits import CEILING, OPERATOR, mask_bits_ref, relu_bits, relu_bits_ref, relu_bits_ref_
 from parity import backends, device_for

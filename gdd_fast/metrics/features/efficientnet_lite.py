@@ -79,7 +79,10 @@ class _LiteFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = resized(rgb(images, self.device) / 127.5 - 1, self.resolution)  # the networks' own (rgb01 - 0.5) / 0.5
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        x = resized(pixels / 127.5 - 1, self.resolution)  # the networks' own (rgb01 - 0.5) / 0.5
         with full_float32():  # statistics made on one device stand for those of another
             return self.network.pooled(x.contiguous(memory_format=torch.channels_last))
 

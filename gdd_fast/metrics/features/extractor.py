@@ -25,6 +25,12 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `(N, C, H, W)`, C 1 or 3 -> float32 `(N, F)`, without gradient, on the extractor's device."""
 
+    def features(self, pixels: Tensor) -> Tensor:
+        """The same of float32 `(N, 3, H, W)` from 0 to 255 on the extractor's device, differentiable in them.
+
+        Without a network, of as many channels as the images have.
+        """
+
 
 def rgb(images: Tensor, device: torch.device) -> Tensor:
     """uint8 `(N, 1 or 3, H, W)` -> float32 `(N, 3, H, W)` from 0 to 255 on `device`; gray is repeated.

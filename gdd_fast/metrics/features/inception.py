@@ -296,7 +296,10 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = enlarged(rgb(images, self.device))
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        x = enlarged(pixels)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         with full_float32():
             return self.network(x, self.tap)

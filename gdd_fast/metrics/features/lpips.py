@@ -166,5 +166,8 @@ class LpipsFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
         with full_float32():
-            return self.network.vectors(resized(rgb(images, self.device) / 127.5 - 1, self.resolution))
+            return self.network.vectors(resized(pixels / 127.5 - 1, self.resolution))

@@ -32,5 +32,8 @@ class PixelFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = images.to(self.device).float() / 255
+        return self.features(images.to(self.device).float())
+
+    def features(self, pixels: Tensor) -> Tensor:
+        x = pixels / 255
         return adaptive_avg_pool2d(x, min(x.shape[-1], self.resolution)).flatten(1)

@@ -105,10 +105,16 @@ class ResNet56Features:
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images as the network takes them."""
-        x = (resized(rgb(images, self.device), 32) - self._mean) / self._std
+        return self._normalised(rgb(images, self.device))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        x = (resized(pixels, 32) - self._mean) / self._std
         return x.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
         with full_float32():
-            return self.network(self.normalised(images))
+            return self.network(self._normalised(pixels))

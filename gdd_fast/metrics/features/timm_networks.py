@@ -58,7 +58,10 @@ class TimmFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = resized(rgb(images, self.device), self.resolution, "bicubic").clamp(0, 255)
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        x = resized(pixels, self.resolution, "bicubic").clamp(0, 255)
         with full_float32():
             return self.network((x - self._mean) / self._std).float()
 

@@ -50,6 +50,9 @@ class Vgg16Features:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = (resized(rgb(images, self.device), self.resolution) - self._mean) / self._std
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        x = (resized(pixels, self.resolution) - self._mean) / self._std
         with full_float32():
             return self.network(x.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))

@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.teachers import parametrisation_of
-from gdd_fast.models.teachers.unet2d import unet_class
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond, unet_class
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
@@ -42,8 +43,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise WeightsError(f"{unet} is a {kind!r:.100}, and only a UNet2DModel can be distilled from")
     own = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        init = {"unet": own, "parametrisation": parametrisation_of(_json(scheduler))}
+        init: dict[str, Any] = {"unet": own, "parametrisation": parametrisation_of(_json(scheduler))}
         cls = unet_class()
+        with torch.device("meta"):
+            UNet2DPrecond(**init)  # settings that cannot be served are named before weights that do not fit them
     except ConfigError as error:
         raise WeightsError(f"{folder}: {error}") from error
     return init, {f"model.{name}": tensor for name, tensor in _state(cls, unet).items()}

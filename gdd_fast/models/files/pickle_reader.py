@@ -95,6 +95,24 @@ def load_module(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[st
         raise UnsafePickleError(f"{path}: {error}") from None
 
 
+def load_layers(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, dict[str, torch.Tensor]]:
+    """The state dicts of a pickle that is a dict of layers of torch.nn, by key, as StyleGAN-XL keeps its class table.
+
+    As `load`: nothing is executed. Protocol 3, and dill's way to name the type set, may be part of it.
+    """
+    path = Path(path)
+    data = _read(path, max_bytes)
+    try:
+        names = _WithLayers({**_globals(), "dill._dill._load_type": Constructor(_set_type)})
+        content = _content(data, names, min_protocol=3)
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise UnsafePickleError(f"the file holds a {_kind(content)}, not a dict of layers")
+        budget = _Budget(tensor_bytes=2 * len(data))
+        return {k: _state_dict(k, layer, budget) for k, layer in content.items() if isinstance(layer, Module)}
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path}: {error}") from None
+
+
 def _read(path: Path, max_bytes: int) -> memoryview:
     try:
         if not path.is_file():
@@ -110,7 +128,7 @@ def _read(path: Path, max_bytes: int) -> memoryview:
     return memoryview(data)[:count]
 
 
-def _content(data: memoryview, names: Mapping[str, object]) -> object:
+def _content(data: memoryview, names: Mapping[str, object], min_protocol: int = MIN_PROTOCOL) -> object:
     if not len(data):
         raise UnsafePickleError("the file is empty; get it again")
     start = bytes(data[:32])
@@ -119,10 +137,10 @@ def _content(data: memoryview, names: Mapping[str, object]) -> object:
             raise UnsafePickleError(f"this is {name}, not an EDM or GDD network pickle (.pkl)")
     if start[0] != pickle.PROTO[0] or len(start) < 2:
         raise UnsafePickleError("this is not a pickle; give an EDM or GDD network pickle (.pkl)")
-    if start[1] < MIN_PROTOCOL:
+    if start[1] < min_protocol:
         raise UnsafePickleError(
             f"this is a pickle of protocol {start[1]}, as old torch.save checkpoints are; EDM and GDD network pickles "
-            f"(.pkl) have protocol {MIN_PROTOCOL} or later"
+            f"(.pkl) have protocol {min_protocol} or later"
         )
     return Machine(Reader(data), names).load()
 
@@ -215,6 +233,22 @@ def _empty_dict(arguments: tuple) -> dict:
     if arguments:
         raise UnsafePickleError("a dict in the file is made with arguments")
     return {}
+
+
+def _set_type(arguments: tuple) -> Constructor:
+    """For dill's `_load_type("set")`; what is then made with it is a plain set."""
+    if arguments != ("set",):
+        raise UnsafePickleError("the file asks dill for another type than set")
+    return Constructor(_plain_set)
+
+
+def _plain_set(arguments: tuple) -> set:
+    match arguments:
+        case () | ([],):
+            return set()
+        case (list(names),) if all(isinstance(name, str) for name in names):
+            return set(names)
+    raise UnsafePickleError("a set in the file is not one of names")
 
 
 _GLOBALS: dict[str, Constructor] = {

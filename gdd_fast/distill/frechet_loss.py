@@ -1,0 +1,125 @@
+"""The Frechet distance of generated to real features as a loss (Yang et al., arXiv 2604.28190).
+
+A distance needs the statistics of tens of thousands of images, a gradient fits through a few hundred: the statistics
+are those of the latest images that the generator made, kept as features, and gradients flow through the batch alone.
+
+With statistics (mu, S) of that population and (m, R) of the data, the distance d is
+|mu - m|^2 + tr(S + R - 2 (S R)^(1/2)), and its first variation at a feature f is |f|^2 - 2 f . T(f) up to terms without
+gradient in f, where T(f) = m + R^(1/2) (R^(1/2) S R^(1/2))^(-1/2) R^(1/2) (f - mu) is the optimal transport of the one
+Gaussian to the other. So the gradient of d in a feature of the population, times the number of them, is 2 (f - T(f)).
+The statistics stand still within a batch; the batch joins the population after the step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.errors import ConfigError, DataError
+from gdd_fast.metrics.features import FeatureExtractor
+from gdd_fast.metrics.frechet import Statistics
+
+
+class FrechetLoss(nn.Module):
+    """For one feature network; `state_dict()` is what a checkpoint keeps.
+
+    Args:
+        extractor: the features.
+        data: their statistics on real images.
+        population: how many of the latest generated images count.
+
+    Raises `ConfigError` for a population that is no larger than there are features: its covariance would be singular,
+    where the distance has no gradient; `DataError` for data whose features do not vary.
+    """
+
+    features: Tensor
+    """Float32 (population, F), the place of the `oldest` ones next to be taken."""
+    oldest: Tensor
+    total: Tensor
+    """Sums over the population of x and of x x^T, for x = feature - the data's mean: `products`. Float64."""
+    products: Tensor
+    mean: Tensor
+    """Of the population when `refresh` looked at it, and with it T's matrix `transport` and the `distance`."""
+    transport: Tensor
+    distance: Tensor
+    filled: Tensor
+
+    def __init__(self, extractor: FeatureExtractor, data: Statistics, population: int) -> None:
+        super().__init__()
+        if population <= data.dim:
+            raise ConfigError(
+                f"--frechet-population {population}: {extractor.name} has {data.dim} features, and a covariance of "
+                "them needs more images than that"
+            )
+        self.extractors = (extractor,)  # not a part of the state
+        device = extractor.device
+        mean, covariance = data.mean.to(device), data.covariance.to(device)
+        self.variance = float(covariance.trace())
+        if not self.variance > 0:
+            raise DataError(f"the {extractor.name} features of the data do not vary: there is no distance to them")
+        values, vectors = torch.linalg.eigh(covariance)
+        self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        self._data_mean = mean
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.register_buffer("features", torch.zeros(population, data.dim, device=device))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(data.dim, **double))
+        self.register_buffer("products", torch.zeros(data.dim, data.dim, **double))
+        self.register_buffer("mean", torch.zeros(data.dim, **double))
+        self.register_buffer("transport", torch.zeros(data.dim, data.dim, **double))
+        self.register_buffer("distance", torch.zeros((), **double))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.bool))
+
+    def fill(self, features: Tensor) -> None:
+        """Begin with a population, float32 (population, F)."""
+        if features.shape != self.features.shape:
+            raise ConfigError(f"a population of {tuple(self.features.shape)} features, not {tuple(features.shape)}")
+        self.features.copy_(features)
+        x = self.features.double()
+        # sums around the data's mean, which is near: no digits are lost when the covariance is taken from them
+        x -= self._data_mean
+        self.total.copy_(x.sum(0))
+        self.products.copy_(x.T @ x)
+        self.filled.fill_(True)
+
+    @torch.no_grad()
+    def add(self, features: Tensor) -> None:
+        """Features (N, F) take the place of the oldest ones; of more than the population the last count."""
+        features = features[-len(self.features) :].to(self.features)
+        places = (int(self.oldest) + torch.arange(len(features), device=features.device)) % len(self.features)
+        old, new = (x.double() - self._data_mean for x in (self.features[places], features))
+        self.total += new.sum(0) - old.sum(0)
+        self.products += new.T @ new - old.T @ old
+        self.features[places] = features
+        self.oldest.fill_((int(self.oldest) + len(features)) % len(self.features))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take statistics of the population as it is: the distance, and where to each feature ought to go."""
+        count = len(self.features)
+        shift = self.total / count
+        covariance = (self.products - count * torch.outer(shift, shift)) / (count - 1)
+        values, vectors = torch.linalg.eigh(self._root @ covariance @ self._root)
+        carried = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        roots = values.clamp(min=0).sqrt()
+        half = self._root @ vectors
+        self.transport.copy_((half * torch.where(carried, 1 / roots, 0)) @ half.T)
+        self.mean.copy_(self._data_mean + shift)
+        self.distance.copy_(shift.square().sum() + covariance.trace() + self.variance - 2 * roots.sum())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, F) -> (N,): for each the distance at the last `refresh` over the data's variance.
+
+        The gradient in a feature is the one that the formula above gives, over the variance as well.
+        """
+        x = features.detach().double()
+        away = 2 * (x - self._data_mean - (x - self.mean) @ self.transport)
+        moves = (features * (away / self.variance).to(features)).sum(1)
+        return moves - moves.detach() + (self.distance / self.variance).to(features)
+
+    def features_of(self, images: Tensor) -> Tensor:
+        """Images (N, 1 or 3, H, W) in [-1, 1] -> (N, F), differentiable."""
+        pixels = (images + 1) * 127.5
+        if self.extractors[0].network is not None:  # networks see three channels, pixels are taken as they are
+            pixels = pixels.expand(-1, 3, -1, -1)
+        return self.extractors[0].features(pixels)

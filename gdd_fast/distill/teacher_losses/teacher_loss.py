@@ -1,0 +1,105 @@
+"""What the losses against a teacher have in common: its noise levels, steps of its ODE, and a slow copy of the student.
+
+Everything is in EDM's parametrisation (Karras et al., arXiv 2206.00364): x_t = x + t z, a denoiser D(x_t; t), and
+dx/dt = (x - D(x; t)) / t. The noise levels are those of its equation 5 with rho 7.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gdd_fast.config import AblationConfig
+from gdd_fast.distill.teacher_losses.image_distances import Distance
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.sampling.sampler import noise_levels
+
+SIGMA_MIN = 0.002
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a loss is made of. Networks are on the device of the training; the teacher is frozen."""
+
+    options: AblationConfig
+    teacher: Preconditioned
+    student: Preconditioned
+    distance: Distance
+
+
+class TeacherLoss(nn.Module):
+    """A loss of the network that trains against a teacher.
+
+    `state_dict()` is what a checkpoint keeps; networks that are there anyway are held without being part of it. The
+    parameters, of which most losses have none, train with the generator's.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.options, self.distance_of = setup.options, (setup.distance,)
+        self.teachers = [setup.teacher]
+        self.sigma_max = setup.student.sigma_init
+        self.device = next(setup.student.parameters()).device
+
+    def begin(self, net: Preconditioned, images: int) -> None:
+        """Before the iteration that follows `images` images."""
+
+    def forward(self, net: Preconditioned, images: Tensor, labels: Tensor | None, random: torch.Generator) -> Tensor:
+        """Real images (N, C, H, W) in [-1, 1] and one-hot labels or None -> losses (N,)."""
+        raise NotImplementedError
+
+    def end(self, net: Preconditioned) -> None:
+        """After the generator's step."""
+
+    def restore(self, state: dict[str, Tensor], net: Preconditioned) -> None:
+        """Go on from the `state_dict()` in a checkpoint; `net` is as restored."""
+        self.load_state_dict(state)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.distance_of[0](a, b)
+
+    def levels(self, count: int) -> Tensor:
+        """Float32 (count,): t_1 = 0.002 < ... < t_count = the noise level of the one step."""
+        levels = noise_levels(count, SIGMA_MIN, self.sigma_max)[:-1]
+        return torch.tensor(levels[::-1], dtype=torch.float32, device=self.device)
+
+
+class SlowCopy(nn.Module):
+    """The student's weights as an exponential moving average that moves by 1 - `decay` after every step."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module) -> None:
+        torch._foreach_lerp_(list(self.net.parameters()), list(module.parameters()), 1 - self.decay)
+
+
+def draw_integers(low: int, high: Tensor | int, count: int, random: torch.Generator) -> Tensor:
+    """(count,) integers from `low` to `high`, both included; `high` may be (count,)."""
+    uniform = torch.rand(count, device=random.device, generator=random, dtype=torch.float64)
+    return (low + (uniform * (high - low + 1)).floor().long()).clamp(max=high)
+
+
+def draw_noise(images: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randn(images.shape, device=images.device, generator=random)
+
+
+def column(t: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, 1)."""
+    return t.reshape(-1, 1, 1, 1)
+
+
+def euler_step(net: nn.Module, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    """From x at noise levels t (N,) to s (N,): the first-order step of the ODE, which is DDIM's."""
+    return x + column((s - t) / t) * (x - net(x, t, labels))
+
+
+def heun_step(net: nn.Module, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    """The second-order step; s > 0."""
+    slope = (x - net(x, t, labels)) / column(t)
+    there = x + column(s - t) * slope
+    return x + column(s - t) * (slope + (there - net(there, s, labels)) / column(s)) / 2

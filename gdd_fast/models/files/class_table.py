@@ -1,0 +1,45 @@
+"""Tables of class embeddings in files: StyleGAN-XL's and GDD's pickle, a NumPy array, or a safetensors file."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_fast.errors import WeightsError
+from gdd_fast.models.backbone_weights import read_tensors
+from gdd_fast.models.files.pickle_reader import load_layers
+
+MAX_BYTES = 2**30
+
+
+def read_class_table(path: Path) -> Tensor:
+    """The table in `path`, float32 (classes, width); nothing in the file is executed.
+
+    A .pkl is a dict with a `torch.nn.Embedding` in it, as the public code's in_embeddings/*.pkl are; a .npy and a
+    .safetensors hold one matrix. Raises `WeightsError` or `UnsafePickleError`, which name the file.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file; --class-embedding takes a table (classes, width) from it")
+    matrices = [t for t in _tensors(path) if t.ndim == 2 and t.is_floating_point()]
+    if len(matrices) != 1:
+        raise WeightsError(f"{path} holds {len(matrices)} floating-point matrices; a class table is one")
+    table = matrices[0].to(torch.float32)
+    if not table.isfinite().all():
+        raise WeightsError(f"{path} has NaN or infinite values; get it again")
+    return table.contiguous()
+
+
+def _tensors(path: Path) -> list[Tensor]:
+    if path.suffix == ".pkl":
+        return [t for layer in load_layers(path, max_bytes=MAX_BYTES).values() for t in layer.values()]
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise WeightsError(f"{path} is not a readable .npy file of plain numbers ({error})") from None
+        return [torch.from_numpy(array)] if isinstance(array, np.ndarray) and array.dtype.kind == "f" else []
+    try:
+        return list(read_tensors(path).values())
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
