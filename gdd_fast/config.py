@@ -164,8 +164,9 @@ class RunConfig(Settings):
     """Length of the run, in millions of real images."""
     batch: int = 256
     """Images per iteration, over all GPUs."""
-    batch_gpu: int | None = None
-    """Largest number of images through the networks at once; gradients accumulate over the rest."""
+    batch_gpu: int | Literal["auto"] | None = None
+    """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
+    the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""
     seed: int = 0
     """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     device: str = "auto"
@@ -252,7 +253,8 @@ class TrainConfig:
         require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
         require(0 <= self.generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {self.generator.freeze}")
         require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
-        require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+        few = run.batch_gpu not in (None, AUTO) and int(run.batch_gpu) < 2
+        require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
         require(self.total_images >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
         require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
         check_seed(run.seed)
