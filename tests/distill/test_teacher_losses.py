@@ -190,7 +190,7 @@ def test_a_student_becomes_the_teacher_of_half_the_steps(networks, images, noise
 
 
 def test_consistency_trajectory(networks, images, noise, monkeypatch):
-    """arXiv 2310.02279, equations 5, 8 and 10; the embedding of the end level has no effect yet."""
+    """arXiv 2310.02279: G, soft consistency, score matching; the embedding of the end level has no effect yet."""
     teacher, student = networks
     start, end, solved = [1, 5, 9, 11], [0, 2, 3, 11 - 3], [1, 2, 3, 1]
     draws(monkeypatch, trajectory, start, end, solved)

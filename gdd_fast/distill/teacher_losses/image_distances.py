@@ -20,7 +20,7 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(||a - b||^2 + c^2) - c with c = 0.00054 sqrt(C H W): Song & Dhariwal, arXiv 2310.14189, section 3.3."""
+    """sqrt(||a - b||^2 + c^2) - c with c = 0.00054 sqrt(C H W): Song & Dhariwal, arXiv 2310.14189."""
     c = HUBER_SCALE * a[0].numel() ** 0.5
     return ((a - b).square().sum(dim=(1, 2, 3)) + c * c).sqrt() - c
 

@@ -24,7 +24,7 @@ class ProgressiveLoss(TeacherLoss):
 
         target = (x'' - (t'' / t) x_t) / (1 - t'' / t)
 
-    and its loss is max(1 / t^2, 1) d(D(x_t; t), target): the "truncated SNR" weight of section 4.
+    and its loss is max(1 / t^2, 1) d(D(x_t; t), target): the paper's truncated SNR weight.
     """
 
     stage: Tensor

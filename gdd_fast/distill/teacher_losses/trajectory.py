@@ -1,4 +1,4 @@
-"""Consistency trajectory distillation: Kim et al. (arXiv 2310.02279), equations 5, 8, 9 and 10."""
+"""Consistency trajectory distillation: Kim et al., "Consistency Trajectory Models" (arXiv 2310.02279)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,10 +43,10 @@ class EndEmbedding(nn.Module):
 class TrajectoryLoss(TeacherLoss):
     """d(G'(G(x_t, t, s), s, 0), G'(G'(x_u, u, s), s, 0)) + w ||x - g(x_t, t, t)||^2, with s <= u < t.
 
-    G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s) (equation 5); G' is the student's slow copy; x_u is the teacher's
-    solution from x_t, by up to `ctm_solver_steps` Heun steps on the grid (the soft consistency of equation 8). t, s and
+    G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s), the paper's G; G' is the student's slow copy; x_u is the teacher's
+    solution from x_t, by up to `ctm_solver_steps` Heun steps on the grid (soft consistency matching). t, s and
     the number of steps are uniform on the grid of noise levels. "0" is t_1 = 0.002. The second term is denoising score
-    matching (equation 10), averaged over pixels, with w = `ctm_dsm_weight`, a constant here and adaptive in the paper.
+    matching, averaged over pixels, with w = `ctm_dsm_weight`, a constant here and adaptive in the paper.
 
     Here g is the one-step generator with an `EndEmbedding` of s.
     """
@@ -97,7 +97,7 @@ class TrajectoryLoss(TeacherLoss):
     def _jump(
         self, net: nn.Module, embedding: nn.Module, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Equation 5; x itself where s = t."""
+        """G(x, t, s); x itself where s = t."""
         ratio = column(s / t)
         return ratio * x + (1 - ratio) * self._denoise(net, embedding, x, t, s, labels)
 
