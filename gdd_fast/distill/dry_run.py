@@ -30,24 +30,41 @@ def describe_recipe(config: TrainConfig) -> str:
     """What can be said without data or teacher: the configuration, the parameters and what is frozen of the networks of
     the preset's paper, and what is still needed. Reads no file."""
     lines = [json.dumps(to_dict(config), indent=2), ""]
-    known = config.preset.split("-")[0]
-    if known in TEACHERS:
-        resolution, classes, arguments = TEACHERS[known]
-        classes = classes if config.data.cond else 0
-        options = config.discriminator
-        with torch.device("meta"):
-            net = GDDPrecond(resolution, 3, classes, **arguments)
-            net.dtype = dtype_of(config.generator.g_precision)
-            types = [dtype_of(p) for p in (options.d_precision, config.loss.r1_precision)]
-            features, r1_features = (_features(options, dtype) for dtype in types)
-            r1_features = features if types[0] == types[1] else r1_features
-            sizes = (features.channels, features.resolutions, classes)
-            heads = DiscriminatorHeads(*sizes, width=options.head_width, dtype=types[0])
-        lines.append(f"Teacher of this preset: {type(net.model).__name__}, 3 x {resolution}^2, {classes} classes")
+    if _known(config) in TEACHERS:
+        net, features, r1_features, heads = _networks_of(config)
+        size = f"3 x {net.img_resolution}^2, {net.label_dim} classes"
+        lines.append(f"Teacher of this preset: {type(net.model).__name__}, {size}")
         lines += _networks(freeze(net, config.generator.freeze), features, heads)
         found = forecast(config, net, features, r1_features, heads)
         lines += ["", _memory(config, found), "Without the data set, and with a trained class table."]
     return "\n".join([*lines, "", "Still needed:", *(f"  {message}" for message in config.missing())])
+
+
+def forecast_recipe(config: TrainConfig) -> Forecast:
+    """The memory of a preset of the paper, without its data set, teacher or weights; some seconds."""
+    net, features, r1_features, heads = _networks_of(config)
+    freeze(net, config.generator.freeze)
+    return forecast(config, net, features, r1_features, heads)
+
+
+def _known(config: TrainConfig) -> str:
+    return config.preset.split("-")[0]
+
+
+def _networks_of(config: TrainConfig) -> tuple[GDDPrecond, ProjectedFeatures, ProjectedFeatures, DiscriminatorHeads]:
+    """Generator, backbones, those of the R1 step, and heads of a preset of the paper, on the meta device."""
+    resolution, classes, arguments = TEACHERS[_known(config)]
+    classes = classes if config.data.cond else 0
+    options = config.discriminator
+    with torch.device("meta"):
+        net = GDDPrecond(resolution, 3, classes, **arguments)
+        net.dtype = dtype_of(config.generator.g_precision)
+        types = [dtype_of(p) for p in (options.d_precision, config.loss.r1_precision)]
+        features, r1_features = (_features(options, dtype) for dtype in types)
+        r1_features = features if types[0] == types[1] else r1_features
+        sizes = (features.channels, features.resolutions, classes)
+        heads = DiscriminatorHeads(*sizes, width=options.head_width, dtype=types[0])
+    return net, features, r1_features, heads
 
 
 def _features(options: DiscriminatorConfig, dtype: torch.dtype) -> ProjectedFeatures:

@@ -67,6 +67,10 @@ class Forecast:
         divisors = (n for n in range(local_batch, 1, -1) if local_batch % n == 0)
         return next((n for n in divisors if self.bytes(n) <= memory), None)
 
+    def on_cards(self, local_batch: int) -> dict[int, int | None]:
+        """`largest` on each of `CARDS`, by its GB."""
+        return {card: self.largest(card * GB, local_batch) for card in CARDS}
+
     def table(self, local_batch: int, images: int) -> str:
         """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold."""
         lines = [f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"]
@@ -74,8 +78,7 @@ class Forecast:
         for name, kept in self.steps.items():
             label = f"kept by the {name} step for its backward pass"
             lines.append(f"  {label:<44}{kept.bytes(images) / GB:8.2f} GB, {kept.per_image / 1e6:.1f} MB per image")
-        found = {card: self.largest(card * GB, local_batch) for card in CARDS}
-        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in found.items())
+        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in self.on_cards(local_batch).items())
         return "\n".join([*lines, f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {cards}"])
 
 
@@ -93,8 +96,8 @@ def forecast(
     """
     loss = config.loss
     with FakeTensorMode(allow_non_fake_inputs=True):
-        g, f, h = (_without_values(net).train() for net in (generator, features, heads))
-        r = f if r1_features is features else _without_values(r1_features)
+        g, f, h = (without_values(net).train() for net in (generator, features, heads))
+        r = f if r1_features is features else without_values(r1_features)
         shape = (g.img_channels, g.img_resolution, g.img_resolution)
         g.dtype = generator.dtype
 
@@ -203,7 +206,7 @@ def _kept(step: Callable[[int], Tensor], nets: list[nn.Module]) -> Kept:
     return Kept(few - _IMAGES[0] * per_image, per_image)
 
 
-def _without_values(net: Any) -> Any:
+def without_values(net: Any) -> Any:
     """A copy of `net` whose tensors are fake ones on the CPU; within a FakeTensorMode."""
 
     def fake(t: Tensor) -> Tensor:
