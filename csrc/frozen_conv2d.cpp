@@ -1,7 +1,7 @@
 // gdd_fast_C::frozen_conv2d and frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
 // frozen_conv2d_relu.py in C++. The numbers are the library's convolution and its backward, in both alike. What is
 // gained is what surrounds them: autograd through Python costs 0.1 ms a layer and step, as much as a small depthwise
-// convolution.
+// convolution. planned_frozen_conv2d_relu is the same with the bits packed by Triton's kernels.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -12,7 +12,8 @@
 #include <optional>
 #include <vector>
 
-#include "relu_bits.h"
+#include "binders.h"
+#include "relu_bits_autograd.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -95,28 +96,14 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::In
                                     : InputGradient::compute(dy, weight, shape, format, g);
 }
 
-// dy, zero where the bits say so; its own derivative.
-struct Masked : torch::autograd::Function<Masked> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits,
-                            at::MemoryFormat format) {
-    ctx->save_for_backward({bits});
-    ctx->saved_data["format"] = format;
-    return mask_bits(dy.contiguous(format), bits);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& ddys) {
-    const auto format = ctx->saved_data["format"].toMemoryFormat();
-    return {Masked::apply(ddys[0], ctx->get_saved_variables()[0], format), Variable(), Variable()};
-  }
-};
-
 struct ConvolutionRelu : torch::autograd::Function<ConvolutionRelu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
-                            const Geometry& g, double ceiling) {
+                            const Geometry& g, double ceiling, const BitPacker& packer) {
     at::Tensor y = convolve(x, weight, bias, g);
     const at::MemoryFormat out_format = memory_format(y);
     y = y.contiguous(out_format);
-    ctx->save_for_backward({weight, relu_bits_(y, ceiling)});
+    ctx->save_for_backward({weight, packer.pack(y, ceiling)});
+    packer.keep(ctx);
     ctx->saved_data["shape"] = x.sizes();
     ctx->saved_data["format"] = memory_format(x);
     ctx->saved_data["out_format"] = out_format;
@@ -128,14 +115,13 @@ struct ConvolutionRelu : torch::autograd::Function<ConvolutionRelu> {
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const variable_list saved = ctx->get_saved_variables();
     const auto out_format = ctx->saved_data["out_format"].toMemoryFormat();
-    const at::Tensor dy = at::GradMode::is_enabled() ? Masked::apply(dys[0], saved[1], out_format)
-                                                     : mask_bits(dys[0].contiguous(out_format), saved[1]);
+    const at::Tensor dy = masked(dys[0], saved[1], out_format, BitPacker::kept(ctx));
     at::Tensor dx;
     if (ctx->needs_input_grad(0)) {
       dx = input_gradient(dy, saved[0], ctx->saved_data["shape"].toIntVector(),
                           ctx->saved_data["format"].toMemoryFormat(), ctx->saved_data["geometry"].toIntVector());
     }
-    return {dx, Variable(), bias_gradient(ctx, dy), Variable(), Variable()};
+    return {dx, Variable(), bias_gradient(ctx, dy), Variable(), Variable(), Variable()};
   }
 };
 
@@ -152,12 +138,23 @@ at::Tensor frozen_conv2d(const at::Tensor& x, const at::Tensor& weight, const Bi
 at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
   const Geometry g = geometry(stride, padding, dilation, groups);
-  if (differentiated(x, bias)) return ConvolutionRelu::apply(x, weight, bias, g, ceiling);
+  if (differentiated(x, bias)) return ConvolutionRelu::apply(x, weight, bias, g, ceiling, BitPacker());
   at::Tensor y = convolve(x, weight, bias, g);
   return std::isinf(ceiling) ? y.relu_() : y.clamp_(0, ceiling);
 }
 
+// A convolution that is differentiated, as frozen_conv2d_relu takes it.
+at::Tensor planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, int64_t groups, double ceiling, const std::string& backend) {
+  const Geometry g = geometry(stride, padding, dilation, groups);
+  return ConvolutionRelu::apply(x, weight, bias, g, ceiling, BitPacker{plans, backend});
+}
+
 }  // namespace
+
+static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_frozen_conv2d_relu", &planned); });
+
 }  // namespace gdd_fast
 
 TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {

@@ -1,5 +1,6 @@
-// gdd_fast_C::group_norm_silu_differentiable: the autograd of gdd_fast/ops/group_norm_silu.py in C++, for channels_last
-// maps. In Python it costs 0.15 ms a layer and step, more than a small map takes.
+// The autograd of gdd_fast/ops/group_norm_silu in C++: gdd_fast_C::group_norm_silu_differentiable around the CPU's
+// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms a layer and
+// step, more than a small map takes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/group_norm.h>
@@ -8,10 +9,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
+#include "binders.h"
 #include "group_norm_silu.h"
+#include "launch_plan.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -28,7 +32,7 @@ enum { kX, kSkip, kWeight, kBias, kAdd, kScale, kShift, kInputs };
 Optional optional(const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 at::Tensor plain(const Optional& t) { return t.value_or(at::Tensor()); }
 
-// As the kernels take it: channels side by side and pixels evenly spaced; float32.
+// As the CPU's kernels take it: channels side by side and pixels evenly spaced; float32.
 at::Tensor laid_out(const at::Tensor& x) {
   return !x.defined() || (evenly_spaced(x) && x.stride(1) == 1) ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 }
@@ -37,6 +41,56 @@ at::Tensor row(const at::Tensor& t) {
   if (!t.defined()) return t;
   const at::Tensor wide = t.to(at::kFloat);
   return wide.stride(-1) == 1 ? wide : wide.contiguous();
+}
+
+// As Triton's kernels take it.
+at::Tensor spaced(const at::Tensor& x) { return !x.defined() || evenly_spaced(x) ? x : x.contiguous(memory_format(x)); }
+at::Tensor rows_side_by_side(const at::Tensor& t) { return !t.defined() || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// What a call is given beside the tensors that gradients are taken of.
+struct Call {
+  int64_t groups;
+  double eps;
+  bool silu;
+  // Triton's kernels by these, or the CPU's; `forward` is the plan of the call at hand
+  Plans plans;
+  Plan forward;
+  std::string backend;
+  at::Tensor x_statistics, skip_statistics;
+};
+
+// y, mean and rstd
+std::array<at::Tensor, 3> forward_pass(const variable_list& t, const Call& call) {
+  if (call.forward) {
+    std::vector<at::Tensor> made = (*call.forward)({t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift],
+                                                    call.x_statistics, call.skip_statistics});
+    return {made[0], made[1], made[2]};
+  }
+  const auto [y, mean, rstd] =
+      group_norm_silu(laid_out(t[kX]), optional(laid_out(t[kSkip])), call.groups, row(t[kWeight]), row(t[kBias]),
+                      call.eps, optional(row(t[kAdd])), optional(row(t[kScale])), optional(row(t[kShift])), call.silu, true);
+  return {y, mean, rstd};
+}
+
+// The gradients that are needed; those of the parameters by image.
+variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean, const at::Tensor& rstd,
+                            const std::vector<int>& needed, bool silu, LaunchPlans* plans, const std::string& backend) {
+  variable_list gradients(kInputs);
+  if (plans != nullptr) {
+    int bits = 0;
+    for (const int i : needed) bits |= 1 << i;
+    const at::Tensor inputs[] = {spaced(dy), t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift], mean, rstd};
+    const Plan plan = plans->find(Direction::kBackward, backend, inputs, {double(silu), double(bits)});
+    TORCH_INTERNAL_ASSERT(plan != nullptr);
+    std::vector<at::Tensor> made = (*plan)(inputs);
+    for (size_t i = 0; i < needed.size(); i++) gradients[needed[i]] = std::move(made[i]);
+    return gradients;
+  }
+  auto [dx, dskip, by_image] = group_norm_silu_backward(
+      laid_out(dy), laid_out(t[kX]), optional(laid_out(t[kSkip])), row(t[kWeight]), row(t[kBias]), optional(row(t[kAdd])),
+      optional(row(t[kScale])), optional(row(t[kShift])), mean, rstd, silu);
+  for (const int i : needed) gradients[i] = i == kX ? dx : i == kSkip ? dskip : by_image[i - kWeight];
+  return gradients;
 }
 
 // group_norm_silu_ref, to be differentiated.
@@ -56,25 +110,28 @@ at::Tensor definition(const variable_list& inputs, int64_t groups, double eps, b
 struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& skip, const at::Tensor& weight,
                             const at::Tensor& bias, const Optional& add, const Optional& scale, const Optional& shift,
-                            int64_t groups, double eps, bool silu) {
-    const auto [y, mean, rstd] = group_norm_silu(laid_out(x), optional(laid_out(plain(skip))), groups, row(weight),
-                                                 row(bias), eps, optional(row(plain(add))), optional(row(plain(scale))),
-                                                 optional(row(plain(shift))), silu, true);
+                            const Call& call) {
+    const variable_list inputs = {x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift)};
+    const auto [y, mean, rstd] = forward_pass(inputs, call);
     ctx->save_for_backward({x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift), mean, rstd});
-    ctx->saved_data["groups"] = groups;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["silu"] = silu;
+    ctx->saved_data["groups"] = call.groups;
+    ctx->saved_data["eps"] = call.eps;
+    ctx->saved_data["silu"] = call.silu;
+    if (call.plans) {
+      ctx->saved_data["plans"] = c10::IValue::make_capsule(call.plans);
+      ctx->saved_data["backend"] = call.backend;
+    }
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const variable_list saved = ctx->get_saved_variables();
-    variable_list gradients(kInputs + 3);
+    variable_list gradients(kInputs + 1);
     std::vector<int> needed;
     for (int i = 0, edge = 0; i < kInputs; i++) {  // absent tensors have no edge
       if (saved[i].defined() && ctx->needs_input_grad(edge++)) needed.push_back(i);
     }
-    if (needed.empty()) return gradients;
+    if (needed.empty() || !dys[0].defined()) return gradients;
     const bool silu = ctx->saved_data["silu"].toBool();
     if (at::GradMode::is_enabled()) {
       // Differentiable themselves: through the definition, of fresh views, so that a gradient stops here even where one
@@ -90,18 +147,22 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
       for (size_t i = 0; i < needed.size(); i++) gradients[needed[i]] = found[i];
       return gradients;
     }
-    auto [dx, dskip, by_image] = group_norm_silu_backward(
-        laid_out(dys[0]), laid_out(saved[kX]), optional(laid_out(saved[kSkip])), row(saved[kWeight]), row(saved[kBias]),
-        optional(row(saved[kAdd])), optional(row(saved[kScale])), optional(row(saved[kShift])), saved[kInputs],
-        saved[kInputs + 1], silu);
+    Plans plans;
+    std::string backend;
+    if (const auto kept = ctx->saved_data.find("plans"); kept != ctx->saved_data.end()) {
+      plans = c10::static_intrusive_pointer_cast<LaunchPlans>(kept->second.toCapsule());
+      backend = ctx->saved_data["backend"].toStringRef();
+    }
+    const variable_list given(saved.begin(), saved.begin() + kInputs);
+    const variable_list made =
+        backward_pass(dys[0], given, saved[kInputs], saved[kInputs + 1], needed, silu, plans.get(), backend);
     for (const int i : needed) {
-      if (i <= kSkip) {
-        gradients[i] = i == kX ? dx : dskip;
-        continue;
+      at::Tensor gradient = made[i];
+      if (i > kSkip) {
+        if (gradient.sizes() != saved[i].sizes()) gradient = gradient.sum({0}, saved[i].dim() == 2);
+        gradient = gradient.to(saved[i].scalar_type());
       }
-      at::Tensor gradient = by_image[i - kWeight];
-      if (gradient.sizes() != saved[i].sizes()) gradient = gradient.sum({0}, saved[i].dim() == 2);
-      gradients[i] = gradient.to(saved[i].scalar_type());
+      gradients[i] = gradient;
     }
     return gradients;
   }
@@ -110,10 +171,37 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
 at::Tensor differentiable(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
                           const at::Tensor& bias, double eps, const Optional& add, const Optional& scale,
                           const Optional& shift, bool silu) {
-  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift, groups, eps, silu);
+  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift, Call{.groups = groups, .eps = eps, .silu = silu});
+}
+
+// The same by plan; nothing where the operator is not Triton's, or the call is another's to make.
+Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
+                 const at::Tensor& bias, double eps, const Optional& add, const Optional& scale, const Optional& shift,
+                 bool silu, const Optional& x_statistics, const Optional& skip_statistics, const std::string& backend) {
+  at::Tensor given[] = {x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift), plain(x_statistics), plain(skip_statistics)};
+  if (x.dim() != 4 || (given[kSkip].defined() && given[kSkip].dim() != 4) || !unobserved(given)) return std::nullopt;
+  for (int i = kX; i <= kSkip; i++) given[i] = spaced(given[i]);
+  for (int i = kWeight; i <= kShift; i++) {
+    if (given[i].defined() && given[i].dim() == 0) return std::nullopt;
+    given[i] = rows_side_by_side(given[i]);
+  }
+  for (int i = kInputs; i < kInputs + 2; i++) {
+    if (given[i].defined()) given[i] = given[i].contiguous();
+  }
+  Plan plan = plans->find(Direction::kForward, backend, given, {double(groups), eps, double(silu)});
+  if (!plan) return std::nullopt;
+  Call call{groups, eps, silu, plans, std::move(plan), backend, given[kInputs], given[kInputs + 1]};
+  if (!at::GradMode::is_enabled()) {
+    return forward_pass({given, given + kInputs}, call)[0];
+  }
+  return GroupNormSiluFunction::apply(given[kX], optional(given[kSkip]), given[kWeight], given[kBias],
+                                      optional(given[kAdd]), optional(given[kScale]), optional(given[kShift]), call);
 }
 
 }  // namespace
+
+static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_group_norm_silu", &planned); });
+
 }  // namespace gdd_fast
 
 TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "binders.h"
 #include "gdd_fast_sources.h"  // written by setup.py
 
 namespace {
@@ -34,5 +35,6 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled operators of gdd_fast, registered as torch.ops.gdd_fast_C.";
+  for (const auto bind : gdd_fast::binders()) bind(m);
   m.def("build_info", &build_info, "Compilers, flags, CUDA architectures, and the torch and Python it was built for.");
 }

@@ -1,6 +1,6 @@
 """One-step image generators from pretrained diffusion models (GDD / GDD-I), with fused kernels.
 
-Public names, imported on first use so that `import gdd_fast` costs nothing:
+Public names, imported on first use so that `import gdd_fast` is quick:
 
     load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
     OneStepGenerator.from_pretrained(path, ...)      the same, as a fast function from seeds to images
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gdd_fast.engine.one_step import OneStepGenerator
     from gdd_fast.models.files.load import load_generator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["OneStepGenerator", "__version__", "accelerate", "load_generator", "restore"]
 

@@ -7,7 +7,7 @@ Every operator has its definition in plain PyTorch ("torch") and any of three fu
     "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
 
 A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
-run here; `resolve` decides it and nothing else does. One choice for a whole run (`--backend`) is `plan`'s to interpret.
+run here; `resolve` decides it and nothing else does; `resolve_all` asks it for every operator of a run (`--backend`).
 `python -m gdd_fast.info` shows the outcome of both with the reasons.
 """
 
@@ -55,8 +55,8 @@ class Operator:
 def extension() -> ModuleType | None:
     """The compiled extension gdd_fast._C with its operators registered, or None where it is not built.
 
-    Raises BackendError if it is built but does not load, was built against another torch, or, in a checkout, of other
-    sources than lie there: never taken for absent, and never run.
+    Raises BackendError if it is built but does not load, was built against another torch, or, in a checkout, from
+    sources other than those in csrc/. Such a build is neither run nor passed over as if absent.
     """
     if find_spec("gdd_fast._C") is None:
         return None
@@ -76,9 +76,9 @@ def extension() -> ModuleType | None:
 
 
 def check_build(info: dict[str, Any], torch_version: str, sources: str | None = None) -> None:
-    """Raise BackendError if the extension described by `info` is foreign or stale.
+    """Raise BackendError if the extension described by `info` does not fit this torch, this Python or these sources.
 
-    That is, built against another torch release or Python, or of sources whose digest is not `sources`, if given.
+    `sources`: the digest of the sources that it should have been built from, if they are there.
     """
     # the local part (+cpu, +cu130) is not compared: a build without CUDA runs with any of them
     built = info["torch"].split("+")[0]
@@ -150,7 +150,7 @@ def resolve(backend: Backend, operator: Operator, device: str) -> Backend:
 def chooser(operator: Operator) -> Callable[..., Backend]:
     """`choose(backend, device, double=False)`: how every operator decides, before it calls torch.ops with the result.
 
-    That is `resolve`, and for float64 (`double`) the definition where the operator computes it in nothing else.
+    It is `resolve`, except that float64 (`double`) runs the definition of an operator that has nothing else for it.
     torch.compile runs it while it traces and takes the result for a constant, as by
     torch.compiler.assume_constant_result, which would import the compiler and with it triton.
     """
@@ -167,12 +167,12 @@ def chooser(operator: Operator) -> Callable[..., Backend]:
     return choose
 
 
-def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
+def resolve_all(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
     """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
 
     A backend asked for by name is for the operators that have it; the others run their definition.
 
-    Raises BackendError where `resolve` does for one that has it, and if none has it.
+    Raises BackendError where `resolve` does for an operator that has it, and if no operator has it.
     """
     operators = sorted(set(operators), key=lambda operator: operator.name)
     named = backend in ("triton", "cuda", "cpp")
@@ -182,6 +182,6 @@ def plan(backend: Backend, operators: Iterable[Operator], device: str) -> dict[s
 
 
 def summary(runs: Mapping[str, str]) -> str:
-    """A `plan` in one line, the definitions first."""
+    """What `resolve_all` returns, in one line, the definitions first."""
     backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
     return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)

@@ -66,11 +66,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr, never a traceback, for what is not the program's fault.
 
     Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C;
-    141 without a word if whoever read the output has gone, as with `| head`. Under torchrun the first process
-    says the line; all leave it for torchrun, which shows it with the number of the process that failed first.
+    141 and no message if the reader of the output has gone, as with `| head`. Under torchrun the first process says the
+    line; all leave it for torchrun, which shows it with the number of the process that failed first.
 
-    What cannot be said ends nothing: a stream that is closed, and a stderr whose reader has died or whose disk is full,
-    lose their lines, and the work goes on.
+    Output that cannot be written does not end the work: a stream that is closed, and a stderr whose reader has died or
+    whose disk is full, lose their lines.
     """
 
     @functools.wraps(main)
@@ -116,7 +116,7 @@ class _Unbreakable(io.TextIOBase):
 
 @contextlib.contextmanager
 def _usable_streams() -> Iterator[None]:
-    """For a block; Python has None for a stream that was closed when it started (`>&-`)."""
+    """Streams that can be written to, for a block; Python has None for one that was closed when it started (`>&-`)."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
         sys.stdout, sys.stderr = before[0] or nowhere, _Unbreakable(before[1] or nowhere)
@@ -131,7 +131,7 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
         try:
             main(*args, **kwargs)
         finally:
-            sys.stdout.flush()  # what cannot be written is said here, and not by Python while it ends
+            sys.stdout.flush()  # an error in writing is reported here, and not by Python as it exits
     except GddFastError as error:
         _end(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -177,7 +177,7 @@ def _stdout_is_gone() -> bool:
     """Whether nobody reads standard output any more: a pipe's writing end is then in error, whatever one asks of it."""
     try:
         output = sys.stdout.fileno()
-    except OSError:  # not a file of the system's
+    except OSError:  # not a file of the operating system
         return False
     poll = select.poll()
     poll.register(output, 0)

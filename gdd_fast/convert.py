@@ -36,10 +36,10 @@ class ConvertConfig(Settings):
     key: str = "ema"
     """Which network of a file that holds several: training snapshots have `ema` and `net`."""
     like: str | None = None
-    """What weights alone are the weights of: a path to such a network, EDM's name of it (edm-cifar10-32x32-cond-vp),
+    """The network that weights alone belong to: a path to such a network, EDM's name of it (edm-cifar10-32x32-cond-vp),
     or a preset (cifar10-cond)."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How a folder stores the weights. They are float32 again when loaded, less what float16 rounds off."""
+    """How a folder stores the weights. They are float32 again when loaded; what float16 rounded off is lost."""
     overwrite: bool = False
     """Replace what is at the destination."""
 

@@ -33,8 +33,8 @@ def fast_layout(device: torch.device, precision: Precision = "bf16") -> torch.me
     On a GPU that is what tensor cores read, channels_last, and where they are not used, in fp32 without TF32, NCHW:
     there channels_last took 1.6 times as long (pytorch issue 44943). On a CPU it is channels_last from AVX2 on.
     With SSE4.1 or AVX, oneDNN convolves it (`jit:sse41`, `jit:avx` in its verbose log) in 1.6 times the time of NCHW;
-    from AVX2 on (`brg_conv`) it is as fast or faster. Other processors are not measured and have what PyTorch begins
-    with. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate lesser ones.
+    from AVX2 on (`brg_conv`) it is as fast or faster. Other processors have not been measured and use PyTorch's
+    default. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate older processors.
     """
     if device.type != "cpu":
         return torch.contiguous_format if precision == "fp32" else torch.channels_last
@@ -67,7 +67,7 @@ def gpu_arithmetic(*precisions: Precision) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """float32 matrix products and convolutions of a GPU in full fp32: what is made there stands for other machines."""
+    """float32 matrix products and convolutions of a GPU in full fp32, as on a CPU."""
     with _float32("ieee"):
         yield
 

@@ -3,7 +3,7 @@
 import errno
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the `OSError`s that say that no more can be written."""
+"""`errno` of a disk, or a share of one, that is full."""
 
 
 class GddFastError(Exception):

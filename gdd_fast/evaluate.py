@@ -37,6 +37,7 @@ from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import save_reference
+from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
@@ -109,7 +110,7 @@ class EvaluateConfig(Settings):
         require(self.net is None or self.samples is None, "--net and --samples: choose one")
         require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         self._refuse_unused(names)
-        require(names.count("nn") <= 1, "--metrics nn: of one network")
+        require(names.count("nn") <= 1, "--metrics nn takes one network")
         if "nn" in names:
             require(self.data is not None, "--metrics nn looks for the nearest images of --data")
             require(self.nn_sheet.suffix.lower() == ".png", f"--nn-sheet is a .png, not {self.nn_sheet}")
@@ -137,12 +138,10 @@ class EvaluateConfig(Settings):
             "--sampler and its options": self.sampler != SamplerConfig(),
         }
         for name, given in generator.items():
-            require(self.net is not None or not given, f"{name}: for a generator, --net; here none is run")
-        require(
-            self.data is not None or self.data_images is None, "--data-images is of --data; --ref is counted already"
-        )
+            require(self.net is not None or not given, f"{name} is for a generator (--net), and none is given")
+        require(self.data is not None or self.data_images is None, "--data-images limits --data, which is not given")
         require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
-        require(self.held_out is None or "nn" in metrics, "--held-out: for --metrics nn")
+        require(self.held_out is None or "nn" in metrics, "--held-out is for --metrics nn")
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class ReferenceConfig(Settings):
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        require("," not in self.features, f"a reference is of one network: --features {self.features}")
+        require("," not in self.features, f"a reference holds the features of one network, not of {self.features}")
         require(self.out.suffix.lower() == ".npz", f"--out is an .npz, not {self.out}")
         require(not self.out.exists(), f"--out {self.out} exists; name another file or move it")
         check_destination(self.out)
@@ -226,11 +225,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for real in filter(None, (dataset, held_out)):
         check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
     known = measurement.references(config.ref, shape, complete=dataset is not None)
+    _check_counts(config, measurement, samples, dataset, held_out, known)
     operators = choose_backend(
         config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
     )
     if net is not None:
         accelerate_foreign(net, config.backend)
+        for line in shared_judges(backbones_of(Path(config.net)), measurement.extractors):
+            print(line, file=sys.stderr)
 
     def of_dataset(images: ImageDataset, what: str, max_images: int | None) -> list[Population]:
         with _bar(min(len(images), max_images or len(images)), what) as bar:
@@ -280,6 +282,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["std"] = {key: float(np.std([values[key] for values in rounds])) for key in keys}
         result["min"] = {key: min(values[key] for values in rounds) for key in keys}
     return result
+
+
+def _check_counts(
+    config: EvaluateConfig,
+    measurement: Measurement,
+    samples: ImageDataset | None,
+    dataset: ImageDataset | None,
+    held_out: ImageDataset | None,
+    known: list[Population | None],
+) -> None:
+    """Raise `ConfigError`, before images are made, where there are too few for what is asked."""
+    if held_out is not None and len(held_out) < 2:
+        raise ConfigError(f"--held-out {config.held_out} holds {len(held_out)} image; it needs at least 2")
+    there = None if dataset is None else min(len(dataset), config.data_images or len(dataset))
+    generated = len(config.seed_list) if samples is None else min(len(samples), config.images)
+    real = [there if kept is None else kept.count or None for kept in known]
+    measurement.check_counts(generated, real)
 
 
 def _neighbours(
@@ -343,7 +362,7 @@ def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) ->
     if ours != real:
         raise ConfigError(
             f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
-            "compare images of one form (python -m gdd_fast.prepare resizes)"
+            "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
         )
 
 

@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
+import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdd_fast.errors import FULL, ConfigError
 
@@ -19,29 +22,65 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success its contents are flushed to disk and take `path`'s name.
+    """Yield a path for a file of the same name; on success what was written there is flushed to disk and moved to
+    `path`.
 
-    If the body raises, the temporary file is removed and whatever was at `path` stays as it was.
+    If the body raises, nothing is left, and whatever was at `path` stays as it was. The file lies in a hidden folder
+    beside `path` until then, since some writers make further files of their own beside theirs, safetensors among them.
+    What killed processes have left of `path` is removed, but not what others are writing now.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
-    # not tempfile.mkstemp, whose files only their owner may read
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    mode = temporary.stat().st_mode
+    remove_leftovers(path)
+    with _folder_beside(path) as folder:
+        temporary = folder / path.name
+        try:
+            yield temporary
+            # some writers make files that only their owner may read
+            temporary.chmod(0o666 & folder.stat().st_mode)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            if error.filename == str(temporary) or (error.filename is None and error.errno in FULL):
+                error.filename = str(path)  # the name that means something to whoever reads the message
+            raise
+
+
+@contextlib.contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder, removed at the end, that is locked as long as this process lives, where the disk has locks."""
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        folder.mkdir()
+        with _locked(folder) as lock:
+            if lock is False:  # taken for a leftover before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Whether `folder` is there and locked by this block alone; None if its disk has no locks."""
     try:
-        yield temporary
-        temporary.chmod(mode)  # some writers, safetensors among them, put a file of their own in its place
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.filename == str(temporary) or (error.filename is None and error.errno in FULL):
-            error.filename = str(path)  # the name that means something to whoever reads the message
-        raise
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        lock: bool | None = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock = False if isinstance(error, BlockingIOError) else None
+        yield lock and folder.exists()
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
@@ -61,13 +100,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: M
 
 def leftovers(path: Path) -> list[Path]:
     """What processes killed while they wrote `path` have left, and what others are writing it to now."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"))
+    return list(path.parent.glob(f".{glob.escape(path.name)}.????????"))
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes killed while they wrote `path` have left; nobody may be writing it now."""
+    """Delete what processes killed while they wrote `path` have left. What others are writing now stays."""
     for leftover in leftovers(path):
-        leftover.unlink(missing_ok=True)
+        with _locked(leftover) as lock:
+            if lock:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -94,6 +135,18 @@ def check_destination(path: Path) -> None:
     check_writable(path.absolute().parent)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. Raises `ValueError` for any other text, for NaN, and for values nested too deeply."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def sync_folder(folder: Path) -> None:

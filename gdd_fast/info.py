@@ -74,10 +74,10 @@ def operators() -> dict[str, Any]:
 
 def backends() -> dict[str, Any]:
     """For every device type: what `--backend` makes of each choice, or why it refuses it."""
-    from gdd_fast.backend import plan, summary
+    from gdd_fast.backend import resolve_all, summary
 
     def row(backend: str, device: str) -> str:
-        return summary(plan(backend, _operators(), device))
+        return summary(resolve_all(backend, _operators(), device))
 
     return {device: {b: _answer(row, b, device) for b in ("auto", *BACKENDS)} for device in _device_types()}
 

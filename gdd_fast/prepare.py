@@ -29,7 +29,7 @@ class PrepareConfig(Settings):
     split: Split = "train"
     """Which part of a CIFAR-10 archive or of idx files; other sources have no parts."""
     labels: Labels = "auto"
-    """`auto`: as the source states them, if it does; `folders`: one class a first-level folder; `none`."""
+    """`auto`: as the source states them, if it does; `folders`: one class per first-level folder; `none`."""
     transform: Annotated[Transform, tyro.conf.arg(name="")] = field(default_factory=Transform)
     max_images: int | None = None
     """Only that many, the first ones in the order of the source (image files: of their names)."""

@@ -14,8 +14,8 @@ from gdd_fast.config import default_settings, to_dict
 from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.files import check_writable
+from gdd_fast.ranks import is_main, join
 from gdd_fast.training import loop
-from gdd_fast.training.ranks import is_main, join
 from gdd_fast.training.run_lock import only_process
 
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.checkpoint_ticks,
         keep_checkpoints=config.keep_checkpoints,
         max_hours=config.max_hours,
+        async_checkpoints=config.async_checkpoints,
     )
     with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(

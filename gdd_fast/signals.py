@@ -15,7 +15,8 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 def _say(message: bytes) -> None:
-    """On stderr. Not by print, which the signal may have interrupted; whoever read it may have died of the same one."""
+    """Written to stderr directly: the signal may have interrupted a print, and may have ended the reader of stderr
+    too."""
     with contextlib.suppress(OSError):
         os.write(2, message)
 
@@ -137,7 +138,7 @@ class Interruptible(_Handlers):
         before = self._previous[number]
         if callable(before):
             before(number, frame)
-            self._first = None  # it did not want an end
+            self._first = None  # that handler did not end the process
         else:
             _say(b"\nterminated\n")
             raise SystemExit(128 + number)

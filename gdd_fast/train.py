@@ -46,8 +46,8 @@ class Command:
 def read(arguments: Sequence[str]) -> Command:
     """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
 
-    Without a preset it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and as reading the
-    teacher does.
+    Without a preset it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and what reading
+    the teacher raises.
     """
     name, arguments = pop_option(arguments, "preset", default="")
     precision, arguments = pop_option(arguments, "precision", default="")
@@ -78,7 +78,7 @@ _GIVEN = ("data", "teacher", "run_dir", "seed", "device", "backend", "workers")
 
 
 def settings_of(config: TrainConfig) -> str:
-    """What a run without preset goes by, as the flags that say the same."""
+    """The settings of a run without preset, as the flags that would set them."""
     shown = [
         (name, value)
         for section in fields(config)
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late: --help needs no torch
     from gdd_fast.distill import comparison, dry_run
     from gdd_fast.distill.run import distill, preflight
-    from gdd_fast.training.ranks import is_main
+    from gdd_fast.ranks import is_main
 
     if asked.dry_run:
         shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))

@@ -4,7 +4,7 @@ All offsets are 64-bit.
 
 Statistics of a tensor (N, C, H, W) are float32 (N, P, 2, C): the mean and the sum of squared deviations (M2) of each
 channel over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. Merging follows Chan,
-Golub & LeVeque (1979); nothing is ever a difference of large squares.
+Golub & LeVeque (1979); no value is a difference of large squares.
 """
 
 import triton
@@ -33,7 +33,7 @@ def tile_step(stride_s, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def column_sum(v):
-    """Sum over the tile's pixels, float64: what happens once per program can be exact for nothing."""
+    """Sum over the tile's pixels, float64: once per program, that costs nothing."""
     return tl.sum(v.to(tl.float64), 0)
 
 

@@ -1,4 +1,4 @@
-"""What the launchers share: launch configurations from tuned.json, and how many programs fill a device.
+"""What the launchers share: the launch itself, configurations from tuned.json, and how many programs fill a device.
 
 tuned.json holds for every operator (group_norm_silu: for either direction)
 
@@ -6,16 +6,19 @@ tuned.json holds for every operator (group_norm_silu: for either direction)
     "sm_90", ...    what differs on an architecture; "measured" among it is a list of {"shape": ..., "options": ...},
                     of which the entry nearest to the shape at hand is taken
 
-and for attention also "faster_than_sdpa": by architecture, the [tokens, channels a head, type] at which the kernels
+and for attention also "faster_than_sdpa": by architecture, the [tokens, channels per head, type] at which the kernels
 were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
 
 It is read once. An architecture without an entry runs by rule, as sm_80 and sm_90 do until someone measures them.
 """
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,63 @@ import torch
 _INTERPRETED_PROGRAMS = 8
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and what it is given; `options` are arguments by name and Triton's own."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What would have been launched, and the memory that lies between the launches."""
+
+    launches: list[Launch] = field(default_factory=list)
+    workspaces: list[torch.Tensor] = field(default_factory=list)
+
+
+_noted: ContextVar[Noted | None] = ContextVar("noted", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, or note that it would be (see `noting`)."""
+    noted = _noted.get()
+    if noted is None:
+        kernel[grid](*arguments, **options)
+    else:
+        noted.launches.append(Launch(kernel, grid, arguments, options))
+
+
+def workspace(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Uninitialised float32 memory that one kernel fills and another reads."""
+    made = torch.empty(shape, dtype=torch.float32, device=device)
+    noted = _noted.get()
+    if noted is not None:
+        noted.workspaces.append(made)
+    return made
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[Noted]:
+    """Inside, `launch` notes and does not launch."""
+    found = Noted()
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
 @functools.cache
 def _table() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "tuned.json").read_text())
 
 
 def faster_than_sdpa(device: torch.device) -> list[list]:
-    """[tokens, channels a head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
+    """[tokens, channels per head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
     return _table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
 
 

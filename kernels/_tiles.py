@@ -1,8 +1,8 @@
 """How the channel-wise kernels cut (N, C, H, W) into tiles of pixels x channels, by rule; tuned.json scales the rule.
 
-A program owns a block of whole groups of one sample, so that nothing of a group is anyone else's business, and walks
-over its pixels in tiles. Group sizes are no powers of two (6, 12, 18, 36 channels), blocks are: the rule takes the
-smallest block that wastes at most a quarter of its lanes, which masks switch off without touching memory.
+A program owns a block of whole groups of one sample, so that no other program needs anything of a group, and walks over
+its pixels in tiles. Group sizes are no powers of two (6, 12, 18, 36 channels), blocks are: the rule takes the smallest
+block that wastes at most a quarter of its lanes, which masks switch off without touching memory.
 """
 
 import functools

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device
+from ._launch import configuration, launch, on_its_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -147,7 +147,7 @@ def attention(qkv: Tensor, heads: int, interleaved: bool) -> tuple[Tensor, Tenso
     if y.numel():
         options, layout, scale = _arguments(qkv, heads, interleaved, "forward")
         grid = (triton.cdiv(h * w, options["BLOCK_Q"]) * n * heads,)
-        forward_kernel[grid](qkv, y, lse, h * w, heads, scale, **layout, **options)
+        launch(forward_kernel, grid, qkv, y, lse, h * w, heads, scale, **layout, **options)
     return y, lse
 
 
@@ -160,9 +160,9 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: i
         options, layout, scale = _arguments(qkv, heads, interleaved, "backward")
         chunk = channels_at_once(layout["D"], qkv.element_size())
         grid = (triton.cdiv(h * w, options["BLOCK_Q"]) * n * heads,)
-        backward_q_kernel[grid](qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options)
+        launch(backward_q_kernel, grid, qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options)
         grid = (triton.cdiv(h * w, options["BLOCK_K"]) * n * heads,)
-        backward_kv_kernel[grid](qkv, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
+        launch(backward_kv_kernel, grid, qkv, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
     return dqkv
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ._group_norm_backward import backward_kernel, backward_sums_kernel
 from ._group_norm_forward import forward_kernel, statistics_kernel
-from ._launch import configuration, on_its_device, pixel_stride, programs_wanted
+from ._launch import configuration, launch, on_its_device, pixel_stride, programs_wanted, workspace
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
 
-class Plan:
+class Partition:
     """How one call is cut: the tile, the parts that pixels are split into, and whether one kernel does it all."""
 
     def __init__(self, kind: str, x: Tensor, channels: int, groups: int) -> None:
@@ -54,8 +54,8 @@ def statistics(x: Tensor, parts: int) -> Tensor:
     n, c, h, w = x.shape
     options = dict(configuration("group_norm_silu.forward", x.device, (n, c, h * w)))
     t = tile(c, 1, h * w, x.stride(1) == 1, options.pop("elements"))
-    out = torch.empty((n, parts, 2, c), dtype=torch.float32, device=x.device)
-    statistics_kernel[(n * t.blocks * parts,)](
+    out = workspace((n, parts, 2, c), x.device)
+    launch(statistics_kernel, (n * t.blocks * parts,),
         x, out, *_strides(x), c, h * w, parts, ceil_div(h * w, parts), t.blocks,
         CHANNELS=t.channels, BLOCK_C=t.block_c, BLOCK_S=t.block_s, **options,
     )  # fmt: skip
@@ -86,8 +86,8 @@ def forward(
     """
     n, c = y.shape[:2]
     mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    plan = Plan("forward", x, c, num_groups)
-    if plan.parts > 1:
+    partition = Partition("forward", x, c, num_groups)
+    if partition.parts > 1:
         if x_statistics is None:
             x_statistics = statistics(x, statistics_parts)
         if skip is not None and skip_statistics is None:
@@ -96,12 +96,12 @@ def forward(
         skip_statistics = None  # two maps of a network: not worth a kernel compiled for the skip's alone
     x_parts = 0 if x_statistics is None else x_statistics.shape[1]
     skip_parts = 0 if skip_statistics is None else skip_statistics.shape[1]
-    forward_kernel[(plan.blocks * plan.parts,)](
+    launch(forward_kernel, (partition.blocks * partition.parts,),
         x, skip, x_statistics, skip_statistics, add, weight, bias, scale, shift, y, mean, rstd,
         *_strides(x), *_strides(skip), *_strides(y), _row_stride(add), _row_stride(scale), _row_stride(shift),
-        C=c, C1=x.shape[1], S=plan.pixels, eps=eps, **plan.cut, x_parts=x_parts, skip_parts=skip_parts,
-        BLOCK_G=plan.tile.block_g, X_PARTS=_room(x_parts), SKIP_PARTS=_room(skip_parts), SILU=silu,
-        **plan.constants(c // num_groups),
+        C=c, C1=x.shape[1], S=partition.pixels, eps=eps, **partition.cut, x_parts=x_parts, skip_parts=skip_parts,
+        BLOCK_G=partition.tile.block_g, X_PARTS=_room(x_parts), SKIP_PARTS=_room(skip_parts), SILU=silu,
+        **partition.constants(c // num_groups),
     )  # fmt: skip
     return mean, rstd
 
@@ -130,24 +130,24 @@ def backward(
     """Fill the gradients given. All but dx and dskip are (N, C), dweight and dbias still to be summed over N."""
     n, c = dy.shape[:2]
     group = c // mean.shape[1]
-    plan = Plan("backward", x, c, mean.shape[1])
+    partition = Partition("backward", x, c, mean.shape[1])
     sources = (x, skip, dy, mean, rstd, add, weight, bias, scale, shift)
     strides = (*_strides(x), *_strides(skip), *_strides(dy))
     row_strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     number = 2 if dadd is None else 3
     sums = None
-    if plan.parts > 1:
-        sums = torch.empty((n, plan.parts, number, c), dtype=torch.float32, device=x.device)
-        backward_sums_kernel[(plan.blocks * plan.parts,)](
-            *sources, sums, *strides, *row_strides, c, x.shape[1], plan.pixels, **plan.cut,
-            SUMS=number, SILU=silu, **plan.constants(group),
+    if partition.parts > 1:
+        sums = workspace((n, partition.parts, number, c), x.device)
+        launch(backward_sums_kernel, (partition.blocks * partition.parts,),
+            *sources, sums, *strides, *row_strides, c, x.shape[1], partition.pixels, **partition.cut,
+            SUMS=number, SILU=silu, **partition.constants(group),
         )  # fmt: skip
-    cut = plan.whole if dx is None and dskip is None else plan.cut
-    backward_kernel[(plan.blocks * cut["parts"],)](
+    cut = partition.whole if dx is None and dskip is None else partition.cut
+    launch(backward_kernel, (partition.blocks * cut["parts"],),
         *sources, sums, dx, dskip, dadd, dweight, dbias, dscale, dshift,
-        *strides, *_strides(dx), *_strides(dskip), *row_strides, C=c, C1=x.shape[1], S=plan.pixels, **cut,
-        sum_parts=plan.parts, BLOCK_G=plan.tile.block_g, SUM_PARTS=0 if sums is None else MOST_PARTS,
-        SUMS=number, SILU=silu, **plan.constants(group),
+        *strides, *_strides(dx), *_strides(dskip), *row_strides, C=c, C1=x.shape[1], S=partition.pixels, **cut,
+        sum_parts=partition.parts, BLOCK_G=partition.tile.block_g, SUM_PARTS=0 if sums is None else MOST_PARTS,
+        SUMS=number, SILU=silu, **partition.constants(group),
     )  # fmt: skip
 
 
@@ -157,10 +157,10 @@ def _room(parts: int) -> int:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of sample, channel and pixel."""
+    """Strides of sample, channel and pixel."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), pixel_stride(x))
 
 
 def _row_stride(row: Tensor | None) -> int:
-    """Of sample; rows of a single sample serve all."""
+    """Strides of sample; 0 where the rows of one sample serve all."""
     return 0 if row is None or row.shape[0] == 1 else row.stride(0)

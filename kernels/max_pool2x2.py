@@ -1,7 +1,9 @@
-"""Max pooling over 2x2 windows in Triton: a program has BLOCK windows, in the memory order of the output.
+"""Max pooling over 2x2 windows in Triton, a kernel for either memory format, each reading runs of 16 bytes.
 
-A contiguous tensor (N, C, H, W) is read as channels_last (N * C, 1, H, W), so one kernel serves both formats. All
-offsets are 64-bit; what is divided is not, but once a program.
+In channels_last memory the channels of a pixel lie side by side: a program has a tile of pixels of one row of windows
+by channels, and reads the four tiles that its windows are made of. In contiguous memory the two columns of a window lie
+side by side: a program has a tile of rows of windows by their columns, and reads the two rows of each whole, which
+registers then part into columns. Offsets of rows are 64-bit, those within a tile 32-bit.
 """
 
 import torch
@@ -9,21 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device
+from ._launch import configuration, launch, on_its_device
+from ._tiles import ceil_div, power_of_2
 
-
-@triton.jit
-def _windows(H, W, C, BLOCK: tl.constexpr):
-    """Offsets of the program's outputs, and in the input of the top left of their windows; both channels_last."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    width = W // 2 * C
-    row = start // width  # of all images
-    height = H // 2
-    i = (start % width).to(tl.int32) + tl.arange(0, BLOCK)  # counted from the beginning of that row
-    y = (row % height).to(tl.int32) + i // width  # counted from the first row of that image
-    image = row // height + y // height
-    i %= width
-    return start + tl.arange(0, BLOCK), ((image * H + y % height * 2) * W + i // C * 2) * C + i % C
+_WIDEST = 64  # channels of a tile: 128 bytes of a half type
 
 
 @triton.jit
@@ -32,57 +23,146 @@ def _comparable(x):
 
 
 @triton.jit
-def max_pool2x2_kernel(x_ptr, y_ptr, places_ptr, size, H, W, C, BLOCK: tl.constexpr):
-    o, first = _windows(H, W, C, BLOCK)
-    inside = o < size
-    y = _comparable(tl.load(x_ptr + first, inside, other=0))
-    place = tl.zeros((BLOCK,), tl.int32)
-    for i in tl.static_range(1, 4):
-        x = _comparable(tl.load(x_ptr + first + ((i // 2) * W + i % 2) * C, inside, other=0))
-        larger = (x > y) | (x != x)  # the first of equal values; NaN wins
-        y = tl.where(larger, x, y)
-        place = tl.where(larger, i, place)
-    tl.store(y_ptr + o, y, inside)
-    tl.store(places_ptr + o, place.to(tl.uint8), inside)
+def _take(y, place, x, i):
+    """The larger of y and x, the first of equal ones, NaN before all; and its place."""
+    larger = (x > y) | (x != x)
+    return tl.where(larger, x, y), tl.where(larger, i, place)
 
 
 @triton.jit
-def max_pool2x2_backward_kernel(dy_ptr, places_ptr, dx_ptr, size, H, W, C, BLOCK: tl.constexpr):
-    o, first = _windows(H, W, C, BLOCK)
-    inside = o < size
-    dy = tl.load(dy_ptr + o, inside, other=0)
-    place = tl.load(places_ptr + o, inside, other=0).to(tl.int32)
-    for i in tl.static_range(4):
-        dx = tl.where(place == i, dy, tl.zeros_like(dy))
-        tl.store(dx_ptr + first + ((i // 2) * W + i % 2) * C, dx, inside)
+def _largest(a, b, c, d):
+    y, place = _take(a, tl.zeros(a.shape, tl.int32), b, 1)
+    y, place = _take(y, place, c, 2)
+    return _take(y, place, d, 3)
+
+
+@triton.jit
+def _pixel_tile(H, W, C, pixel_blocks, channel_blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a tile: where its windows begin, in the input and in the output; offsets within both; what is inside."""
+    pid = tl.program_id(0)
+    channel = pid % channel_blocks * BLOCK_C
+    rest = pid // channel_blocks
+    first = rest % pixel_blocks * BLOCK_P
+    row = (rest // pixel_blocks).to(tl.int64)  # of the windows of all images
+    height = H // 2
+    top = (row // height * H + row % height * 2) * W
+    pixels = tl.arange(0, BLOCK_P)[:, None]
+    channels = tl.arange(0, BLOCK_C)[None, :]
+    inside = (first + pixels < W // 2) & (channel + channels < C)
+    read = (top + first * 2) * C + channel
+    written = (row * (W // 2) + first) * C + channel
+    return read, written, pixels * (2 * C) + channels, pixels * C + channels, inside
+
+
+@triton.jit
+def channels_last_kernel(
+    x, y, places, H, W, C, pixel_blocks, channel_blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    read, written, window, o, inside = _pixel_tile(H, W, C, pixel_blocks, channel_blocks, BLOCK_P, BLOCK_C)
+    upper = x + read
+    lower = upper + W.to(tl.int64) * C
+    a = _comparable(tl.load(upper + window, inside, other=0))
+    b = _comparable(tl.load(upper + C + window, inside, other=0))
+    c = _comparable(tl.load(lower + window, inside, other=0))
+    d = _comparable(tl.load(lower + C + window, inside, other=0))
+    value, place = _largest(a, b, c, d)
+    tl.store(y + written + o, value.to(y.dtype.element_ty), inside)
+    tl.store(places + written + o, place.to(tl.uint8), inside)
+
+
+@triton.jit
+def channels_last_backward_kernel(
+    dy, places, dx, H, W, C, pixel_blocks, channel_blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    read, written, window, o, inside = _pixel_tile(H, W, C, pixel_blocks, channel_blocks, BLOCK_P, BLOCK_C)
+    gradient = tl.load(dy + written + o, inside, other=0)
+    place = tl.load(places + written + o, inside, other=0)
+    zero = tl.zeros_like(gradient)
+    upper = dx + read
+    lower = upper + W.to(tl.int64) * C
+    tl.store(upper + window, tl.where(place == 0, gradient, zero), inside)
+    tl.store(upper + C + window, tl.where(place == 1, gradient, zero), inside)
+    tl.store(lower + window, tl.where(place == 2, gradient, zero), inside)
+    tl.store(lower + C + window, tl.where(place == 3, gradient, zero), inside)
+
+
+@triton.jit
+def _row_tile(rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Of a tile: offsets of its elements in the upper rows of its windows, and in the output; what is inside."""
+    pid = tl.program_id(0)
+    first = pid % column_blocks * BLOCK_W
+    row = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # of the windows of all maps
+    height = H // 2
+    top = (row // height * H + row % height * 2) * W
+    wide = first * 2 + tl.arange(0, 2 * BLOCK_W)
+    narrow = first + tl.arange(0, BLOCK_W)
+    valid = (row < rows)[:, None]
+    read = top[:, None] + wide[None, :]
+    written = (row * (W // 2))[:, None] + narrow[None, :]
+    return read, valid & (wide < W // 2 * 2)[None, :], written, valid & (narrow < W // 2)[None, :]
+
+
+@triton.jit
+def contiguous_kernel(x, y, places, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    read, inside, written, within = _row_tile(rows, H, W, column_blocks, BLOCK_R, BLOCK_W)
+    upper = _comparable(tl.load(x + read, inside, other=0))
+    lower = _comparable(tl.load(x + W + read, inside, other=0))
+    a, b = tl.split(tl.reshape(upper, (BLOCK_R, BLOCK_W, 2)))
+    c, d = tl.split(tl.reshape(lower, (BLOCK_R, BLOCK_W, 2)))
+    value, place = _largest(a, b, c, d)
+    tl.store(y + written, value.to(y.dtype.element_ty), within)
+    tl.store(places + written, place.to(tl.uint8), within)
+
+
+@triton.jit
+def contiguous_backward_kernel(
+    dy, places, dx, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    read, inside, written, within = _row_tile(rows, H, W, column_blocks, BLOCK_R, BLOCK_W)
+    gradient = tl.load(dy + written, within, other=0)
+    place = tl.load(places + written, within, other=0)
+    zero = tl.zeros_like(gradient)
+    upper = tl.join(tl.where(place == 0, gradient, zero), tl.where(place == 1, gradient, zero))
+    lower = tl.join(tl.where(place == 2, gradient, zero), tl.where(place == 3, gradient, zero))
+    tl.store(dx + read, tl.reshape(upper, (BLOCK_R, 2 * BLOCK_W)), inside)
+    tl.store(dx + W + read, tl.reshape(lower, (BLOCK_R, 2 * BLOCK_W)), inside)
+
+
+def _cut(channels_last: bool, n: int, c: int, h: int, w: int, block: int) -> tuple[int, tuple, dict[str, int]]:
+    """(programs, arguments, constants) of either kernel for maps of h x w pixels, in tiles of about `block` windows."""
+    height, width = h // 2, w // 2
+    if channels_last:
+        block_c = min(power_of_2(c), _WIDEST)
+        block_p = min(max(block // block_c, 1), power_of_2(width))
+        cut = ceil_div(width, block_p), ceil_div(c, block_c)
+        return n * height * cut[0] * cut[1], (h, w, c, *cut), {"BLOCK_P": block_p, "BLOCK_C": block_c}
+    block_w = min(power_of_2(width), block)
+    block_r = block // block_w
+    rows, columns = n * c * height, ceil_div(width, block_w)
+    return ceil_div(rows, block_r) * columns, (rows, h, w, columns), {"BLOCK_R": block_r, "BLOCK_W": block_w}
 
 
 @on_its_device
 def max_pool2x2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dense x (N, C, H, W), contiguous or channels_last -> maxima and uint8 places (N, C, H // 2, W // 2)."""
     n, c, h, w = x.shape
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    channels_last = x.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     y = torch.empty((n, c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
     places = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():
-        options = configuration("max_pool2x2", x.device)
-        channels = c if layout is torch.channels_last else 1
-        grid = (triton.cdiv(y.numel(), options["BLOCK"]),)
-        max_pool2x2_kernel[grid](x, y, places, y.numel(), h, w, channels, **options)
+        options = dict(configuration("max_pool2x2", x.device))
+        programs, cut, constants = _cut(channels_last, n, c, h, w, options.pop("BLOCK"))
+        kernel = channels_last_kernel if channels_last else contiguous_kernel
+        launch(kernel, (programs,), x, y, places, *cut, **constants, **options)
     return y, places
 
 
 @on_its_device
-def max_pool2x2_backward(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
-    """Dense dy and places, both channels_last or not -> the gradient of an input of `height` x `width`, likewise."""
-    n, c = dy.shape[:2]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    dx = torch.empty((n, c, height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)
-    if height % 2 or width % 2:
-        dx.zero_()  # the row and column that no window holds
+def max_pool2x2_backward(dy: Tensor, places: Tensor, dx: Tensor, channels_last: bool) -> None:
+    """Dense dy and places, both channels_last or not; every window of dx (N, C, H, W), likewise, is filled."""
     if dy.numel():
-        options = configuration("max_pool2x2", dy.device)
-        channels = c if channels_last else 1
-        grid = (triton.cdiv(dy.numel(), options["BLOCK"]),)
-        max_pool2x2_backward_kernel[grid](dy, places, dx, dy.numel(), height, width, channels, **options)
-    return dx
+        options = dict(configuration("max_pool2x2", dy.device))
+        programs, cut, constants = _cut(channels_last, *dx.shape, options.pop("BLOCK"))
+        kernel = channels_last_backward_kernel if channels_last else contiguous_backward_kernel
+        launch(kernel, (programs,), dy, places, dx, *cut, **constants, **options)

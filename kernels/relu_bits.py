@@ -1,8 +1,8 @@
 """The bits of ReLUs in Triton: packed in the pass that clamps, read in the pass that masks.
 
-Tensors are dense and treated as one run of memory. A program has a tile (BLOCK bytes, 8 bits): reading eight elements a
-byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and its
-bits. All offsets are 64-bit.
+Tensors are dense and treated as one run of memory. A program has a tile (BLOCK bytes, 8 bits): reading eight elements
+per byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and
+its bits. All offsets are 64-bit.
 """
 
 import math
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device
+from ._launch import configuration, launch, on_its_device
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def relu_bits_(y: Tensor, ceiling: float) -> Tensor:
     if bits.numel():
         options = configuration("relu_bits", y.device)
         grid = (triton.cdiv(bits.numel(), options["BLOCK"]),)
-        relu_bits_kernel[grid](y, bits, y.numel(), CEILING=None if ceiling == math.inf else ceiling, **options)
+        launch(relu_bits_kernel, grid, y, bits, y.numel(), CEILING=None if ceiling == math.inf else ceiling, **options)
     return bits
 
 
@@ -64,5 +64,5 @@ def mask_bits(dy: Tensor, bits: Tensor) -> Tensor:
     dx = torch.empty_like(dy)
     if bits.numel():
         options = configuration("relu_bits", dy.device)
-        mask_bits_kernel[(triton.cdiv(bits.numel(), options["BLOCK"]),)](dy, bits, dx, dy.numel(), **options)
+        launch(mask_bits_kernel, (triton.cdiv(bits.numel(), options["BLOCK"]),), dy, bits, dx, dy.numel(), **options)
     return dx

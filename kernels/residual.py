@@ -1,6 +1,6 @@
 """(h + skip + bias) * scale in Triton, on request with the statistics of the result that the next norm needs.
 
-One program a block of channels and a run of pixels of one sample; every tensor is addressed by the strides of sample,
+One program per block of channels and run of pixels of one sample; every tensor is addressed by the strides of sample,
 channel and pixel.
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._channels import program, store_statistics, tile_pointers, tile_step, welford_reduce, welford_update
-from ._launch import configuration, on_its_device, pixel_stride
+from ._launch import configuration, launch, on_its_device, pixel_stride
 from ._tiles import ceil_div, tile
 
 
@@ -59,7 +59,7 @@ def residual(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, y: Tens
     t = tile(c, 1, pixels, y.stride(1) == 1, options.pop("elements"))
     parts = ceil_div(pixels, t.block_s) if statistics is None else statistics.shape[1]
     strides = (stride for x in (h, skip, y) for stride in (x.stride(0), x.stride(1), pixel_stride(x)))
-    residual_kernel[(n * t.blocks * parts,)](
+    launch(residual_kernel, (n * t.blocks * parts,),
         h, skip, bias, y, statistics, *strides, c, pixels, scale, parts, ceil_div(pixels, parts), t.blocks,
         CHANNELS=t.channels, BLOCK_C=t.block_c, BLOCK_S=t.block_s, **options,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""to_uint8 in Triton: one program a BLOCK of output bytes of one image, so that stores are contiguous.
+"""to_uint8 in Triton: one program per BLOCK of output bytes of one image, so that stores are contiguous.
 
 x is addressed by the strides of image, channel and pixel, so that contiguous and channels_last memory are both read in
 place. All offsets are 64-bit.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import configuration, on_its_device, pixel_stride
+from ._launch import configuration, launch, on_its_device, pixel_stride
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def to_uint8(x: Tensor) -> Tensor:
     size = c * h * w
     blocks = triton.cdiv(size, options["BLOCK"])
     # the definition rounds the product before the sum: no fused multiply-add
-    to_uint8_kernel[(n * blocks,)](
+    launch(to_uint8_kernel, (n * blocks,),
         x, y, x.stride(0), x.stride(1), pixel_stride(x), size, blocks, C=c, enable_fp_fusion=False, **options
     )
     return y

@@ -17,7 +17,19 @@ SOURCES = [*PACKAGE, *KERNELS]
 COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "export", "info", "analyze")
 # From the bottom up. A module imports from its own layer and those below; the first layer stands beside them all.
 LAYERS = (
-    ("config", "errors", "files", "cli", "backend", "extension_sources", "kernels", "device", "signals", "settings"),
+    (
+        "config",
+        "errors",
+        "files",
+        "cli",
+        "backend",
+        "extension_sources",
+        "kernels",
+        "device",
+        "signals",
+        "settings",
+        "ranks",
+    ),
     ("bundled", "data", "interop"),
     ("ops",),
     ("layers",),

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import gdd_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("gdd_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -117,6 +119,14 @@ def test_sdist_and_the_wheel_made_of_it(checkout, environment, tmp_path):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     install(environment, wheel, cwd=tmp_path)
     assert probe(environment, tmp_path).is_relative_to(environment.parents[1])
+
+
+def test_one_version_everywhere():
+    changes = (ROOT / "CHANGELOG.md").read_text().split("\n## ", 2)[1]
+    version, dash, date = changes.partition("\n")[0].split()
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert version == gdd_fast.__version__ and dash == "-"
+    assert f"version: {version}" in citation and f"date-released: {date}" in citation
 
 
 @pytest.mark.parametrize("mode", ["default", "strict", pytest.param("compat", marks=pytest.mark.slow)])

@@ -12,8 +12,8 @@ from gdd_fast.distill import components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.ranks import World
 from gdd_fast.training import loop
-from gdd_fast.training.ranks import World
 
 SIZE = 16
 CLASSES = 3

@@ -19,6 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.cases.network_cases import compiled_cases as compiled_networks
+from benchmarks.cases.network_cases import generator_case, network_cases
+from benchmarks.cases.operator_cases import compiled_cases as compiled_operators
+from benchmarks.cases.operator_cases import operator_cases
+from benchmarks.cases.pipeline_cases import pipeline_cases
+from benchmarks.cases.training_cases import STEPS, training_cases
+from benchmarks.cases.training_cases import compiled_cases as compiled_training
 from benchmarks.harness.case import Case
 
 
@@ -46,69 +53,40 @@ DEFAULT = tuple(name for name in PARTS if name != "compiled")
 PROCESS_BYTES = 20 << 30
 """What a process checking the largest shape in float64 takes of a GPU, 14 GB, and something to spare."""
 
-_CIFAR = "cifar10-uncond-gdd-i"
+_BF16 = torch.bfloat16
 
 
 def cases_of(part: str, smoke: bool) -> list[Case]:
     """The cases of a part, the most important first; `smoke`: a few small ones, for a CPU."""
-    from benchmarks.cases.network_cases import network_cases
-    from benchmarks.cases.operator_cases import operator_cases
-    from benchmarks.cases.pipeline_cases import pipeline_cases
-    from benchmarks.cases.training_cases import training_cases
-
     match part:
         case "correctness":
-            return _correctness(smoke)
+            return operator_cases(False)[:9] if smoke else _correctness()
         case "inference":
             cases = network_cases(not smoke)
             return cases[:1] + cases[2:4] if smoke else cases  # one generator is enough
         case "train":
-            return training_cases(False, steps=("iteration",)) if smoke else _once(training_cases(True))
+            return training_cases(not smoke, steps=("iteration",) if smoke else STEPS)
         case "ops":
             return operator_cases(not smoke)[: 9 if smoke else None]
         case "pipelines":
-            cases = pipeline_cases(not smoke)
-            return cases[:3] if smoke else cases
+            return pipeline_cases(not smoke)[: 3 if smoke else None]
         case "compiled":
-            return [] if smoke else _compiled()
+            if smoke:
+                return []
+            networks = compiled_networks()
+            return [*networks[:2], compiled_training()[0], *networks[2:], *compiled_operators()]
     raise ValueError(f"{part} has no cases")
 
 
-def _correctness(smoke: bool) -> list[Case]:
+def _correctness() -> list[Case]:
     """Operators at every full shape, and whole networks, whose operators hand each other statistics.
 
     Both directions cover a forward alone; bytes have no backward. The networks take longest and come early, but for the
     first operators: what is wrong with one of those is better read there.
     """
-    from benchmarks.cases.network_cases import generator_case
-    from benchmarks.cases.operator_cases import operator_cases
-    from benchmarks.cases.training_cases import training_case
-    from benchmarks.peers.training import Setup
-
-    if smoke:
-        return operator_cases(False)[:9]
     operators = [c for c in operator_cases(True) if not c.group.endswith(" forward") or "to_uint8" in c.group]
-    bf16, first = torch.bfloat16, 2 * PARTS["correctness"].processes
+    first = 2 * PARTS["correctness"].processes
     # the largest batch of the largest network is checked where it is timed, alone on the GPU
     batches = (("ncsnpp-32", 256), ("ncsnpp-32", 16), ("ncsnpp-32", 1), ("adm-64", 16), ("ncsnpp-64", 16))
-    networks = [training_case("iteration", Setup(_CIFAR, 128))]
-    networks += [generator_case(name, n, bf16) for name, n in batches]
+    networks = [training_cases(True)[0], *(generator_case(name, n, _BF16) for name, n in batches)]
     return [*operators[:first], *networks, *operators[first:]]
-
-
-def _compiled() -> list[Case]:
-    from benchmarks.cases.network_cases import compiled_cases as networks
-    from benchmarks.cases.operator_cases import compiled_cases as operators
-    from benchmarks.cases.training_cases import training_case
-    from benchmarks.peers.training import Setup
-
-    cases = networks()
-    return [*cases[:2], training_case("iteration", Setup(_CIFAR, 128), compiled=True), *cases[2:], *operators()]
-
-
-def _once(cases: list[Case]) -> list[Case]:
-    """The first case of each name: a second one has the peers that are compiled, which are a part of their own."""
-    first: dict[tuple[str, str], Case] = {}
-    for case in cases:
-        first.setdefault((case.group, case.name), case)
-    return list(first.values())

@@ -115,8 +115,12 @@ def _generator(
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
         classes = None if labels is None else labels.argmax(1)  # as its users name them
-        # as when images are written
-        return peers.under_tf32(lambda: generator.run(z, classes, check_classes=False), None)
+
+        def call() -> Tensor:
+            """The public call, with its looks at classes and values, on the latents of all the peers."""
+            return generator(batch, classes, latents=z, output="float").permute(0, 3, 1, 2)
+
+        return peers.under_tf32(call, None)
 
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
-from gdd_fast.engine.folded_layers import FoldedUNet
+from gdd_fast.engine.folded_unet import FoldedUNet
 from gdd_fast.layers import convolution, self_attention
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.layers.skip_pair import Pair

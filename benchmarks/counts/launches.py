@@ -175,9 +175,9 @@ def _relu(module: ModuleType, call: ReluCall, batch: int, maps: Maps) -> None:
 
 
 def _pool(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
-    y, places = module.max_pool2x2(maps(batch, call.channels, call.resolution))
-    last = maps.layout is torch.channels_last
-    module.max_pool2x2_backward(y, places, call.resolution, call.resolution, last)
+    x = maps(batch, call.channels, call.resolution)
+    y, places = module.max_pool2x2(x)
+    module.max_pool2x2_backward(y, places, x, maps.layout is torch.channels_last)
 
 
 def _to_uint8(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:

@@ -5,7 +5,7 @@
     print(report)
     gdd_fast.restore(net)
 
-Known are the U-Nets of EDM and GDD as their own code builds or unpickles them, diffusers' UNet2DModel and the blocks it
+It knows the U-Nets of EDM and GDD as their own code builds or unpickles them, diffusers' UNet2DModel and the blocks it
 is made of, and frozen networks of convolutions, batch norms, ReLU and pooling such as timm's and torchvision's.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 from gdd_fast.acceleration import diffusers_unet as unet2d
 from gdd_fast.acceleration import edm_unet as edm
 from gdd_fast.acceleration import frozen
-from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.acceleration.summary import Entry, Report, restore
 from gdd_fast.backend import Backend
 from gdd_fast.errors import BackendError, InputError
@@ -40,15 +40,15 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[True]
 def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False) -> Network | tuple[Network, Report]:
     """Replace, in place, the forward of those modules of `net` that gdd_fast computes faster or in less memory.
 
-    Parameters, buffers, the state_dict, hooks and classes stay as they are; only how they compute changes. What depends
-    on modes, `requires_grad` or hooks is decided at every call, so the network can be trained, frozen, moved and
-    copied as before. A network that was accelerated already is restored first. See docs/accelerate.md.
+    Parameters, buffers, the state_dict, hooks and classes stay as they are; only the way they compute changes. What
+    depends on modes, `requires_grad` or hooks is decided at every call, so the network can be trained, frozen, moved
+    and copied as before. A network that was accelerated already is restored first. See docs/accelerate.md.
 
     Args:
         net: a module; put it on its device first, as what is worth replacing depends on it.
-        backend: "auto" replaces what is no slower on the network's device. Any other name, as of gdd_fast.backend,
-            replaces everything that is known and runs that implementation of the operators that have it, PyTorch's
-            definition of the others.
+        backend: "auto" replaces what is no slower on the network's device. Any other name of gdd_fast.backend replaces
+            everything that is known and runs that implementation of the operators that have it, PyTorch's definition of
+            the others.
         report: also return what was replaced, what was left, and why.
 
     Returns:
@@ -70,10 +70,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
             "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
             "them away (sequential offload), accelerate before these are added"
         )
-    plan = Plan(net, backend, torch.device("cpu") if first is None else first.device)
+    decisions = Decisions(net, backend, torch.device("cpu") if first is None else first.device)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
-        decide(plan)
-    done = plan.carry_out()
+        decide(decisions)
+    done = decisions.carry_out()
     if report:
         return net, done
     if not done.replaced:
@@ -82,7 +82,7 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
 
 
 def accelerate_foreign(net: nn.Module, backend: Backend = "auto") -> None:
-    """`accelerate` for a network of gdd_fast's whose layers are another library's (`Preconditioned.foreign`), else
-    nothing: what loops and samplers call for whatever network they are given, on its device. Nothing is said."""
+    """`accelerate` for a network whose layers come from another library (`Preconditioned.foreign`); leaves others
+    alone. Loops and samplers call it for every network they are given, once it is on its device. Prints nothing."""
     if getattr(net, "foreign", False):
         accelerate(net, backend=backend, report=True)

@@ -3,11 +3,11 @@
 That a norm follows a convolution is read off the forward of the module that holds both: it is traced once with its
 children as black boxes (torch.fx). The convolution's result must go to the norm and nowhere else.
 
-Folded weight and bias are made from the parameters in the call that uses them, and not kept: nothing tells when they
-would grow old. That is a pass over the weight in place of one over the map, and for backward the folded weight is saved
-in place of the norm's input; so a norm is folded where the map is the larger of the two by `MARGIN`. The convolution
-then computes with these and tells the norm, which hands its input on. It does so only within the forward that was
-traced (`Gate`): called from anywhere else, the convolution convolves and the norm normalises.
+Folded weight and bias are made from the parameters in the call that uses them, and not kept: nothing shows when they
+would be out of date. That is a pass over the weight in place of one over the map, and for backward the folded weight is
+saved in place of the norm's input; so a norm is folded where the map is the larger of the two by `MARGIN`. The
+convolution then computes with these and tells the norm, which hands its input on. It does so only within the forward
+that was traced (`Gate`): called from anywhere else, the convolution convolves and the norm normalises.
 """
 
 import copy
@@ -29,7 +29,7 @@ MARGIN = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 class _Running(threading.local):
-    """Of one thread: how deep it is in the forward of a gate's module, and the norms that are done for this call."""
+    """Per thread: how deep it is in the forward of a gate's module, and the norms that are done for this call."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -48,7 +48,7 @@ class Gate:
 
     @property
     def done(self) -> "set[Fold]":
-        """What convolutions have done of norms that have not been called since."""
+        """The norms whose work a convolution has done, and that have not been called since."""
         return self._running.done
 
     def __enter__(self) -> None:
@@ -124,7 +124,7 @@ class Fold:
         self.gate.done.add(self)
 
     def finished(self) -> bool:
-        """Asked by the norm, once a call: whether its work is done."""
+        """Asked by the norm, once per call: whether its work is done."""
         done = self.gate.done
         if self not in done:
             return False

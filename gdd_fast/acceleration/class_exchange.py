@@ -1,6 +1,6 @@
 """How a module computes differently and stays what it is: its class is exchanged for a subclass with another `forward`.
 
-The subclass is made of a mixin of ours, a `Fast`, and the module's own class, whose name it bears. So `isinstance`, the
+The subclass is made of a mixin of ours, a `Fast`, and the module's own class, whose name it takes. So `isinstance`, the
 state_dict, parameters, hooks, attributes and code that asks for a class name see no difference, `super().forward` is
 the original, and giving the class back restores it. PyTorch's parametrisations and FSDP2 work in the same way.
 
@@ -97,7 +97,7 @@ def give_back(module: nn.Module) -> bool:
 
 
 def covered(module: nn.Module) -> bool:
-    """Whether somebody else's class lies over ours, as of FSDP2 or a parametrisation, which `give_back` would lose."""
+    """Whether another class was put over ours, as FSDP2 and parametrisations do; `give_back` would lose it."""
     return isinstance(module, Fast) and "original" not in vars(type(module))
 
 
@@ -120,9 +120,9 @@ def library_class(module: str, name: str) -> type | None:
 def ordinary(module: nn.Module) -> bool:
     """Whether `module` is called to compute, with tensors as PyTorch makes them.
 
-    Not so under the transforms of torch.func and in forward-mode derivatives, which do not know our operators; while
-    torch.jit traces, whose result is to run without gdd_fast; and if a parameter is of a class of its own, quantised
-    or distributed, which knows what its own operators are.
+    It is not under the transforms of torch.func and in forward-mode derivatives, which do not know our operators; while
+    torch.jit traces, whose result is to run without gdd_fast; and if a parameter is of a class of its own, quantised or
+    distributed, which knows what its own operators are.
     """
     if torch.compiler.is_compiling():
         return plain(module)
@@ -153,9 +153,9 @@ def difference(
 ) -> str | None:
     """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
 
-    This is how a class is recognised that is known by its attributes alone, and how another version of a library shows.
+    This recognises a class that is known by its attributes alone, and detects another version of a library.
     The trial has random parameters: many of a trained network's start at zero, which hides what they multiply. The
-    module is in evaluation mode and unheard for the while.
+    module is in evaluation mode, and its hooks are off, during the trial.
     """
     if any("forward" in vars(child) for child in module.modules()):
         return "the forward of a layer in it was replaced on the instance: accelerate before that"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
 from gdd_fast.acceleration.class_exchange import Fast, library_class
-from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.backend import Backend
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import group_norm_silu, resample2d, residual
@@ -26,22 +26,22 @@ from gdd_fast.ops import group_norm_silu, resample2d, residual
 SIZE = 8  # of the images in trials
 
 
-def decide(plan: Plan) -> None:
+def decide(decisions: Decisions) -> None:
     """Decide about every block of diffusers' that the network has."""
-    planners = {
-        library_class("diffusers.models.resnet", "ResnetBlock2D"): _plan_resnet,
-        library_class("diffusers.models.attention_processor", "Attention"): _plan_attention,
-        library_class("diffusers.models.upsampling", "FirUpsample2D"): _plan_fir,
-        library_class("diffusers.models.downsampling", "FirDownsample2D"): _plan_fir,
+    deciders = {
+        library_class("diffusers.models.resnet", "ResnetBlock2D"): _decide_resnet,
+        library_class("diffusers.models.attention_processor", "Attention"): _decide_attention,
+        library_class("diffusers.models.upsampling", "FirUpsample2D"): _decide_fir,
+        library_class("diffusers.models.downsampling", "FirDownsample2D"): _decide_fir,
     }
-    planners.pop(None, None)
-    for module in plan.names:
-        for known, planner in planners.items():
-            if isinstance(module, known) and plan.undecided(module):
+    deciders.pop(None, None)
+    for module in decisions.names:
+        for known, decider in deciders.items():
+            if isinstance(module, known) and decisions.undecided(module):
                 if type(module).forward is known.forward:
-                    planner(plan, module)
+                    decider(decisions, module)
                 else:
-                    plan.leave(module, "its class has a forward of its own")
+                    decisions.leave(module, "its class has a forward of its own")
 
 
 # --- residual blocks
@@ -85,16 +85,16 @@ class FastResnet(Fast):
         return scaled_sum(x, h, 1 / float(self.output_scale_factor), state.residual)
 
 
-def _plan_resnet(plan: Plan, block: nn.Module) -> None:
-    norm = plan.backend_of(group_norm_silu.OPERATOR)
+def _decide_resnet(decisions: Decisions, block: nn.Module) -> None:
+    norm = decisions.backend_of(group_norm_silu.OPERATOR)
     parts = kinds(block, "norm1", "norm2", "nonlinearity")
     if norm is None:
-        plan.leave(block, plan.missing(group_norm_silu.OPERATOR))
+        decisions.leave(block, decisions.missing(group_norm_silu.OPERATOR))
         return
     if parts != {"norm1": nn.GroupNorm, "norm2": nn.GroupNorm, "nonlinearity": nn.SiLU}:
-        plan.leave(block, "it normalises or activates otherwise than by GroupNorm and SiLU")
+        decisions.leave(block, "it normalises or activates otherwise than by GroupNorm and SiLU")
         return
-    state = BlockState(norm, plan.backend_of(residual.OPERATOR), parts)
+    state = BlockState(norm, decisions.backend_of(residual.OPERATOR), parts)
 
     def inputs(generator: torch.Generator) -> Iterator[Tensor | None]:
         yield torch.randn(2, block.in_channels, SIZE, SIZE, generator=generator)
@@ -104,8 +104,8 @@ def _plan_resnet(plan: Plan, block: nn.Module) -> None:
     sampling = (type(block.upsample), type(block.downsample))
     options = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.time_emb_proj is None)
     like = (*options, sampling, block.conv_shortcut is None)
-    if plan.try_to_replace(block, FastResnet, state, "group_norm_silu and residual", inputs, like):
-        plan.absorb(block.norm1, block.norm2, block.nonlinearity)
+    if decisions.try_to_replace(block, FastResnet, state, "group_norm_silu and residual", inputs, like):
+        decisions.absorb(block.norm1, block.norm2, block.nonlinearity)
 
 
 # --- attention
@@ -156,28 +156,28 @@ class FastAttention(Fast):
         return y if scale == 1 else y * scale
 
 
-def _plan_attention(plan: Plan, block: nn.Module) -> None:
+def _decide_attention(decisions: Decisions, block: nn.Module) -> None:
     processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
     absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
     parts = kinds(block, "group_norm", "to_q", "to_k", "to_v")
     if type(block.processor) is not processor:
-        plan.leave(block, "its processor is not diffusers' scaled_dot_product_attention")
+        decisions.leave(block, "its processor is not diffusers' scaled_dot_product_attention")
         return
     if any(getattr(block, name, None) is not None for name in absent) or block.is_cross_attention:
-        plan.leave(block, "it attends to something else than the image's own pixels, or normalises more than once")
+        decisions.leave(block, "it attends to something else than the image's own pixels, or normalises more than once")
         return
     if parts != {"group_norm": nn.GroupNorm, "to_q": nn.Linear, "to_k": nn.Linear, "to_v": nn.Linear} or (
         block.to_k.weight.shape != block.to_q.weight.shape or block.to_v.weight.shape != block.to_q.weight.shape
     ):
-        plan.leave(block, "it is not made of a GroupNorm and three Linear layers of one size")
+        decisions.leave(block, "it is not made of a GroupNorm and three Linear layers of one size")
         return
-    norm = plan.backend_of(group_norm_silu.OPERATOR)
-    state = AttentionState(norm, plan.backend_of(residual.OPERATOR), parts, type(block.processor))
+    norm = decisions.backend_of(group_norm_silu.OPERATOR)
+    state = AttentionState(norm, decisions.backend_of(residual.OPERATOR), parts, type(block.processor))
     inputs = lambda generator: [torch.randn(2, block.query_dim, SIZE, SIZE, generator=generator)]
     like = (block.heads > 1, block.residual_connection, block.rescale_output_factor, block.to_q.bias is None)
     note = "one product for query, key and value; its norm reads the image as it lies"
-    if plan.try_to_replace(block, FastAttention, state, note, inputs, like):
-        plan.absorb(*(block._modules[name] for name in parts))
+    if decisions.try_to_replace(block, FastAttention, state, note, inputs, like):
+        decisions.absorb(*(block._modules[name] for name in parts))
 
 
 # --- filters
@@ -205,17 +205,17 @@ class FastFir(Fast):
         return resample2d.resample2d(x, state.kernel, up=state.up, padding=padding, backend=state.backend)
 
 
-def _plan_fir(plan: Plan, module: nn.Module) -> None:
-    backend = plan.backend_of(resample2d.OPERATOR)
+def _decide_fir(decisions: Decisions, module: nn.Module) -> None:
+    backend = decisions.backend_of(resample2d.OPERATOR)
     taps = tuple(module.fir_kernel)
     if module.use_conv:
-        plan.leave(module, "it filters and convolves in one")
+        decisions.leave(module, "it filters and convolves in one")
     elif len(taps) % 2 or taps != taps[::-1]:
-        plan.leave(module, "its filter is not symmetric with an even number of taps")
+        decisions.leave(module, "its filter is not symmetric with an even number of taps")
     elif backend is None:
-        plan.leave(module, plan.missing(resample2d.OPERATOR))
+        decisions.leave(module, decisions.missing(resample2d.OPERATOR))
     else:
         up = isinstance(module, library_class("diffusers.models.upsampling", "FirUpsample2D") or ())
         state = FilterState(resample_kernel(taps), backend, up)
         inputs = lambda generator: [torch.randn(2, 3, SIZE, SIZE, generator=generator)]
-        plan.try_to_replace(module, FastFir, state, "resample2d", inputs, (up, taps))
+        decisions.try_to_replace(module, FastFir, state, "resample2d", inputs, (up, taps))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gdd_fast.acceleration.blocks import kinds, normalise, scaled_sum, unchanged
 from gdd_fast.acceleration.class_exchange import Fast
-from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.backend import Backend
 from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.embedding import FourierEmbedding, KeepsFrequencies
@@ -38,24 +38,26 @@ OURS = (Conv2d, FourierEmbedding, GroupNorm, Linear, UNetBlock, SongUNet, Dhariw
 SIZE = 8  # of the images in trials
 
 
-def decide(plan: Plan) -> None:
+def decide(decisions: Decisions) -> None:
     """Decide about every layer and block of EDM's that the network has."""
-    for module in plan.names:
+    for module in decisions.names:
         if isinstance(module, OURS):
-            plan.leave(module, "it is gdd_fast's own and calls the operators itself")
-        elif not plan.undecided(module):
+            decisions.leave(module, "it is gdd_fast's own and calls the operators itself")
+        elif not decisions.undecided(module):
             continue
         elif _is_block(module):
-            _plan_block(plan, module)
+            _decide_block(decisions, module)
         elif _is_conv(module):
-            _plan_conv(plan, module)
+            _decide_conv(decisions, module)
         elif _is_linear(module):
             inputs = lambda generator, width=module.in_features: [torch.randn(2, width, generator=generator)]
-            plan.try_to_replace(module, FastLinear, None, "one operator in place of two", inputs, module.bias is None)
+            decisions.try_to_replace(
+                module, FastLinear, None, "one operator in place of two", inputs, module.bias is None
+            )
         elif _is_fourier(module):
             inputs = lambda generator: [torch.randn(2, generator=generator)]
             note = "its frequencies stay in float32 when the network is cast"
-            plan.try_to_replace(module, FastFourier, None, note, inputs, ())
+            decisions.try_to_replace(module, FastFourier, None, note, inputs, ())
 
 
 class FastFourier(KeepsFrequencies, Fast):
@@ -136,27 +138,27 @@ def _is_conv(module: nn.Module) -> bool:
     )
 
 
-def _plan_conv(plan: Plan, conv: nn.Module) -> None:
+def _decide_conv(decisions: Decisions, conv: nn.Module) -> None:
     taps, fused = conv.resample_filter, getattr(conv, "fused_resample", False)
     if taps is not None and (taps.dim() != 4 or taps.shape[:2] != (1, 1) or taps.shape[-1] % 2):
-        plan.leave(conv, "it resamples with a filter of an odd number of taps")
+        decisions.leave(conv, "it resamples with a filter of an odd number of taps")
         return
     if fused and conv.up:
-        plan.leave(conv, "it convolves while upsampling (fused_resample)")
+        decisions.leave(conv, "it convolves while upsampling (fused_resample)")
         return
-    backend = plan.backend_of(RESAMPLE)
+    backend = decisions.backend_of(RESAMPLE)
     frozen = conv.weight is not None and not conv.weight.requires_grad
     notes = ["resamples by resample2d"] if taps is not None and backend is not None else []
     notes += ["adds its bias itself"] if conv.bias is not None else []
     notes += ["frozen: keeps no input for backward"] if frozen else []
     if not notes:
-        plan.leave(conv, plan.missing(RESAMPLE))
+        decisions.leave(conv, decisions.missing(RESAMPLE))
         return
     taps = () if taps is None else tuple(taps.flatten().tolist())
     kernel = None if conv.weight is None else conv.weight.shape[-1]
     inputs = lambda generator: [torch.randn(2, conv.in_channels, SIZE, SIZE, generator=generator)]
     like = (conv.up, conv.down, fused, taps, kernel, conv.bias is None)
-    plan.try_to_replace(conv, FastConv, ConvState(backend or "torch"), "; ".join(notes), inputs, like)
+    decisions.try_to_replace(conv, FastConv, ConvState(backend or "torch"), "; ".join(notes), inputs, like)
 
 
 # --- blocks
@@ -205,15 +207,15 @@ def _is_block(module: nn.Module) -> bool:
     return children <= module._modules.keys() and all(hasattr(module, name) for name in attributes)
 
 
-def _plan_block(plan: Plan, block: nn.Module) -> None:
-    norm = plan.backend_of(group_norm_silu.OPERATOR)
+def _decide_block(decisions: Decisions, block: nn.Module) -> None:
+    norm = decisions.backend_of(group_norm_silu.OPERATOR)
     heads = block.num_heads
     if norm is None and not heads:
-        plan.leave(block, plan.missing(group_norm_silu.OPERATOR))
+        decisions.leave(block, decisions.missing(group_norm_silu.OPERATOR))
         return
     norms = kinds(block, "norm0", "norm1", "norm2")
-    by = "auto" if plan.backend == "auto" else plan.backend_of(attention.OPERATOR)
-    state = BlockState(norm, by, plan.backend_of(residual.OPERATOR), norms)
+    by = "auto" if decisions.backend == "auto" else decisions.backend_of(attention.OPERATOR)
+    state = BlockState(norm, by, decisions.backend_of(residual.OPERATOR), norms)
     parts = ["group_norm_silu and residual"] if norm is not None else []
     parts += ["attention without its matrix of probabilities"] if heads else []
 
@@ -225,5 +227,5 @@ def _plan_block(plan: Plan, block: nn.Module) -> None:
     sampling = tuple(getattr(conv, name, None) for name in ("up", "down", "fused_resample"))
     head_dim = heads and conv.weight.shape[0] // heads  # not every width has kernels
     like: Any = (head_dim, block.adaptive_scale, float(block.skip_scale), block.skip is None, sampling)
-    if plan.try_to_replace(block, FastBlock, state, ", ".join(parts), inputs, like):
-        plan.absorb(*(block._modules[name] for name in norms))
+    if decisions.try_to_replace(block, FastBlock, state, ", ".join(parts), inputs, like):
+        decisions.absorb(*(block._modules[name] for name in norms))

@@ -26,7 +26,7 @@ from gdd_fast.acceleration.batch_norm import (
     sequence,
 )
 from gdd_fast.acceleration.class_exchange import Fast, library_class, obstacle
-from gdd_fast.acceleration.replacements import Plan
+from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.backend import Backend
 from gdd_fast.ops import max_pool2x2 as pooling
 from gdd_fast.ops import relu_bits as bits
@@ -37,18 +37,18 @@ from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
 TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep its input"
 
 
-def decide(plan: Plan) -> None:
+def decide(decisions: Decisions) -> None:
     """Decide about every convolution, batch norm, ReLU and pooling of the network."""
-    folds = _plan_batch_norms(plan)
-    for module in plan.names:
-        if not plan.undecided(module):
+    folds = _decide_batch_norms(decisions)
+    for module in decisions.names:
+        if not decisions.undecided(module):
             continue
         if isinstance(module, nn.Conv2d):
-            _plan_conv(plan, module, folds.get(module))
+            _decide_conv(decisions, module, folds.get(module))
         elif isinstance(module, nn.ReLU | nn.ReLU6):
-            _plan_relu(plan, module)
+            _decide_relu(decisions, module)
         elif isinstance(module, nn.MaxPool2d):
-            _plan_pool(plan, module)
+            _decide_pool(decisions, module)
 
 
 # --- convolutions
@@ -106,15 +106,15 @@ def _saves(x: Tensor, conv: nn.Conv2d) -> bool:
     return fits and x.requires_grad and torch.is_grad_enabled() and not conv.weight.requires_grad
 
 
-def _plan_conv(plan: Plan, conv: nn.Conv2d, fold: Fold | None) -> None:
+def _decide_conv(decisions: Decisions, conv: nn.Conv2d, fold: Fold | None) -> None:
     mixin, reason = _conv_mixin(conv)
     if reason is not None:
-        plan.leave(conv, reason)
+        decisions.leave(conv, reason)
         return
     note = "frozen: keeps no input for backward"
     if fold is not None:
         note += "; in eval mode does the work of the batch norm after it on maps larger than its weight"
-    plan.replace(conv, mixin, ConvState(_padding(conv), fold), note)
+    decisions.replace(conv, mixin, ConvState(_padding(conv), fold), note)
 
 
 def _conv_mixin(conv: nn.Conv2d) -> tuple[type[FastConv], str | None]:
@@ -143,28 +143,28 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 # --- batch norms
 
 
-def _plan_batch_norms(plan: Plan) -> dict[nn.Module, Fold]:
+def _decide_batch_norms(decisions: Decisions) -> dict[nn.Module, Fold]:
     """The folds by convolution; every batch norm is decided about."""
     norms: dict[nn.Module, type[Fast]] = {}
-    for module in plan.names:
+    for module in decisions.names:
         if isinstance(module, nn.BatchNorm2d):
             mixin = _norm_mixin(module)
             if mixin is None:
-                plan.leave(module, "its class has a forward of its own")
+                decisions.leave(module, "its class has a forward of its own")
             elif not frozen(module):
-                plan.leave(module, "its parameters are trained (requires_grad)")
+                decisions.leave(module, "its parameters are trained (requires_grad)")
             elif module.running_mean is None:
-                plan.leave(module, "it has no running statistics: it normalises by those of the batch")
+                decisions.leave(module, "it has no running statistics: it normalises by those of the batch")
             else:
                 norms[module] = mixin
 
     folds: dict[nn.Module, Fold] = {}
     why: dict[nn.Module, str] = {}
-    for parent in plan.names:
+    for parent in decisions.names:
         inside = [child for child in parent.children() if child in norms]
         if not inside:
             continue
-        reason = obstacle(parent) if plan.undecided(parent) else "its holder is decided about otherwise"
+        reason = obstacle(parent) if decisions.undecided(parent) else "its holder is decided about otherwise"
         try:
             arity, pairs = (0, []) if reason is not None else sequence(parent)
         except Untraceable as error:
@@ -174,15 +174,17 @@ def _plan_batch_norms(plan: Plan) -> dict[nn.Module, Fold]:
         for norm in inside:
             conv = before.get(norm)
             why[norm] = reason or _unfoldable(conv, norm) or ""
-            if not why[norm] and plan.undecided(norm) and conv not in folds:
+            if not why[norm] and decisions.undecided(norm) and conv not in folds:
                 gate = gate or Gate(arity)
                 fold = folds[conv] = Fold(conv, norm, gate)
-                plan.replace(norm, norms[norm], fold, "in eval mode done by the convolution before it")
+                decisions.replace(norm, norms[norm], fold, "in eval mode done by the convolution before it")
         if gate is not None:
-            plan.replace(parent, FastParent, gate, "holds convolutions and batch norms that are folded while it runs")
+            decisions.replace(
+                parent, FastParent, gate, "holds convolutions and batch norms that are folded while it runs"
+            )
     for norm in norms:
-        if plan.undecided(norm):
-            plan.leave(norm, why.get(norm) or "it is held by a module that does not call it")
+        if decisions.undecided(norm):
+            decisions.leave(norm, why.get(norm) or "it is held by a module that does not call it")
     return folds
 
 
@@ -222,29 +224,29 @@ class FastRelu(Fast):
         return relu_bits(x, self._gdd_fast.activation, self.inplace, self._gdd_fast.backend)
 
 
-def _plan_relu(plan: Plan, relu: nn.ReLU | nn.ReLU6) -> None:
+def _decide_relu(decisions: Decisions, relu: nn.ReLU | nn.ReLU6) -> None:
     six = isinstance(relu, nn.ReLU6)
-    backend = plan.backend_of(bits.OPERATOR)
+    backend = decisions.backend_of(bits.OPERATOR)
     if type(relu).forward is not (nn.ReLU6 if six else nn.ReLU).forward:
-        plan.leave(relu, "its class has a forward of its own")
-    elif any(p.requires_grad for p in _surroundings(plan, relu).parameters()):
-        plan.leave(relu, "the network around it is trained: the next layer keeps the activation anyway")
+        decisions.leave(relu, "its class has a forward of its own")
+    elif any(p.requires_grad for p in _surroundings(decisions, relu).parameters()):
+        decisions.leave(relu, "the network around it is trained: the next layer keeps the activation anyway")
     elif backend is None:
-        plan.leave(relu, plan.missing(bits.OPERATOR))
+        decisions.leave(relu, decisions.missing(bits.OPERATOR))
     else:
         state = ReluState("relu6" if six else "relu", backend)
-        plan.replace(relu, FastRelu, state, "keeps one bit per element for backward")
+        decisions.replace(relu, FastRelu, state, "keeps one bit per element for backward")
 
 
-def _surroundings(plan: Plan, module: nn.Module) -> nn.Module:
+def _surroundings(decisions: Decisions, module: nn.Module) -> nn.Module:
     """The nearest module around this one that has parameters, or the network."""
-    path = plan.names[module]
+    path = decisions.names[module]
     while path:
         path = path.rpartition(".")[0]
-        around = plan.net.get_submodule(path)
+        around = decisions.net.get_submodule(path)
         if any(True for _ in around.parameters()):
             return around
-    return plan.net
+    return decisions.net
 
 
 class FastMaxPool(Fast):
@@ -259,15 +261,15 @@ class FastMaxPool(Fast):
         return pooling.max_pool2x2(x, self._gdd_fast)
 
 
-def _plan_pool(plan: Plan, pool: nn.MaxPool2d) -> None:
+def _decide_pool(decisions: Decisions, pool: nn.MaxPool2d) -> None:
     pair = lambda value: (value, value) if isinstance(value, int) else tuple(value)
     windows = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
-    backend = plan.backend_of(pooling.OPERATOR)
+    backend = decisions.backend_of(pooling.OPERATOR)
     if type(pool).forward is not nn.MaxPool2d.forward:
-        plan.leave(pool, "its class has a forward of its own")
+        decisions.leave(pool, "its class has a forward of its own")
     elif windows != ((2, 2), (2, 2), (0, 0), (1, 1)) or pool.ceil_mode or pool.return_indices:
-        plan.leave(pool, "its windows are not 2x2 with stride 2 and no padding")
+        decisions.leave(pool, "its windows are not 2x2 with stride 2 and no padding")
     elif backend is None:
-        plan.leave(pool, plan.missing(pooling.OPERATOR))
+        decisions.leave(pool, decisions.missing(pooling.OPERATOR))
     else:
-        plan.replace(pool, FastMaxPool, backend, "keeps one byte per output for backward")
+        decisions.replace(pool, FastMaxPool, backend, "keeps one byte per output for backward")

@@ -13,7 +13,7 @@ from gdd_fast.backend import Backend, Operator, resolve
 
 
 @dataclass
-class Plan:
+class Decisions:
     """The modules of a network, and what was decided about each; a module is decided about once.
 
     `place` is the device that the network is on; its type decides what "auto" finds worth replacing.

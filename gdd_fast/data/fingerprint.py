@@ -1,4 +1,4 @@
-"""What a run is made from, told by content: a file may move or be packed anew, and is still the same.
+"""Digests of what a run is made from: a file may move or be packed again and still counts as the same.
 
 A run resumes only with the teacher and the images that it began with, and a report holds only for those it measured.
 `gdd_fast.models.files.load.network_digest` is the same for a network.
@@ -12,7 +12,7 @@ import numpy as np
 from gdd_fast.data import ImageDataset
 
 SAMPLE = 256
-"""Images of a data set that are looked at."""
+"""How many images of a data set are hashed."""
 
 
 def dataset_digest(dataset: ImageDataset) -> str:

@@ -9,7 +9,7 @@ class ShardedOrder:
     """An endless sequence of item indices, the same on every rank, of which a rank takes every `world_size`-th.
 
     Epoch e is a permutation of all `size` items drawn from (seed, e) alone, so any place in the sequence can be reached
-    without going through what lies before it, and between them the ranks visit every item exactly once an epoch.
+    without going through what lies before it, and between them the ranks visit every item exactly once per epoch.
     """
 
     def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1):

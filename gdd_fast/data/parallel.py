@@ -14,7 +14,7 @@ _MOST_THREADS = 16  # what is left under the lock saturates before this
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` on a pool of threads, one a core this process may use: in order, and only a few results ahead of use.
+    """`map` on a pool of threads, one per core of this process: in order, and only a few results ahead of use.
 
     The first error in the order of `items` is raised, and nothing more is started.
     """

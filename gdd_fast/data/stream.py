@@ -18,7 +18,7 @@ _STATE_KEYS = {"seed", "epoch", "position", "size", "x_flip"}
 class BatchStream:
     """Iterator of (images uint8 (batch, C, H, W), labels float32 one-hot (batch, label_dim) or None), both on `device`.
 
-    batch: images a step on this rank. seed, rank, world_size: see `ShardedOrder`.
+    batch: images per step on this rank. seed, rank, world_size: see `ShardedOrder`.
     x_flip: as in EDM the set counts twice, the second time mirrored: an epoch shows each image both ways.
     workers: processes that decode ahead when the set is streamed; 0 decodes in this process.
     memory_limit: bytes. A set that fits is held as one uint8 tensor on `device` and `workers` is not used; a larger one

@@ -20,9 +20,9 @@ from gdd_fast.metrics.population import Needs
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.ranks import World
 from gdd_fast.sampling.generate import SamplerConfig
 from gdd_fast.training.checkpoint import Checkpoint
-from gdd_fast.training.ranks import World
 
 if TYPE_CHECKING:
     from gdd_fast.distill.components import Components

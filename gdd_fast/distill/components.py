@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, plan
+from gdd_fast.backend import Backend, resolve_all
 from gdd_fast.bundled import teacher_path
 from gdd_fast.config import CLASS_TABLES, Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
@@ -62,7 +62,9 @@ def build(config: TrainConfig) -> Components:
     """
     config.validate()
     device = pick_device(config.run.device).type
-    plan(config.run.backend, OPERATORS, device)  # a backend that cannot run here is refused before anything is read
+    resolve_all(
+        config.run.backend, OPERATORS, device
+    )  # a backend that cannot run here is refused before anything is read
     dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
     teacher = load_teacher(given(config.generator.teacher, "--teacher"))
     broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
@@ -146,7 +148,7 @@ def build_heads(
 
 
 def _check_fit(generator: Preconditioned, dataset: ImageDataset, config: TrainConfig) -> None:
-    """The teacher has to speak of the same kind of images as the data set."""
+    """Raise WeightsError unless the teacher makes images of the size, channels and classes of the data set."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)
     if ours != teachers:

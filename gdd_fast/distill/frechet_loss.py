@@ -33,13 +33,13 @@ class FrechetLoss(nn.Module):
     """
 
     features: Tensor
-    """Float32 (population, F), the place of the `oldest` ones next to be taken."""
+    """Float32 (population, F); new ones take the place of the `oldest`."""
     oldest: Tensor
     total: Tensor
     """Sums over the population of x and of x x^T, for x = feature - the data's mean: `products`. Float64."""
     products: Tensor
     mean: Tensor
-    """Of the population when `refresh` looked at it, and with it T's matrix `transport` and the `distance`."""
+    """The population's mean at the last `refresh`, with T's matrix `transport` and the `distance` from then."""
     transport: Tensor
     distance: Tensor
     filled: Tensor
@@ -95,7 +95,8 @@ class FrechetLoss(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take statistics of the population as it is: the distance, and where to each feature ought to go."""
+        """Take statistics of the population as it is: the distance, and the map T that says where each feature should
+        move."""
         count = len(self.features)
         shift = self.total / count
         covariance = (self.products - count * torch.outer(shift, shift)) / (count - 1)

@@ -24,18 +24,18 @@ from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.ranks import World
 from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
-from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
-from gdd_fast.training.ranks import World
 
 GRID_SEEDS = range(64)
 
@@ -252,7 +252,7 @@ class Distillation:
     def _guards(self) -> dict[str, StepGuard]:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[Sections, dict[str, Any]]:
         sections = {
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
@@ -289,8 +289,8 @@ class Distillation:
         for name, guard in self._guards().items():
             guard.restore(saved.values["skipped"][name])
 
-    def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+    def export(self, run_dir: Path, sections: Sections) -> None:
+        save_network(self.ema.net, run_dir / RUN_GENERATOR, weights=sections["ema"])  # type: ignore[arg-type]
         report_page.refresh(run_dir)
 
     def exported(self, run_dir: Path) -> bool:

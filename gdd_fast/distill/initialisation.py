@@ -1,4 +1,4 @@
-"""What a generator starts from beside its teacher's weights: what is left when their knowledge is taken away."""
+"""What a generator starts from in place of its teacher's weights: random ones, or the teacher's in another order."""
 
 import copy
 

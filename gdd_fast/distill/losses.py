@@ -56,6 +56,6 @@ def r1_penalty(images: Tensor, logits: Logits) -> Tensor:
 
 
 def mean_and_positive(logits: Logits) -> tuple[Tensor, Tensor]:
-    """Of all logits, detached, the mean and the share above zero, which take an image for real; for the log."""
+    """The mean of all logits and the share above zero (images taken for real ones), detached; for the log."""
     flat = torch.cat([head.detach().float().flatten() for heads in logits for head in heads])
     return flat.mean(), (flat > 0).float().mean()

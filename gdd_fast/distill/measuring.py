@@ -20,13 +20,13 @@ from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.ranks import World
 from gdd_fast.sampling.generate import SamplerConfig
-from gdd_fast.training.ranks import World
 
 BEST = "best"
 """Folder of the run: a network folder for each value, and best.json with the values and when they were reached."""
 TEACHER = "teacher_"
-"""Before the keys of the teacher's values."""
+"""What the keys of the teacher's values begin with."""
 _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 
@@ -50,22 +50,12 @@ def build_measurement(
         weights.setdefault("lite0", lite0)
     measurement = Measurement(requests, weights=weights, device=device)
     shape = (generator.img_channels, generator.img_resolution, generator.img_resolution)
-    measurement.references(run.evaluate_ref, shape, complete=True)
+    known = measurement.references(run.evaluate_ref, shape, complete=True)
     real = load_data(run.evaluate_data or given(config.data.data, "--data"))
     if real.shape != shape:
         raise ConfigError(f"the images to evaluate with are {real.shape}, and the generator makes {shape}")
+    measurement.check_counts(run.evaluate_images, [len(real) if kept is None else kept.count or None for kept in known])
     return measurement
-
-
-def shared_judges(config: TrainConfig, measurement: Measurement) -> list[str]:
-    """A line for each feature network that the discriminator looks through too."""
-    backbones = {name.removesuffix("_bn") for name in config.discriminator.backbones}
-    return [
-        f"note: {extractor.name} is also a backbone of the discriminator, so the generator is trained against the "
-        "features that judge it. Measure with another network beside it, such as fd@lite2 or fid."
-        for extractor in measurement.extractors
-        if extractor.backbone in backbones
-    ]
 
 
 class Evaluation:
@@ -131,7 +121,8 @@ class Evaluation:
                 population.all_gather()
 
     def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
-        """Write `net` under the name of each value that is the best so far. After a crash lost work may be among it."""
+        """Write `net` under the name of each value that is the best so far. After a crash it may come from work that
+        was lost."""
         folder = self.config.run_dir / BEST
         best = read_best(self.config.run_dir)
         for key, value in values.items():

@@ -25,18 +25,18 @@ from gdd_fast.models.files.load import holds_network
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
+from gdd_fast.ranks import World
 from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
 from gdd_fast.settings import Settings
 from gdd_fast.training.batches import chunks, split_batch
-from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
+from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import AdamEma, StepGuard
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
-from gdd_fast.training.ranks import World
 
 SIGMA_DATA = 0.5
 GRID_SEEDS = range(36)
@@ -100,6 +100,9 @@ class PretrainConfig(Settings):
     """Ticks between checkpoints."""
     keep_checkpoints: int = 1
     """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
+    cannot be written ends the run at the next checkpoint."""
     max_hours: float | None = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     max_skipped_steps: int = 10
@@ -205,7 +208,7 @@ class Pretraining:
             )
         return {"skipped_steps": float(self.guard.skipped)}
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[Sections, dict[str, Any]]:
         sections = {
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
@@ -223,8 +226,8 @@ class Pretraining:
         self.stream.load_state_dict(saved.values["stream"])
         self.guard.restore(saved.values["skipped"])
 
-    def export(self, run_dir: Path) -> None:
-        save_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+    def export(self, run_dir: Path, sections: Sections) -> None:
+        save_network(self.ema.net, run_dir / TEACHER, weights=sections["ema"])  # type: ignore[arg-type]
         report_page.refresh(run_dir)
 
     def exported(self, run_dir: Path) -> bool:

@@ -9,20 +9,21 @@ from gdd_fast.device import gpu_arithmetic
 from gdd_fast.distill import comparison, components, memory_forecast
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
-from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
+from gdd_fast.distill.measuring import Evaluation, build_measurement
 from gdd_fast.files import check_writable
+from gdd_fast.metrics.shared_judges import shared_judges
 from gdd_fast.models.files.load import RUN_GENERATOR
+from gdd_fast.ranks import is_main, join, world_size
 from gdd_fast.report import report_page
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.loggers import check_loggers
-from gdd_fast.training.ranks import is_main, join, world_size
 from gdd_fast.training.run_lock import only_process
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     images: int
     """Real images seen in the run's whole life."""
@@ -41,7 +42,7 @@ class Result:
 
 
 def preflight(config: TrainConfig) -> Components:
-    """The parts of a run, once everything is checked that could keep the run from its end. Writes nothing.
+    """Check everything that could keep the run from finishing, and return its parts. Writes nothing.
 
     Raises:
         GddFastError: bad input.
@@ -52,17 +53,12 @@ def preflight(config: TrainConfig) -> Components:
     built = components.build(config)
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
-    if measures(config):
+    if config.run.measures:
         build_measurement(config, built.generator)
     check_loggers(loggers(config.run.log))
     defaults = default_settings(config)
     loop.check_same_run(config.run_dir, to_dict(config), built.contents, config.total_images, defaults)
     return built
-
-
-def measures(config: TrainConfig) -> bool:
-    """Whether the run measures its generator before the end."""
-    return bool(config.run.evaluate_ticks or config.run.evaluate_at_start)
 
 
 def distill(config: TrainConfig) -> Result:
@@ -91,16 +87,17 @@ def _distill(config: TrainConfig) -> Result:
         at_start=run.evaluate_at_start,
         keep_checkpoints=run.keep_checkpoints,
         max_hours=run.max_hours,
+        async_checkpoints=run.async_checkpoints,
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
         evaluation = None
-        if measures(config):
+        if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)
             evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
             if world.is_main:
-                for line in shared_judges(config, measurement):
+                for line in shared_judges(config.discriminator.backbones, measurement.extractors):
                     print(line, file=sys.stderr)
         task = Distillation(config, built, world, evaluation)
         if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():

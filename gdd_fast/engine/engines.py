@@ -8,28 +8,35 @@ event keeps the order.
 
 Shapes never change within a graph, so cuDNN tries its convolutions for them in the warm-up and keeps the fastest
 (`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for. A convolution that the thread has
-run before without trials keeps what was chosen then: PyTorch looks plans up by the convolution alone.
+run before without trials keeps what was chosen then: PyTorch keeps its choice by the convolution alone.
 
 A graph keeps the arithmetic it was captured with, so float32 is captured in full fp32: `dtype="float32"` would else
 mean TF32 or not by what a switch of the process was at the first call.
 """
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from gdd_fast.device import full_float32
 from gdd_fast.errors import BackendError, ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
-Network = Callable[[Tensor, Tensor | None], Tensor]
-"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), the caller's to keep."""
+Network = Callable[[Tensor, Tensor | None], Any]
+"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes of
+them: the caller's to keep."""
+Finish = Callable[[Tensor], tuple[Tensor, ...]]
+"""What is done with the images as a part of the evaluation; always the same object for the same thing."""
+Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]
+"""A `Network`, and what is to be done with its images."""
 
 MAX_GRAPHS = 8
 _WARM_UP = 3  # calls before a capture
@@ -54,23 +61,28 @@ def choose_engine(engine: Engine, device: torch.device) -> Engine:
     if engine == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"engine 'graph' is of CUDA graphs and cannot run on {device}; use 'eager' or 'compile'")
+        raise BackendError(f"engine 'graph' is CUDA graphs, which cannot run on {device}; use 'eager' or 'compile'")
     return engine
 
 
-def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Network:
+def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Runner:
     """`network` under `engine`, as `choose_engine` returned it."""
     match engine:
         case "compile":
-            return torch.compile(network)
+            return functools.partial(_finished, torch.compile(network))
         case "graph":
             return GraphCache(network, CudaCapture(device))
         case _:
-            return network
+            return functools.partial(_finished, network)
+
+
+def _finished(network: Network, latents: Tensor, rows: Tensor | None, finish: Finish | None = None) -> Any:
+    images = network(latents, rows)
+    return images if finish is None else finish(images)
 
 
 class GraphCache:
-    """A network that is captured once for every batch size, of which the last `limit` used are kept.
+    """A network that is captured once for every batch size and `Finish`, of which the last `limit` used are kept.
 
     One thread at a time: a graph's inputs and images lie in memory that all its replays share.
     """
@@ -81,19 +93,20 @@ class GraphCache:
         self.network = network
         self.capture = capture
         self.limit = limit
-        self.graphs: OrderedDict[int, Network] = OrderedDict()
+        self.graphs: OrderedDict[tuple[int, Finish | None], Network] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, latents: Tensor, rows: Tensor | None) -> Tensor:
-        batch = len(latents)
+    def __call__(self, latents: Tensor, rows: Tensor | None, finish: Finish | None = None) -> Any:
+        key = len(latents), finish
         with self._lock:
-            if batch not in self.graphs:
+            if key not in self.graphs:
                 while len(self.graphs) >= self.limit:
                     self.capture.drain()
                     self.graphs.popitem(last=False)  # before the capture, which can then use its memory
-                self.graphs[batch] = self.capture(self.network, latents, rows)
-            self.graphs.move_to_end(batch)
-            return self.graphs[batch](latents, rows)
+                network = functools.partial(_finished, self.network, finish=finish)
+                self.graphs[key] = self.capture(network, latents, rows)
+            self.graphs.move_to_end(key)
+            return self.graphs[key](latents, rows)
 
 
 class CudaCapture:
@@ -124,14 +137,14 @@ class CudaCapture:
                 images = network(latents, rows)
             torch.cuda.current_stream().wait_stream(self.stream)
 
-        def replay(new_latents: Tensor, new_rows: Tensor | None) -> Tensor:
+        def replay(new_latents: Tensor, new_rows: Tensor | None) -> Any:
             with torch.cuda.device(self.device):
                 torch.cuda.current_stream().wait_event(self.idle)  # the last replay may be on another stream
                 latents.copy_(new_latents)
                 if rows is not None and new_rows is not None:
                     rows.copy_(new_rows)
                 graph.replay()
-                result = images.clone()
+                result = tree_map(torch.clone, images)
                 self.idle.record()
             return result
 

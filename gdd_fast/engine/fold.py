@@ -25,20 +25,18 @@ from gdd_fast.backend import Backend, Operator, resolve
 from gdd_fast.device import fast_layout
 from gdd_fast.engine.fold_unet2d import fold_unet2d
 from gdd_fast.engine.folded_layers import (
-    Attention,
-    Block,
     Convolution,
     ConvolutionDown,
-    FoldedUNet,
+    FusedProjection,
+    FusedResidual,
     Identity,
-    Merge,
-    MergedProjection,
     Norm,
     Projection,
     Resampled,
     Resampling,
     Target,
 )
+from gdd_fast.engine.folded_unet import Attention, Block, FoldedUNet
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.group_norm import GroupNorm
@@ -297,7 +295,7 @@ class _Folder:
         # Attention that accumulates into the block's map adds to k times that map, and its norm undoes the factor.
         accumulates = bool(block.num_heads) and self.target.convolve == "packed"
         gain = block.skip_scale if accumulates else 1.0
-        conv1, skip = self.merge(block, block.skip_scale * gain, stream, paired)
+        conv1, skip = self.end(block, block.skip_scale * gain, stream, paired)
         conv0, norm1, condition = self.condition(block)
         sampled = block.conv0.up or block.conv0.down
         return Block(
@@ -333,9 +331,9 @@ class _Folder:
         norm1 = Norm(weight, bias, norm.num_groups, norm.eps, self.target, add=late)
         return conv0, norm1, condition
 
-    def merge(
+    def end(
         self, block: UNetBlock, scale: float, stream: int, paired: bool
-    ) -> tuple[Convolution, Identity | Merge | Projection | MergedProjection | Resampled]:
+    ) -> tuple[Convolution, Identity | FusedResidual | Projection | FusedProjection | Resampled]:
         """conv1, and the end of the block: (conv1(h) + skip) * scale."""
         conv1, skip = block.conv1, block.skip
         if skip is None:  # never of a pair, which has more channels than a block returns
@@ -349,19 +347,19 @@ class _Folder:
         resample = self.resampling(skip) if skip.down else None
         weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
         if self.target.pointwise and self.target.residual != "torch":
-            merge = Merge(1.0, bias, self.target)
-            end = MergedProjection(Convolution(projection, None, 0, self.target), resample, merge)
+            add = FusedResidual(1.0, bias, self.target)
+            end = FusedProjection(Convolution(projection, None, 0, self.target), resample, add)
             return Convolution(weight, None, conv1.padding, self.target), end
         widths = [stream, block.in_channels - stream] if paired else [stream]
         convs = [Convolution(part, None, 0, self.target) for part in projection.split(widths, 1)]
         return Convolution(weight, bias, conv1.padding, self.target), Projection(convs, resample)
 
-    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity | Merge]:
-        """The last convolution of a branch, and its merge with a map that stays as it is."""
+    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity | FusedResidual]:
+        """The last convolution of a branch, and its sum with a map that stays as it is."""
         weight, bias = _f64(conv.weight), _f64(conv.bias)
         if self.target.residual == "torch":
             return Convolution(weight * scale, bias * scale, conv.padding, self.target), Identity(scale, self.target)
-        return Convolution(weight, None, conv.padding, self.target), Merge(scale, bias, self.target)
+        return Convolution(weight, None, conv.padding, self.target), FusedResidual(scale, bias, self.target)
 
     def attention(self, block: UNetBlock, gain: float, accumulates: bool) -> Attention:
         """The block's attention on its map times `gain`."""
@@ -377,10 +375,10 @@ class _Folder:
         qkv = Convolution(weight, bias, 0, self.target)
         if accumulates:
             weight, bias = _f64(block.proj.weight) * scale, _f64(block.proj.bias) * scale
-            proj, merge = Convolution(weight, bias, 0, self.target), None
+            proj, end = Convolution(weight, bias, 0, self.target), None
         else:
-            proj, merge = self.identity(block.proj, scale)
-        return Attention(norm2, qkv, proj, block.num_heads, merge, self.target)
+            proj, end = self.identity(block.proj, scale)
+        return Attention(norm2, qkv, proj, block.num_heads, end, self.target)
 
 
 def _f64(t: Tensor) -> Tensor:

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from gdd_fast.acceleration import restore
 from gdd_fast.acceleration.class_exchange import library_class
 from gdd_fast.engine.folded_layers import (
-    Attention,
     Convolution,
+    FusedProjection,
+    FusedResidual,
     Identity,
-    Merge,
-    MergedProjection,
     Norm,
     Projection,
     Target,
 )
+from gdd_fast.engine.folded_unet import Attention
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond, unet_body
 from gdd_fast.ops.attention import check_triton
 
@@ -95,7 +95,7 @@ class Resnet(nn.Module):
         norm2: Norm,
         act: nn.Module | None,
         conv2: Convolution,
-        end: Identity | Merge | Projection | MergedProjection,
+        end: Identity | FusedResidual | Projection | FusedProjection,
         sample: nn.Module | None,
         place: int | None,
         adaptive: bool,
@@ -216,7 +216,7 @@ class _Folder:
 
     def _to_target(self, unet: nn.Module) -> None:
         """What is left of diffusers' own layers, in the compute type; folded layers have theirs."""
-        ours = (Convolution, Norm, Merge, Identity)
+        ours = (Convolution, Norm, FusedResidual, Identity)
         for module in unet.modules():
             if isinstance(module, ours):
                 continue
@@ -286,18 +286,18 @@ class _Folder:
         weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
         short = Convolution(projection, None, skip.padding[0], self.target)
         if self.target.residual != "torch":
-            return self.convolution(conv, None, weight), MergedProjection(short, None, self.merge(1.0, bias))
+            return self.convolution(conv, None, weight), FusedProjection(short, None, self.fused_residual(1.0, bias))
         return self.convolution(conv, bias, weight), Projection([short], None)
 
     def identity(self, conv: nn.Module, weight: Tensor, bias: Tensor, scale: float) -> tuple[Convolution, nn.Module]:
         if self.target.residual == "torch":
             return self.convolution(conv, bias * scale, weight * scale), Identity(scale, self.target)
-        return self.convolution(conv, None, weight), self.merge(scale, bias)
+        return self.convolution(conv, None, weight), self.fused_residual(scale, bias)
 
-    def merge(self, scale: float, bias: Tensor) -> Merge:
-        merge = Merge(scale, bias, self.target)
-        merge.statistics = False  # the blocks of diffusers hand on no statistics
-        return merge
+    def fused_residual(self, scale: float, bias: Tensor) -> FusedResidual:
+        end = FusedResidual(scale, bias, self.target)
+        end.statistics = False  # the blocks of diffusers hand on no statistics
+        return end
 
     def convolution(self, conv: nn.Module, bias: Tensor | None, weight: Tensor | None = None) -> Convolution:
         padding = conv.padding[0] if isinstance(conv, nn.Conv2d) else 0
@@ -314,13 +314,13 @@ class _Folder:
         weight = torch.cat([_f64(layer.weight) for layer in layers])
         bias = torch.cat([_bias(layer) for layer in layers])
         out = block.to_out[0]
-        proj, merge = self.identity(out, _f64(out.weight), _bias(out), scale)
+        proj, end = self.identity(out, _f64(out.weight), _bias(out), scale)
         return Attention(
             Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, self.target, silu=False),
             self.convolution(layers[0], bias, weight),
             proj,
             block.heads,
-            merge,
+            end,
             self.target,
         )
 

@@ -7,7 +7,6 @@ With a map go its statistics, for the norm that reads it next, if what made the 
 does, and spares every norm that reads the map a pass over it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
-from gdd_fast.ops.attention import attention, attention_inference
 from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.resample2d import resample2d
 from gdd_fast.ops.residual import residual
@@ -181,7 +179,7 @@ class Resampling(nn.Module):
         return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
 
 
-class Merge(nn.Module):
+class FusedResidual(nn.Module):
     """`(h + x + bias) * scale` by the fused `residual`, with the result's statistics if a norm can use them."""
 
     def __init__(self, scale: float, bias: Tensor, target: Target) -> None:
@@ -192,13 +190,13 @@ class Merge(nn.Module):
         self.statistics = target.statistics
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        merged: Any = residual(h, x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
-        return merged if self.statistics else (merged, None)
+        summed: Any = residual(h, x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
+        return summed if self.statistics else (summed, None)
 
 
 class Identity(nn.Module):
     """End of a residual branch whose skip path changes nothing, and which comes scaled: `h + scale * x`, in the memory
-    of h. With a fused residual this is `Merge`."""
+    of h. With a fused residual this is `FusedResidual`."""
 
     def __init__(self, scale: float, target: Target) -> None:
         super().__init__()
@@ -228,18 +226,18 @@ class Projection(nn.Module):
         return h, None
 
 
-class MergedProjection(nn.Module):
+class FusedProjection(nn.Module):
     """`Projection` with a map of its own, which a fused residual adds to the branch: no more memory is moved, the bias
     of both is added on the way, and the result has its statistics."""
 
-    def __init__(self, conv: Convolution, resample: Resampling | None, merge: Merge) -> None:
+    def __init__(self, conv: Convolution, resample: Resampling | None, add: FusedResidual) -> None:
         super().__init__()
         self.conv = conv
         self.resample = resample
-        self.merge = merge
+        self.add = add
 
     def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
-        return self.merge(h, self.conv(x if self.resample is None else self.resample(x)))
+        return self.add(h, self.conv(x if self.resample is None else self.resample(x)))
 
 
 class Resampled(nn.Module):
@@ -257,157 +255,6 @@ class Resampled(nn.Module):
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
         x = x if self.conv is None else self.conv(x)
         return self.resample(x, add=h, scale=self.scale), None
-
-
-class Attention(nn.Module):
-    """Self-attention with its residual. `qkv` puts all queries first, then all keys, then all values."""
-
-    def __init__(
-        self,
-        norm: Norm,
-        qkv: Convolution,
-        proj: Convolution,
-        heads: int,
-        merge: Identity | Merge | None,
-        target: Target,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.qkv = qkv
-        self.proj = proj
-        self.heads = heads
-        self.merge = merge
-        self.backend = target.attention
-        self.traced = target.convolve == "traced"
-
-    def forward(self, x: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        h = self.qkv(self.norm(x, statistics))
-        if self.traced:
-            h = attention(h, self.heads, "blocks", self.backend)
-        else:
-            h = attention_inference(h, self.heads, self.backend)
-        return (self.proj.add_to(x, h), None) if self.merge is None else self.merge(self.proj(h), x)
-
-
-class Block(nn.Module):
-    """A residual block. `condition` names what its rows of a conditional network's table mean to its second norm."""
-
-    def __init__(
-        self,
-        *,
-        norm0: Norm,
-        resample: Resampling | None,
-        conv0: Convolution,
-        norm1: Norm,
-        conv1: Convolution,
-        skip: Identity | Merge | Projection | MergedProjection | Resampled,
-        attention: Attention | None,
-        condition: Literal["add", "scale_shift"] | None,
-        paired: bool,
-    ) -> None:
-        super().__init__()
-        self.norm0 = norm0
-        self.resample = resample
-        self.conv0 = conv0
-        self.norm1 = norm1
-        self.conv1 = conv1
-        self.skip = skip
-        self.attention = attention
-        self.condition = condition
-        self.paired = paired
-
-    def forward(self, x: Tensor | Pair, statistics: Statistics, rows: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """`x` (N, C, H, W) or a pair, with its statistics -> the same of the result.
-
-        `rows` are (N, C) each; the next of them are this block's if it is conditional.
-        """
-        h = self.norm0(x, statistics)
-        if self.resample is not None:
-            h = self.resample(h)
-        h = self.conv0(h)
-        match self.condition:
-            case None:
-                h = self.norm1(h)
-            case "add":
-                h = self.norm1(h, add=next(rows))
-            case "scale_shift":
-                h = self.norm1(h, scale=next(rows), shift=next(rows))
-        h, statistics = self.skip(self.conv1(h), x)
-        return (h, statistics) if self.attention is None else self.attention(h, statistics)  # type: ignore[return-value]
-
-
-class FoldedUNet(nn.Module):
-    """A preconditioned U-Net at one noise level, from standard normal latents to images.
-
-    Args:
-        encoder, decoder: (role, layer) in order; the roles are those of `gdd_fast.models.edm.layer_role`.
-        row_sizes: widths of the conditional blocks' rows, in the order they are taken; empty without classes.
-        aux_scale: of the residual encoder's merges.
-        latent_scale: what of the latents goes straight to the images.
-    """
-
-    def __init__(
-        self,
-        encoder: list[tuple[str, nn.Module]],
-        decoder: list[tuple[str, nn.Module]],
-        *,
-        row_sizes: list[int],
-        aux_scale: float,
-        latent_scale: float,
-        target: Target,
-    ) -> None:
-        super().__init__()
-        self.encoder_roles, encoder_layers = zip(*encoder, strict=True)
-        self.decoder_roles, decoder_layers = zip(*decoder, strict=True)
-        self.encoder = nn.ModuleList(encoder_layers)
-        self.decoder = nn.ModuleList(decoder_layers)
-        self.row_sizes = row_sizes
-        self.aux_scale = aux_scale
-        self.latent_scale = latent_scale
-        self.dtype = target.dtype
-        self.layout = target.layout
-
-    def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
-        """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
-        conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
-        x = aux = latents.to(self.dtype, memory_format=self.layout)
-        statistics: Tensor | None = None
-        skips: list[tuple[Tensor, Tensor | None]] = []
-        for role, layer in zip(self.encoder_roles, self.encoder, strict=True):
-            match role:
-                case "conv":
-                    x = layer(x)
-                    skips.append((x, None))
-                case "aux_down":
-                    aux = layer(aux)
-                case "aux_skip":
-                    x, statistics = layer.add_to(x, aux), None  # type: ignore[operator]
-                    skips[-1] = x, None
-                case "aux_residual":
-                    x, statistics = layer(aux, x, self.aux_scale), None
-                    aux, skips[-1] = x, (x, None)
-                case _:
-                    x, statistics = layer(x, statistics, conditions)
-                    skips.append((x, statistics))
-
-        image = None
-        normed = x
-        for role, layer in zip(self.decoder_roles, self.decoder, strict=True):
-            match role:
-                case "aux_up":
-                    up = layer
-                case "aux_norm":
-                    normed = layer(x, statistics)
-                case "aux_conv":
-                    y = layer(normed)
-                    image = y if image is None else up(image, add=y)
-                case _:
-                    if layer.paired:
-                        skip, skip_statistics = skips.pop()
-                        x, statistics = layer((x, skip), (statistics, skip_statistics), conditions)
-                    else:
-                        x, statistics = layer(x, statistics, conditions)
-        return torch.add(image, latents, alpha=self.latent_scale)  # type: ignore[arg-type]
 
 
 class ConvolutionDown(nn.Module):

@@ -15,6 +15,7 @@ split over processes changes it. The order of draws is EDM's (Karras et al., arX
 the latent before the label.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend
-from gdd_fast.engine.engines import Engine, choose_engine, make_engine
+from gdd_fast.engine.engines import Engine, Finish, choose_engine, make_engine
 from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.interop import hub
@@ -81,7 +82,8 @@ class OneStepGenerator:
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
         with torch.autocast("cpu", enabled=False):
             self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)
-        self._to_uint8 = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
+        own_backend = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
+        self._as_bytes = functools.partial(_as_bytes, own_backend)
         self._run = make_engine(self.engine, self.folded, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,6 +158,7 @@ class OneStepGenerator:
         output: Output = "uint8",
         generator: torch.Generator | None = None,
         generator_device: torch.device | str = "cpu",
+        latents: Tensor | None = None,
     ) -> Tensor:
         """`n` images: uint8 (n, H, W, C), or with `output="float"` float32 (n, H, W, C), about -1 to 1.
 
@@ -165,9 +168,11 @@ class OneStepGenerator:
             seeds: n seeds, each of which gives its image whatever the others are.
             output: "uint8" or "float".
             generator: draws the whole batch at once, faster than seeds, and in the order latents, labels. Without
-                seeds and generator, torch's default generator of the device draws.
+                seeds, generator and latents, torch's default generator of the device draws, there and at once.
             generator_device: where the seeds draw. On the CPU a seed names the same image on every machine; on "cuda",
                 the one that EDM's own code gives it on a GPU.
+            latents: standard normal numbers, float32 (n, C, H, W), to make the images of; labels are then given too,
+                where the network has classes.
 
         Raises:
             InputError: numbers, labels or seeds that do not fit together or the network.
@@ -175,11 +180,16 @@ class OneStepGenerator:
         """
         if output not in get_args(Output):
             raise InputError(f"output must be 'uint8' or 'float', not {output!r}")
-        latents, drawn = self.draw(n, seeds, generator, generator_device)
         own = labels is None
-        images = self.run(latents, drawn if own else labels, check_classes=not own)
-        check_finite(images)
-        return to_uint8(images, self._to_uint8) if output == "uint8" else images.permute(0, 2, 3, 1).contiguous()
+        if latents is None:
+            latents, drawn = self.draw(n, seeds, generator, generator_device)
+            labels = drawn if own else labels
+        elif seeds is not None or generator is not None or len(latents) != n or (own and self.label_dim):
+            raise InputError(f"give {n} latents, with labels if there are classes, in place of seeds or a generator")
+        finish = self._as_bytes if output == "uint8" else _as_floats
+        images, finite = self._run_on(latents, labels, not own, finish)
+        require_finite(finite)
+        return images
 
     def draw(
         self,
@@ -216,22 +226,27 @@ class OneStepGenerator:
         `labels` as in `__call__`; None stands for zeros, "no class", as in the plain network. The result is the
         caller's: no later call writes to it. Autocast is without effect: `dtype` alone decides.
 
-        That classes are in range is checked by looking at them, which on a GPU waits for all that was asked of it.
-        `check_classes=False` leaves that out: for classes that are known to be; others then fail on the device.
+        That classes are in range is checked by looking at them, which waits for all that was asked of a GPU if they
+        are there. `check_classes=False` leaves that out: for classes that are known to be; others then fail on the
+        device.
         """
+        return self._run_on(latents, labels, check_classes, None)
+
+    def _run_on(self, latents: Tensor, labels: Labels | None, check_classes: bool, finish: Finish | None) -> Any:
+        """`run`, or what `finish` makes of its images as a part of the evaluation."""
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise InputError(f"latents must be (N, {', '.join(map(str, expected))}), not {tuple(latents.shape)}")
         labels = self._labels(labels, len(latents), check_classes)
         latents = latents.to(self.device, torch.float32)
         if not len(latents):
-            return latents
+            return latents if finish is None else finish(latents)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._evaluate(latents, labels)
+            return self._evaluate(latents, labels, finish)
 
-    def _evaluate(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+    def _evaluate(self, latents: Tensor, labels: Tensor | None, finish: Finish | None = None) -> Any:
         """Images of latents and of what `_labels` returns."""
-        return self._run(latents, None if self.conditioning is None else self.conditioning(labels))
+        return self._run(latents, None if self.conditioning is None else self.conditioning(labels), finish)
 
     def _labels(self, labels: Labels | None, n: int, check_classes: bool) -> Tensor | None:
         """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
@@ -244,13 +259,11 @@ class OneStepGenerator:
         if not isinstance(labels, Tensor) and (label := _whole(labels)) is not None:
             labels = [label] * n
         try:
-            labels = torch.as_tensor(labels, device=self.device)
+            labels = torch.as_tensor(labels)  # still where it is: numbers of the host are looked at there
         except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(labels, Tensor):
-                raise  # it could not be copied there
             raise InputError(f"labels must be numbers of classes, not {labels!r:.100}") from error
         if labels.is_floating_point() and tuple(labels.shape) == (n, self.label_dim):
-            return labels.float()
+            return labels.to(self.device).float()
         whole = not (labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex())
         if not whole or tuple(labels.shape) != (n,):
             raise InputError(
@@ -259,17 +272,32 @@ class OneStepGenerator:
             )
         if check_classes and n and not bool(((labels >= 0) & (labels < self.label_dim)).all()):
             raise InputError(f"classes are 0 to {self.label_dim - 1}, not {labels.tolist()}")
-        return labels.long()
+        return labels.to(self.device).long()
+
+
+def _as_bytes(backend: Backend, images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (N, H, W, C), and whether all values were finite, which bytes cannot say."""
+    return to_uint8(images, backend), images.isfinite().all()
+
+
+def _as_floats(images: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 (N, H, W, C), and whether all are finite."""
+    return images.permute(0, 2, 3, 1).contiguous(), images.isfinite().all()
 
 
 def check_finite(images: Tensor) -> Tensor:
     """`images` themselves, or WeightsError if a value is not finite. Waits for them."""
-    if not bool(images.isfinite().all()):
+    require_finite(images.isfinite().all())
+    return images
+
+
+def require_finite(finite: Tensor) -> None:
+    """Raise WeightsError unless `finite`, bool (), holds. Waits for it."""
+    if not bool(finite):
         raise WeightsError(
             "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
             "(try bfloat16 or float32)"
         )
-    return images
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -43,8 +43,8 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """A file against the network that it was made of: the worst value of `images` images, in the range -1 to 1 and in
-    levels of a byte."""
+    """How far a file is from the network that it was made of: the largest difference in `images` images, in the range
+    -1 to 1 and in levels of a byte."""
 
     images: int
     worst: float

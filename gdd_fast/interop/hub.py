@@ -26,7 +26,7 @@ from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
-# Of a pipeline of diffusers': what it consists of, and its components, in folders or beside it.
+# What a pipeline of diffusers' consists of: its description and its components, in folders or beside it.
 PIPELINE = ("model_index.json", "*config.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 

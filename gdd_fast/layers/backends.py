@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from gdd_fast.backend import Backend, Operator, plan
+from gdd_fast.backend import Backend, Operator, resolve_all
 from gdd_fast.errors import BackendError
 from gdd_fast.layers.self_attention import Attention
 from gdd_fast.ops.attention import OPERATOR as ATTENTION
@@ -37,13 +37,13 @@ def set_backend(net: nn.Module, backend: Backend) -> None:
 def choose_backend(
     backend: Backend, device: str, nets: Iterable[nn.Module], further: Iterable[Operator] = ()
 ) -> dict[str, Backend]:
-    """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.plan.
+    """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.resolve_all.
 
     `further` are the operators that the run calls itself. Raises BackendError before anything is set, also for layers
     of a form, or a network's compute type, that the backend asked for by name does not take.
     """
     nets = list(nets)
-    runs = plan(backend, {*further}.union(*(operators_of(net) for net in nets)), device)
+    runs = resolve_all(backend, {*further}.union(*(operators_of(net) for net in nets)), device)
     for net in nets:
         for layer in net.modules():
             if isinstance(layer, Attention) and runs[ATTENTION.name] == "triton":

@@ -1,4 +1,4 @@
-"""The convolution of networks that are looked through and never trained."""
+"""The convolution of networks that gradients pass through and that are never trained."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -6,9 +6,10 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def silent(module: nn.Module) -> bool:
-    """Whether `module` does what its class does, with plain parameters, and nobody listens.
+    """Whether `module` computes what its class computes, with plain parameters and without hooks.
 
-    Hooks listen or change; those of accelerate and diffusers (offloading, casting) replace `forward` on the instance.
+    Hooks observe or change results; those of accelerate and diffusers (offloading, casting) replace `forward` on the
+    instance.
     """
     # written out: this runs for many layers at every call
     return (

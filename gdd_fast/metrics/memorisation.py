@@ -11,7 +11,7 @@ from gdd_fast.metrics.neighbours import Nearest, nearest, share_nearer
 from gdd_fast.sampling.grid import save_panel
 
 PAIRS = 24
-"""Of each row of a sheet."""
+"""Pairs in each row of a sheet."""
 GetImages = Callable[[Sequence[int]], Tensor]
 """uint8 (N, C, H, W) of some indices."""
 

@@ -50,7 +50,7 @@ def generator_populations(
 ) -> list[Population]:
     """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate`.
 
-    From the generator to the features images stay on the device. Of several ranks, each may be given its share.
+    From the generator to the features images stay on the device. With several ranks, each may be given its share.
     """
     options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
     batches = generate(net, seeds, sampler, **options)

@@ -35,7 +35,7 @@ def check_sizes(
     """
     if not isinstance(channel_mult, list | tuple) or not 1 <= len(channel_mult) <= MAX_LEVELS:
         raise ConfigError(
-            f"channel_mult must be a list with one multiplier a resolution, at most {MAX_LEVELS}, "
+            f"channel_mult must be a list with one multiplier per resolution, at most {MAX_LEVELS}, "
             f"got {channel_mult!r:.100}."
         )
     multipliers = {f"channel_mult[{i}]": mult for i, mult in enumerate(channel_mult)}

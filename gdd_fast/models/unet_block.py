@@ -80,8 +80,8 @@ class UNetBlock(nn.Module):
         A pair (x, skip) stands for its concatenation. `statistics` are those returned with `x`; `return_statistics`
         returns the result's beside it, for the norm that reads it next: None where that would not be fused.
         """
-        # Fused norms and residuals take a convolution's bias along, which libraries' add in a pass of its own, and the
-        # residual's statistics spare the next norm a pass.
+        # Fused norms and residuals take a convolution's bias along, which libraries' convolutions add in a pass of its
+        # own, and the residual's statistics spare the next norm a pass.
         fused = self.norm1.is_fused(x) and self._biases_are_free()
         h = self.conv0(self.norm0(x, statistics=statistics), add_bias=not fused)
         if self.adaptive_scale:
@@ -106,10 +106,10 @@ class UNetBlock(nn.Module):
         return (x, statistics) if return_statistics else x
 
     def _biases_are_free(self) -> bool:
-        """Whether no one would notice that a convolution leaves its bias to what follows."""
+        """Whether every convolution may leave its bias to what follows: none has a hook that would see it."""
         convs = (self.conv0, self.conv1, self.skip, self.proj if self.num_heads else None)
         return all(conv is None or silent(conv) for conv in convs)
 
     def _add(self, h: Tensor, x: Tensor, bias: Tensor | None, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        merged: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
-        return merged if statistics else (merged, None)
+        summed: Any = residual.residual(h, x, bias, self.skip_scale, statistics=statistics, backend=self.backend)
+        return summed if statistics else (summed, None)

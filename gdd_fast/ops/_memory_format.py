@@ -22,7 +22,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def runs_eagerly(x: Tensor) -> bool:
     """Whether what is called with x is computed at once and unobserved, so that autograd may be left to C++.
 
-    Not so where a compiler traces, a mode (a counter of FLOP, fake tensors) looks on, or x is a tensor of another kind.
+    It is not where a compiler traces, under a dispatch mode (a counter of FLOP, fake tensors), and where x is a tensor
+    of another class.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
@@ -44,7 +45,7 @@ def empty_map(x: Tensor, channels: int) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What sums and products of x are computed in: float32, or float64 for float64."""
-    # torch.promote_types says the same, through the dispatcher, which a norm that takes 10 us on a GPU would feel
+    # torch.promote_types says the same, through the dispatcher, which counts beside a norm of 10 us on a GPU
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

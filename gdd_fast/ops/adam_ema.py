@@ -27,7 +27,7 @@ _choose = chooser(OPERATOR)
 
 @dataclass(frozen=True)
 class Group:
-    """The next `tensors` of the parameters, and the options of their steps; of the learning rates the next one."""
+    """The next `tensors` parameters and the options of their steps; the next learning rate is theirs."""
 
     tensors: int
     betas: tuple[float, float] = (0.9, 0.999)
@@ -175,7 +175,7 @@ def adam_ema_(
     """One step, in place: all of it, or only `skipped += 1` if a gradient is not finite.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: float32, dense, one of each a parameter. A gradient whose memory is laid
+        params, grads, exp_avgs, exp_avg_sqs: float32, dense, one of each per parameter. A gradient whose memory is laid
             out otherwise than its parameter is copied once first; the others must agree.
         step, skipped: float32 and int64 of one number; the steps taken and the steps left out.
         lr, average_weight: float64 of one number. Like the two above they are on the parameters' device, where a
@@ -232,7 +232,7 @@ def _dense(p: Tensor) -> bool:
 
 
 def _same_memory(t: Tensor, p: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same places: strides of sizes of 1 say nothing."""
+    """Whether two tensors of one shape have their elements in the same places, whatever strides sizes of 1 have."""
     if t.stride() == p.stride():
         return True
     return all(n < 2 or a == b for n, a, b in zip(p.shape, t.stride(), p.stride(), strict=True))

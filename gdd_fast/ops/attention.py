@@ -1,7 +1,7 @@
 """Self-attention over the pixels of a feature map, on the packed result of the convolution that makes q, k and v.
 
 Softmax is in float32 in every dtype. "torch" calls PyTorch's scaled_dot_product_attention; "triton" saves qkv with one
-number a query and head, and recomputes the probabilities in backward.
+number per query and head, and recomputes the probabilities in backward.
 
 EDM's convolution interleaves q, k and v. Parameters keep its order everywhere, in training, checkpoints and exports;
 `gdd_fast.layers.self_attention.QkvConv2d` reorders its weight at every call, which is a few hundred kilobytes where
@@ -90,7 +90,8 @@ def check_triton(head_dim: int, dtype: torch.dtype, device: str) -> None:
 
 
 def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") -> Tensor:
-    """`attention(qkv, num_heads, "blocks", backend)` without gradient, always as a single operator: for a lean host."""
+    """`attention(qkv, num_heads, "blocks", backend)` without gradient, always as a single operator, which costs the
+    host little."""
     if _choose(qkv, num_heads, backend) == "torch":
         return torch.ops.gdd_fast.attention_inference.default(qkv, num_heads)
     return attention(qkv, num_heads, "blocks", "triton")
@@ -103,7 +104,7 @@ def _choose(qkv: Tensor, num_heads: int, backend: Backend) -> str:
 
 
 def _measured_faster(qkv: Tensor, num_heads: int) -> bool:
-    """Whether tuned.json lists this (tokens, channels a head, type) for this GPU's architecture."""
+    """Whether tuned.json lists this (tokens, channels per head, type) for this GPU's architecture."""
     from gdd_fast.kernels._launch import faster_than_sdpa
 
     shape = [qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * num_heads), str(qkv.dtype).removeprefix("torch.")]

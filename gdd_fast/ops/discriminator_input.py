@@ -1,4 +1,4 @@
-"""What a frozen backbone wants to see of an image: resized, normalised, in its dtype, channels_last; all in one read.
+"""The inputs of frozen backbones from an image: resized, normalised, in their dtype, channels_last; in one read.
 
     y[b][n, c] = scale[b][c] * B(x)[n, c] + shift[b][c]
 

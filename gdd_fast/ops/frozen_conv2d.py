@@ -3,8 +3,8 @@
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
 weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
 as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend for a run. On a CPU
-the extension, where it is built, does autograd's part: in Python that costs 0.1 ms a call, forward and backward, which
-is more than many a small convolution takes.
+the extension, where it is built, does autograd's part: in Python that costs 0.1 ms per call, forward and backward,
+which is more than many small convolutions take.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.
@@ -71,7 +71,7 @@ def frozen_conv2d(
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
-    if backend != "torch" and x.is_cpu and runs_eagerly(x) and has_extension():
+    if backend != "torch" and (x.is_cpu or x.is_cuda) and runs_eagerly(x) and has_extension():
         return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
 

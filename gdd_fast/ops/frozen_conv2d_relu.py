@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import ConfigError
 from gdd_fast.ops._memory_format import memory_format, runs_eagerly
+from gdd_fast.ops._planned import plans, wanted
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
     Size2,
@@ -24,7 +25,7 @@ from gdd_fast.ops.frozen_conv2d import (
     input_gradient,
     prepare,
 )
-from gdd_fast.ops.relu_bits import CEILING, Activation, masked
+from gdd_fast.ops.relu_bits import CEILING, Activation, masked, plan_bits
 
 OPERATOR = Operator("frozen_conv2d_relu", fused=frozenset({"triton", "cpp"}))
 _choose = chooser(OPERATOR)
@@ -85,6 +86,9 @@ def frozen_conv2d_relu(
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
     if implementation == "cpp" and runs_eagerly(x):
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
+    if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
+        extension, cache = planned
+        return extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling, "triton")
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
 
 

@@ -6,6 +6,7 @@ four places, so a byte says all: 2 * row + column of the largest value, the firs
 The operator is linear where the maxima are, and can be differentiated any number of times.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import memory_format
+from gdd_fast.ops._planned import plans, wanted
 
 OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
 _choose = chooser(OPERATOR)
@@ -40,14 +42,46 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
         InputError: x is not four-dimensional or floating, or is smaller than a window.
         BackendError: the backend asked for cannot run here.
     """
-    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 2:
-        raise InputError(
-            f"max_pool2x2: x must be floating (N, C, H, W) of at least 2x2 pixels, not {x.dtype} {tuple(x.shape)}"
-        )
+    if wanted(x, backend) and (planned := plans(_plan)) is not None:
+        extension, cache = planned
+        y = extension.planned_max_pool2x2(cache, x, backend)
+        if y is not None:
+            return y
+    _check(x)
     implementation = _choose(backend, x.device.type)
     if implementation == "torch":
         return max_pool2x2_ref(x)
     return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), implementation)
+
+
+def _check(x: Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 2:
+        raise InputError(
+            f"max_pool2x2: x must be floating (N, C, H, W) of at least 2x2 pixels, not {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def _plan(
+    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
+) -> tuple | None:
+    """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
+    from gdd_fast.kernels import max_pool2x2 as kernels
+    from gdd_fast.kernels._plans import plan
+
+    if direction == "backward":
+        dy, places, dx = tensors
+        (channels_last,) = numbers
+
+        def spread() -> list[Tensor]:
+            kernels.max_pool2x2_backward(dy, places, dx, bool(channels_last))
+            return []
+
+        return plan(spread, tensors)
+    (x,) = tensors
+    _check(x)
+    if _choose(backend, x.device.type) != "triton":
+        return None
+    return plan(lambda: kernels.max_pool2x2(x), tensors)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -147,7 +181,11 @@ def _max_pool2x2_backward(
         case "triton":
             from gdd_fast.kernels import max_pool2x2 as kernels
 
-            return kernels.max_pool2x2_backward(dy, places, height, width, channels_last)
+            dx = _empty(dy, height, width, channels_last)
+            if height % 2 or width % 2:
+                dx.zero_()  # the row and column that no window holds
+            kernels.max_pool2x2_backward(dy, places, dx, channels_last)
+            return dx
         case "cpp":
             return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
         case _:

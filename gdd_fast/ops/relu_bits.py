@@ -9,6 +9,7 @@ forward pass is linear, so the operator can be differentiated any number of time
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.ops._memory_format import memory_format
+from gdd_fast.ops._planned import plans, wanted
 
 OPERATOR = Operator("relu_bits", fused=frozenset({"triton", "cpp"}))
 _choose = chooser(OPERATOR)
@@ -63,7 +65,26 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
     implementation = _choose(backend, x.device.type)
     if implementation == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
         return relu_bits_ref(x, activation, inplace)
+    if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
+        extension, cache = planned
+        y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace, "triton")
+        if y is not None:
+            return y
     return _Relu.apply(x, CEILING[activation], inplace, implementation)
+
+
+def plan_bits(
+    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
+) -> tuple | None:
+    """What the Triton kernels launch to pack the bits of y, or to mask dy by them (see gdd_fast.ops._planned)."""
+    from gdd_fast.kernels import relu_bits as kernels
+    from gdd_fast.kernels._plans import plan
+
+    if _choose(backend, tensors[0].device.type) != "triton":
+        return None
+    if direction == "backward":
+        return plan(lambda: [kernels.mask_bits(*tensors)], tensors)
+    return plan(lambda: [kernels.relu_bits_(tensors[0], *numbers)], tensors)
 
 
 def dense(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ For a filter k of K x K taps (K even) on the grid of the larger image and a bord
     up:    R(x)[u, v] = 4 times the sum of k[a, b] x[i, j] over all i, j, a, b with 2 i + a - p = u, 2 j + b - p = v
 
 Going up is 4 times the transpose of going down, so the gradient of one is the other, to any order, and nothing of the
-size of an image is saved for it. In plain PyTorch these are depthwise convolutions with one copy of k a channel. EDM:
+size of an image is saved for it. In plain PyTorch these are depthwise convolutions with one copy of k per channel. EDM:
 Karras et al., arXiv 2206.00364; filters [1, 1] and [1, 3, 3, 1].
 """
 

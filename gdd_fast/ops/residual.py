@@ -4,6 +4,7 @@ Fused, the sum is taken in float32 and rounded once, in one pass over h and skip
 saved for backward, which is plain torch: `dy * scale`, and its sum for the bias.
 """
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -19,6 +20,7 @@ from gdd_fast.ops._memory_format import (
     evenly_spaced,
     statistics_parts,
 )
+from gdd_fast.ops._planned import plans, wanted
 
 OPERATOR = Operator("residual", fused=frozenset({"triton"}), float64=False)
 _choose = chooser(OPERATOR)
@@ -84,12 +86,30 @@ def residual(
         InputError: shapes, dtypes or devices do not fit together.
         BackendError: the backend asked for cannot run here.
     """
+    if wanted(h, backend) and (planned := plans(_plan)) is not None:
+        extension, cache = planned
+        pair = extension.planned_residual(cache, h, skip, bias, scale, statistics, backend)
+        if pair is not None:
+            return pair if statistics else pair[0]
     _check(h, skip, bias, statistics)
     if _choose(backend, h.device.type, h.dtype == torch.float64) == "torch":
         y = residual_ref(h, skip, bias, scale)
         return (y, channel_statistics_ref(y)) if statistics else y
     y, s = torch.ops.gdd_fast.residual.default(h, skip, bias, float(scale), statistics)
     return (y, s) if statistics else y
+
+
+def _plan(
+    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
+) -> tuple | None:
+    """What the Triton kernel launches for such a call (see gdd_fast.ops._planned)."""
+    from gdd_fast.kernels._plans import plan
+
+    (h, skip, bias), (scale, statistics) = tensors, numbers
+    _check(h, skip, bias, bool(statistics))
+    if _choose(backend, h.device.type, h.dtype == torch.float64) != "triton":
+        return None
+    return plan(lambda: _forward(h, skip, bias, scale, bool(statistics)), tensors)
 
 
 def _check(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool) -> None:

@@ -43,7 +43,7 @@ DEVIATION = "_std"  # `kid_std` is the deviation of `kid`: shown beside it
 
 
 def columns(run: RunRecord) -> dict[str, list[float | None]]:
-    """Every number of metrics.jsonl as a column, one entry a line; None where a line has none."""
+    """Every number of metrics.jsonl as a column, one entry per line; None where a line has none."""
     keys = dict.fromkeys(key for line in run.lines for key, value in line.items() if _is_number(value))
     found = {key: [v if _is_number(v := line.get(key)) else None for line in run.lines] for key in keys}
     if "logit_real" in found and "logit_fake" in found:
@@ -60,7 +60,7 @@ def metric_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Of a metric by its name, whatever stands before a slash or behind a dash: `recall`, `metrics/recall-lite2`."""
+    """Whether more is better of a metric by its name, such as `recall` or `metrics/recall-lite2`."""
     return metric.rpartition("/")[2].lower().replace("_", "-").split("-")[0] in HIGHER_IS_BETTER
 
 

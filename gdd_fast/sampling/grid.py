@@ -39,7 +39,7 @@ def save_panel(
     """Write sheets of images one below the other, each under its title, for example to compare samplers.
 
     `rows` holds `(title, images)`; images as in `save_grid`, all of the same size and number, so that the same seed
-    stands in the same place. `cols` defaults to one line of images a title, at most 12.
+    stands in the same place. `cols` defaults to one line of images per title, at most 12.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")

@@ -9,8 +9,8 @@ weights, moments, averages and counts in place. What it reads and writes has to 
 - gradients begin and end within the step, and so does every accumulation over micro-batches and the ranks' exchange;
 - values for the log are returned, and added up by the caller before the next replay.
 
-`Recorder` is the interface. `CudaGraphs` is that of a GPU; `gdd_fast.training.rehearsal.Rehearsal` replays on any
-device, operator by operator, and finds what breaks the rules above. The first calls of a step run as they are: they
+`Recorder` is the interface. `CudaGraphs` is that of a GPU. The tests have another, tests/rehearsal.py, which replays on
+any device, operator by operator, and finds what breaks the rules above. The first calls of a step run as they are: they
 choose cuDNN's algorithms, compile kernels and make the optimizer's state, and are part of the training.
 """
 
@@ -124,5 +124,5 @@ def choose_step_engine(engine: StepEngine, device: torch.device) -> StepEngine:
     if engine == "auto":
         return "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")
+        raise BackendError(f"--engine graph is CUDA graphs, which cannot run on {device}; use eager, or auto")
     return engine

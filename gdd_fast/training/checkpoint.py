@@ -18,6 +18,8 @@ from gdd_fast.files import write_tensors
 
 FORMAT = "gdd_fast.checkpoint"
 VERSION = 1
+Sections = dict[str, dict[str, Tensor]]
+"""Tensors by name, in sections by name."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Checkpoint:
         """The tensors saved under `name/`, without the prefix."""
         prefix = name + "/"
         return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+    def sections(self) -> Sections:
+        """All sections."""
+        names = dict.fromkeys(key.partition("/")[0] for key in self.tensors)
+        return {name: self.section(name) for name in names}
 
     def load_module(self, name: str, module: nn.Module) -> None:
         """Copy a section into a module; raises `CheckpointError` if names or shapes differ."""
@@ -78,7 +85,12 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
 
 
-def save(path: Path, sections: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+def copied(sections: Sections) -> Sections:
+    """Copies on the CPU, which nothing changes any more."""
+    return {name: {key: t.detach().to("cpu", copy=True) for key, t in part.items()} for name, part in sections.items()}
+
+
+def save(path: Path, sections: Sections, values: dict[str, Any]) -> None:
     """Write a checkpoint atomically. `values` must survive JSON.
 
     Raises `CheckpointError` if it cannot be written; a checkpoint already there stays as it was.

@@ -7,21 +7,22 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
 from gdd_fast.errors import CheckpointError, DivergedError
 from gdd_fast.files import atomic_write, remove_leftovers
+from gdd_fast.ranks import World
 from gdd_fast.signals import StopRequest
 from gdd_fast.training import checkpoint
-from gdd_fast.training.checkpoint import Checkpoint
+from gdd_fast.training.behind import Behind
+from gdd_fast.training.checkpoint import Checkpoint, Sections
 from gdd_fast.training.output import Averages, RunOutput
-from gdd_fast.training.ranks import World
 
 CHECKPOINT = "checkpoint.safetensors"
 DIVERGED = "diverged.safetensors"
@@ -45,12 +46,15 @@ class Task(Protocol):
     def tick(self, images: int) -> dict[str, float]:
         """Extra metrics and files of a tick. Called on every rank; what the main one returns is written."""
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[Sections, dict[str, Any]]:
         """Sections of tensors and JSON values to save. Called on every rank."""
 
     def restore(self, saved: Checkpoint) -> None: ...
-    def export(self, run_dir: Path) -> None:
-        """Write the network that the run is for; main rank only."""
+    def export(self, run_dir: Path, sections: Sections) -> None:
+        """Write the network that the run is for, of the tensors that `state` gave; main rank only.
+
+        Called while training goes on, from another thread: it reads nothing of the task that training changes.
+        """
 
     def exported(self, run_dir: Path) -> bool:
         """Whether what `export` would write is there; main rank only."""
@@ -70,6 +74,8 @@ class Schedule:
     """Whether a tick comes before the first iteration."""
     keep: int = 1
     seconds: float = math.inf
+    behind: bool = True
+    """Whether training goes on while a checkpoint is written."""
 
     @classmethod
     def of(
@@ -81,11 +87,12 @@ class Schedule:
         at_start: bool = False,
         keep_checkpoints: int = 1,
         max_hours: float | None = None,
+        async_checkpoints: bool = True,
     ) -> "Schedule":
         tick = max(1, round(tick_kimg * 1e3))
         seconds = math.inf if max_hours is None else 3600 * max_hours
         total = round(duration_mimg * 1e6)
-        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds)
+        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds, async_checkpoints)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class Outcome:
 
     @property
     def exit_status(self) -> int:
-        """Of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was up."""
+        """Exit status of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was
+        up."""
         return 128 + self.signal if self.signal else os.EX_TEMPFAIL if self.out_of_time else 0
 
 
@@ -116,11 +124,13 @@ def run(
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
-    SIGINT or SIGTERM after the iteration in progress. A run that is finished already is left untouched, but for an
-    export that is not of its checkpoint, which is made again: the process was killed between the two, or somebody has
-    removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with other
-    `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the settings
-    that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
+    SIGINT or SIGTERM after the iteration in progress. With `schedule.behind` a checkpoint is a copy of the state that
+    is written while training goes on: one that cannot be written ends the run at the next, and the last is waited for.
+    A run that is finished already is left untouched, but for an export that is not of its checkpoint, which is made
+    again: the process was killed between the two, or somebody has removed it. A run that diverges leaves its state
+    beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these changes are printed, and
+    written to metrics.jsonl. `defaults` stand for the settings that a checkpoint of an earlier version lacks. `log`:
+    see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
@@ -129,7 +139,7 @@ def run(
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
     if images and world.is_main and not task.exported(run_dir):
-        task.export(run_dir)
+        task.export(run_dir, checkpoint.load(run_dir / CHECKPOINT).sections())
     if images >= schedule.total:
         task.close()
         return Outcome(images, 0)
@@ -145,17 +155,23 @@ def run(
     if changes:
         output.changes(images, changes)
 
-    def save(name: str = CHECKPOINT) -> None:
+    behind = Behind()
+
+    def state() -> tuple[Sections, dict[str, Any]]:
         sections, values = task.state()
-        if world.is_main:
-            values = {**values, "images": images, "config": config, "contents": task.contents}
-            values["processes"] = world.size
-            if name == CHECKPOINT:
-                _keep_earlier(run_dir, saved_at, images, schedule.keep)
-            checkpoint.save(run_dir / name, sections, values)
-            if name == CHECKPOINT:
-                task.export(run_dir)
-        world.barrier()
+        values = {**values, "images": images, "config": config, "contents": task.contents}
+        return sections, {**values, "processes": world.size}
+
+    def save() -> None:
+        sections, values = state()
+        if not world.is_main:
+            return
+        if schedule.behind:
+            behind.wait()  # before there is one more copy
+            sections = checkpoint.copied(sections)
+        behind.start(partial(_write, task, run_dir, sections, values, saved_at, schedule.keep))
+        if not schedule.behind:
+            behind.wait()
 
     def tick() -> None:
         means = task.averages.take()
@@ -171,7 +187,10 @@ def run(
                 try:
                     task.iteration(images)
                 except DivergedError as error:
-                    save(DIVERGED)
+                    sections, values = state()
+                    if world.is_main:
+                        checkpoint.save(run_dir / DIVERGED, sections, values)
+                        behind.wait()
                     raise DivergedError(f"{error}. {_advice(task, run_dir, saved_at)}") from None
                 before, images = images, images + task.batch
                 output.advance(task.batch)
@@ -183,7 +202,12 @@ def run(
                     saved_at = images
             if images != saved_at:
                 save()
+            behind.wait()
+            world.barrier()
     finally:
+        unwritten = behind.close()
+        if unwritten is not None:
+            output.say(f"The checkpoint of {saved_at:,} images was not written: {unwritten}")
         output.close()
         task.close()
     if stopped_by == TIME_IS_UP:
@@ -242,6 +266,13 @@ def _resume(
     if any(images != other.item() for other in world.gather(torch.tensor([images]))):
         raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
     return images, changes
+
+
+def _write(task: Task, run_dir: Path, sections: Sections, values: dict[str, Any], saved_at: int, keep: int) -> None:
+    """A checkpoint and the export that belongs to it. `saved_at`: the images of the checkpoint before."""
+    _keep_earlier(run_dir, saved_at, values["images"], keep)
+    checkpoint.save(run_dir / CHECKPOINT, sections, values)
+    task.export(run_dir, sections)
 
 
 def _keep_earlier(run_dir: Path, saved_at: int, images: int, keep: int) -> None:

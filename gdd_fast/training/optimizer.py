@@ -10,7 +10,7 @@ from gdd_fast.backend import Backend
 from gdd_fast.config import Nonfinite
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
-from gdd_fast.training.ranks import World
+from gdd_fast.ranks import World
 
 _MISSING = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 """What torch.optim.Adam can be told to do and this one cannot."""

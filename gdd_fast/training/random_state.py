@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gdd_fast.training.ranks import World
+from gdd_fast.ranks import World
 
 
 class RandomState:

@@ -149,15 +149,16 @@ def test_launches_are_recorded_as_on_the_device_with_its_programs_and_options(mo
     module = importlib.import_module("gdd_fast.kernels.group_norm_silu")
     before = dict(vars(module))
     with recording(module, 90):
-        plans = [module.Plan("forward", torch.empty(n, 256, 32, 32, device="meta"), 256, 32) for n in (1, 512)]
-    assert plans[0].parts > 1 and plans[1].parts == 1
+        maps = [torch.empty(n, 256, 32, 32, device="meta") for n in (1, 512)]
+        partitions = [module.Partition("forward", x, 256, 32) for x in maps]
+    assert partitions[0].parts > 1 and partitions[1].parts == 1
     entries = json.loads(json.dumps(_launch._table()))
     entries["group_norm_silu.forward"]["sm_90"] = {"num_warps": 2}
     monkeypatch.setattr(_launch, "_table", lambda: entries)
     for architecture, warps in ((80, 8), (90, 2)):
         with recording(module, architecture):
-            plan = module.Plan("forward", torch.empty(1, 256, 32, 32, device="meta"), 256, 32)
-        assert plan.options["num_warps"] == warps
+            partition = module.Partition("forward", torch.empty(1, 256, 32, 32, device="meta"), 256, 32)
+        assert partition.options["num_warps"] == warps
     assert dict(vars(module)) == before
 
 

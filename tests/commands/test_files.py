@@ -1,12 +1,17 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
+from gdd_fast import files
 from gdd_fast.errors import ConfigError
-from gdd_fast.files import atomic_write, check_writable, remove_leftovers
+from gdd_fast.files import atomic_write, check_writable
 
 
 def test_a_file_appears_whole_with_the_usual_permissions(tmp_path):
@@ -32,15 +37,43 @@ def test_after_an_error_the_old_file_is_there(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_what_a_killed_writer_left_can_be_removed(tmp_path):
+def test_the_next_writer_removes_what_a_killed_one_has_left(tmp_path):
     path = tmp_path / "state[1].bin"
     path.write_text("old")
     (tmp_path / "other.bin").write_text("other")
-    writing = atomic_write(path)
-    left = writing.__enter__()  # and never left, as after SIGKILL
-    assert left.exists()
-    remove_leftovers(path)
-    assert not left.exists() and sorted(os.listdir(tmp_path)) == ["other.bin", "state[1].bin"]
+    script = """
+import os, signal, sys
+from gdd_fast.files import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    temporary.with_name(".tmpAb1").write_text("of a writer's own, as safetensors makes them")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, path])
+    assert killed.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 3
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["other.bin", "state[1].bin"]
+
+
+def test_two_that_write_the_same_file_at_once(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as first:
+        first.write_text("first")
+        with atomic_write(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """As some network file systems: files are written all the same, and nobody's are removed."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    test_two_that_write_the_same_file_at_once(tmp_path)
 
 
 def test_check_writable_creates_nothing(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from tiny_run import ALONE, BATCH, tiny_config
 
 import gdd_fast.ops
-from gdd_fast.backend import Operator, obstacle, plan, summary
+from gdd_fast.backend import Operator, obstacle, resolve_all, summary
 from gdd_fast.distill import components, dry_run
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
@@ -33,10 +33,15 @@ needs_extension = pytest.mark.skipif(
 
 @needs_extension
 def test_a_named_backend_is_for_the_operators_that_have_it():
-    assert plan("cpp", [BOTH, CPP, TRITON, NEITHER], "cpu") == {"a": "cpp", "b": "torch", "c": "cpp", "d": "torch"}
-    assert plan("torch", [CPP, BOTH], "cpu") == {"a": "torch", "c": "torch"}
-    assert plan("auto", [CPP, NEITHER], "cpu") == {"a": "cpp", "d": "torch"}
-    assert summary(plan("cpp", [CPP, NEITHER, BOTH], "cpu")) == "torch for d; cpp for a, c"
+    assert resolve_all("cpp", [BOTH, CPP, TRITON, NEITHER], "cpu") == {
+        "a": "cpp",
+        "b": "torch",
+        "c": "cpp",
+        "d": "torch",
+    }
+    assert resolve_all("torch", [CPP, BOTH], "cpu") == {"a": "torch", "c": "torch"}
+    assert resolve_all("auto", [CPP, NEITHER], "cpu") == {"a": "cpp", "d": "torch"}
+    assert summary(resolve_all("cpp", [CPP, NEITHER, BOTH], "cpu")) == "torch for d; cpp for a, c"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,7 @@ def test_a_named_backend_is_for_the_operators_that_have_it():
 )
 def test_what_can_run_nothing_is_refused_with_the_reason(backend, operators, device, reason):
     with pytest.raises(BackendError, match=reason):
-        plan(backend, operators, device)
+        resolve_all(backend, operators, device)
 
 
 def test_triton_on_a_cpu_is_refused_before_anything_is_read(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.training import checkpoint
 from gdd_fast.training.captured_steps import CapturedSteps
 from gdd_fast.training.optimizer import StepGuard, make_adam
-from gdd_fast.training.rehearsal import Rehearsal, forbid_waiting
+from rehearsal import Rehearsal, forbid_waiting
 
 pytestmark = pytest.mark.usefixtures("plain")
 

@@ -1,6 +1,6 @@
 """Twenty steps of distillation by the training loop itself, all operators fused against all in plain PyTorch.
 
-Both runs are `Distillation`: the whole plan of a run, from the discriminator's input to the optimizer and the bytes of
+Both runs are `Distillation`: all of a run, from the discriminator's input to the optimizer and the bytes of
 the sample grid. A third is the same program in float64, the definitions throughout. The rule is the one of parity.py:
 what comes out of the fused run is at most twice as far from float64 as what comes out of eager PyTorch in float32.
 
@@ -42,9 +42,9 @@ from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.ops import adam_ema as ops_adam_ema
 from gdd_fast.ops import group_norm_silu, residual
+from gdd_fast.ranks import World
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.training import optimizer
-from gdd_fast.training.ranks import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 20

@@ -104,7 +104,7 @@ def test_the_r1_step_has_its_own_precision_and_exports_are_float32(inputs, tmp_p
     other.restore(checkpoint.load(tmp_path / "state"))
     for ours, theirs in zip((task.features, task.r1_features), (other.features, other.r1_features), strict=True):
         assert all(torch.equal(a, theirs.projection_state()[k]) for k, a in ours.projection_state().items())
-    task.export(tmp_path)
+    task.export(tmp_path, sections)
     exported = json.loads(next(tmp_path.glob("*/config.json")).read_text())
     assert exported["init"]["dtype"] == "float32" and task.generator.dtype == torch.bfloat16
 

@@ -52,7 +52,9 @@ def test_auto_and_names() -> None:
         choose_engine("graph", CPU)
     with pytest.raises(ConfigError, match="engine"):
         choose_engine("fast", CPU)
-    assert make_engine("eager", add, CPU) is add
+    z = torch.ones(2, 2)
+    assert torch.equal(make_engine("eager", add, CPU)(z, None), z)
+    assert torch.equal(make_engine("eager", add, CPU)(z, None, lambda images: (images, images + 1))[1], z + 1)
 
 
 def test_a_graph_is_captured_once_a_batch_size() -> None:
@@ -64,17 +66,43 @@ def test_a_graph_is_captured_once_a_batch_size() -> None:
     assert capture.captured == [1, 4]
 
 
+def test_what_is_done_with_the_images_is_a_part_of_the_graph() -> None:
+    def bytes_of(images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(torch.uint8), images.isfinite().all()
+
+    captured = []
+
+    def capture(network, latents: Tensor, rows: Tensor | None):
+        captured.append(network(latents, rows))
+        return network
+
+    cache = GraphCache(add, capture)
+    z = torch.full((2, 2), 3.7)
+    for _ in range(2):
+        images, finite = cache(z, None, bytes_of)
+        assert images.dtype == torch.uint8 and images.eq(3).all() and bool(finite)
+        assert torch.equal(cache(z, None), z)
+    assert [type(result) for result in captured] == [tuple, Tensor], "once each, with what is done last in it"
+
+
+def test_a_replay_gives_all_its_results_memory_of_their_own() -> None:
+    with FakeCuda() as cuda:
+        network = CudaCapture(GPU)(lambda z, rows: (cuda.doubled(z, rows), z.isfinite().all()), torch.ones(2, 2), None)
+        (first, finite), (second, _) = network(torch.full((2, 2), 3.0), None), network(torch.full((2, 2), 5.0), None)
+        assert (first == 6).all() and (second == 10).all() and bool(finite)
+
+
 def test_the_graph_used_least_recently_goes_first() -> None:
     capture = Recorder()
     cache = GraphCache(add, capture, limit=2)
     for batch in (1, 2, 1, 3):  # 3 takes the place of 2
         cache(torch.zeros(batch, 2), None)
-    assert list(cache.graphs) == [1, 3]
+    assert list(cache.graphs) == [(1, None), (3, None)]
     cache(torch.zeros(1, 2), None)
     assert capture.captured == [1, 2, 3]
     cache(torch.zeros(2, 2), None)
     assert capture.captured == [1, 2, 3, 2]
-    assert list(cache.graphs) == [1, 2]
+    assert list(cache.graphs) == [(1, None), (2, None)]
     assert capture.drained == 2, "what is given up must not be running"
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gdd_fast.engine import folded_layers as folded
 from gdd_fast.engine.fold import Conditioning, fold, make_target
-from gdd_fast.engine.folded_layers import FoldedUNet, Target
+from gdd_fast.engine.folded_layers import Target
+from gdd_fast.engine.folded_unet import FoldedUNet
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.models.edm import ncsnpp
@@ -136,7 +137,7 @@ def test_statistics_travel_with_their_maps(name: str, monkeypatch) -> None:
     made: list[Tensor] = []
     read = 0
 
-    def merge(*arguments, statistics: bool, backend: str) -> tuple[Tensor, Tensor]:
+    def add(*arguments, statistics: bool, backend: str) -> tuple[Tensor, Tensor]:
         assert statistics and backend == "triton"
         made.append(residual_ref(*arguments))
         return made[-1], channel_statistics_ref(made[-1])
@@ -150,7 +151,7 @@ def test_statistics_travel_with_their_maps(name: str, monkeypatch) -> None:
                 torch.testing.assert_close(given, channel_statistics_ref(part))
         return group_norm_silu_ref(x, *arguments, **options)
 
-    monkeypatch.setattr(folded, "residual", merge)
+    monkeypatch.setattr(folded, "residual", add)
     monkeypatch.setattr(folded, "group_norm_silu", norm)
     net = network(name)
     ways = {"convolve": "plain", "late_bias": True, "norm": "triton", "residual": "triton"}

@@ -115,6 +115,14 @@ def test_one_generator_for_a_batch(conditional) -> None:
     assert torch.equal(first, conditional(2))
 
 
+def test_latents_of_the_callers(conditional) -> None:
+    z, classes = conditional.draw(3, [0, 1, 2])
+    assert torch.equal(conditional(3, classes, latents=z), conditional(3, seeds=range(3)))
+    for wrong in ({"n": 2, "labels": 1}, {"n": 3}, {"n": 3, "labels": 1, "seeds": range(3)}):
+        with pytest.raises(InputError, match="in place of seeds"):
+            conditional(**wrong, latents=z)
+
+
 def test_none_at_all(conditional) -> None:
     assert conditional(0).shape == (0, 8, 8, 3)
     assert conditional(0, seeds=[], output="float").shape == (0, 8, 8, 3)

@@ -14,7 +14,7 @@ import torch
 from edm_files import NUMPY_SCALAR, Persistent, Reduced, Tiny, dumps, literal, refused, tiny, with_parameter, write
 
 from gdd_fast.errors import GddFastError
-from gdd_fast.models.files import pickle_reader
+from gdd_fast.models.files import pickle_globals
 from gdd_fast.models.files.pickle_reader import load
 
 
@@ -261,7 +261,7 @@ def test_mutations(tmp_path, canary):
 def test_nothing_is_left_behind(tmp_path):
     """Refused or read, a file changes nothing in the process: no module imported, no stand-in altered."""
     path = write(tmp_path / "net.pkl", {"ema": tiny()})
-    before, names = set(sys.modules), dict(pickle_reader._GLOBALS)
+    before, names = set(sys.modules), dict(pickle_globals.GLOBALS)
     load(path)
     refused(tmp_path, call(stack_global("antigravity", "geohash")), "asks for antigravity.geohash")
-    assert set(sys.modules) == before and names == pickle_reader._GLOBALS
+    assert set(sys.modules) == before and names == pickle_globals.GLOBALS

@@ -9,8 +9,8 @@ import torch
 from edm_files import Persistent, Reduced, Tiny, dumps, literal, refused, storage_of, tiny, with_parameter, write
 from torch import nn
 
+from gdd_fast.models.files import pickle_globals
 from gdd_fast.models.files import pickle_machine as _pickle_machine
-from gdd_fast.models.files import pickle_reader
 from gdd_fast.models.files.pickle_reader import load
 
 
@@ -144,8 +144,8 @@ def test_circular_modules(tmp_path):
 def test_entries_without_parameters_are_searched_once(tmp_path, monkeypatch):
     """Many entries that share a tree of modules cost what one does."""
     visits = []
-    members = pickle_reader.Module.members
-    monkeypatch.setattr(pickle_reader.Module, "members", lambda *a: visits.append(a) or members(*a))
+    members = pickle_globals.Module.members
+    monkeypatch.setattr(pickle_globals.Module, "members", lambda *a: visits.append(a) or members(*a))
     tree = doubled(edm_files.network(nn.Module(), "Leaf", {}), 12)
     content = {f"key{index}": Persistent("Pipe", tree.meta["state"]) for index in range(200)}
     loaded = load(write(tmp_path / "net.pkl", content | {"ema": tiny()}))

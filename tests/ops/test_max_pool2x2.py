@@ -93,13 +93,27 @@ def test_bad_calls():
             max_pool2x2(x)
 
 
+@FUSED
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 5, 40), (3, 2, 37, 67), (1, 1, 2, 2100)], ids=str)
+def test_maps_of_several_tiles(shape, layout, backend):
+    """Tiles that are cut off by the last channel, pixel and row."""
+    x = images(shape, torch.float32, backend, layout)
+    got, want = max_pool2x2(x, backend), max_pool2x2_ref(x)
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
+
+
 def test_triton_kernels_compile_for_ampere_and_hopper():
-    options, constants, sizes = {"num_warps": 4}, {"BLOCK": 1024}, dict.fromkeys(("size", "H", "W", "C"), "i32")
-    cases = []
-    for kind in ("*fp32", "*bf16", "*fp64"):
-        forward = {"x_ptr": kind, "y_ptr": kind, "places_ptr": "*u8", **sizes}
-        backward = {"dy_ptr": kind, "places_ptr": "*u8", "dx_ptr": kind, **sizes}
-        cases.append(TritonCase("max_pool2x2_kernel", forward, constants, options))
-        cases.append(TritonCase("max_pool2x2_backward_kernel", backward, constants, options))
+    options, cases = {"num_warps": 4}, []
+    kinds = {
+        "channels_last": (("H", "W", "C", "pixel_blocks", "channel_blocks"), {"BLOCK_P": 16, "BLOCK_C": 64}),
+        "contiguous": (("rows", "H", "W", "column_blocks"), {"BLOCK_R": 8, "BLOCK_W": 128}),
+    }
+    for dtype in ("*fp32", "*bf16", "*fp64"):
+        for name, (sizes, constants) in kinds.items():
+            for kernel, maps in ((f"{name}_kernel", "xy"), (f"{name}_backward_kernel", ("dy", "dx"))):
+                signature = {**dict.fromkeys(maps, dtype), "places": "*u8", **dict.fromkeys(sizes, "i32")}
+                cases.append(TritonCase(kernel, signature, constants, options))
     for resources in compile_triton("gdd_fast.kernels.max_pool2x2", cases):
         resources.assert_no_spills()

@@ -6,7 +6,7 @@ from torch import nn
 
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.training.captured_steps import CapturedSteps, choose_step_engine
-from gdd_fast.training.rehearsal import CaptureError, Rehearsal, forbid_waiting
+from rehearsal import CaptureError, Rehearsal, forbid_waiting
 
 CPU = torch.device("cpu")
 

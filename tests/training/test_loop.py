@@ -47,9 +47,9 @@ class Counting:
     def restore(self, saved):
         self.sum.copy_(saved.section("x")["sum"])
 
-    def export(self, run_dir):
+    def export(self, run_dir, sections):
         self.exports += 1
-        (run_dir / "sum.txt").write_text(str(float(self.sum)))
+        (run_dir / "sum.txt").write_text(str(float(sections["x"]["sum"])))
 
     def exported(self, run_dir):
         return (run_dir / "sum.txt").exists() and (run_dir / "sum.txt").read_text() == str(float(self.sum))
@@ -95,13 +95,60 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
 
 
+def test_a_checkpoint_is_of_its_moment_while_training_goes_on(tmp_path, monkeypatch):
+    """The writer of the checkpoint of 50 images waits until all iterations are done."""
+    finished, kept, write = threading.Event(), [], checkpoint.save
+
+    def late(path, sections, values):
+        waited = finished.wait(60)
+        write(path, sections, values)
+        kept.append((values["images"], float(checkpoint.load(path).section("x")["sum"]), waited))
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    task = Counting(at={90: finished.set})
+    run(task, tmp_path, CONFIG, Schedule(100, 50, 50), ALONE)
+    assert kept == [(50, 100.0, True), (100, 450.0, True)]
+    assert task.exports == 2 and (tmp_path / "sum.txt").read_text() == "450.0"
+
+
+def test_training_can_wait_for_its_checkpoints(tmp_path, monkeypatch):
+    written, write = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given: (write(*given), written.append(given[2]["images"])))
+    task = Counting(at={50: lambda: written.append("goes on")})
+    run(task, tmp_path, CONFIG, Schedule(100, 50, 50, behind=False), ALONE)
+    assert written == [50, "goes on", 100]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_said_at_the_next(tmp_path, monkeypatch, capsys):
+    write, full = checkpoint.save, {50, 100}
+
+    def save(path, sections, values):
+        if values["images"] in full:
+            raise CheckpointError("the disk is full")
+        write(path, sections, values)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    for last in (100, 50):  # the last one is waited for
+        task = Counting()
+        with pytest.raises(CheckpointError, match="full"):
+            run(task, tmp_path, CONFIG, Schedule(last, 50, 50), ALONE)
+        assert task.ticks[-1] == last and task.closed == 1 and not task.exports
+        assert not (tmp_path / CHECKPOINT).exists()
+    with pytest.raises(ZeroDivisionError):
+        run(Counting(at={60: lambda: 1 / 0}), tmp_path, CONFIG, Schedule(100, 50, 50), ALONE)
+    shown = capsys.readouterr()
+    assert "The checkpoint of 50 images was not written: the disk is full" in shown.out + shown.err
+    full.clear()
+    assert run(Counting(), tmp_path, CONFIG, Schedule(100, 50, 50), ALONE) == Outcome(100, 100)
+
+
 @pytest.mark.parametrize("checkpoint_before", [0, 50])
 def test_an_export_that_is_not_of_the_checkpoint_is_made_again(tmp_path, checkpoint_before):
     """The process is killed between the last checkpoint and its export; then somebody deletes the export."""
     if checkpoint_before:
         run(Counting(), tmp_path, CONFIG, Schedule(checkpoint_before, 50, 50), ALONE)
     killed = Counting()
-    killed.export = lambda run_dir: (_ for _ in ()).throw(SystemExit(137))
+    killed.export = lambda *_: (_ for _ in ()).throw(SystemExit(137))
     with pytest.raises(SystemExit):
         run(killed, tmp_path, CONFIG, Schedule(100, 50, 1000), ALONE)
     assert checkpoint.load_values(tmp_path / CHECKPOINT)["images"] == 100
@@ -267,7 +314,9 @@ def test_a_value_that_is_not_finite_is_null(tmp_path):
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
-    (tmp_path / f".{CHECKPOINT}.01234567.safetensors").write_bytes(b"half")
+    half = tmp_path / f".{CHECKPOINT}.01234567"
+    half.mkdir()
+    (half / CHECKPOINT).write_bytes(b"half")
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     assert not list(tmp_path.glob(".*"))
 

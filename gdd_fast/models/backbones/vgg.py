@@ -54,7 +54,7 @@ class Vgg16(Backbone):
         for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
             if isinstance(layer, nn.ReLU) and isinstance(before, FrozenConv2d):
                 continue  # the convolution has applied it
-            if isinstance(layer, MaxPool2x2 | nn.MaxPool2d):  # PyTorch's own where somebody has put it in
+            if isinstance(layer, MaxPool2x2 | nn.MaxPool2d):  # PyTorch's own pooling, if somebody has put one in
                 stage_ends.append(x)
             x = layer(x, "relu") if isinstance(layer, FrozenConv2d) and isinstance(after, nn.ReLU) else layer(x)
         return (*stage_ends[1:], x)

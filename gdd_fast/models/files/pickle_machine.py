@@ -190,7 +190,7 @@ class Machine:
     def put(self, index: int) -> None:
         self.memo[index] = self.top(object)
 
-    def find(self, module: str, name: str) -> None:
+    def find_global(self, module: str, name: str) -> None:
         full = f"{module}.{name}"
         if full not in self.names:
             shown = full if full.isascii() and full.isprintable() and len(full) < 200 else ascii(full[:200])
@@ -202,7 +202,7 @@ class Machine:
 
     def stack_global(self) -> None:
         name = self.pop(str)
-        self.find(self.pop(str), name)
+        self.find_global(self.pop(str), name)
 
     def reduce(self) -> None:
         arguments = self.pop(tuple)
@@ -270,7 +270,7 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
         pickle.BINPUT: lambda m: m.put(m.reader.unpack("<B")),
         pickle.LONG_BINPUT: lambda m: m.put(m.reader.unpack("<I")),
         pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
-        pickle.GLOBAL: lambda m: m.find(m.reader.line(), m.reader.line()),
+        pickle.GLOBAL: lambda m: m.find_global(m.reader.line(), m.reader.line()),
         pickle.STACK_GLOBAL: Machine.stack_global,
         pickle.REDUCE: Machine.reduce,
         pickle.NEWOBJ: Machine.reduce,

@@ -17,20 +17,22 @@ from pathlib import Path
 import torch
 
 from gdd_fast.errors import UnsafePickleError, WeightsError
-from gdd_fast.models.files.pickle_machine import Constructor, Machine, Reader, StandIn
-from gdd_fast.models.files.pickle_tensors import NumpyType, PickledTensor, Storage, Storages, numpy_scalar
+from gdd_fast.models.files.pickle_globals import (
+    MAX_DEPTH,
+    MAX_TEXT,
+    Budget,
+    Module,
+    WithLayers,
+    globals_of_a_file,
+    is_text,
+    kind_of,
+    set_type,
+)
+from gdd_fast.models.files.pickle_machine import Constructor, Machine, Reader
+from gdd_fast.models.files.pickle_tensors import PickledTensor
 
 MAX_FILE_BYTES = 8 * 2**30
 MIN_PROTOCOL = 4
-PERSISTENCE_VERSION = 6
-# Bounds on what all networks of a file can be, so that shared or circular references, which cost a file nothing, cannot
-# unfold into more than it holds.
-MAX_MODULES = 10_000
-MAX_MEMBERS = 100_000  # entries of modules' dicts that are looked at
-MAX_TENSORS = 10_000
-MAX_SETTINGS = 10_000
-MAX_DEPTH = 32
-MAX_TEXT = 200  # characters of a dotted name or a setting; EDM's longest have about forty
 # The order in which EDMPrecond and GDDPrecond take their arguments, for files that recorded them by position.
 PRECOND_ARGUMENTS = (
     "img_resolution",
@@ -87,10 +89,10 @@ def load_module(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[st
     path = Path(path)
     data = _read(path, max_bytes)
     try:
-        content = _content(data, _WithLayers(_globals()))
+        content = _content(data, WithLayers(globals_of_a_file()))
         if not isinstance(content, Module):
-            raise UnsafePickleError(f"the file holds a {_kind(content)}, not a network")
-        return _state_dict("the network", content, _Budget(tensor_bytes=2 * len(data)))
+            raise UnsafePickleError(f"the file holds a {kind_of(content)}, not a network")
+        return _state_dict("the network", content, Budget(tensor_bytes=2 * len(data)))
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path}: {error}") from None
 
@@ -103,11 +105,11 @@ def load_layers(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[st
     path = Path(path)
     data = _read(path, max_bytes)
     try:
-        names = _WithLayers({**_globals(), "dill._dill._load_type": Constructor(_set_type)})
+        names = WithLayers({**globals_of_a_file(), "dill._dill._load_type": Constructor(set_type)})
         content = _content(data, names, min_protocol=3)
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise UnsafePickleError(f"the file holds a {_kind(content)}, not a dict of layers")
-        budget = _Budget(tensor_bytes=2 * len(data))
+            raise UnsafePickleError(f"the file holds a {kind_of(content)}, not a dict of layers")
+        budget = Budget(tensor_bytes=2 * len(data))
         return {k: _state_dict(k, layer, budget) for k, layer in content.items() if isinstance(layer, Module)}
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path}: {error}") from None
@@ -146,143 +148,24 @@ def _content(data: memoryview, names: Mapping[str, object], min_protocol: int = 
 
 
 def _networks(data: memoryview) -> dict[str, PickledNetwork]:
-    content = _content(data, _globals())
+    content = _content(data, globals_of_a_file())
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UnsafePickleError(f"the file holds a {_kind(content)}; a network pickle holds a dict with an entry 'ema'")
-    budget = _Budget(tensor_bytes=2 * len(data))
+        raise UnsafePickleError(
+            f"the file holds a {kind_of(content)}; a network pickle holds a dict with an entry 'ema'"
+        )
+    budget = Budget(tensor_bytes=2 * len(data))
     networks = {}
     barren: set[int] = set()
     for key, value in content.items():
         if isinstance(value, Module) and value.class_name is not None and _has_parameters(value, budget, barren):
             networks[key] = _network(key, value, budget)
     if not networks:
-        found = ", ".join(f"{key[:40]!a} ({_kind(value)})" for key, value in list(content.items())[:10])
+        found = ", ".join(f"{key[:40]!a} ({kind_of(value)})" for key, value in list(content.items())[:10])
         raise UnsafePickleError(f"the file holds no network; it holds {found or 'nothing'}")
     return networks
 
 
-@dataclass
-class _Budget:
-    """What may still be unfolded from the file, by all that is done with it."""
-
-    tensor_bytes: int
-    tensors: int = MAX_TENSORS
-    modules: int = MAX_MODULES
-    members: int = MAX_MEMBERS
-    settings: int = MAX_SETTINGS
-
-    def spend(self, what: str, count: int = 1) -> None:
-        left = getattr(self, what) - count
-        if left < 0:
-            raise UnsafePickleError(f"the networks in the file unfold into too many {what.replace('_', ' ')}")
-        setattr(self, what, left)
-
-
-class Module(StandIn):
-    """An object of the file: its class's name (None for a plain torch.nn container) and its `__dict__`."""
-
-    __slots__ = ("class_name", "state")
-
-    def __init__(self, class_name: str | None, state: dict) -> None:
-        self.class_name = class_name
-        self.state = state
-
-    @classmethod
-    def persistent(cls, arguments: tuple) -> "Module":
-        """For `torch_utils.persistence._reconstruct_persistent_obj(meta)`."""
-        match arguments:
-            case ({"type": "class", "version": version, "class_name": str(name), "state": dict(state)},):
-                if version != PERSISTENCE_VERSION or type(version) is not int:
-                    raise UnsafePickleError(
-                        f"an object in the file has another persistence version than {PERSISTENCE_VERSION}, the one of "
-                        "EDM and GDD; it is from another project"
-                    )
-                if len(name) > 100 or not name.isidentifier() or not name.isascii():
-                    raise UnsafePickleError(f"an object in the file has the class name {name[:100]!a}")
-                return cls(name, state)
-        raise UnsafePickleError(
-            "an object in the file lacks one of type = 'class', version, class_name and state; the file is corrupt or "
-            "from another project"
-        )
-
-    @classmethod
-    def container(cls, arguments: tuple) -> "Module":
-        """For `torch.nn.modules.container.ModuleDict`, whose state comes with BUILD."""
-        if arguments:
-            raise UnsafePickleError("torch.nn.modules.container.ModuleDict is made with arguments")
-        return cls(None, {})
-
-    def build(self, state: object) -> None:
-        if self.class_name is not None or self.state or not isinstance(state, dict):
-            raise UnsafePickleError("the file sets an object's state twice, or to something that is not a dict")
-        self.state = state
-
-    def members(self, name: str, budget: _Budget) -> dict:
-        """`_parameters`, `_buffers` or `_modules`, with the entries that are None left out."""
-        members = self.state.get(name)
-        if not isinstance(members, dict):
-            raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has no dict {name}")
-        budget.spend("members", len(members))
-        for key in members:
-            if not _is_text(key) or not key or "." in key:
-                raise UnsafePickleError(f"a {self.class_name or 'ModuleDict'} in the file has a bad name in {name}")
-        return {key: value for key, value in members.items() if value is not None}
-
-
-def _empty_dict(arguments: tuple) -> dict:
-    if arguments:
-        raise UnsafePickleError("a dict in the file is made with arguments")
-    return {}
-
-
-def _set_type(arguments: tuple) -> Constructor:
-    """For dill's `_load_type("set")`; what is then made with it is a plain set."""
-    if arguments != ("set",):
-        raise UnsafePickleError("the file asks dill for another type than set")
-    return Constructor(_plain_set)
-
-
-def _plain_set(arguments: tuple) -> set:
-    match arguments:
-        case () | ([],):
-            return set()
-        case (list(names),) if all(isinstance(name, str) for name in names):
-            return set(names)
-    raise UnsafePickleError("a set in the file is not one of names")
-
-
-_GLOBALS: dict[str, Constructor] = {
-    name: Constructor(make)
-    for name, make in {
-        "collections.OrderedDict": _empty_dict,
-        "dnnlib.util.EasyDict": _empty_dict,
-        "torch_utils.persistence._reconstruct_persistent_obj": Module.persistent,
-        "torch.nn.modules.container.ModuleDict": Module.container,
-        "torch._utils._rebuild_tensor_v2": PickledTensor.from_arguments,
-        "torch._utils._rebuild_parameter": PickledTensor.from_parameter,
-        "numpy.dtype": NumpyType,
-        "numpy.core.multiarray.scalar": numpy_scalar,
-        "numpy._core.multiarray.scalar": numpy_scalar,
-    }.items()
-}
-
-
-def _globals() -> dict[str, object]:
-    """Those of one file, whose storages are read once."""
-    return {**_GLOBALS, "torch.storage._load_from_bytes": Constructor(Storages())}
-
-
-class _WithLayers(dict):
-    """`_GLOBALS`, and any layer of torch.nn as a plain container."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and name.startswith("torch.nn.modules."))
-
-    def __missing__(self, name: str) -> Constructor:
-        return Constructor(Module.container)
-
-
-def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
+def _modules(root: Module, budget: Budget) -> Iterator[tuple[str, Module]]:
     """The module and all below it with the prefix of their names, in the order of torch.nn.Module.state_dict."""
     pending = [("", 0, root)]
     while pending:
@@ -296,11 +179,11 @@ def _modules(root: Module, budget: _Budget) -> Iterator[tuple[str, Module]]:
         pending.extend([(f"{prefix}{name}.", depth + 1, child) for name, child in children][::-1])
 
 
-def _children(module: Module, budget: _Budget) -> dict[str, Module]:
+def _children(module: Module, budget: Budget) -> dict[str, Module]:
     children = module.members("_modules", budget)
     for name, child in children.items():
         if not isinstance(child, Module):
-            raise UnsafePickleError(f"module {name!a} is a {_kind(child)}")
+            raise UnsafePickleError(f"module {name!a} is a {kind_of(child)}")
     return children
 
 
@@ -309,7 +192,7 @@ def _check_name(full: str) -> None:
         raise UnsafePickleError(f"the name {full[:MAX_TEXT]!a}... is longer than {MAX_TEXT} characters")
 
 
-def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
+def _has_parameters(root: Module, budget: Budget, barren: set[int]) -> bool:
     """Whether the object is a network; a loss is no module, and an augmentation pipe has buffers alone.
 
     `barren`: ids of modules known to have no parameter in or below them. A module that is searched in vain is added, so
@@ -332,17 +215,17 @@ def _has_parameters(root: Module, budget: _Budget, barren: set[int]) -> bool:
     return False
 
 
-def _network(key: str, root: Module, budget: _Budget) -> PickledNetwork:
+def _network(key: str, root: Module, budget: Budget) -> PickledNetwork:
     state = _state_dict(key, root, budget)
     return PickledNetwork(root.class_name, _settings(root, budget), state)  # type: ignore[arg-type]
 
 
-def _state_dict(key: str, root: Module, budget: _Budget) -> dict[str, torch.Tensor]:
+def _state_dict(key: str, root: Module, budget: Budget) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for prefix, module in _modules(root, budget):
         skipped = module.state.get("_non_persistent_buffers_set", set())
         if not isinstance(skipped, set):
-            raise UnsafePickleError(f"_non_persistent_buffers_set of a module is a {_kind(skipped)}")
+            raise UnsafePickleError(f"_non_persistent_buffers_set of a module is a {kind_of(skipped)}")
         parameters = module.members("_parameters", budget)
         buffers = {name: value for name, value in module.members("_buffers", budget).items() if name not in skipped}
         for name, value in (*parameters.items(), *buffers.items()):
@@ -350,7 +233,7 @@ def _state_dict(key: str, root: Module, budget: _Budget) -> dict[str, torch.Tens
             _check_name(full)
             shown = ascii(full)
             if not isinstance(value, PickledTensor):
-                raise UnsafePickleError(f"{key[:40]!a}: {shown} is a {_kind(value)}, not a tensor")
+                raise UnsafePickleError(f"{key[:40]!a}: {shown} is a {kind_of(value)}, not a tensor")
             if full in state:
                 raise UnsafePickleError(f"{key[:40]!a}: {shown} occurs twice")
             if name in parameters and not value.storage.dtype.is_floating_point:
@@ -363,7 +246,7 @@ def _state_dict(key: str, root: Module, budget: _Budget) -> dict[str, torch.Tens
     return state
 
 
-def _settings(root: Module, budget: _Budget) -> dict[str, object]:
+def _settings(root: Module, budget: Budget) -> dict[str, object]:
     """The constructor's arguments, by name."""
     arguments = root.state.get("_init_args")
     keywords = root.state.get("_init_kwargs")
@@ -379,35 +262,23 @@ def _settings(root: Module, budget: _Budget) -> dict[str, object]:
         )
     positional = dict(zip(PRECOND_ARGUMENTS, arguments, strict=False))
     for name in keywords:
-        if not _is_text(name) or name in positional:
+        if not is_text(name) or name in positional:
             raise UnsafePickleError(
                 f"{root.class_name} was saved with a constructor argument that cannot be: {name!a:.100}"
             )
     return {name: _plain(value, name, budget) for name, value in {**positional, **keywords}.items()}
 
 
-def _plain(value: object, name: str, budget: _Budget, depth: int = 0) -> object:
+def _plain(value: object, name: str, budget: Budget, depth: int = 0) -> object:
     """The value with tuples as lists; only what JSON has."""
     budget.spend("settings")
-    if value is None or isinstance(value, bool | int | float) or _is_text(value):
+    if value is None or isinstance(value, bool | int | float) or is_text(value):
         return value
     if depth < MAX_DEPTH and isinstance(value, list | tuple):
         return [_plain(item, name, budget, depth + 1) for item in value]
-    if depth < MAX_DEPTH and isinstance(value, dict) and all(map(_is_text, value)):
+    if depth < MAX_DEPTH and isinstance(value, dict) and all(map(is_text, value)):
         return {key: _plain(item, name, budget, depth + 1) for key, item in value.items()}
     raise UnsafePickleError(
-        f"constructor argument {name!a} holds a {_kind(value)}, is nested more than {MAX_DEPTH} deep or has a text of "
+        f"constructor argument {name!a} holds a {kind_of(value)}, is nested more than {MAX_DEPTH} deep or has text of "
         f"more than {MAX_TEXT} characters; a network's settings are numbers, short strings, lists and dicts"
     )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TEXT
-
-
-def _kind(value: object) -> str:
-    """What the value was in the file, for messages."""
-    if isinstance(value, Module):
-        return value.class_name or "ModuleDict"
-    names = {PickledTensor: "tensor", Storage: "tensor storage", memoryview: "bytes"}
-    return names.get(type(value), type(value).__name__)

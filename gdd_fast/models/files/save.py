@@ -1,9 +1,11 @@
 """Writing a network as a folder of config.json and model.safetensors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, write_tensors
@@ -16,8 +18,15 @@ VERSION = 1
 PRECONDS: dict[str, type[Preconditioned]] = {"edm": EDMPrecond, "gdd": GDDPrecond, "unet2d": UNet2DPrecond}
 
 
-def save_network(net: Preconditioned, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`.
+def save_network(
+    net: Preconditioned,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`. `weights`: a
+    state_dict of its form that is stored instead of its own.
 
     Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.
     The configuration goes last, so a folder that has one is complete.
@@ -31,7 +40,7 @@ def save_network(net: Preconditioned, folder: str | Path, dtype: torch.dtype = t
     parameters = {name for name, _ in net.named_parameters()}
     state = {
         name: tensor.detach().to("cpu", dtype if name in parameters else tensor.dtype).contiguous()
-        for name, tensor in net.state_dict().items()
+        for name, tensor in (net.state_dict() if weights is None else weights).items()
     }
 
     path = folder / "config.json"

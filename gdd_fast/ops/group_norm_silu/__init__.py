@@ -16,6 +16,7 @@ definition. "cpp" has the backward of channels_last maps, and autograd's part of
 PyTorch's.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import compute_dtype, empty_map, memory_format, runs_eagerly
+from gdd_fast.ops._planned import plans, wanted
 from gdd_fast.ops.group_norm_silu import definition, fused
 from gdd_fast.ops.group_norm_silu.norm_inputs import DIFFERENTIABLE, LENGTH, SCHEMA, NormInputs, check
 
@@ -94,6 +96,14 @@ def group_norm_silu(
     """
     first, skip = x if isinstance(x, tuple) else (x, None)
     known = statistics if isinstance(statistics, tuple) else (statistics, None)
+    if wanted(first, backend) and (planned := plans(_plan)) is not None and activation in ("silu", None):
+        extension, cache = planned
+        silu = activation == "silu"
+        y = extension.planned_group_norm_silu(
+            cache, first, skip, num_groups, weight, bias, eps, add, scale, shift, silu, *known, backend
+        )
+        if y is not None:
+            return y
     inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
     check(inputs, known)
     if activation not in ("silu", None):
@@ -111,6 +121,27 @@ def group_norm_silu(
         # the same kernels; autograd in Python takes longer than a small map
         return torch.ops.gdd_fast_C.group_norm_silu_differentiable.default(*inputs)
     return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
+
+
+def _plan(
+    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
+) -> tuple | None:
+    """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
+    from gdd_fast.kernels._plans import plan
+
+    if direction == "backward":
+        dy, x, skip, *parameters, mean, rstd = tensors
+        silu, bits = map(int, numbers)
+        inputs = NormInputs(x, skip, mean.shape[1], *parameters[:2], 0.0, *parameters[2:], bool(silu))
+        needed = [bool(bits >> i & 1) for i in range(len(DIFFERENTIABLE))]
+        return plan(lambda: fused.launch_backward(dy, inputs, mean, rstd, needed), tensors)
+    x, skip, weight, bias, add, scale, shift, *known = tensors
+    groups, eps, silu = numbers
+    inputs = NormInputs(x, skip, int(groups), weight, bias, eps, add, scale, shift, bool(silu))
+    check(inputs, tuple(known))
+    if chosen(x, backend) != "triton" or x.shape[0] == 0:
+        return None
+    return plan(lambda: fused.forward_triton(inputs, tuple(known)), tensors)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> str:

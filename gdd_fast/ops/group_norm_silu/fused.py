@@ -22,19 +22,24 @@ def forward_triton(i: NormInputs, statistics: Statistics) -> tuple[Tensor, Tenso
 
 
 def backward_triton(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, needed: list[bool]) -> list[Tensor]:
+    i = i.mapped(evenly_spaced, _contiguous_rows)
+    given = iter(launch_backward(evenly_spaced(dy), i, mean, rstd, needed))
+    dx, dskip, *rows = (next(given) if need else None for need in needed)
+    return gradients(dx, dskip, rows, i)
+
+
+def launch_backward(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, needed: list[bool]) -> list[Tensor]:
+    """The gradients that are `needed`, those of the parameters by image: float32 (N, C). All maps are evenly spaced."""
     from gdd_fast.kernels import group_norm_silu as kernels
 
-    i = i.mapped(evenly_spaced, _contiguous_rows)
     n, c = i.x.shape[0], i.weight.shape[0]
     rows = [i.x.new_empty((n, c), dtype=torch.float32) if need else None for need in needed[2:]]
     dweight, dbias, dadd, dscale, dshift = rows
     dx, dskip = (
         empty_map(t, t.shape[1]) if need and t is not None else None for t, need in zip(i.maps, needed[:2], strict=True)
     )
-    kernels.backward(
-        evenly_spaced(dy), *i.maps, *i.parameters, mean, rstd, i.silu, dx, dskip, dadd, dweight, dbias, dscale, dshift
-    )
-    return gradients(dx, dskip, rows, i)
+    kernels.backward(dy, *i.maps, *i.parameters, mean, rstd, i.silu, dx, dskip, dadd, dweight, dbias, dscale, dshift)
+    return [t for t in (dx, dskip, *rows) if t is not None]
 
 
 def forward_cpp(i: NormInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,161 @@
+"""`python -m benchmarks.counts.host_cost`: what a call costs the host, fused operators against PyTorch's own layers.
+
+CPU time per call in microseconds, the least of many, with launches stubbed (benchmarks/counts/host_gpu.py): of a fused
+operator, all but the driver's own work. PyTorch's layers compute on tiny CPU tensors, so their rows hold the
+dispatcher's and autograd's work as on a GPU, some microseconds of arithmetic, and none of the launches that a GPU would
+need for each of their kernels. Both sides alternate in one run. "Triton's launcher" is the same call launched by Triton
+itself, through torch.library, as where gdd_fast._C is not built.
+
+    forward     without gradients
+    both        forward and backward, by torch.autograd.grad, of every differentiable input
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """A call by our operator and by PyTorch's own; `inputs` are those that gradients are taken of."""
+
+    name: str
+    ours: Callable
+    theirs: Callable
+    inputs: list
+
+
+def rows(size: int = 4, batch: int = 1) -> list[Row]:
+    """Each on maps (batch, 32, size, size), channels_last, in float32 unless said otherwise."""
+    import torch
+    from torch.nn import functional as F
+
+    from gdd_fast.ops.frozen_conv2d_relu import frozen_conv2d_relu
+    from gdd_fast.ops.group_norm_silu import group_norm_silu
+    from gdd_fast.ops.max_pool2x2 import max_pool2x2
+    from gdd_fast.ops.residual import residual
+
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        x = torch.randn((batch, CHANNELS, size, size), generator=generator).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def row() -> torch.Tensor:
+        return torch.randn(CHANNELS, generator=generator).requires_grad_()
+
+    weight = torch.randn((CHANNELS, CHANNELS, 3, 3), generator=generator).contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(CHANNELS, generator=generator)
+    half, embedding = torch.bfloat16, torch.randn((batch, CHANNELS), generator=generator).to(torch.bfloat16)
+    scale = math.sqrt(0.5)
+
+    def their_norm(x, w, b):
+        return F.silu(F.group_norm(x, 8, w, b, 1e-6))
+
+    def their_embedded_norm(x, w, b, add):
+        # as EDM's own code has it, weights cast in every call
+        x = x + add[:, :, None, None]
+        return F.silu(F.group_norm(x, 8, w.to(x.dtype), b.to(x.dtype), 1e-6))
+
+    def our_embedded_norm(x, w, b, add):
+        return group_norm_silu(x, 8, w, b, 1e-6, add=add, backend="triton")
+
+    return [
+        Row("group_norm_silu", lambda x, w, b: group_norm_silu(x, 8, w, b, 1e-6, backend="triton"), their_norm,
+            [maps(), row(), row()]),
+        Row("group_norm_silu, bf16, with an embedding", our_embedded_norm, their_embedded_norm,
+            [maps(half), row(), row(), embedding.requires_grad_()]),
+        Row("residual", lambda h, skip: residual(h, skip, scale=scale, backend="triton"),
+            lambda h, skip: (h + skip) * scale, [maps(), maps()]),
+        Row("frozen_conv2d_relu", lambda x: frozen_conv2d_relu(x, weight, bias, padding=1, backend="triton"),
+            lambda x: F.relu(F.conv2d(x, weight, bias, padding=1)), [maps()]),
+        Row("max_pool2x2", lambda x: max_pool2x2(x, backend="triton"), lambda x: F.max_pool2d(x, 2), [maps()]),
+    ]  # fmt: skip
+
+
+def least(*functions: Callable[[], object], rounds: int = 30, calls: int = 100) -> list[float]:
+    """Microseconds of CPU time per call of each, the least of `rounds` means over `calls`; the functions take turns."""
+    best = [math.inf] * len(functions)
+    for function in functions:
+        for _ in range(20):
+            function()
+    for _ in range(rounds):
+        for i, function in enumerate(functions):
+            start = time.process_time()
+            for _ in range(calls):
+                function()
+            best[i] = min(best[i], (time.process_time() - start) / calls * 1e6)
+    return best
+
+
+@contextlib.contextmanager
+def without_plans() -> Iterator[None]:
+    """Operators as where the extension is not built."""
+    from gdd_fast.ops import frozen_conv2d_relu, group_norm_silu, max_pool2x2, relu_bits, residual
+
+    with contextlib.ExitStack() as stack:
+        for module in (frozen_conv2d_relu, group_norm_silu, max_pool2x2, relu_bits, residual):
+            stack.enter_context(mock.patch.object(module, "wanted", lambda x, backend: False))
+        yield
+
+
+def measure(rounds: int = 30) -> list[dict]:
+    """{"operator", "pass", "pytorch", "gdd_fast", "triton's launcher"} by row and direction."""
+    import torch
+
+    from benchmarks.counts.host_gpu import stubbed
+
+    torch.set_num_threads(1)
+    found = []
+    with stubbed():
+        for row in rows():
+            gradient = torch.ones_like(row.theirs(*row.inputs))
+
+            def forward(function, row=row):
+                return function(*row.inputs)
+
+            def both(function, row=row, gradient=gradient):
+                return torch.autograd.grad(function(*row.inputs), row.inputs, gradient)
+
+            for name, run in (("forward", forward), ("both", both)):
+                with torch.set_grad_enabled(name == "both"):
+                    pytorch, ours = least(lambda: run(row.theirs), lambda: run(row.ours), rounds=rounds)  # noqa: B023
+                    with without_plans():
+                        (slow,) = least(lambda: run(row.ours), rounds=max(rounds // 3, 1))  # noqa: B023
+                found.append(
+                    {"operator": row.name, "pass": name, "pytorch": pytorch, "gdd_fast": ours, "triton": slow}
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.counts.host_cost", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"
+    found = measure(options.rounds)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{'us of CPU per call':<44}{'pass':<9}{'PyTorch':>9}{'gdd_fast':>10}{'times':>7}{'by Triton':>11}")
+    for row in found:
+        times = row["gdd_fast"] / row["pytorch"]
+        print(
+            f"{row['operator']:<44}{row['pass']:<9}{row['pytorch']:>9.1f}{row['gdd_fast']:>10.1f}{times:>7.2f}"
+            f"{row['triton']:>11.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+// The plans of launch_plan.h: their making from Python's words, and their running.
+#include "launch_plan.h"
+
+#include <ATen/DeviceGuard.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "binders.h"
+
+namespace py = pybind11;
+
+namespace gdd_fast {
+namespace {
+
+constexpr size_t kMostPlans = 4096;  // more are shapes that do not come back: all are forgotten
+constexpr int64_t kAlignment = 16;   // what Triton compiles kernels anew for
+
+// cuLaunchKernel, found where the driver is: the extension is built without CUDA as well.
+using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
+                             void** extra);
+
+LaunchKernel launch_kernel() {
+  static const LaunchKernel found = [] {
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+    return library == nullptr ? nullptr : reinterpret_cast<LaunchKernel>(dlsym(library, "cuLaunchKernel"));
+  }();
+  TORCH_CHECK(found != nullptr, "libcuda.so.1 with cuLaunchKernel was not found: Triton's kernels cannot be launched");
+  return found;
+}
+
+void* current_stream(at::Device device) {
+  if (device.is_cpu()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0; }
+
+}  // namespace
+
+bool unobserved(at::ArrayRef<at::Tensor> tensors) {
+  if (c10::impl::dispatch_mode_enabled()) return false;
+  return std::none_of(tensors.begin(), tensors.end(),
+                      [](const at::Tensor& t) { return t.defined() && at::isTensorSubclassLike(t); });
+}
+
+LaunchPlan::LaunchPlan(at::Device device, size_t inputs, const py::tuple& description) : device_(device) {
+  results_ = description[0].cast<size_t>();
+  for (const auto& made : description[1].cast<std::vector<at::Tensor>>()) {
+    made_.push_back({made.sizes().vec(), made.strides().vec(), made.options()});
+  }
+  for (const auto item : description[2]) {
+    Launch launch;
+    if (PyCallable_Check(item.ptr())) {
+      launch.interpreted = py::reinterpret_borrow<py::object>(item).release().ptr();
+    } else {
+      const auto [function, grid, threads, shared, arguments] =
+          item.cast<std::tuple<uintptr_t, std::vector<unsigned>, unsigned, unsigned, py::list>>();
+      launch.function = reinterpret_cast<void*>(function);
+      std::copy_n(grid.begin(), std::min<size_t>(grid.size(), 3), launch.grid);
+      launch.threads = threads;
+      launch.shared = shared;
+      for (const auto argument : arguments) {
+        const auto [slot, number] = argument.cast<std::pair<int64_t, uint64_t>>();
+        TORCH_CHECK(slot < static_cast<int64_t>(inputs + made_.size()), "a launch reads a tensor that it is not given");
+        launch.slots.push_back(slot);
+        launch.numbers.push_back(number);
+      }
+    }
+    launches_.push_back(std::move(launch));
+  }
+}
+
+LaunchPlan::~LaunchPlan() {
+  if (!Py_IsInitialized()) return;
+  const py::gil_scoped_acquire gil;
+  for (const Launch& launch : launches_) Py_XDECREF(launch.interpreted);
+}
+
+std::vector<at::Tensor> LaunchPlan::operator()(at::ArrayRef<at::Tensor> inputs) const {
+  const at::OptionalDeviceGuard guard(device_.is_cpu() ? std::nullopt : std::optional(device_));
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(inputs.size() + made_.size());
+  tensors.assign(inputs.begin(), inputs.end());
+  for (const Made& made : made_) tensors.push_back(at::empty_strided(made.sizes, made.strides, made.options));
+  for (const Launch& each : launches_) launch(each, tensors);
+  const auto first = tensors.begin() + static_cast<int64_t>(inputs.size());
+  return {std::make_move_iterator(first), std::make_move_iterator(first + static_cast<int64_t>(results_))};
+}
+
+void LaunchPlan::launch(const Launch& launch, const std::vector<at::Tensor>& tensors) const {
+  if (launch.interpreted != nullptr) {
+    const py::gil_scoped_acquire gil;
+    py::list given;
+    for (const auto& t : tensors) given.append(t.defined() ? py::cast(t) : py::none());
+    py::reinterpret_borrow<py::object>(launch.interpreted)(given);
+    return;
+  }
+  // by argument its bits, after them Triton's two scratch buffers, which these kernels do not use
+  const size_t size = launch.slots.size() + 2;
+  std::vector<uint64_t> values(size, 0);
+  std::vector<void*> arguments(size);
+  for (size_t i = 0; i < size; i++) {
+    arguments[i] = &values[i];
+    if (i >= launch.slots.size()) continue;
+    const int64_t slot = launch.slots[i];
+    values[i] = slot < 0 ? launch.numbers[i] : reinterpret_cast<uint64_t>(tensors[slot].data_ptr());
+  }
+  const auto [x, y, z] = launch.grid;
+  const int error = launch_kernel()(launch.function, x, y, z, launch.threads, 1, 1, launch.shared,
+                                    current_stream(device_), arguments.data(), nullptr);
+  TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a Triton kernel");
+}
+
+LaunchPlans::LaunchPlans(py::object planner) : planner_(planner.release().ptr()) {}
+
+LaunchPlans::~LaunchPlans() {
+  if (!Py_IsInitialized()) return;
+  const py::gil_scoped_acquire gil;
+  Py_DECREF(planner_);
+}
+
+size_t LaunchPlans::Hash::operator()(View key) const {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const int64_t word : key) hash = (std::rotl(hash, 5) ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15;
+  return hash;
+}
+
+bool LaunchPlans::Equal::operator()(View a, View b) const { return std::ranges::equal(a, b); }
+
+size_t LaunchPlans::size() const {
+  const std::scoped_lock lock(mutex_);
+  return plans_.size();
+}
+
+Plan LaunchPlans::find(Direction direction, const std::string& backend, at::ArrayRef<at::Tensor> inputs,
+                       Numbers numbers) {
+  c10::SmallVector<int64_t, 128> key;
+  key.push_back(static_cast<int64_t>(direction) * 2 + (backend == "auto"));
+  for (const double number : numbers) key.push_back(std::bit_cast<int64_t>(number));
+  for (const at::Tensor& t : inputs) {
+    if (!t.defined()) {
+      key.push_back(-1);
+      continue;
+    }
+    const at::Device device = t.device();
+    key.push_back(t.dim() << 32 | int64_t{is_aligned(t)} << 24 | static_cast<int64_t>(t.scalar_type()) << 16 |
+                  static_cast<int64_t>(device.type()) << 8 | static_cast<uint8_t>(device.index()));
+    key.append(t.sizes().begin(), t.sizes().end());
+    key.append(t.strides().begin(), t.strides().end());
+  }
+  const View view(key.data(), key.size());
+  {
+    const std::scoped_lock lock(mutex_);
+    if (const auto found = plans_.find(view); found != plans_.end()) return found->second;
+  }
+  // not under the lock: whoever waits for it may hold Python's
+  Plan made;
+  {
+    const py::gil_scoped_acquire gil;
+    py::list tensors;
+    py::tuple given(numbers.size());
+    for (const auto& t : inputs) tensors.append(t.defined() ? py::cast(t) : py::none());
+    for (size_t i = 0; i < numbers.size(); i++) given[i] = numbers.begin()[i];
+    const char* const name = direction == Direction::kForward ? "forward" : "backward";
+    const py::object description = py::reinterpret_borrow<py::object>(planner_)(name, backend, tensors, given);
+    if (!description.is_none()) {
+      made = std::make_shared<const LaunchPlan>(inputs[0].device(), inputs.size(), description.cast<py::tuple>());
+    }
+  }
+  std::unordered_map<Key, Plan, Hash, Equal> forgotten;  // destroyed after the lock is gone
+  const std::scoped_lock lock(mutex_);
+  if (plans_.size() >= kMostPlans) plans_.swap(forgotten);
+  plans_.insert_or_assign(Key(key.begin(), key.end()), made);
+  return made;
+}
+
+}  // namespace gdd_fast
+
+static const gdd_fast::Bind bind_launch_plans([](py::module_& m) {
+  using gdd_fast::LaunchPlans;
+  py::class_<LaunchPlans, c10::intrusive_ptr<LaunchPlans>>(m, "LaunchPlans")
+      .def(py::init([](py::object planner) { return c10::make_intrusive<LaunchPlans>(std::move(planner)); }))
+      .def("__len__", &LaunchPlans::size);
+  m.def(
+      "current_stream", [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(gdd_fast::current_stream(x.device())); },
+      "The handle of the stream that plans launch on, for tensors where x is.");
+});

@@ -1,0 +1,167 @@
+"""Which values of a configuration can work. A check raises one `ConfigError` that names the flag, and reads no file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from gdd_fast.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from gdd_fast.config.ablation import AblationConfig
+    from gdd_fast.config.sections import (
+        DataConfig,
+        DiscriminatorConfig,
+        GeneratorConfig,
+        LossConfig,
+        RunConfig,
+        TrainConfig,
+    )
+
+LOGGERS = ("tensorboard", "wandb")
+MAX_SEED = 2**63 - 1
+MAX_HEAD_WIDTH = 16  # 256 times the paper's weights
+MAX_DISC_RESOLUTION = 4096
+CLASS_TABLES = ("imagenet", "learned", "per-head")
+CLASS_TABLE_FILES = (".pkl", ".safetensors", ".npy")
+
+
+def check_values(section: Any) -> None:
+    """Raise `ConfigError` for a dataclass field that is none of its literals, or a number that is not finite."""
+    for f in fields(section):
+        value, flag = getattr(section, f.name), f"--{f.name.replace('_', '-')}"
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise ConfigError(f"{flag} is one of {', '.join(get_args(f.type))}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag} must be finite, not {value}")
+
+
+def check_data(data: "DataConfig") -> None:
+    require(data.workers >= 0, f"--workers must be at least 0, not {data.workers}")
+    require(data.data_memory_gib >= 0, f"--data-memory-gib must be at least 0, not {data.data_memory_gib}")
+
+
+def check_generator(generator: "GeneratorConfig") -> None:
+    sigma = generator.sigma_init
+    require(sigma is None or sigma > 0, f"--sigma-init is a noise level above 0, not {sigma}")
+    require(0 <= generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {generator.freeze}")
+    require(generator.g_lr >= 0, f"learning rates must be at least 0: --g-lr {generator.g_lr}")
+    halflife, rampup = generator.ema_halflife_mimg, generator.ema_rampup
+    require(halflife > 0, f"--ema-halflife-mimg must be positive, not {halflife}")
+    require(rampup >= 0, f"--ema-rampup must be at least 0, not {rampup}")
+
+
+def check_discriminator(discriminator: "DiscriminatorConfig") -> None:
+    require(discriminator.d_lr >= 0, f"learning rates must be at least 0: --d-lr {discriminator.d_lr}")
+    width, resolution = discriminator.head_width, discriminator.disc_resolution
+    require(
+        0 < width <= MAX_HEAD_WIDTH,
+        f"--head-width must be positive and at most {MAX_HEAD_WIDTH}, not {width}",
+    )
+    require(
+        1 <= resolution <= MAX_DISC_RESOLUTION,
+        f"--disc-resolution must be from 1 to {MAX_DISC_RESOLUTION}, not {resolution}",
+    )
+    table = discriminator.class_embedding
+    require(
+        table in CLASS_TABLES or Path(table).suffix in CLASS_TABLE_FILES,
+        f"--class-embedding is one of {', '.join(CLASS_TABLES)} or the path of a {', '.join(CLASS_TABLE_FILES)} "
+        f"file, not {table!r}",
+    )
+    names = discriminator.backbones
+    require(len(names) >= 1, "--backbones needs at least one name")
+    require(len(set(names)) == len(names), "--backbones names one twice")
+    for name in named_paths("--backbone-weights", discriminator.backbone_weights):
+        require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
+
+
+def check_loss(loss: "LossConfig") -> None:
+    require(loss.r1_gamma >= 0, f"--r1-gamma must be at least 0, not {loss.r1_gamma}")
+    require(loss.r1_interval >= 0, f"--r1-interval must be at least 0, not {loss.r1_interval}")
+
+
+def check_run(run: "RunConfig") -> None:
+    require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
+    few = run.batch_gpu not in (None, "auto") and int(run.batch_gpu) < 2
+    require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+    require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
+    require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
+    check_seed(run.seed)
+    require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
+    require(run.keep_checkpoints >= 1, f"--keep-checkpoints must be at least 1, not {run.keep_checkpoints}")
+    require(run.max_hours is None or run.max_hours > 0, f"--max-hours must be positive, not {run.max_hours}")
+    require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
+    require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
+    require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
+    require(run.evaluate_ticks >= 0, f"--evaluate-ticks must be at least 0, not {run.evaluate_ticks}")
+    require(
+        not run.measures or run.evaluate_images > 0,
+        "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
+    )
+    require(run.measures or not run.evaluate_ref, "--evaluate-ref: nothing is measured")
+    loggers(run.log)
+    named_paths("--feature-weights", run.feature_weights)
+
+
+def check_ablation(options: "AblationConfig") -> None:
+    require(
+        options.gan == "on" or options.adds_losses, "--gan off leaves no loss: add --teacher-loss or --frechet-loss"
+    )
+    weights = (options.teacher_loss_weight, options.frechet_weight, options.ctm_dsm_weight)
+    require(min(weights) >= 0, "weights of losses cannot be negative")
+    levels, steps = options.teacher_loss_levels, options.pd_steps
+    require(levels >= 2, f"--teacher-loss-levels must be at least 2, not {levels}")
+    require(0 <= options.target_ema < 1, f"--target-ema is from 0 to below 1, not {options.target_ema}")
+    require(options.ctm_solver_steps >= 1, "--ctm-solver-steps must be at least 1")
+    require(steps >= 1 and steps & (steps - 1) == 0, f"--pd-steps must be a power of two, not {steps}")
+    require(options.pd_stage_kimg >= 0.001, "--pd-stage-kimg must be at least 0.001")
+    require(len(set(options.frechet_loss)) == len(options.frechet_loss), "--frechet-loss names a network twice")
+    require(options.frechet_population >= 2, "--frechet-population must be at least 2")
+    require(options.frechet_refresh >= 1, "--frechet-refresh must be at least 1")
+
+
+def check_together(config: "TrainConfig") -> None:
+    """What one section allows and another does not."""
+    run, ablation = config.run, config.ablation
+    require(
+        run.measures or ablation.adds_losses or not run.feature_weights,
+        "--feature-weights: nothing is measured, and no loss looks through a feature network",
+    )
+    require(
+        run.engine != "graph" or not ablation.adds_losses, "--engine graph does not capture the losses of ablations"
+    )
+    steps, kimg = ablation.pd_steps, ablation.pd_stage_kimg
+    stages = (steps.bit_length() - 1) * round(kimg * 1e3)
+    require(
+        ablation.teacher_loss != "pd" or stages < config.total_images,
+        f"--duration-mimg {run.duration_mimg} ends before the student has one step: --pd-steps {steps} and "
+        f"--pd-stage-kimg {kimg} take {stages:,} images to get there",
+    )
+    require(
+        {config.generator.g_precision, config.discriminator.d_precision} != {"fp32", "tf32"},
+        "fp32 and tf32 cannot be mixed: TF32 is one switch for the whole backward pass; "
+        "give --g-precision and --d-precision the same one, or use bf16",
+    )
+
+
+def named_paths(flag: str, entries: Sequence[str]) -> dict[str, Path]:
+    """`--flag name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+    for entry in entries:
+        require(all(entry.partition("=")[::2]), f"{flag} takes name=path, not {entry!r}")
+    return {name: Path(path) for name, _, path in (entry.partition("=") for entry in entries)}
+
+
+def loggers(log: str) -> tuple[str, ...]:
+    """The names in `--log`, none for "none"; raises `ConfigError` for another name."""
+    names = tuple(name.strip() for name in log.split(","))
+    if names in (("auto",), ("none",)):
+        return () if names == ("none",) else names
+    for name in names:
+        require(name in LOGGERS, f"--log is auto, none, or some of {', '.join(LOGGERS)}, not {name!r}")
+    return names
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` for a seed that torch's generators do not take."""
+    require(0 <= seed <= MAX_SEED, f"--seed must be from 0 to {MAX_SEED}, not {seed}")

@@ -1,0 +1,232 @@
+"""The settings of a distillation run, one frozen dataclass per concern.
+
+Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`. The docstring under a
+field is its help text. What the paper's loss is compared with is in ablation.py, which values work in checks.py.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gdd_fast.backend import Backend
+from gdd_fast.config import checks
+from gdd_fast.config.ablation import AblationConfig
+from gdd_fast.errors import ConfigError
+from gdd_fast.settings import Settings
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Reduction = Literal["rows", "heads"]
+StepEngine = Literal["auto", "eager", "graph"]
+Nonfinite = Literal["skip", "replace"]
+
+DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """The real images."""
+
+    data: str | None = None
+    """EDM-style zip, folder or npz of images; `demo` is the bundled set."""
+    cond: bool = False
+    """Train class-conditionally, with the labels of the data set."""
+    x_flip: bool = False
+    """Add the mirror image of every image to the data set. The paper does not."""
+    workers: int = 2
+    """Processes that decode images when the data set is too large to be held in memory."""
+    data_memory_gib: float = 4.0
+    """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(Settings):
+    """The one-step generator and its optimizer."""
+
+    teacher: str | None = None
+    """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
+    repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
+    sigma_init: float | None = None
+    """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
+    freeze: int = 1
+    """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
+    g_lr: float = 1e-4
+    """Adam learning rate; betas (0, 0.99), eps 1e-8."""
+    g_precision: Precision = "bf16"
+    """Compute precision of the U-Net. Parameters, group norm and softmax stay fp32."""
+    ema_halflife_mimg: float = 0.5
+    """Half-life of the generator's moving average, in millions of images."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this fraction of the images seen so far; 0 disables the ramp-up."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(Settings):
+    """Frozen feature networks, their random projection, and the trainable heads."""
+
+    backbones: tuple[str, ...] = ("vgg16_bn", "tf_efficientnet_lite0")
+    """Frozen ImageNet networks whose features are judged."""
+    backbone_weights: tuple[str, ...] = ()
+    """Local weight files, each `name=path` (.safetensors, .pt or .pth)."""
+    disc_resolution: int = 224
+    """Images are resized to this many pixels before the backbones."""
+    head_width: float = 1.0
+    """Scales the channels of the heads' convolutions; 1 is the paper's."""
+    class_embedding: str = "imagenet"
+    """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
+    scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
+    `per-head`: as `learned`, and one for each head, as in the public code. A path (.pkl, .safetensors, .npy): as
+    `per-head`, from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
+    backbone_statistics: Literal["published", "probed"] = "published"
+    """Running statistics of the backbones' batch norms: as published with their weights; or `probed`, as the public
+    code leaves them: moved by a tenth towards those of one image of zeros, which it sends through them in training mode
+    to learn the sizes of their maps."""
+    spectral_start: Literal["iterated", "random"] = "iterated"
+    """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
+    d_lr: float = 1e-4
+    """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
+    d_precision: Precision = "fp32"
+    """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
+    are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
+
+
+@dataclass(frozen=True)
+class LossConfig(Settings):
+    """The GAN loss."""
+
+    logit_reduction: Reduction = "rows"
+    """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
+    R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
+    r1_gamma: float = 1e-4
+    """Weight of the R1 penalty on real images."""
+    r1_interval: int = 16
+    """Iterations between R1 steps; 0 disables R1."""
+    r1_precision: Precision = "fp32"
+    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
+    turns it by 20 to 30 degrees (docs/precision.md)."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """Length, size and output of the run."""
+
+    run_dir: Path | None = None
+    """Output folder; running the same command again resumes what it holds. Default: runs/<preset>."""
+    duration_mimg: float = 5.0
+    """Length of the run, in millions of real images."""
+    batch: int = 256
+    """Images per iteration, over all GPUs."""
+    batch_gpu: int | Literal["auto"] | None = None
+    """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
+    the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""
+    seed: int = 0
+    """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
+    engine: StepEngine = "auto"
+    """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `eager` until a GPU has
+    run `graph`, which so far is checked by replaying the steps on a CPU."""
+    tick_kimg: float = 20.0
+    """Thousands of images between metric lines with a sample grid."""
+    checkpoint_ticks: int = 10
+    """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
+    keep_checkpoints: int = 1
+    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
+    cannot be written ends the run at the next checkpoint."""
+    max_hours: float | None = None
+    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
+    max_skipped_steps: int = 10
+    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
+    nonfinite: Nonfinite = "skip"
+    """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
+    +-1e5 and takes it, as the public code does."""
+    evaluate_images: int = 0
+    """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
+    evaluate_data: str | None = None
+    """The real images they are compared with, preferably not trained on; default: the training data."""
+    evaluate_ticks: int = 0
+    """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
+    evaluate_metrics: str = "fd@lite0"
+    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; the best generator by each value is kept."""
+    evaluate_at_start: bool = False
+    """Measure teacher and untrained generator before the first iteration."""
+    evaluate_ref: tuple[str, ...] = ()
+    """Statistics of real images for `evaluate_metrics`, as `gdd_fast.evaluate --ref` takes them."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
+    log: str = "auto"
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard
+    where it is installed."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether the generator is measured before the end of the run."""
+        return self.evaluate_at_start or self.evaluate_ticks > 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole distillation run."""
+
+    preset: str = DEMO
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.run_dir or Path("runs") / self.preset
+
+    @property
+    def total_images(self) -> int:
+        return round(self.run.duration_mimg * 1e6)
+
+    def missing(self) -> list[str]:
+        """One message for each thing that is still needed before the run can begin."""
+        needed = {
+            "no data set: pass --data PATH (an EDM-style zip or a folder of images)": self.data.data,
+            "no teacher: pass --teacher PATH (an EDM .pkl or a converted folder)": self.generator.teacher,
+        }
+        return [message for message, path in needed.items() if path is None]
+
+    def validate(self) -> None:
+        """Raise one `ConfigError` for the first setting that is missing or cannot work. Reads no file."""
+        for message in self.missing():
+            raise ConfigError(message)
+        self.validate_settings()
+
+    def validate_settings(self) -> None:
+        """`validate`, but for what is `missing`."""
+        sections = (self.data, self.generator, self.discriminator, self.loss, self.ablation, self.run)
+        for section in sections:
+            checks.check_values(section)
+        checks.check_data(self.data)
+        checks.check_generator(self.generator)
+        checks.check_discriminator(self.discriminator)
+        checks.check_loss(self.loss)
+        checks.check_run(self.run)
+        checks.check_ablation(self.ablation)
+        checks.check_together(self)
+
+    def feature_weight_paths(self) -> dict[str, Path]:
+        """`--feature-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+        return checks.named_paths("--feature-weights", self.run.feature_weights)
+
+    def backbone_weight_paths(self) -> dict[str, Path]:
+        """`--backbone-weights name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
+        return checks.named_paths("--backbone-weights", self.discriminator.backbone_weights)
+
+
+def given(path: str | None, flag: str) -> str:
+    """A path that `validate` has checked to be there. Raises ConfigError without one."""
+    if path is None:
+        raise ConfigError(f"no {flag} was given")
+    return path
