@@ -9,6 +9,7 @@ would there, each as one operator.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -23,24 +24,41 @@ _NOTHING = ("empty", "detach", "_unsafe_view", "lift")
 _NORMS = ("native_group_norm", "native_batch_norm", "native_layer_norm", "group_norm_silu", "_batch_norm")
 
 
+IMAGES = 37
+"""How many a step is counted with: no channels, maps or kernels of the networks are a multiple of it, so a tensor with
+a side that is grows with the batch, and all others do not."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One launch. A product has `rows` x `columns` results, other kernels none.
 
-    `reads` and `writes` are bytes by number of the memory, in the order in which a step first touches it.
+    `reads` and `writes` are bytes by number of the memory, in the order in which a step first touches it; `growing` are
+    those memories that grow with the batch.
     """
 
     operator: str
-    reads: dict[int, int]
-    writes: dict[int, int]
+    reads: dict[int, float]
+    writes: dict[int, float]
     dtype: torch.dtype
+    growing: frozenset[int]
     flop: float = 0.0
-    rows: int = 0
+    rows: float = 0
     columns: int = 0
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         return sum(self.reads.values()) + sum(self.writes.values())
+
+    def at(self, images: int) -> "Kernel":
+        """The same kernel with another number of images than `IMAGES`."""
+        factor = images / IMAGES
+        reads, writes = (
+            {memory: size * factor if memory in self.growing else size for memory, size in sizes.items()}
+            for sizes in (self.reads, self.writes)
+        )
+        grows = factor if self.growing else 1.0
+        return replace(self, reads=reads, writes=writes, flop=self.flop * grows, rows=self.rows * grows)
 
 
 @dataclass
@@ -55,12 +73,16 @@ class Count:
         return sum(kernel.flop for kernel in self.kernels)
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         return sum(kernel.bytes for kernel in self.kernels)
+
+    def at(self, images: int) -> "Count":
+        """The same step with another number of images than `IMAGES`."""
+        return Count([kernel.at(images) for kernel in self.kernels], self.dispatched)
 
 
 def count_kernels(step: Callable[[], object]) -> Count:
-    """Of one call; within a FakeTensorMode, or on meta tensors."""
+    """Of one call, with `IMAGES` images; within a FakeTensorMode, or on meta tensors."""
     with _Counting() as counting:
         step()
     return counting.count
@@ -91,7 +113,8 @@ def fused(kernels: Sequence[Kernel]) -> list[Kernel]:
             made = {m: b for i in run for m, b in kernels[i].writes.items()}
             reads = {m: b for i in run for m, b in kernels[i].reads.items() if m not in made}
             writes = {m: b for m, b in made.items() if last_read.get(m, len(kernels)) > run[-1]}
-            result.append(replace(kernels[run[0]], operator="fused", reads=reads, writes=writes))
+            growing = frozenset().union(*(kernels[i].growing for i in run))
+            result.append(replace(kernels[run[0]], operator="fused", reads=reads, writes=writes, growing=growing))
             run = []
         if kernel is not None:
             result.append(kernel)
@@ -103,6 +126,7 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.count = Count()
         self._numbers: dict[int, int] = {}
+        self._growing: set[int] = set()
         self._alive: list[object] = []  # or memory that is given up would come again as another's
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -114,7 +138,9 @@ class _Counting(TorchDispatchMode):
         name = function._schema.name.split("::")[1]
         views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
         if not views and not name.startswith(_NOTHING):
-            self.count.kernels += self._kernels(function, name, args, kwargs, result)
+            for kernel in self._kernels(function, name, args, kwargs, result):
+                growing = self._growing & (kernel.reads.keys() | kernel.writes.keys())
+                self.count.kernels.append(replace(kernel, growing=frozenset(growing)))
         return result
 
     def _kernels(self, function, name, args, kwargs, result) -> list[Kernel]:
@@ -122,44 +148,48 @@ class _Counting(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         reads, writes = (dict(self._memory(t) for t in tensors) for tensors in (inputs, results))
         dtype = (results or inputs)[0].dtype if results or inputs else torch.float32
-        whole = Kernel(name, reads, writes, dtype)
+        one = partial(Kernel, dtype=dtype, growing=frozenset())
+        whole = one(name, reads, writes)
         if name == "convolution":
             x, weight, bias = args[:3]
-            product = Kernel(name, dict(map(self._memory, (x, weight))), writes, dtype, *_product(weight, result))
-            return [product, *([Kernel("bias", writes, writes, dtype)] if bias is not None else [])]
+            flop, rows, columns = _product(weight, result)
+            product = one(name, dict(map(self._memory, (x, weight))), writes, flop=flop, rows=rows, columns=columns)
+            return [product, *([one("bias", writes, writes)] if bias is not None else [])]
         if name == "convolution_backward":
-            return self._gradients(args, result, dtype)
+            return self._gradients(args, result, one)
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
             flop, out = formula(*args, **kwargs, out_val=result), results[0]
             return [replace(whole, flop=float(flop), rows=out.numel() // out.shape[-1], columns=out.shape[-1])]
         if name.startswith(_NORMS):
             first = dict([self._memory(inputs[0])])
-            return [Kernel(f"{name} statistics", first, {}, dtype), whole]
+            return [one(f"{name} statistics", first, {}), whole]
         return [whole]
 
-    def _gradients(self, args, result, dtype) -> list[Kernel]:
+    def _gradients(self, args, result, one: Callable[..., Kernel]) -> list[Kernel]:
         """Of the input, the weight and the bias of a convolution, as far as they are asked for."""
         dy, x, weight = args[:3]
         dx, dweight, dbias = result
         found = []
-        # either product has as many multiplications as the convolution
-        flop = _product(weight, dy)[0]
+        flop = _product(weight, dy)[0]  # either product multiplies as often as the convolution
         if dx is not None:
-            reads, writes = map(dict, (map(self._memory, (dy, weight)), [self._memory(dx)]))
-            found.append(Kernel("input gradient", reads, writes, dtype, flop, *_product(weight, dx)[1:]))
-        if dweight is not None:
-            reads, writes = map(dict, (map(self._memory, (dy, x)), [self._memory(dweight)]))
-            # its sum over positions is split over the device
-            found.append(Kernel("weight gradient", reads, writes, dtype, flop))
+            _, rows, columns = _product(weight, dx)
+            sizes = dict(map(self._memory, (dy, weight))), dict([self._memory(dx)])
+            found.append(one("input gradient", *sizes, flop=flop, rows=rows, columns=columns))
+        if dweight is not None:  # its sum over positions is split over the device
+            found.append(
+                one("weight gradient", dict(map(self._memory, (dy, x))), dict([self._memory(dweight)]), flop=flop)
+            )
         if dbias is not None:
-            found.append(Kernel("bias gradient", dict([self._memory(dy)]), dict([self._memory(dbias)]), dtype))
+            found.append(one("bias gradient", dict([self._memory(dy)]), dict([self._memory(dbias)])))
         return found
 
-    def _memory(self, t: Tensor) -> tuple[int, int]:
+    def _memory(self, t: Tensor) -> tuple[int, float]:
         storage = t.untyped_storage()
         self._alive.append(storage)
         number = self._numbers.setdefault(storage._cdata, len(self._numbers))
+        if any(side and side % IMAGES == 0 for side in t.shape):
+            self._growing.add(number)
         return number, min(t.numel() * t.itemsize, storage.nbytes())
 
 

@@ -19,16 +19,15 @@ Writes the table in docs/roofline.md. A prediction, no measurement; it is arithm
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.counts.dispatched import build, fake_engine, inputs, plain_pytorch
-from benchmarks.counts.step_kernels import Count, Kernel, count_kernels, fused, on_a_gpu
+from benchmarks.counts.dispatched import build, fake_engine, inputs
+from benchmarks.counts.step_kernels import IMAGES, Count, Kernel, count_kernels, fused, on_a_gpu
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.peers.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
@@ -85,7 +84,7 @@ def _seconds(kernel: Kernel, gpu: Gpu, wide: str) -> float:
 
 @dataclass(frozen=True)
 class Steps:
-    """The counts of the three steps at one batch, and what their optimizers have to do."""
+    """The counts of the three steps, and what their optimizers have to do."""
 
     settings: Settings
     row: str
@@ -98,7 +97,7 @@ class Steps:
         size, calls = OPTIMIZER[self.row]
         device = host = compiled_r1 = 0.0
         for name, share in shares.items():
-            count = self.steps[name]
+            count = self.steps[name].at(images)
             compiled = row == "max-autotune" and name != "R1"
             kernels = fused(count.kernels) if compiled else count.kernels
             own = share * device_seconds(kernels, gpu, tf32=self.settings.tf32)
@@ -115,8 +114,8 @@ class Steps:
         return images / (device if row == "fast, graph" else max(device, host))
 
 
-def count_training(setup: Setup, row: str) -> Steps:
-    """`row` is a key of OPTIMIZER."""
+def count_training(row: str, setup: Setup) -> Steps:
+    """`row` is a key of OPTIMIZER; the setup's batch has to be `IMAGES`."""
     settings = {"public": OFFICIAL_SETTINGS, "fast": OUR_SETTINGS, "max-autotune": STOCK_SETTINGS}[row]
     training = Training(setup, settings, torch.device("cpu"))
     r1_features, r1_dtype = training.features, settings.discriminator_dtype
@@ -162,53 +161,48 @@ def _steps(setup: Setup, g, f, r, h, r1_dtype: torch.dtype) -> Iterator[tuple[st
             p.grad = None
 
 
-@contextmanager
-def _sampling(row: str, channels: int) -> Iterator[Callable[[int], object]]:
-    """What makes so many images without gradient, on fake tensors, in the settings of a row."""
-    if row.startswith("fast"):
+def count_sampling(row: str, channels: int = 128) -> Count:
+    """One step of NETWORK, that wide, without gradient."""
+    if row == "fast":
         with fake_engine(NETWORK, channels) as (net, unet, _), torch.no_grad():
-            yield lambda images: unet(inputs(net, "cuda", images)[0], None)
-        return
+            return count_kernels(lambda: unet(inputs(net, "cuda", IMAGES)[0], None))
     dtype, style = (torch.float32, OFFICIAL) if row == "public" else (torch.bfloat16, BEST)
     net = build(NETWORK, channels)
-    with FakeTensorMode(allow_non_fake_inputs=True), plain_pytorch(), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         stock = without_values(StockGenerator(net, style, dtype))
-        yield lambda images: one_step(stock, torch.empty(images, 3, 32, 32), None)
-
-
-def count_sampling(row: str, batches: Sequence[int], channels: int = 128) -> dict[int, Count]:
-    with _sampling(row, channels) as sample:
-        return {images: count_kernels(lambda images=images: sample(images)) for images in batches}
+        return count_kernels(lambda: one_step(stock, torch.empty(IMAGES, 3, 32, 32), None))
 
 
 def sampling_rate(count: Count, gpu: Gpu, images: int, row: str) -> float:
-    kernels = fused(count.kernels) if row == "max-autotune" else count.kernels
-    device = device_seconds(kernels, gpu, tf32=False)
+    kernels = count.at(images).kernels
+    device = device_seconds(fused(kernels) if row == "max-autotune" else kernels, gpu, tf32=False)
     return images / (device if row in ("fast, graph", "max-autotune") else max(device, HOST * count.dispatched))
 
 
-def table(training: dict[str, dict[int, Steps]], sampling: dict[str, dict[int, Count]]) -> str:
+def table(training: dict[str, Steps], sampling: dict[str, Count]) -> str:
     """Markdown: a row for each GPU and way of running, a column for each batch."""
     heads = [f"train {n}" for n in TRAINING] + [f"sample {n}" for n in SAMPLING]
     lines = [f"| GPU | | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for name, gpu in GPUS.items():
         for row in ROWS:
             key = row.split(",")[0]
-            rates = [training[key][n].images_per_second(gpu, n, row) for n in TRAINING]
-            rates += [sampling_rate(sampling[key][n], gpu, n, row) for n in SAMPLING]
+            rates = [training[key].images_per_second(gpu, n, row) for n in TRAINING]
+            rates += [sampling_rate(sampling[key], gpu, n, row) for n in SAMPLING]
             lines.append(f"| {name} | {row} | {' | '.join(_short(rate) for rate in rates)} |")
     return "\n".join(lines)
 
 
-def counted(training: dict[str, dict[int, Steps]]) -> str:
-    """Markdown: what an iteration at the largest batch consists of."""
-    images = max(TRAINING)
-    lines = ["| an image's share at batch 256 | GFLOP fp32 | bf16 | MB | kernels | operators |", "|---|---|---|---|---|---|"]
+def counted(training: dict[str, Steps]) -> str:
+    """Markdown: what the table is made of."""
+    heads = "| of an image at batch 256 | GFLOP fp32 | GFLOP bf16 | MB | kernels in a step | operators |"
+    lines = [heads, "|---|---|---|---|---|---|"]
     for row, found in training.items():
-        for name, count in found[images].steps.items():
-            wide = sum(k.flop for k in count.kernels if k.dtype == torch.float32)
-            parts = (wide / images / 1e9, (count.flop - wide) / images / 1e9, count.bytes / images / 1e6)
-            cells = [f"{part:.4g}" for part in parts] + [str(len(count.kernels)), str(count.dispatched)]
+        for name, count in found.steps.items():
+            at, images = count.at(TRAINING[0]), TRAINING[0]
+            wide = sum(k.flop for k in at.kernels if k.dtype == torch.float32)
+            parts = (wide / images / 1e9, (at.flop - wide) / images / 1e9, at.bytes / images / 1e6)
+            cells = [f"{part:.3g}" if part < 1000 else f"{part:,.0f}" for part in parts]
+            cells += [f"{len(count.kernels):,}", f"{count.dispatched:,}"]
             lines.append(f"| {row}, {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -219,21 +213,20 @@ def _short(rate: float) -> str:
 
 
 def section() -> str:
-    keys = tuple(OPTIMIZER)
-    training = {key: {n: count_training(Setup(PRESET, n), key) for n in TRAINING} for key in keys}
-    sampling = {key: count_sampling(key, SAMPLING) for key in keys}
+    """What stands between BEGIN and END of the page."""
+    training = {row: count_training(row, Setup(PRESET, IMAGES)) for row in OPTIMIZER}
+    sampling = {row: count_sampling(row) for row in OPTIMIZER}
+    assumptions = __doc__[__doc__.index("A prediction") :].strip()
     return "\n\n".join(
         [
-            BEGIN,
-            "## Predictions",
-            f"**Arithmetic, no measurement**, by `python -m benchmarks.reports.predictions`: images/s of one GPU, training "
-            f"{PRESET} at so many images on it, and sampling its generator in one step.",
+            f"{BEGIN}\n## Predictions",
+            "**Arithmetic, not measured**; made by `python -m benchmarks.reports.predictions`. Images/s of one GPU: "
+            f"training {PRESET}\nat so many images on each GPU, and its generator's one step.",
             table(training, sampling),
-            __doc__[__doc__.index("A prediction") :].strip().replace("no measurement; it is", "no measurement:"),
-            f"ATTAINED {ATTAINED}, LAUNCH {LAUNCH * 1e6:g} us, HOST {HOST * 1e6:g} us, TILE {TILE}, "
-            f"OPTIMIZER {OPTIMIZER}. The rates of the data sheets stand in the command's file.",
-            counted(training),
-            END,
+            assumptions,
+            f"ATTAINED is {ATTAINED}, LAUNCH {LAUNCH * 1e6:g} us, HOST {HOST * 1e6:g} us, TILE {TILE} and OPTIMIZER\n"
+            f"{OPTIMIZER}; the data sheets' rates stand in the command's file.",
+            f"{counted(training)}\n{END}",
         ]
     )
 

@@ -14,8 +14,8 @@ from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ranks import world_size
 from gdd_fast.training.batches import split_batch
-from gdd_fast.training.ranks import world_size
 
 # By what the names of presets begin with: resolution, classes where it is conditional, the arguments of the network.
 TEACHERS: dict[str, tuple[int, int, dict[str, Any]]] = {

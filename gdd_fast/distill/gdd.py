@@ -36,6 +36,7 @@ from gdd_fast.training.ema import Ema
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
 
@@ -82,8 +83,11 @@ class Distillation:
         self.gan = config.ablation.gan == "on"
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
-        graphs = choose_step_engine(run.engine, device) == "graph"
-        self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
+        engine = choose_step_engine(run.engine, device, world.size, fixed=self.additional is None)
+        self.steps = CapturedSteps(
+            CudaGraphs(device, self.random.generator) if engine == "graph" else None,
+            Trial(self.changing, self.random) if run.engine == "auto" else None,
+        )
         self.averages = Averages()
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
@@ -205,6 +209,16 @@ class Distillation:
                 yield
         finally:
             self.heads.dtype = before
+
+    def changing(self) -> Iterator[Tensor]:
+        """Every tensor that steps change: weights, buffers, averages, moments and counts."""
+        for net in (self.generator, self.ema.net, self.heads):
+            yield from net.parameters()
+            yield from net.buffers()
+        for guard in self._guards().values():
+            yield guard.count
+            for state in guard.optimizer.state.values():
+                yield from (t for t in state.values() if isinstance(t, Tensor))
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""

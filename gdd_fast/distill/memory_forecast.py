@@ -10,6 +10,7 @@ The operators are those of this machine's CPU, which keep what a GPU's do if the
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,12 @@ class Forecast:
         """At most at a time, with so many images at once."""
         largest = max(kept.bytes(images) for kept in self.steps.values())
         return sum(self.fixed.values()) + int((1 + MARGIN) * largest)
+
+    def captured_bytes(self, images: int) -> int:
+        """At most at a time with captured steps: the R1 step first runs beside the memory of the graphs of G and D."""
+        two = max(self.steps[name].bytes(images) for name in ("G", "D"))
+        r1 = self.steps["R1"].bytes(images) if "R1" in self.steps else 0
+        return sum(self.fixed.values()) + int((1 + MARGIN) * (two + r1))
 
     def largest(self, memory: int, local_batch: int) -> int | None:
         """The most images at once, of 2 and more that divide `local_batch`, that `memory` bytes hold; or None."""
@@ -151,13 +158,28 @@ def of_components(config: TrainConfig, parts: Components) -> Forecast:
 
 
 def settle(config: TrainConfig, parts: Components, device: torch.device, world_size: int) -> TrainConfig:
-    """`config` with a number in the place of `--batch-gpu auto`. Raises ConfigError as `automatic`."""
-    if config.run.batch_gpu != AUTO:
-        return config
-    local_batch, _ = split_batch(config.run.batch, None, world_size)
+    """`config` with a number in the place of `--batch-gpu auto`; and on a GPU without `--engine auto`, that is with
+    eager steps, where the memory would not hold captured ones. Raises ConfigError as `automatic`."""
+    run = config.run
+    local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
     if device.type != "cuda":
-        return override(config, batch_gpu=local_batch)
-    return override(config, batch_gpu=automatic(of_components(config, parts), device, local_batch))
+        return override(config, batch_gpu=images) if run.batch_gpu == AUTO else config
+    capture = run.engine == "auto" and world_size == 1 and not config.ablation.adds_losses
+    if run.batch_gpu != AUTO and not capture:
+        return config
+    found = of_components(config, parts)
+    if run.batch_gpu == AUTO:
+        images = automatic(found, device, local_batch)
+        config = override(config, batch_gpu=images)
+    if capture and found.captured_bytes(images) > memory_of(device):
+        print(f"Steps run eagerly: with captured ones {images} images at once may not fit on {device}", file=sys.stderr)
+        config = override(config, engine="eager")
+    return config
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the whole GPU: what is free differs between processes that have to agree."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
@@ -165,8 +187,7 @@ def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
 
     Raises ConfigError if the forecast is that not even two fit.
     """
-    # of the whole card: what is free differs between processes that have to agree
-    memory = torch.cuda.get_device_properties(device).total_memory
+    memory = memory_of(device)
     images = found.largest(memory, local_batch)
     if images is None:
         raise ConfigError(
