@@ -89,7 +89,7 @@ class Runner:
         for peer in bench.peers:
             timer = self._drive if timed and peer == ours[0] else measure
             row = measure_peer(case, bench, peer, self._device, effort, timer)
-            if row is not None:
+            if row is not None and (timed or row.failure):
                 self._keep(row)
                 rows.append(row)
         self._benchmark.extra_info["seconds"] = {row.peer: row.seconds for row in rows}
@@ -103,7 +103,6 @@ class Runner:
         """As `timing.measure`, the rounds by pytest-benchmark."""
         sampler = Sampler(call, device)
         shortest = sampler.warm_up(seconds / 5)
-        sampler.forget()
         outputs = self._benchmark.pedantic(sampler.round, rounds=max(least, min(most, int(seconds / shortest))))
         return sampler.timing(), outputs
 

@@ -12,6 +12,7 @@ good) is started again behind the case that killed it. What failed is listed at 
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +32,7 @@ import torch
 
 from benchmarks.cases.battery_parts import DEFAULT, PARTS, PROCESS_BYTES, cases_of
 from benchmarks.harness import machine
-from benchmarks.harness.case import OUT_OF_MEMORY, Effort, Outcome, computes, measure_case, release
+from benchmarks.harness.case import CANNOT_RUN, NO_TIME, OUT_OF_MEMORY, Effort, computes, measure_case, release
 from benchmarks.harness.results import FOLDER, Results, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +42,7 @@ _RESTARTS = 4
 _DIED = 3
 _END_SECONDS = 5  # for a build to end by itself
 _LATE = "still busy when its time was up"
+_RIGHT = "right"
 
 
 @dataclass(frozen=True)
@@ -78,79 +81,56 @@ def run_part(part: str, options: Options) -> int:
         return 0 if tune(results, path, device, options.left, smoke=options.smoke) else _DIED
     seconds = PARTS[part].seconds
     effort = Effort(min(seconds, 0.02) if options.smoke else seconds, least=3)
-    checked = _checked(results)
-    done = set(results.notes.setdefault("done", {}).setdefault(part, []))
-    not_begun: list[str] = []
-    for number, case in enumerate(cases_of(part, options.smoke)):
+    done = results.notes.setdefault("done", {}).setdefault(part, [])
+    cases = cases_of(part, options.smoke)
+    for number, case in enumerate(cases):
         if number in done or not options.take(number):
             continue
         if options.left() <= 0:
-            not_begun.append(str(case))
-            continue
+            _note(results, "cut_off", part, f"{case}, number {number + 1} of {len(cases)}")
+            break
         results.notes["running"] = [part, number, case.group, case.name]
         results.save(path)
-        outcome = Outcome()
-        for row in measure_case(case, device, effort, stop=lambda: options.left() <= 0, outcome=outcome):
-            print(f"{row.group} | {row.case} | {row.peer}: {row.failure or f'{row.seconds * 1e3:.4g} ms'}", flush=True)
-            if part == "correctness":
-                checked["failures"].append(_describe(row))
-            else:
-                results.add([row])
+        died = False
+        for row in measure_case(case, device, effort, stop=lambda: options.left() <= 0):
+            _keep(results, part, row)
             results.save(path)
-            if row.failure and row.failure != OUT_OF_MEMORY and not computes(device):
-                _finish(results, path, part, number)
-                return _DIED
-        if part == "correctness":
-            _count(checked, outcome)
-        if outcome.not_begun:
-            _cut_off(results, part, f"{case} before {', '.join(outcome.not_begun)}")
-        _finish(results, path, part, number)
-    if not_begun:
-        more = f" and {len(not_begun) - 1} more" if len(not_begun) > 1 else ""
-        _cut_off(results, part, not_begun[0] + more)
+            died = bool(row.failure) and row.failure not in (OUT_OF_MEMORY, NO_TIME) and not computes(device)
+            if died:
+                break
+        done.append(number)
+        del results.notes["running"]
+        results.save(path)
+        if died:
+            return _DIED
     results.save(path)
     return 0
 
 
-def _checked(results: Results) -> dict[str, Any]:
-    """What the record says of correctness: how many cases were checked to the end, and of each peer in how many.
-
-    `missing` has the peers that could not run, with the number of cases and the reason of the last one.
-    """
-    empty = {"checked": 0, "failures": [], "right": {}, "missing": {}}
-    found = results.notes.setdefault("correctness", {})
-    for name, value in empty.items():
-        found.setdefault(name, value)
-    return found
-
-
-def _count(checked: dict[str, Any], outcome: Outcome) -> None:
-    checked["checked"] += not outcome.not_begun
-    for peer in outcome.right:
-        checked["right"][peer] = checked["right"].get(peer, 0) + 1
-    for peer, reason in outcome.missing.items():
-        cases, _ = checked["missing"].get(peer, (0, ""))
-        checked["missing"][peer] = [cases + 1, reason]
+def _keep(results: Results, part: str, row: Row) -> None:
+    """A row into the record, or where nothing is timed its verdict into the notes; what time ran out at, noted too."""
+    verdict = row.failure or (_RIGHT if row.seconds is None else f"{row.seconds * 1e3:.4g} ms")
+    print(f"{row.group} | {row.case} | {row.peer}: {verdict}", flush=True)
+    if row.failure == NO_TIME:
+        _note(results, "cut_off", part, f"{row.group} | {row.case} before {row.peer}")
+    elif PARTS[part].seconds:
+        results.add([row])
+    else:
+        _note(results, "verdicts", part, [row.group, row.case, row.peer, verdict])
 
 
-def _cut_off(results: Results, part: str, what: str) -> None:
-    results.notes.setdefault("cut_off", {}).setdefault(part, []).append(what)
-
-
-def _describe(row: Row) -> str:
-    return f"{row.group} | {row.case} | {row.peer}: {row.failure}"
-
-
-def _finish(results: Results, path: Path, part: str, number: int) -> None:
-    results.notes["done"][part].append(number)
-    results.notes.pop("running", None)
-    results.save(path)
+def _note(results: Results, kind: str, part: str, what: Any) -> None:
+    results.notes.setdefault(kind, {}).setdefault(part, []).append(what)
 
 
 def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
-    """Run a part in processes of its own until it is through, out of time, or has died too often."""
+    """Run a part in processes of its own until it is through or out of time, however often one dies.
+
+    Each of them leaves its case behind; one that left none is the last. Only the tuning has no cases: it gets
+    `_RESTARTS`.
+    """
     path = Path(options.out)
-    for attempt in range(_RESTARTS):
+    for attempt in itertools.count():
         command = [sys.executable, "-m", "benchmarks.gpu_battery", "--part", part, json.dumps(asdict(options))]
         try:
             status = subprocess.run(command, cwd=ROOT, timeout=max(options.left(), 0) + _GRACE_SECONDS).returncode
@@ -162,75 +142,54 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
         running = results.notes.pop("running", None)
         say(f"{part}: process ended with {status} at {running}")
         if status == _LATE and running is not None:
-            _cut_off(results, part, " | ".join(running[2:]))
+            _note(results, "cut_off", part, " | ".join(running[2:]))
         else:
-            results.notes.setdefault("died", []).append([part, str(status), running])
+            _note(results, "died", part, [str(status), running])
         if status not in (_LATE, _DIED) and running is not None:  # a crash left no row
-            row = Row(*running[2:], "-", failure=f"the process ended with status {status}")
-            if part == "correctness":
-                _checked(results)["failures"].append(_describe(row))
-            else:
-                results.add([row])
+            _keep(results, part, Row(*running[2:], "-", failure=f"the process ended with status {status}"))
             results.notes["done"][part].append(running[1])
         results.save(path)
         if running is None and status != _DIED and part != "tune":  # it would end in the same way again
             return
-        if options.left() < 5:
+        if options.left() < 5 or (part == "tune" and attempt + 1 == _RESTARTS):
             return
         say(f"{part}: started again, {attempt + 1}")
 
 
 def supervise_together(part: str, options: Options, say: Callable[[str], None], processes: int) -> None:
-    """`supervise` for so many processes at once, each with a file of its own; the next case is whose that is free."""
-    path = Path(options.out)
-    base = Results.load(path)
-    with tempfile.TemporaryDirectory() as taken:
-        own = [replace(options, out=str(_part_file(path, part, i)), taken=taken) for i in range(processes)]
+    """`supervise` for so many processes at once, each with a file of its own; the next case is whose that is free.
+
+    What memory did not suffice for then gets the GPU for itself.
+    """
+    results = Results.load(Path(options.out))
+    with tempfile.TemporaryDirectory() as folder:
+        own = [replace(options, out=f"{folder}/{i}.json", taken=folder) for i in range(processes)]
         for one in own:
-            Results(base.machine, base.rates).save(Path(one.out))
+            Results(results.machine, results.rates).save(Path(one.out))
         with ThreadPoolExecutor(processes) as pool:
             list(pool.map(lambda one: supervise(part, one, say), own))
-    for one in own:
-        take_findings(base, Results.load(Path(one.out)))
-    base.save(path)
-    for one in own:
-        Path(one.out).unlink()
+        for found in (Results.load(Path(one.out)) for one in own):
+            results.add(found.rows)
+            for kind in ("verdicts", "cut_off", "died"):
+                for what in found.notes.get(kind, {}).get(part, []):
+                    _note(results, kind, part, what)
+    again = _without_memory(results, part)
+    cases = cases_of(part, options.smoke)
+    results.notes.setdefault("done", {})[part] = [
+        number for number, case in enumerate(cases) if (case.group, case.name) not in again
+    ]
+    results.save(Path(options.out))
+    if again and options.left() > 5:
+        say(f"{part}: {len(again)} cases again, one after the other: memory did not suffice for all at once")
+        supervise(part, options, say)
 
 
-def _part_file(path: Path, part: str, number: int | str) -> Path:
-    return path.with_name(f".{path.stem}.{part}.{number}.json")
-
-
-def take_findings(into: Results, found: Results) -> None:
-    """Rows of `found`, and its notes on what was checked, cut off and died; a case still running was cut off."""
-    into.add(found.rows)
-    checked, own = _checked(into), _checked(found)
-    checked["checked"] += own["checked"]
-    checked["failures"] += own["failures"]
-    for peer, cases in own["right"].items():
-        checked["right"][peer] = checked["right"].get(peer, 0) + cases
-    for peer, (cases, reason) in own["missing"].items():
-        checked["missing"][peer] = [checked["missing"].get(peer, (0, ""))[0] + cases, reason]
-    for part, cases in found.notes.get("cut_off", {}).items():
-        into.notes.setdefault("cut_off", {}).setdefault(part, []).extend(cases)
-    if "running" in found.notes:
-        part, _, *case = found.notes["running"]
-        _cut_off(into, part, " | ".join(case))
-    if "died" in found.notes:
-        into.notes.setdefault("died", []).extend(found.notes["died"])
-
-
-def take_left_over(results: Results, path: Path, fresh: Iterable[str]) -> list[Path]:
-    """Take up what processes of an earlier run wrote that was ended before it could; the files, to be removed.
-
-    What parts that are `fresh` left is dropped, and what is of another device.
-    """
-    files = [(part, found) for part in PARTS for found in sorted(path.parent.glob(_part_file(path, part, "*").name))]
-    for part, file in files:
-        found = Results.load(file)
-        if part not in fresh and found.machine["device"] == results.machine["device"]:
-            take_findings(results, found)
-    return [file for _, file in files]
+def _without_memory(results: Results, part: str) -> set[tuple[str, str]]:
+    """The cases in which a peer had too little memory; what is known of them is dropped."""
+    verdicts = results.notes.get("verdicts", {}).get(part, [])
+    again = {(group, case) for group, case, _, verdict in verdicts if verdict == OUT_OF_MEMORY}
+    verdicts[:] = [verdict for verdict in verdicts if (verdict[0], verdict[1]) not in again]
+    return again
 
 
 def processes_of(part: str, device: torch.device) -> int:
@@ -279,7 +238,6 @@ def begin(
     path: Path, device: torch.device, notes: dict[str, str], fresh: Iterable[str], seconds: float, commit: str | None
 ) -> None:
     """The file a battery fills: the machine and its rates anew; what is known of parts that are not `fresh` is kept."""
-    fresh = set(fresh)
     rates = machine.rates(device, seconds=seconds)
     described = machine.describe(device)  # behind them, while the clocks are still up
     described["commit"] = commit or described["commit"]
@@ -289,34 +247,36 @@ def begin(
     results = Results.continued(path, described, rates)
     if "running" in results.notes:  # an earlier run was ended from outside
         part, _, *case = results.notes["running"]
-        _cut_off(results, part, " | ".join(case))
-    stale = ["running", "done", "extension problem"]
-    stale += [note for note, part in (("correctness", "correctness"), ("tuning", "tune")) if part in fresh]
-    for key in stale:
+        _note(results, "cut_off", part, " | ".join(case))
+    for part in fresh:
+        for kind in ("verdicts", "cut_off", "died"):
+            results.notes.get(kind, {}).pop(part, None)
+        if part == "tune":
+            results.notes.pop("tuning", None)
+    for key in ("running", "done", "extension problem"):
         results.notes.pop(key, None)
-    left_over = take_left_over(results, path, fresh)
-    cut_off, died = results.notes.get("cut_off", {}), results.notes.get("died", [])
-    results.notes["cut_off"] = {part: cases for part, cases in cut_off.items() if part not in fresh}
-    results.notes["died"] = [one for one in died if one[0] not in fresh]
     results.notes |= notes
     results.save(path)
-    for file in left_over:
-        file.unlink()
 
 
 def summary(results: Results) -> list[str]:
     """What did not come out, a line each, and how much did."""
-    notes, failed = results.notes, [row for row in results.rows if row.failure]
-    checked = _checked(results)
+    failed = [row for row in results.rows if row.failure]
     lines = [f"{len(results.rows)} rows, {len(failed)} of them without a time"]
-    lines += [f"  {_describe(row)}" for row in failed]
-    lines.append(f"correctness: {checked['checked']} cases checked, {len(checked['failures'])} failures")
-    lines += [f"  {failure}" for failure in checked["failures"]]
-    if checked["right"]:
-        lines.append("  right: " + ", ".join(f"{peer} in {cases}" for peer, cases in checked["right"].items()))
-    lines += [f"  {peer} not checked in {n} cases: {reason}" for peer, (n, reason) in checked["missing"].items()]
-    lines += [f"{part}: out of time at {case}" for part, cases in notes.get("cut_off", {}).items() for case in cases]
-    lines += [f"{part}: died with status {status} at {running}" for part, status, running in notes.get("died", [])]
+    lines += [f"  {row.group} | {row.case} | {row.peer}: {row.failure}" for row in failed]
+    for part, verdicts in results.notes.get("verdicts", {}).items():
+        right = Counter(peer for *_, peer, verdict in verdicts if verdict == _RIGHT)
+        missing = Counter((peer, verdict) for *_, peer, verdict in verdicts if verdict.startswith(CANNOT_RUN))
+        wrong = [v for v in verdicts if v[3] != _RIGHT and not v[3].startswith(CANNOT_RUN)]
+        cases = len({(group, case) for group, case, *_ in verdicts})
+        lines.append(f"{part}: {cases} cases compared, {len(wrong)} failures")
+        lines += [f"  {group} | {case} | {peer}: {verdict}" for group, case, peer, verdict in wrong]
+        lines += ["  right: " + ", ".join(f"{peer} in {count}" for peer, count in right.items())] if right else []
+        lines += [f"  {peer} not checked in {count} cases: {verdict}" for (peer, verdict), count in missing.items()]
+    for part, cases in results.notes.get("cut_off", {}).items():
+        lines += [f"{part}: out of time at {case}" for case in cases]
+    for part, deaths in results.notes.get("died", {}).items():
+        lines += [f"{part}: died with status {status} at {running}" for status, running in deaths]
     return lines
 
 

@@ -1,6 +1,6 @@
 // The autograd of gdd_fast/ops/group_norm_silu in C++: gdd_fast_C::group_norm_silu_differentiable around the CPU's
-// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms a layer and
-// step, more than a small map takes.
+// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms per layer
+// and step, more than a small map takes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/group_norm.h>
@@ -26,13 +26,13 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using Optional = std::optional<at::Tensor>;
 
-// Of the tensors that gradients are taken of, in this order everywhere; absent ones are undefined.
+// Places of the tensors that gradients are taken of, in this order everywhere; absent ones are undefined.
 enum { kX, kSkip, kWeight, kBias, kAdd, kScale, kShift, kInputs };
 
 Optional optional(const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 at::Tensor plain(const Optional& t) { return t.value_or(at::Tensor()); }
 
-// As the CPU's kernels take it: channels side by side and pixels evenly spaced; float32.
+// In the form that the CPU's kernels take: channels side by side and pixels evenly spaced; float32.
 at::Tensor laid_out(const at::Tensor& x) {
   return !x.defined() || (evenly_spaced(x) && x.stride(1) == 1) ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 }
@@ -43,7 +43,7 @@ at::Tensor row(const at::Tensor& t) {
   return wide.stride(-1) == 1 ? wide : wide.contiguous();
 }
 
-// As Triton's kernels take it.
+// In the form that Triton's kernels take.
 at::Tensor spaced(const at::Tensor& x) { return !x.defined() || evenly_spaced(x) ? x : x.contiguous(memory_format(x)); }
 at::Tensor rows_side_by_side(const at::Tensor& t) { return !t.defined() || t.stride(-1) == 1 ? t : t.contiguous(); }
 

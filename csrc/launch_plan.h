@@ -85,7 +85,7 @@ class LaunchPlans : public torch::CustomClassHolder {
 using Plans = c10::intrusive_ptr<LaunchPlans>;
 using Plan = std::shared_ptr<const LaunchPlan>;
 
-// Whether a call with these is computed at once: no mode looks on, no tensor is another's kind.
+// Whether a call with these is computed at once: no dispatch mode is active, and no tensor is of another class.
 bool unobserved(at::ArrayRef<at::Tensor> tensors);
 
 }  // namespace gdd_fast

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdd_fast.errors import FULL, ConfigError
 
@@ -134,6 +135,18 @@ def check_destination(path: Path) -> None:
     check_writable(path.absolute().parent)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. Raises `ValueError` for any other text, for NaN, and for values nested too deeply."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def sync_folder(folder: Path) -> None:

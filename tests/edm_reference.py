@@ -81,6 +81,6 @@ def inputs(config: dict[str, Any], size: int = SIZE, batch: int = 2) -> dict[str
 
 
 def digest(net: nn.Module) -> str:
-    """Of the names and shapes of all parameters and buffers, in no order."""
+    """Digest of the names and shapes of all parameters and buffers, in no order."""
     lines = sorted(f"{name} {tuple(tensor.shape)}\n" for name, tensor in net.state_dict().items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()

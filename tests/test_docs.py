@@ -1,6 +1,8 @@
 """The documentation builds without a warning: every link leads somewhere, every name in the API pages exists."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +24,17 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert not [page for page in pages if page not in navigation]
+
+
+def test_where_things_happen_is_where_they_happen():
+    section = (ROOT / "docs" / "design.md").read_text().partition("## Where things happen")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for what, files, names in rows:
+        trees = [ast.parse((ROOT / file).read_text()) for file in re.findall("`(.+?)`", files)]
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in nodes:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+        assert set(re.findall("`(.+?)`", names)) <= defined, what

@@ -26,7 +26,6 @@ from benchmarks.harness.operator_case import package
 from benchmarks.harness.timing import Call, WithParts
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
-from benchmarks.peers.training import Setup
 from gdd_fast.sampling.sampler import one_step
 
 _IMPORTS = {"python": "pass", "torch": "import torch", "gdd_fast": "import gdd_fast"}
@@ -58,8 +57,7 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
     from gdd_fast.sampling.resume import reserve
     from gdd_fast.sampling.seeds import SeedStreams
 
-    net = Setup("demo", 1).generator(device) if network == "demo" else peers.make_generator(network, device)
-    net = net.eval().requires_grad_(False)
+    net = peers.make_generator(network, device).requires_grad_(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)

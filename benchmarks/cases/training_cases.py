@@ -1,4 +1,4 @@
-"""Cases of training: the three steps and a whole iteration of a preset, under the settings of training.py.
+"""Cases of training: the three steps and a whole iteration of a preset, under the settings of peers/training.py.
 
 An iteration is a G step, a D step and its share of the R1 step, which the presets take every sixteenth time.
 
@@ -6,6 +6,7 @@ A peer is checked on few images before it is timed, in float32 and in bf16 (trai
 these images once more. From the second step on the weights have moved apart, and nothing is compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,27 +15,30 @@ import torch
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import spoil
 from benchmarks.harness.timing import Call, WithParts
-from benchmarks.harness.training_checks import FLOAT32, Batch, Gradient, Reference, Types, step_parts
-from benchmarks.peers.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.peers.training_engines import captured
+from benchmarks.harness.training_checks import FLOAT32, Gradient, Reference, Types, in_types, step_parts
+from benchmarks.peers.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
 
-STEPS = ("G step", "D step", "R1 step", "iteration")
+STEPS = ("iteration", "G step", "R1 step", "D step")
+_CIFAR = Setup("cifar10-uncond-gdd-i", 128)
+_MORE = (Setup("cifar10-uncond-gdd-i", 256), Setup("cifar10-uncond-gdd", 128), Setup("imagenet-64-gdd-i", 64))
 _COMPARED_IMAGES, _COMPARED_ON_CPU = 16, 8
 
 
-def training_cases(full: bool, steps: tuple[str, ...] = STEPS) -> list[Case]:
-    """On a CPU the demo's steps; `full` the CIFAR-10 preset's, then others."""
+def training_cases(full: bool, steps: Sequence[str] = STEPS) -> list[Case]:
+    """On a CPU the demo's steps; `full` the CIFAR-10 preset's, then iterations of others."""
     if not full:
         return [training_case(step, Setup("demo", 16)) for step in steps]
-    setup = Setup("cifar10-uncond-gdd-i", 128)
-    cases = [training_case(step, setup) for step in ("iteration", "G step", "R1 step", "D step")]
-    more = (Setup("cifar10-uncond-gdd-i", 256), Setup("cifar10-uncond-gdd", 128), Setup("imagenet-64-gdd-i", 64))
-    compiled = [training_case(step, setup, compiled=True) for step in ("iteration", "G step", "D step")]
-    return [*cases, *(training_case("iteration", s) for s in more), *compiled]
+    cases = [training_case(step, _CIFAR) for step in steps]
+    return [*cases, *(training_case("iteration", setup) for setup in _MORE)]
+
+
+def compiled_cases() -> list[Case]:
+    """torch.compile of the stock losses alone, which takes minutes to get ready."""
+    return [training_case(step, _CIFAR, compiled=True) for step in ("iteration", "G step", "D step")]
 
 
 def training_case(step: str, setup: Setup, *, compiled: bool = False) -> Case:
-    """One step; `compiled` measures torch.compile of the stock losses alone, which takes minutes to get ready."""
+    """One step of a preset."""
     title = f"{setup.preset} batch {setup.batch}"
     return Case(step, title, partial(_bench, step, setup, compiled))
 
@@ -42,10 +46,7 @@ def training_case(step: str, setup: Setup, *, compiled: bool = False) -> Case:
 def settings_for(device: torch.device) -> dict[str, Settings]:
     """The peers. On a CPU all compute in fp32: the demo does, and few CPUs are quicker in bf16."""
     found = {"official": OFFICIAL_SETTINGS, "stock": STOCK_SETTINGS, "gdd_fast": OUR_SETTINGS}
-    if device.type == "cuda":
-        return found
-    fp32 = {"generator_dtype": torch.float32, "discriminator_dtype": torch.float32}
-    return {name: replace(settings, **fp32) for name, settings in found.items()}
+    return found if device.type == "cuda" else {name: in_types(settings) for name, settings in found.items()}
 
 
 def _bench(step: str, setup: Setup, compiled: bool, device: torch.device) -> Bench:
@@ -66,8 +67,8 @@ def settings_bench(
 
     By default on few images: the definition in float32 takes the most memory of all.
     """
-    few = compared or (_COMPARED_IMAGES if device.type == "cuda" else _COMPARED_ON_CPU)
-    few = replace(setup, batch=min(setup.batch, few))
+    gpu = device.type == "cuda"
+    few = replace(setup, batch=min(setup.batch, compared or (_COMPARED_IMAGES if gpu else _COMPARED_ON_CPU)))
     # of the timed size it chooses the algorithms for what is timed
     reference = Reference(step, few, device, trials=few.batch == setup.batch)
 
@@ -77,19 +78,19 @@ def settings_bench(
 
     def peer(settings: Settings) -> Call:
         # what a CPU computes in float32 is checked in a GPU's types as well
-        for types in (FLOAT32, Types.of(settings) if device.type == "cuda" else Types(torch.bfloat16, torch.bfloat16)):
+        for types in (FLOAT32, Types.of(settings) if gpu else Types(torch.bfloat16, torch.bfloat16)):
             reference.check_in(types, settings)
         training = Training(setup, settings, device, trials=True)
 
         def prepared(batch: Batch) -> list[tuple[Call, float]]:
             (call, share), *r1 = step_parts(step, training, batch)
-            return [(captured(training, call) if settings.engine == "graph" else call, share), *r1]
+            return [(training.captured(call) if settings.engine == "graph" else call, share), *r1]
 
         return _ComparedOnce(prepared(reference.batch), prepared(Batch.draw(training)))
 
     makers = {name: partial(peer, settings) for name, settings in peers.items()}
-    precision = "bf16" if device.type == "cuda" else "fp32"
     checks = {name: partial(check, settings) for name, settings in peers.items()}
+    precision = "bf16" if gpu else "fp32"
     return Bench(makers, lambda outputs: None, images=setup.batch, precision=precision, checks=checks)
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.training import OUR_SETTINGS, Setup, Training
+from benchmarks.peers.networks import one_of_each_class
+from benchmarks.peers.training import OUR_SETTINGS, Batch, Setup, Step, Training
 from gdd_fast.bundled import BUNDLED_TEACHER
 from gdd_fast.config import DEMO, PRESETS
 from gdd_fast.errors import WeightsError
@@ -35,7 +36,6 @@ from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.files.load import load_generator
 
-CPU = torch.device("cpu")
 WORST = 6
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 KINDS = {
@@ -62,51 +62,40 @@ class Agreement:
     cosine: float
     ratio: float
 
-
-def agreement(name: str, found: Tensor, expected: Tensor) -> Agreement:
-    """Both of any floating type; a gradient that is zero in float64 agrees with none but zero."""
-    found, expected = found.double().flatten(), expected.double().flatten()
-    size = float(expected.norm())
-    if size == 0:
-        same = float(found.norm()) == 0
-        return Agreement(name, float(same), float(same))
-    return Agreement(name, float(F.cosine_similarity(found, expected, dim=0, eps=0.0)), float(found.norm()) / size)
+    @classmethod
+    def of(cls, name: str, found: Tensor, expected: Tensor) -> "Agreement":
+        found, expected = found.double().flatten(), expected.double().flatten()
+        cosine = F.cosine_similarity(found, expected, dim=0, eps=0.0)
+        return cls(name, float(cosine), float(found.norm() / expected.norm()))
 
 
-class Steps:
-    """The three steps from one state, in one precision; no step is applied."""
+def gradients(
+    preset: str, batch: int, kind: str, weights: Mapping[str, Path], seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """Those of the three steps from one state, by step and tensor, in the types of `kind`; no step is applied."""
+    generator, dtype, heads_dtype = KINDS[kind]
+    options = {"generator_dtype": generator, "discriminator_dtype": dtype, "tf32": False, "optimizer": "loop"}
+    training = Training(Setup(preset, batch), replace(OUR_SETTINGS, **options), torch.device("cpu"))
+    net, heads, backbones = training.generator, training.heads, training.features.backbones
+    if preset.startswith(DEMO):
+        net.load_state_dict(load_generator(BUNDLED_TEACHER).state_dict(), strict=False)
+    for name in backbones:
+        state = _published(name, weights.get(name))
+        if state is not None:
+            folded = fold_batch_norm(build_backbone(name, state, PRESETS[preset].discriminator.disc_resolution))
+            backbones[name].load_state_dict(folded.to(dtype).state_dict())
+    heads.dtype = heads_dtype
+    if dtype == torch.float64:
+        net.double(), heads.double()
+    names = {step: [name for name, p in m.named_parameters() if p.requires_grad] for step, m in _trained(training)}
+    random = torch.Generator().manual_seed(seed)
+    z, noise = (torch.randn(training.shape, generator=random) for _ in range(2))
+    drawn = Batch(z, _smooth(noise), one_of_each_class(batch, training.label_dim, training.device))
+    return {step: dict(zip(names[step], training.gradients(step, drawn), strict=True)) for step in names}
 
-    def __init__(self, preset: str, batch: int, kind: str, weights: Mapping[str, Path]) -> None:
-        generator, dtype, heads_dtype = KINDS[kind]
-        options = {"generator_dtype": generator, "discriminator_dtype": dtype, "tf32": False, "optimizer": "loop"}
-        self.training = Training(Setup(preset, batch), replace(OUR_SETTINGS, **options), CPU)
-        self.training._g_update = self.training._d_update = lambda: None
-        net, heads, features = self.training.generator, self.training.heads, self.training.features
-        if preset.startswith(DEMO):
-            net.load_state_dict(load_generator(BUNDLED_TEACHER).state_dict(), strict=False)
-        for name in features.backbones:
-            state = _published(name, weights.get(name))
-            if state is not None:
-                resolution = PRESETS[preset].discriminator.disc_resolution
-                folded = fold_batch_norm(build_backbone(name, state, resolution))
-                features.backbones[name].load_state_dict(folded.to(dtype).state_dict())
-        heads.dtype = heads_dtype
-        if dtype == torch.float64:
-            net.double(), heads.double()
-        self.names = {
-            "G": [name for name, p in net.named_parameters() if p.requires_grad],
-            "D": [name for name, p in heads.named_parameters() if p.requires_grad],
-        }
-        self.names["R1"] = self.names["D"]
 
-    def gradients(self, z: Tensor, real: Tensor, labels: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """By step and tensor."""
-        steps = {
-            "G": lambda: self.training.generator_step(z, labels),
-            "D": lambda: self.training.discriminator_step(z, real, labels),
-            "R1": lambda: self.training.r1_step(real, labels),
-        }
-        return {step: dict(zip(self.names[step], call(), strict=True)) for step, call in steps.items()}
+def _trained(training: Training) -> list[tuple[Step, torch.nn.Module]]:
+    return [("G", training.generator), ("D", training.heads), ("R1", training.heads)]
 
 
 def _published(name: str, path: Path | None) -> Mapping[str, Tensor] | None:
@@ -123,21 +112,13 @@ def compare(
     preset: str, batch: int, weights: Mapping[str, Path], seed: int = 0
 ) -> dict[str, dict[str, list[Agreement]]]:
     """For each step and kind how every tensor's gradient agrees with float64's."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for kind in KINDS:
-        steps = Steps(preset, batch, kind, weights)
-        random = torch.Generator().manual_seed(seed + (kind == "other z"))
-        z = torch.randn(steps.training.shape, generator=random)
-        real = _smooth(torch.randn(steps.training.shape, generator=random))
-        classes = steps.training.label_dim
-        labels = F.one_hot(torch.arange(batch) % classes, classes).float() if classes else None
-        found[kind] = steps.gradients(z, real, labels)
+    found = {kind: gradients(preset, batch, kind, weights, seed + (kind == "other z")) for kind in KINDS}
     compared = {}
     for step, tensors in found["fp64"].items():
         least = NOTHING * max(float(t.norm()) for t in tensors.values())
         told = {name: t for name, t in tensors.items() if float(t.norm()) > least}
         compared[step] = {
-            kind: [agreement(name, found[kind][step][name], expected) for name, expected in told.items()]
+            kind: [Agreement.of(name, found[kind][step][name], expected) for name, expected in told.items()]
             for kind in KINDS
             if kind != "fp64"
         }
@@ -152,16 +133,13 @@ def _smooth(noise: Tensor) -> Tensor:
 
 def lines(compared: Mapping[str, Mapping[str, list[Agreement]]]) -> list[str]:
     """A table of all tensors of a step together, then the tensors of bf16 that agree least."""
-    shown = [
-        f"{'step':5}{'type':16}{'tensors':>8}{'cosine: least':>16}{'median':>10}{'norm ratio: least':>20}{'most':>8}"
-    ]
+    row = "{:5}{:16}{:>8}{:>16}{:>10}{:>20}{:>8}".format
+    shown = [row("step", "type", "tensors", "cosine: least", "median", "norm ratio: least", "most")]
     for step, kinds in compared.items():
         for kind, tensors in kinds.items():
             cosines, ratios = [t.cosine for t in tensors], [t.ratio for t in tensors]
-            shown.append(
-                f"{step:5}{kind:16}{len(tensors):8}{min(cosines):16.6f}{statistics.median(cosines):10.6f}"
-                f"{min(ratios):20.4f}{max(ratios):8.4f}"
-            )
+            figures = f"{min(cosines):.6f}", f"{statistics.median(cosines):.6f}"
+            shown.append(row(step, kind, len(tensors), *figures, f"{min(ratios):.4f}", f"{max(ratios):.4f}"))
     for step, kinds in compared.items():
         off = [t for t in kinds["bf16"] if t.cosine < COSINE or abs(t.ratio - 1) > RATIO]
         shown.append(f"{step}: {len(off)} of {len(kinds['bf16'])} tensors below {COSINE} or off by {RATIO:.0%} in bf16")

@@ -144,9 +144,7 @@ def measure(rounds: int = 30) -> list[dict]:
                     pytorch, ours = least(lambda: run(row.theirs), lambda: run(row.ours), rounds=rounds)  # noqa: B023
                     with without_plans():
                         (slow,) = least(lambda: run(row.ours), rounds=max(rounds // 3, 1))  # noqa: B023
-                found.append(
-                    {"operator": row.name, "pass": name, "pytorch": pytorch, "gdd_fast": ours, "triton": slow}
-                )
+                found.append({"operator": row.name, "pass": name, "pytorch": pytorch, "gdd_fast": ours, "triton": slow})
     return found
 
 

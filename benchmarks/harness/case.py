@@ -6,16 +6,18 @@ compare the last round again. What goes wrong with one peer becomes a row with a
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks.harness.checks import MismatchError, poisoned, spoil, tensors
 from benchmarks.harness.results import Row
-from benchmarks.harness.timing import Call, Timing, measure, peak_bytes
+from benchmarks.harness.timing import Call, measure, peak_bytes
 
 OUT_OF_MEMORY = "out of memory"
+NO_TIME = "no time left"
+CANNOT_RUN = "cannot run here: "
 COMPILED = ("compile", "max-autotune")
 """Peers that go through torch.compile."""
 
@@ -54,8 +56,6 @@ class Bench:
     checks: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
     """Peers that do less than the work, such as a copy of the input, by the bytes they move: compared with nothing."""
-    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By peer, what its row says beside the times, such as how far it could be compared."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peers of ours that belong here and cannot run, and why."""
     keep: Any = None
@@ -76,17 +76,6 @@ class Case:
         return f"{self.group}-{self.name}".replace(" ", "-")
 
 
-@dataclass
-class Outcome:
-    """What became of the peers of a case, beside the rows."""
-
-    right: list[str] = field(default_factory=list)
-    """Compared, and as accurate as they have to be."""
-    missing: dict[str, str] = field(default_factory=dict)
-    """As of `Bench`."""
-    not_begun: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Effort:
     """How long a peer is timed. `seconds` 0 checks and takes no time; what takes minutes to compile is left out."""
@@ -96,14 +85,54 @@ class Effort:
     most: int = 200
 
 
-def checked_call(bench: Bench, peer: str, device: torch.device) -> Call:
-    """The call of `peer`, its outputs compared once on poisoned memory; raises MismatchError, UnavailableError."""
-    call = bench.peers[peer]()
-    spoil(call)
-    with poisoned(device, bench.like):
-        outputs = call()
-    _check(bench, peer, outputs)
-    return call
+def measure_peer(
+    case: Case, bench: Bench, peer: str, device: torch.device, effort: Effort, timer: Callable[..., Any] = measure
+) -> Row | None:
+    """One row: with a failure in it if that is what happened, without times if none were to be taken.
+
+    None if the peer cannot run here. `timer` is `timing.measure` or stands in for it.
+    """
+    compiled = any(name in peer for name in COMPILED)
+    if not effort.seconds and (compiled or any(name in peer for name in EXPORTED)):
+        return None
+    row = Row(case.group, case.name, peer)
+    try:
+        call = bench.peers[peer]()
+        spoil(call)
+        with poisoned(device, bench.like):
+            outputs = call()
+        _check(bench, peer, outputs)
+        if not effort.seconds:
+            return row
+        del outputs
+        timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
+        if spoil(call):
+            outputs = call()
+        _check(bench, peer, outputs)
+        del outputs
+        visible = bench.counts_memory and not any(name in peer for name in GRAPHS)
+        return replace(
+            row,
+            **vars(timing),
+            headline=bench.headline,
+            bytes=bench.bounds.get(peer, bench.bytes),
+            flops=None if peer in bench.bounds else bench.flops,
+            precision=bench.precisions.get(peer, bench.precision),
+            images=bench.images,
+            peak_bytes=peak_bytes(call, device) if visible else None,
+        )
+    except UnavailableError:
+        return None
+    except torch.OutOfMemoryError:
+        return replace(row, failure=OUT_OF_MEMORY)
+    except MismatchError as error:
+        return replace(row, failure=f"wrong: {error}")
+    except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
+        return replace(row, failure=describe_error(error))
+    finally:
+        call = None  # what it holds can be given back
+        if compiled or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
+            release(device, compiled=compiled)
 
 
 def _check(bench: Bench, peer: str, outputs: Any) -> None:
@@ -114,88 +143,14 @@ def _check(bench: Bench, peer: str, outputs: Any) -> None:
         bench.checks.get(peer, bench.check)(outputs)
 
 
-def is_compiled(peer: str) -> bool:
-    """Whether the peer goes through torch.compile."""
-    return any(name in peer for name in COMPILED)
-
-
-def _peak(bench: Bench, peer: str, call: Call, device: torch.device) -> int | None:
-    counted = bench.counts_memory and not any(name in peer for name in GRAPHS)
-    return peak_bytes(call, device) if counted else None
-
-
-def row_of(case: Case, bench: Bench, peer: str, timing: Timing, peak: int | None) -> Row:
-    """The row of a timed peer."""
-    return Row(
-        case.group,
-        case.name,
-        peer,
-        **timing.to_json(),
-        headline=bench.headline,
-        bytes=bench.bounds.get(peer, bench.bytes),
-        flops=None if peer in bench.bounds else bench.flops,
-        precision=bench.precisions.get(peer, bench.precision),
-        images=bench.images,
-        peak_bytes=peak,
-        extra=dict(bench.extra.get(peer, {})),
-    )
-
-
-def measure_peer(
-    case: Case,
-    bench: Bench,
-    peer: str,
-    device: torch.device,
-    effort: Effort,
-    timer: Callable[..., Any] = measure,
-    outcome: Outcome | None = None,
-) -> Row | None:
-    """One row, with a failure in it if that is what happened; None if the peer cannot run here or nothing was timed.
-
-    `timer` is `timing.measure` or stands in for it. A peer that is right is noted in `outcome`.
-    """
-    outcome = outcome or Outcome()
-    slow_to_start = is_compiled(peer) or any(name in peer for name in EXPORTED)
-    if slow_to_start and not effort.seconds:
-        return None
-    try:
-        call = checked_call(bench, peer, device)
-        if not effort.seconds:
-            outcome.right.append(peer)
-            return None
-        timing, outputs = timer(call, device, seconds=effort.seconds, least=effort.least, most=effort.most)
-        if spoil(call):
-            outputs = call()
-        _check(bench, peer, outputs)
-        del outputs
-        outcome.right.append(peer)
-        return row_of(case, bench, peer, timing, _peak(bench, peer, call, device))
-    except UnavailableError:
-        return None
-    except torch.OutOfMemoryError:
-        return Row(case.group, case.name, peer, failure=OUT_OF_MEMORY)
-    except MismatchError as error:
-        return Row(case.group, case.name, peer, failure=f"wrong: {error}")
-    except Exception as error:  # a peer's own fault, whatever it is, ends that peer and is kept
-        return Row(case.group, case.name, peer, failure=describe_error(error))
-    finally:
-        call = None  # what it holds can be given back
-        if is_compiled(peer) or bench.headline == "wall":  # an operator's inputs are freed as soon as its call is
-            release(device, compiled=is_compiled(peer))
-
-
 def measure_case(
-    case: Case,
-    device: torch.device,
-    effort: Effort,
-    stop: Callable[[], bool] = lambda: False,
-    outcome: Outcome | None = None,
+    case: Case, device: torch.device, effort: Effort, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Row]:
     """The rows of all peers, one after the other; a case that cannot be built gives one row that says so.
 
-    No further peer is started once `stop()` is true. What has no row is noted in `outcome`.
+    Once `stop()` is true no further peer is started, and the first of those has a row that says NO_TIME. Where nothing
+    is timed, peers of ours that cannot run have rows that begin with CANNOT_RUN.
     """
-    outcome = outcome or Outcome()
     try:
         bench = case.build(device)
     except UnavailableError:
@@ -204,13 +159,13 @@ def measure_case(
         release(device)
         yield Row(case.group, case.name, "-", failure=describe_error(error))
         return
-    outcome.missing = bench.missing
-    peers = list(bench.peers)
-    for number, peer in enumerate(peers):
+    for peer, reason in bench.missing.items() if not effort.seconds else ():
+        yield Row(case.group, case.name, peer, failure=CANNOT_RUN + reason)
+    for peer in bench.peers:
         if stop():
-            outcome.not_begun = peers[number:]
+            yield Row(case.group, case.name, peer, failure=NO_TIME)
             return
-        row = measure_peer(case, bench, peer, device, effort, outcome=outcome)
+        row = measure_peer(case, bench, peer, device, effort)
         if row is not None:
             yield row
 

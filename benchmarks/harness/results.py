@@ -129,10 +129,7 @@ def _sparse(row: Row) -> dict[str, Any]:
     """Without the entries that are at their default; times at four digits, which is more than they are good for."""
     defaults = {f.name: f.default for f in fields(Row)} | {"extra": {}}
     entries = {name: value for name, value in asdict(row).items() if value != defaults[name]}
-    return {name: [_short(t) for t in v] if name in _TIMES else v for name, v in entries.items()}
-
-
-_TIMES = ("wall", "host", "device", "cpu")
+    return {name: [_short(t) for t in v] if isinstance(v, list) else v for name, v in entries.items()}
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -1,6 +1,6 @@
 """How a time is taken: rounds of one call, on a device that is idle before and has cold caches.
 
-    timing = measure(call, device)
+    timing, outputs = measure(call, device)
 
 `call()` does the work once and returns its outputs. On a GPU a round has two parts: one from an idle device (host and
 wall time), one with the queue filled beforehand (device time between two events, without launch latency). Calls of more
@@ -19,11 +19,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness.results import Times
 
 Call = Callable[[], Any]
 Components = Sequence[tuple[Call, float]]
@@ -38,43 +41,14 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
 @dataclass(frozen=True)
-class Quantiles:
-    """20 %, 50 % and 80 % quantiles, in seconds."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> "Quantiles":
-        ordered = sorted(samples)
-        return cls(*(_quantile(ordered, q) for q in (0.2, 0.5, 0.8)))
-
-
-@dataclass(frozen=True)
 class Timing:
     """Quantiles over `rounds` rounds; host and device on a GPU alone, cpu (process time of all threads) on a CPU."""
 
     rounds: int
-    wall: Quantiles
-    host: Quantiles | None = None
-    device: Quantiles | None = None
-    cpu: Quantiles | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-
-def _plain(value: Any) -> Any:
-    return [value["p20"], value["p50"], value["p80"]] if isinstance(value, dict) else value
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    """Linear between neighbours, as numpy's default."""
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    wall: Times
+    host: Times | None = None
+    device: Times | None = None
+    cpu: Times | None = None
 
 
 class WithParts:
@@ -96,10 +70,13 @@ class Sampler:
     def __init__(self, call: Call, device: torch.device) -> None:
         if device.type == "cpu":
             reuse_memory()
-        self.device = device
+        self.device, self._gpu = device, device.type == "cuda"
         self._parts: Components = getattr(call, "parts", [(call, 1.0)])
-        self._flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
-        self._samples: dict[str, list[float]] = {"wall": [], "host": [], "device": [], "cpu": []}
+        size = _FLUSH_CPU
+        if self._gpu:
+            size = _FLUSH_GPU_CACHES * max(torch.cuda.get_device_properties(device).L2_cache_size, 16 << 20)
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+        self._samples: dict[str, list[float]] = {}
         self._host_estimate = 0.0
         self._queued = False
 
@@ -110,42 +87,38 @@ class Sampler:
             taken, _ = self._from_idle()
             shortest, calls = min(shortest, taken["wall"]), calls + 1
             self._host_estimate = taken.get("host", 0.0)
-        self._queued = self.device.type == "cuda" and shortest < _LONG and len(self._parts) == 1
+        self._queued = self._gpu and shortest < _LONG and len(self._parts) == 1
         return shortest
 
     def round(self) -> Any:
         """One measured round; returns the outputs of the call, or of its last part."""
         self._flush.zero_()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         seconds, outputs = self._from_idle()
-        for clock, value in seconds.items():
-            self._samples[clock].append(value)
         if self._queued:
             outputs = None  # freed first, so that the allocator can give the same memory again
-            outputs = self._from_full_queue()
+            seconds["device"], outputs = self._from_full_queue()
+        for clock, value in seconds.items():
+            self._samples.setdefault(clock, []).append(value)
         return outputs
 
     def timing(self) -> Timing:
         """Figures of the rounds so far."""
-        s = self._samples
-        if self.device.type == "cuda":
-            return Timing(len(s["wall"]), *(Quantiles.of(s[name]) for name in ("wall", "host", "device")))
-        return Timing(len(s["wall"]), Quantiles.of(s["wall"]), cpu=Quantiles.of(s["cpu"]))
+        quantiles = {clock: np.quantile(values, (0.2, 0.5, 0.8)).tolist() for clock, values in self._samples.items()}
+        return Timing(len(self._samples["wall"]), **quantiles)
 
     def _from_idle(self) -> tuple[dict[str, float], Any]:
         """Seconds by clock, of every part by its share, and the outputs of the last part."""
         total: dict[str, float] = {}
         outputs = None
         for part, share in self._parts:
-            outputs = None  # freed first, so that the allocator can give the same memory again
+            outputs = None  # freed first, as above
             seconds, outputs = self._once(part)
             for clock, value in seconds.items():
                 total[clock] = total.get(clock, 0.0) + share * value
         return total, outputs
 
     def _once(self, call: Call) -> tuple[dict[str, float], Any]:
-        if self.device.type != "cuda":
+        if not self._gpu:
             cpu, start = time.process_time(), time.perf_counter()
             outputs = call()
             wall = time.perf_counter() - start
@@ -156,14 +129,13 @@ class Sampler:
         before.record()
         outputs = call()
         after.record()
-        seconds = {"host": time.perf_counter() - start}
+        host = time.perf_counter() - start
         torch.cuda.synchronize(self.device)
-        seconds["wall"] = time.perf_counter() - start
-        if not self._queued:
-            seconds["device"] = before.elapsed_time(after) / 1e3
-        return seconds, outputs
+        wall = time.perf_counter() - start
+        return {"wall": wall, "host": host, "device": before.elapsed_time(after) / 1e3}, outputs
 
-    def _from_full_queue(self) -> Any:
+    def _from_full_queue(self) -> tuple[float, Any]:
+        """Seconds on the device, and the outputs."""
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda._sleep(int(min(1.5 * self._host_estimate + 50e-6, 0.05) * _SLEEP_CYCLES_PER_SECOND))
@@ -171,13 +143,7 @@ class Sampler:
         outputs = self._parts[0][0]()
         after.record()
         after.synchronize()
-        self._samples["device"].append(before.elapsed_time(after) / 1e3)
-        return outputs
-
-    def forget(self) -> None:
-        """Drop the rounds so far (those of the warm-up)."""
-        for samples in self._samples.values():
-            samples.clear()
+        return before.elapsed_time(after) / 1e3, outputs
 
 
 def measure(
@@ -192,7 +158,6 @@ def measure(
     gc.disable()
     try:
         sampler.warm_up(seconds / 5)
-        sampler.forget()
         start, outputs = time.perf_counter(), None
         for number in range(most):
             outputs = None
@@ -238,7 +203,6 @@ def _profiled_peak(call: Call) -> int:
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
     """The profiler writes there whenever it starts and stops, past Python, and cannot be told not to."""
-    sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -261,9 +225,3 @@ def reuse_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(_M_MMAP_MAX, 0)
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _flush_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _FLUSH_CPU
-    return _FLUSH_GPU_CACHES * max(torch.cuda.get_device_properties(device).L2_cache_size, 16 << 20)

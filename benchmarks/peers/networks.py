@@ -5,9 +5,9 @@ compilation, CUDA graphs. All are built from one seed, so that all compute the s
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,48 +16,55 @@ from torch.nn import functional as F
 
 from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.harness.timing import Call
+from gdd_fast.bundled import BUNDLED_TEACHER
+from gdd_fast.layers.convolution import Conv2d, resample_kernel
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.models.backbones import Backbone, build_backbone, fold_batch_norm
 from gdd_fast.models.backbones.lite0 import SameConv2d
 from gdd_fast.models.backbones.vgg import MaxPool2x2
 from gdd_fast.models.precond import GDDPrecond
-from gdd_fast.models.random_projection import RandomProjection
 
 SEED = 0
 _GRAPH_WARM_UP = 3
 
 
 def make_generator(name: str, device: torch.device) -> GDDPrecond:
-    """A generator of shapes.NETWORKS without dropout, in eval mode; weights are random and none is near zero."""
-    resolution, arguments = NETWORKS[name]
-    return randomized(partial(GDDPrecond, resolution, 3, **{**arguments, "dropout": 0.0}), device)
+    """A generator of layer_calls.NETWORKS, or of the demo's architecture, without dropout and in eval mode.
+
+    Weights are random and none is near zero: see `randomized`.
+    """
+    if name == "demo":
+        init = json.loads((BUNDLED_TEACHER / "config.json").read_text())["init"]  # weights would need safetensors
+        del init["sigma_eps"]
+        init |= {"dtype": "float32", "augment_dim": 0, "label_dropout": 0.0}
+    else:
+        resolution, arguments = NETWORKS[name]
+        init = {"img_resolution": resolution, "img_channels": 3, **arguments}
+    return randomized(lambda: GDDPrecond(**{**init, "dropout": 0.0}), device)
 
 
-def randomized(make: Callable[[], nn.Module], device: torch.device, seed: int = SEED) -> Any:
+def randomized(make: Callable[[], nn.Module], device: torch.device) -> Any:
     """`make()` on `device`, its parameters drawn anew: EDM's start has blocks that do nothing, hiding any error."""
     with torch.device("meta"):
         net = make()
     net = net.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(SEED)
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
-            if name.endswith("resample_filter"):
-                continue
             noise = torch.randn(tensor.shape, generator=generator, device=device)
             fan = math.prod(tensor.shape[1:])
             value = noise / math.sqrt(fan) if tensor.ndim > 1 else 0.1 * noise
             value = 1 + value if "norm" in name and name.endswith("weight") else value
             tensor.copy_(16 * noise if name.endswith("freqs") else value)
-        _restore_filters(net)
+        for layer in net.modules():
+            if isinstance(layer, Conv2d) and layer.resample_filter is not None:
+                layer.resample_filter.copy_(resample_kernel(layer.taps))
     return net.eval()
 
 
-def _restore_filters(net: nn.Module) -> None:
-    from gdd_fast.layers.convolution import Conv2d, resample_kernel
-
-    for layer in net.modules():
-        if isinstance(layer, Conv2d) and layer.resample_filter is not None:
-            layer.resample_filter.copy_(resample_kernel(layer.taps))
+def one_of_each_class(count: int, classes: int, device: torch.device) -> Tensor | None:
+    """One-hot labels (count, classes), or None for a network without classes."""
+    return torch.eye(classes, device=device)[torch.arange(count, device=device) % classes] if classes else None
 
 
 def make_backbone(name: str, resolution: int, device: torch.device, *, folded: bool) -> Backbone:
@@ -80,66 +87,51 @@ def plain(net: nn.Module) -> Any:
         if isinstance(module, MaxPool2x2):
             setattr(net, name, nn.MaxPool2d(2))
         elif isinstance(module, FrozenConv2d):
-            setattr(net, name, _plain_convolution(module))
+            setattr(net, name, _Convolution(module))
         else:
             plain(module)
     return net
 
 
 class _Convolution(nn.Conv2d):
-    """PyTorch's convolution, followed by an activation of its own where a folded network asks for one."""
+    """PyTorch's convolution with the weights of a frozen one, and the activation that a folded network asks for.
+
+    Of SameConv2d it has TensorFlow's "SAME" padding, as timm writes it: an odd total is padded by hand.
+    """
+
+    def __init__(self, module: FrozenConv2d) -> None:
+        options = {"stride": module.stride, "padding": module.padding, "groups": module.groups, "device": "meta"}
+        super().__init__(module.in_channels, module.out_channels, module.kernel_size, **options)
+        self.weight, self.bias, self.same = module.weight, module.bias, isinstance(module, SameConv2d)
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        if self.same:
+            pads = []
+            for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+                total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+                pads += [total // 2, total - total // 2]
+            x = F.pad(x, pads)
         y = super().forward(x)
         if activation is None:
             return y
         return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
 
 
-class _SamePadding(_Convolution):
-    """TensorFlow's "SAME" padding, as timm writes it: an odd total is padded by hand."""
-
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        pads = []
-        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads), activation)
-
-
-def _plain_convolution(module: FrozenConv2d) -> nn.Conv2d:
-    kind = _SamePadding if isinstance(module, SameConv2d) else _Convolution
-    options = {"stride": module.stride, "padding": module.padding, "groups": module.groups}
-    sizes = (module.in_channels, module.out_channels, module.kernel_size)
-    with torch.device("meta"):
-        plain_module = kind(*sizes, **options, bias=module.bias is not None)
-    plain_module.weight, plain_module.bias = module.weight, module.bias
-    return plain_module
-
-
 class StockFeatures(nn.Module):
     """`ProjectedFeatures` on plain PyTorch; images are resized and normalised for each backbone anew."""
 
     def __init__(
-        self,
-        backbones: Sequence[Backbone],
-        projections: Sequence[RandomProjection],
-        resolution: int,
-        dtype: torch.dtype,
+        self, backbones: Sequence[Backbone], projections: Sequence[nn.Module], resolution: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.resolution = resolution
+        self.resolution, self.dtype = resolution, dtype
         self.backbones = nn.ModuleList(plain(b) for b in backbones)
         self.projections = nn.ModuleList(plain(p) for p in projections)
         for index, backbone in enumerate(backbones):
-            scale = torch.tensor([0.5 / s for s in backbone.std])[:, None, None]
-            shift = torch.tensor([(0.5 - m) / s for m, s in zip(backbone.mean, backbone.std, strict=True)])[
-                :, None, None
-            ]
-            self.register_buffer(f"scale{index}", scale)
-            self.register_buffer(f"shift{index}", shift)
+            mean, std = (torch.tensor(row)[:, None, None] for row in (backbone.mean, backbone.std))
+            self.register_buffer(f"scale{index}", 0.5 / std)
+            self.register_buffer(f"shift{index}", (0.5 - mean) / std)
         self.requires_grad_(False).to(dtype)
-        self.dtype = dtype
 
     def forward(self, images: Tensor) -> list[list[Tensor]]:
         maps = []

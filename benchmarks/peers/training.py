@@ -6,8 +6,7 @@ gradients of a step can be compared. Fields of `Settings` are the techniques tha
 on one after the other.
 """
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,18 +14,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.timing import Call
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
-from gdd_fast.config import DEMO, PRESETS, TrainConfig
+from gdd_fast.config import PRESETS, TrainConfig
 from gdd_fast.distill.freeze import freeze
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, r1_penalty
+from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.training.optimizer import AdamEma
 
 AVERAGE_WEIGHT = 1e-3
-_NETWORKS = {"cifar10": "ncsnpp-32", "ffhq": "ncsnpp-64", "afhqv2": "ncsnpp-64", "imagenet": "adm-64"}
+_NETWORKS = {"cifar10": "ncsnpp-32", "ffhq": "ncsnpp-64", "afhqv2": "ncsnpp-64", "imagenet": "adm-64", "demo": "demo"}
+
+Step = Literal["G", "D", "R1"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,9 @@ class Settings:
 
     unet: "official" | "stock" | "gdd_fast"; the first two are plain PyTorch in the two styles of stock_unet.py.
     features: the same; "official" keeps batch norms apart, "stock" folds them, "gdd_fast" is ProjectedFeatures.
-    optimizer: "loop" replaces what is not finite, steps and averages one parameter after the other; "fused" is
-        PyTorch's fused Adam between foreach operations; "adam_ema" is ours.
+    optimizer: as of `optimizer_step`.
     engine: "compile" and "max-autotune" are torch.compile's modes, for the losses of G and D; R1 differentiates twice,
-        which compiled code cannot, and stays eager. "graph" is for training_engines.py to capture.
+        which compiled code cannot, and stays eager. "graph" is for `captured`.
     """
 
     channels_last: bool = False
@@ -68,19 +69,28 @@ class Setup:
         return PRESETS[self.preset]
 
     def generator(self, device: torch.device) -> GDDPrecond:
-        """The preset's network with random weights; of the demo's, the bundled teacher's architecture."""
-        if self.preset.startswith(DEMO):
-            from gdd_fast.bundled import BUNDLED_TEACHER
-
-            init = json.loads((BUNDLED_TEACHER / "config.json").read_text())["init"]  # weights would need safetensors
-            init |= {"dtype": "float32", "augment_dim": 0, "dropout": 0.0, "label_dropout": 0.0}
-            del init["sigma_eps"]
-            return peers.randomized(lambda: GDDPrecond(**init), device)
+        """The preset's network with random weights."""
         return peers.make_generator(_NETWORKS[self.preset.split("-")[0]], device)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of an iteration: latents, real images in [-1, 1], labels or None."""
+
+    z: Tensor
+    real: Tensor
+    labels: Tensor | None
+
+    @classmethod
+    def draw(cls, training: "Training") -> "Batch":
+        generator = torch.Generator(training.device).manual_seed(1)
+        options = {"device": training.device, "generator": generator}
+        z, noise = (torch.randn(training.shape, **options) for _ in range(2))
+        return cls(z, noise.clamp(-1, 1), peers.one_of_each_class(len(z), training.label_dim, training.device))
+
+
 class Training:
-    """The networks and optimizers of one run, and the steps; `z`, `real` and `labels` come from the caller.
+    """The networks and optimizers of one run, and the steps; batches come from the caller.
 
     With `trials` cuDNN finds its fastest algorithms by trying them, as in the public code and in our runs: for what is
     timed. They take seconds for each size of batch.
@@ -99,55 +109,47 @@ class Training:
         else:
             style = OFFICIAL if settings.unet == "official" else BEST
             self.generator = StockGenerator(net, style, settings.generator_dtype)
-        self.features = _features(config, settings, device)
-        self.heads = _heads(config, net.label_dim, settings, device)
+        self.features, self.heads = _discriminator(config, net.label_dim, settings, device)
         if settings.channels_last:
             for module in (self.generator, self.features, self.heads):
                 module.to(memory_format=torch.channels_last)
         # in one order whatever the settings: plain networks share our parameters
-        self._g_weights = [p for p in net.parameters() if p.requires_grad]
-        self._d_weights = [p for p in self.heads.parameters() if p.requires_grad]
-        self._averages = [w.detach().clone() for w in self._g_weights]
-        rates = config.generator.g_lr, config.discriminator.d_lr
-        self._g_adam, self._g_update = _update(settings, self._g_weights, rates[0], self._averages)
-        self._d_adam, self._d_update = _update(settings, self._d_weights, rates[1], [])
-        self._g_loss, self._d_loss = (
-            _engine(settings, self._generator_loss),
-            _engine(settings, self._discriminator_loss),
-        )
+        g_weights = [p for p in net.parameters() if p.requires_grad]
+        d_weights = [p for p in self.heads.parameters() if p.requires_grad]
+        self._weights: dict[str, list[nn.Parameter]] = {"G": g_weights, "D": d_weights, "R1": d_weights}
+        self._averages = [w.detach().clone() for w in g_weights]
+        options = {"capturable": settings.engine == "graph"}
+        g = optimizer_step(settings.optimizer, g_weights, self._averages, config.generator.g_lr, **options)
+        d = optimizer_step(settings.optimizer, d_weights, [], config.discriminator.d_lr, **options)
+        self.optimizers = (g[0], d[0])
+        self._updates = {"G": g[1], "D": d[1], "R1": d[1]}
+        self._losses = {
+            "G": _compiled(settings, self._generator_loss),
+            "D": _compiled(settings, self._discriminator_loss),
+            "R1": self._r1_loss,
+        }
 
-    def generator_step(self, z: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The gradients of the weights of G that train, which are applied."""
-        self._train_heads(False)
-        _clear(self._g_weights)
+    def step(self, name: Step, batch: Batch) -> list[Tensor]:
+        """The gradients of the step's weights, which are applied: those of G that train, or those of the heads."""
+        found = self.gradients(name, batch)
         with self._arithmetic():
-            self._g_loss(z, labels).backward()
-            return self._apply(self._g_weights, self._g_update)
+            self._updates[name]()
+        return found
 
-    def discriminator_step(self, z: Tensor, real: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The gradients of the heads, which are applied."""
-        self._train_heads(True)
-        _clear(self._d_weights)
+    def gradients(self, name: Step, batch: Batch) -> list[Tensor]:
+        """The gradients of a step, left in the weights' `grad`."""
+        self._train_heads(name != "G")
+        weights = self._weights[name]
+        for weight in weights:
+            weight.grad = None
         with self._arithmetic():
-            self._d_loss(z, real, labels).backward()
-            return self._apply(self._d_weights, self._d_update)
+            self._losses[name](batch.z, batch.real, batch.labels).backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
 
-    def r1_step(self, real: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The gradients of the R1 penalty, which are applied."""
-        loss = self.setup.config.loss
-        self._train_heads(True)
-        _clear(self._d_weights)
-        images = real.detach().requires_grad_()
-        with self._arithmetic():
-            logits: Logits = self.heads(self.features(images), labels)
-            penalty = r1_penalty(images, logits).sum() * (loss.r1_gamma / 2 * loss.r1_interval / len(real))
-            penalty.backward()
-            return self._apply(self._d_weights, self._d_update)
-
-    def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
+    def images(self, batch: Batch) -> Tensor:
         """What the generator makes, without a graph."""
         with torch.no_grad(), self._arithmetic():
-            return one_step(self.generator, z, labels)
+            return one_step(self.generator, batch.z, batch.labels)
 
     def image_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The second half of the generator step, the discriminator's: its loss differentiated by the images alone."""
@@ -156,30 +158,39 @@ class Training:
         with self._arithmetic():
             return torch.autograd.grad(self._images_loss(leaf, labels), leaf)[0]
 
-    def weight_gradients(self, z: Tensor, labels: Tensor | None, image_gradient: Tensor) -> list[Tensor]:
+    def weight_gradients(self, batch: Batch, image_gradient: Tensor) -> list[Tensor]:
         """The first half, the generator's: the gradients of its weights for a gradient of its images."""
         with self._arithmetic():
-            fake = one_step(self.generator, z, labels)
-            found = torch.autograd.grad(fake, self._g_weights, image_gradient, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._g_weights, found, strict=True)]
+            fake = one_step(self.generator, batch.z, batch.labels)
+            found = torch.autograd.grad(fake, self._weights["G"], image_gradient, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._weights["G"], found, strict=True)]
 
     def undo(self) -> Callable[[], None]:
         """To be called before the first step: a function that puts back all that steps have changed since."""
         heads = [t for t in self.heads.buffers() if t.is_floating_point()]
-        changing = [*self._g_weights, *self._averages, *self._d_weights, *heads]
+        changing = [*self._weights["G"], *self._averages, *self._weights["D"], *heads]
         before = [t.detach().clone() for t in changing]
 
         def put_back() -> None:
             with torch.no_grad():
                 torch._foreach_copy_(changing, before)
-            for adam in (self._g_adam, self._d_adam):
-                for state in adam.state.values():
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
                     for tensor in state.values():
                         tensor.zero_()
 
         return put_back
 
-    def _generator_loss(self, z: Tensor, labels: Tensor | None) -> Tensor:
+    def captured(self, step: Call) -> Call:
+        """`step`, one of this training's with fixed inputs, as a CUDA graph; its outputs are the graph's own memory.
+
+        By PyTorch's own instructions: gradients None when the capture begins, so that they lie in the graph's memory,
+        an Adam whose count is on the device (`capturable`), and inputs that stay where they are. A step changes
+        weights, so what the warm-up did is undone before the capture: the first replay is the first step.
+        """
+        return peers.graphed(step, self.undo())
+
+    def _generator_loss(self, z: Tensor, real: Tensor, labels: Tensor | None) -> Tensor:
         return self._images_loss(one_step(self.generator, z, labels), labels)
 
     def _images_loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -192,21 +203,20 @@ class Training:
         fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
         return discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z))
 
+    def _r1_loss(self, z: Tensor, real: Tensor, labels: Tensor | None) -> Tensor:
+        loss, images = self.setup.config.loss, real.detach().requires_grad_()
+        penalty = r1_penalty(images, self.heads(self.features(images), labels))
+        return penalty.sum() * (loss.r1_gamma / 2 * loss.r1_interval / len(real))
+
     def _arithmetic(self) -> AbstractContextManager[None]:
         return peers.tf32(self.settings.tf32, trials=self._trials)
 
     def _train_heads(self, train: bool) -> None:
-        for weight in self._d_weights:
+        for weight in self._weights["D"]:
             weight.requires_grad_(train)
 
-    @staticmethod
-    def _apply(weights: list[Tensor], update: Callable[[], None]) -> list[Tensor]:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-        update()
-        return gradients
 
-
-def _engine(settings: Settings, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(settings: Settings, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if settings.engine in ("eager", "graph"):
         return loss
     mode = None if settings.engine == "compile" else settings.engine
@@ -219,64 +229,62 @@ def _engine(settings: Settings, loss: Callable[..., Tensor]) -> Callable[..., Te
     return begun
 
 
-def _clear(weights: Iterable[Tensor]) -> None:
-    for weight in weights:
-        weight.grad = None
-
-
-def _features(config: TrainConfig, settings: Settings, device: torch.device) -> nn.Module:
-    options = config.discriminator
-    backbones = [
-        peers.make_backbone(name, options.disc_resolution, device, folded=settings.features != "official")
-        for name in options.backbones
-    ]
+def _discriminator(
+    config: TrainConfig, label_dim: int, settings: Settings, device: torch.device
+) -> tuple[nn.Module, DiscriminatorHeads]:
+    """The frozen features and the heads, drawn from the preset's seed."""
+    options, dtype = config.discriminator, settings.discriminator_dtype
+    size, folded = options.disc_resolution, settings.features != "official"
+    backbones = [peers.make_backbone(name, size, device, folded=folded) for name in options.backbones]
     # made in float32 first, so that all settings round the same random projection
-    ours = ProjectedFeatures(backbones, options.disc_resolution, seed=config.run.seed).to(device)
-    dtype = settings.discriminator_dtype
-    if settings.features == "gdd_fast":
-        return ours.to(dtype)
-    projections = [ours.projections[b.name] for b in backbones]
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    stock = peers.StockFeatures(backbones, projections, options.disc_resolution, dtype)
-    return stock.to(device=device, memory_format=layout)
-
-
-def _heads(config: TrainConfig, label_dim: int, settings: Settings, device: torch.device) -> DiscriminatorHeads:
-    options = config.discriminator
-    with torch.device("meta"):
-        backbones = [peers.build_backbone(name, None, options.disc_resolution) for name in options.backbones]
-        like = ProjectedFeatures(backbones, options.disc_resolution)
+    features: nn.Module = ProjectedFeatures(backbones, size, seed=config.run.seed).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        sizes = (like.channels, like.resolutions, label_dim)
-        heads = DiscriminatorHeads(*sizes, dtype=settings.discriminator_dtype, width=options.head_width)
-    return heads.to(device).train()
+        sizes = (features.channels, features.resolutions, label_dim)
+        heads = DiscriminatorHeads(*sizes, dtype=dtype, width=options.head_width)
+    if settings.features == "gdd_fast":
+        features = features.to(dtype)
+    else:
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        projections = [features.projections[b.name] for b in backbones]
+        features = peers.StockFeatures(backbones, projections, size, dtype).to(device=device, memory_format=layout)
+    return features, heads.to(device).train()
 
 
-def _update(
-    settings: Settings, weights: list[Tensor], lr: float, averages: list[Tensor]
+def optimizer_step(
+    kind: Literal["loop", "fused", "adam_ema"],
+    weights: Sequence[nn.Parameter],
+    averages: Sequence[Tensor],
+    lr: float,
+    *,
+    capturable: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-    """An optimizer, and a function that applies the gradients of `weights` and moves their averages, if there are."""
+    """An Adam, and a function that applies the gradients of `weights` and moves their averages, if there are any.
+
+    "loop" replaces what is not finite and averages one parameter after the other, as the public code; "fused" is
+    PyTorch's fused Adam between foreach operations; "adam_ema" is ours, with `backend`.
+    """
     options = {"lr": lr, "betas": (0.0, 0.99), "eps": 1e-8}
-    if settings.optimizer == "adam_ema":
-        adam = AdamEma(weights, **options, averages=dict(zip(weights, averages, strict=True)) if averages else None)
-        adam.average_weight.fill_(AVERAGE_WEIGHT)
-        return adam, adam.step
-    if settings.optimizer == "fused":
-        adam = torch.optim.Adam(weights, **options, fused=True, capturable=settings.engine == "graph")
+    if kind == "adam_ema":
+        averaged = dict(zip(weights, averages, strict=True)) if averages else None
+        ours = AdamEma(weights, **options, averages=averaged, backend=backend)
+        ours.average_weight.fill_(AVERAGE_WEIGHT)
+        return ours, ours.step
+    if kind == "fused":
+        fused = torch.optim.Adam(weights, **options, fused=True, capturable=capturable)
 
         @torch.no_grad()
-        def fused() -> None:
-            gradients = [w.grad for w in weights if w.grad is not None]
-            peers.step_if_finite(adam, gradients)
+        def step_fused() -> None:
+            peers.step_if_finite(fused, [w.grad for w in weights if w.grad is not None])
             if averages:
                 torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
 
-        return adam, fused
-    adam = torch.optim.Adam(weights, **options, foreach=False)
+        return fused, step_fused
+    adam = torch.optim.Adam(weights, **options, foreach=True)  # the default on a GPU
 
     @torch.no_grad()
-    def loop() -> None:
+    def step() -> None:
         for weight in weights:
             if weight.grad is not None:
                 torch.nan_to_num(weight.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=weight.grad)
@@ -284,4 +292,4 @@ def _update(
         for average, weight in zip(averages, weights, strict=bool(averages)):
             average.copy_(weight.lerp(average, 1 - AVERAGE_WEIGHT))
 
-    return adam, loop
+    return adam, step

@@ -11,6 +11,8 @@ pass. The floor is the larger of FLOP by matrix rate and bytes by copy bandwidth
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +24,8 @@ from benchmarks.harness import machine
 from benchmarks.harness.case import Bench, Case, Effort, measure_case
 from benchmarks.harness.checks import tensors
 from benchmarks.harness.results import FOLDER, Results, Row, format_seconds
-from benchmarks.harness.training_checks import Batch
 from benchmarks.peers.networks import under_tf32
-from benchmarks.peers.training import STOCK_SETTINGS, Settings, Setup, Training
+from benchmarks.peers.training import STOCK_SETTINGS, Batch, Settings, Setup, Training
 from benchmarks.reports.tables import load_all
 from benchmarks.reports.waterfall import SAMPLING, TRAINING, waterfall_cases
 from gdd_fast.distill.losses import discriminator_loss, r1_penalty
@@ -80,26 +81,23 @@ def parts(training: Training, batch: Batch) -> dict[str, Callable[[], object]]:
     }
 
 
-def least_bytes(training: Training, batch: Batch, part: str) -> int:
-    """What the module docstring says, of one part."""
+def least_bytes(training: Training, batch: Batch) -> dict[str, int]:
+    """What the module docstring says, by part."""
     g_size, d_size = (t.itemsize for t in (training.settings.generator_dtype, training.settings.discriminator_dtype))
     images = batch.real.numel() * 4
     with torch.no_grad():
         maps = sum(t.numel() for t in tensors(training.features(batch.real))) * d_size
-    generator, features, heads = (_count(m) for m in (training.generator, training.features, training.heads))
+    generator, heads = _count(training.generator) * g_size, _count(training.heads) * d_size
     trained_g, trained_h = (_count(m, trained=True) * 4 for m in (training.generator, training.heads))
-    match part:
-        case "generator forward":
-            return generator * g_size + 2 * images
-        case "generator forward+backward":
-            return 2 * generator * g_size + trained_g + 4 * images
-        case "backbones forward":
-            return features * d_size + images + maps
-        case "backbones forward+input gradient":
-            return 2 * (features * d_size + images + maps)
-        case "heads forward+backward":
-            return 2 * heads * d_size + trained_h + maps
-    return 3 * (features * d_size + images + maps) + 3 * heads * d_size + trained_h
+    features = _count(training.features) * d_size + images + maps
+    return {
+        "generator forward": generator + 2 * images,
+        "generator forward+backward": 2 * generator + trained_g + 4 * images,
+        "backbones forward": features,
+        "backbones forward+input gradient": 2 * features,
+        "heads forward+backward": 2 * heads + trained_h + maps,
+        "R1": 3 * features + 3 * heads + trained_h,
+    }
 
 
 def _count(module: nn.Module, *, trained: bool = False) -> int:
@@ -119,28 +117,22 @@ def on_meta(setup: Setup, settings: Settings) -> tuple[Training, Batch]:
 def roofline_rows(setup: Setup, device: torch.device, effort: Effort) -> Iterator[Row]:
     """A row a part, with its FLOP and bytes. What the parts compute is compared in the cases of training."""
     settings = settings_for(device)["gdd_fast"]
-    plain, shapes = on_meta(setup, Settings(**{**vars(STOCK_SETTINGS), **_dtypes(settings)}))
-    counted = parts(plain, shapes)
+    dtypes = {"generator_dtype": torch.float32, "discriminator_dtype": settings.discriminator_dtype}
+    plain, shapes = on_meta(setup, replace(STOCK_SETTINGS, **dtypes))
+    counted, moved = parts(plain, shapes), least_bytes(plain, shapes)
     training = Training(setup, settings, device)
-    calls = parts(training, Batch.draw(training))
     precision = "bf16" if settings.generator_dtype == torch.bfloat16 else "fp32"
-    for name, call in calls.items():
-
-        def build(_device: torch.device, call=call, name=name) -> Bench:
-            return Bench(
-                {"gdd_fast": lambda: under_tf32(call, settings.tf32)},
-                lambda outputs: None,
-                bytes=least_bytes(plain, shapes, name),
-                flops=count_flops(counted[name]),
-                images=setup.batch,
-                precision=precision,
-            )
-
-        yield from measure_case(Case(GROUP, f"{name}, {setup.preset} batch {setup.batch}", build), device, effort)
-
-
-def _dtypes(settings: Settings) -> dict[str, torch.dtype]:
-    return {"generator_dtype": torch.float32, "discriminator_dtype": settings.discriminator_dtype}
+    for name, call in parts(training, Batch.draw(training)).items():
+        bench = Bench(
+            {"gdd_fast": partial(under_tf32, call, settings.tf32)},
+            lambda outputs: None,
+            bytes=moved[name],
+            flops=count_flops(counted[name]),
+            images=setup.batch,
+            precision=precision,
+        )
+        case = Case(GROUP, f"{name}, {setup.preset} batch {setup.batch}", lambda _, bench=bench: bench)
+        yield from measure_case(case, device, effort)
 
 
 def page(records: Sequence[Results]) -> str:

@@ -69,8 +69,7 @@ def _fast_bf16() -> bool:
 
 
 def _sampling(name: str, batch: int, device: torch.device) -> Bench:
-    net = Setup("demo", 1).generator(device) if name == "demo" else peers.make_generator(name, device)
-    net = net.eval().requires_grad_(False)
+    net = peers.make_generator(name, device).requires_grad_(False)
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     gpu = device.type == "cuda"
 

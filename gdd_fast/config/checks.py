@@ -83,13 +83,15 @@ def check_loss(loss: "LossConfig") -> None:
 
 def check_run(run: "RunConfig") -> None:
     require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
-    require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+    few = run.batch_gpu not in (None, "auto") and int(run.batch_gpu) < 2
+    require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
     require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
     require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
     check_seed(run.seed)
     require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
     require(run.keep_checkpoints >= 1, f"--keep-checkpoints must be at least 1, not {run.keep_checkpoints}")
     require(run.max_hours is None or run.max_hours > 0, f"--max-hours must be positive, not {run.max_hours}")
+    require(not run.debug_finite or run.engine != "graph", "--debug-finite cannot look into --engine graph; use eager")
     require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
     require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")

@@ -18,7 +18,7 @@ from gdd_fast.errors import DataError
 
 _MEMBERS = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
 _MAX_BYTES = 128 << 20  # of one batch; the original's are 31 MB
-_MAX_TUPLES = 20_000  # the original has 5, a copy pickled anew one a file name
+_MAX_TUPLES = 20_000  # the original has 5, a copy that was pickled again has one per file name
 
 
 def read_cifar10(path: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from gdd_fast.data.classes import as_classes
+from gdd_fast.data.packed import check_expansion
 from gdd_fast.errors import DataError
 
 # What Pillow decodes in its default build.
@@ -92,7 +93,7 @@ class ZipContainer:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                files = [info for info in archive.infolist() if not info.is_dir()]
+                files = [info for info in archive.infolist() if not info.filename.endswith("/")]
         except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not a readable zip archive: {error}") from error
         self._entries = {info.filename: _Entry.of(info) for info in files}
@@ -143,6 +144,9 @@ class _Entry:
         if magic != b"PK\3\4":
             raise ValueError("its entry in the archive is damaged")
         start = self.offset + self._HEADER.size + name_length + extra_length
+        if start + self.compressed > os.fstat(descriptor).st_size:
+            raise ValueError("it goes beyond the end of the archive")
+        check_expansion(self.size, self.compressed)
         content = os.pread(descriptor, self.compressed, start)
         if self.method == zipfile.ZIP_DEFLATED:
             # One byte more than announced is enough to notice an entry that expands beyond its stated size.

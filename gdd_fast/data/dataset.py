@@ -1,7 +1,5 @@
 """Image data sets at random access: EDM zip, folder of images, npz."""
 
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 from gdd_fast.data.classes import as_classes
 from gdd_fast.data.containers import LABEL_FILE, Container, open_container, read_labels
 from gdd_fast.data.decode import decode, to_array
+from gdd_fast.data.npz import array_names, read_arrays
 from gdd_fast.data.parallel import ordered_map
 from gdd_fast.errors import DataError
 
@@ -64,12 +63,12 @@ class ImageDataset(ABC):
         return batch
 
     def chunks(
-        self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None
+        self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None, size: int = _CHUNK
     ) -> Iterator[np.ndarray]:
-        """All images, or those of `indices`, in order, as arrays of a few hundred, decoded by a pool of threads."""
+        """All images, or those of `indices`, in order, as arrays of `size`, decoded by a pool of threads."""
         indices = range(len(self)) if indices is None else indices
         done = 0
-        for chunk in ordered_map(self.images, (indices[k : k + _CHUNK] for k in range(0, len(indices), _CHUNK))):
+        for chunk in ordered_map(self.images, (indices[k : k + size] for k in range(0, len(indices), size))):
             done += len(chunk)
             if progress is not None:
                 progress(done, len(indices))
@@ -170,15 +169,12 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Images and labels (or None) of an .npz, not checked; `DataError` when it cannot be read or has no images."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for images, labels in _NPZ_KEYS:
-                if images in arrays:
-                    return arrays[images], arrays.get(labels)
-            names = ", ".join(arrays)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz of plain arrays: {error}") from error
-    raise DataError(f"{path}: holds no array `images` (it has: {names or 'nothing'})")
+    there = array_names(path)
+    for images, labels in _NPZ_KEYS:
+        if images in there:
+            arrays = read_arrays(path, (images, labels))
+            return arrays[images], arrays.get(labels)
+    raise DataError(f"{path}: holds no array `images` (it has: {', '.join(there) or 'nothing'})")
 
 
 def choose_images(total: int, max_images: int | None) -> np.ndarray:

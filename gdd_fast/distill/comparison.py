@@ -45,7 +45,7 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
     if ours != theirs:
         raise ConfigError(
             f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images and the generator makes {ours[0]} x "
-            f"{ours[1]}^2; give images of one form (python -m gdd_fast.prepare resizes)"
+            f"{ours[1]}^2; give images of one size and colour (python -m gdd_fast.prepare resizes)"
         )
     for name in FEATURES:
         build_extractor(name, **_options(config, name))

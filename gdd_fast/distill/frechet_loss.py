@@ -33,13 +33,13 @@ class FrechetLoss(nn.Module):
     """
 
     features: Tensor
-    """Float32 (population, F), the place of the `oldest` ones next to be taken."""
+    """Float32 (population, F); new ones take the place of the `oldest`."""
     oldest: Tensor
     total: Tensor
     """Sums over the population of x and of x x^T, for x = feature - the data's mean: `products`. Float64."""
     products: Tensor
     mean: Tensor
-    """Of the population when `refresh` looked at it, and with it T's matrix `transport` and the `distance`."""
+    """The population's mean at the last `refresh`, with T's matrix `transport` and the `distance` from then."""
     transport: Tensor
     distance: Tensor
     filled: Tensor

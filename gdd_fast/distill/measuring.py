@@ -50,22 +50,12 @@ def build_measurement(
         weights.setdefault("lite0", lite0)
     measurement = Measurement(requests, weights=weights, device=device)
     shape = (generator.img_channels, generator.img_resolution, generator.img_resolution)
-    measurement.references(run.evaluate_ref, shape, complete=True)
+    known = measurement.references(run.evaluate_ref, shape, complete=True)
     real = load_data(run.evaluate_data or given(config.data.data, "--data"))
     if real.shape != shape:
         raise ConfigError(f"the images to evaluate with are {real.shape}, and the generator makes {shape}")
+    measurement.check_counts(run.evaluate_images, [len(real) if kept is None else kept.count or None for kept in known])
     return measurement
-
-
-def shared_judges(config: TrainConfig, measurement: Measurement) -> list[str]:
-    """A line for each feature network that the discriminator looks through too."""
-    backbones = {name.removesuffix("_bn") for name in config.discriminator.backbones}
-    return [
-        f"note: {extractor.name} is also a backbone of the discriminator, so the generator is trained against the "
-        "features that judge it. Measure with another network beside it, such as fd@lite2 or fid."
-        for extractor in measurement.extractors
-        if extractor.backbone in backbones
-    ]
 
 
 class Evaluation:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
-from gdd_fast.distill import comparison, components
+from gdd_fast.distill import comparison, components, memory_forecast
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
-from gdd_fast.distill.measuring import Evaluation, build_measurement, shared_judges
+from gdd_fast.distill.measuring import Evaluation, build_measurement
 from gdd_fast.files import check_writable
+from gdd_fast.metrics.shared_judges import shared_judges
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.ranks import is_main, join, world_size
 from gdd_fast.report import report_page
@@ -90,12 +91,13 @@ def _distill(config: TrainConfig) -> Result:
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
+        config = memory_forecast.settle(config, built, world.device, world.size)
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)
             evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
             if world.is_main:
-                for line in shared_judges(config, measurement):
+                for line in shared_judges(config.discriminator.backbones, measurement.extractors):
                     print(line, file=sys.stderr)
         task = Distillation(config, built, world, evaluation)
         if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():

@@ -8,7 +8,7 @@ event keeps the order.
 
 Shapes never change within a graph, so cuDNN tries its convolutions for them in the warm-up and keeps the fastest
 (`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for. A convolution that the thread has
-run before without trials keeps what was chosen then: PyTorch looks plans up by the convolution alone.
+run before without trials keeps what was chosen then: PyTorch keeps its choice by the convolution alone.
 
 A graph keeps the arithmetic it was captured with, so float32 is captured in full fp32: `dtype="float32"` would else
 mean TF32 or not by what a switch of the process was at the first call.
@@ -63,7 +63,7 @@ def choose_engine(engine: Engine, device: torch.device) -> Engine:
     if engine == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"engine 'graph' is of CUDA graphs and cannot run on {device}; use 'eager' or 'compile'")
+        raise BackendError(f"engine 'graph' is CUDA graphs, which cannot run on {device}; use 'eager' or 'compile'")
     return engine
 
 

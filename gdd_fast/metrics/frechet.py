@@ -95,7 +95,7 @@ class Statistics:
         count: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
     ) -> "Statistics":
-        """Of a mean (F,) and a covariance (F, F), floating point; `count` None if it is not known.
+        """From a mean (F,) and a covariance (F, F), floating point; `count` None if it is not known.
 
         Raises `DataError` for other shapes and types, for values that are not finite, and for a matrix that is not
         symmetric or has negative eigenvalues, beyond what rounding does.

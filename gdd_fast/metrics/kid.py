@@ -18,7 +18,8 @@ def kernel_distance(
     """Mean and deviation over `subsets` pairs of subsets, of features (N, F) and (M, F) on one device.
 
     The kernel is `(x . y / F + 1)^3`. Subsets are drawn as torch-fidelity draws them, so that the two agree on the same
-    features. Of sets smaller than `subset_size` the whole of the smaller one, and as many of the other, is a subset.
+    features. Where a set is smaller than `subset_size`, a subset is the whole of the smaller one and as many of the
+    other.
     Raises `DataError` with fewer than two images.
     """
     size = min(subset_size, len(generated), len(real))

@@ -13,9 +13,9 @@ from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.metrics.features import FeatureExtractor, build_extractor
 from gdd_fast.metrics.features.inception import InceptionFeatures
 from gdd_fast.metrics.frechet import frechet_distance
-from gdd_fast.metrics.inception_score import inception_score
+from gdd_fast.metrics.inception_score import SPLITS, inception_score
 from gdd_fast.metrics.kid import kernel_distance
-from gdd_fast.metrics.neighbours import density_coverage, precision_recall
+from gdd_fast.metrics.neighbours import COVERAGE_K, PRECISION_K, density_coverage, precision_recall
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import choose_reference, load_references
 
@@ -29,6 +29,8 @@ class Metric:
     needs: Needs
     compute: Compute | None
     only_inception: bool = False
+    least: tuple[int, int] = (2, 2)
+    """The fewest images that it can be computed of: generated and real ones."""
 
 
 def _frechet(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
@@ -60,9 +62,9 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(_STATISTICS, _frechet, only_inception=True),
     "fd": Metric(_STATISTICS, _frechet),
     "kid": Metric(_ROWS, _kid),
-    "is": Metric(_ROWS, _inception_score, only_inception=True),
-    "pr": Metric(_ROWS, _precision_recall),
-    "dc": Metric(_ROWS, _density_coverage),
+    "is": Metric(_ROWS, _inception_score, only_inception=True, least=(SPLITS, 2)),
+    "pr": Metric(_ROWS, _precision_recall, least=(PRECISION_K + 1, PRECISION_K + 1)),
+    "dc": Metric(_ROWS, _density_coverage, least=(2, COVERAGE_K + 1)),
     "nn": Metric(_ROWS, None),
 }
 """`nn`, nearest neighbours, needs images and is `gdd_fast.metrics.memorisation`'s."""
@@ -83,7 +85,8 @@ class Request:
 def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
     """The requests in `metrics`, comma-separated; `features` are the networks of those that do not name one.
 
-    Raises `ConfigError` for an unknown metric, a metric named twice, and FID or IS of another network than Inception.
+    Raises `ConfigError` for an unknown metric, a metric named twice, FID or IS of another network than Inception, and a
+    Frechet distance of LPIPS, whose covariance would have a thousand million entries.
     """
     networks = None if features is None else [name.strip() for name in features.split(",")]
     if networks is not None and len(set(networks)) < len(networks):
@@ -95,11 +98,16 @@ def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
             raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}, each also as metric@network")
         if METRICS[name].only_inception:
             if network not in ("", "inception"):
-                raise ConfigError(f"--metrics {text.strip()}: {name} is of Inception alone; fd@{network} is of any")
+                raise ConfigError(f"--metrics {text.strip()}: {name} needs Inception; fd@{network} does not")
             chosen = ["inception"]
         else:
             chosen = [network] if network else networks or DEFAULT_NETWORKS.get(name, ("inception",))
         found += [Request(name, network) for network in chosen]
+    for request in found:
+        if request.metric == "fd" and request.network.startswith("lpips"):
+            raise ConfigError(
+                f"--metrics fd@{request.network}: LPIPS has too many features for a covariance; it is for nn"
+            )
     twice = {request for request in found if found.count(request) > 1}
     if twice:
         raise ConfigError(f"--metrics names one twice: {', '.join(sorted(f'{r.metric}@{r.network}' for r in twice))}")
@@ -192,6 +200,18 @@ class Measurement:
                 )
             chosen.append(None if found is None else found.to(extractor.device))
         return chosen
+
+    def check_counts(self, generated: int, real: Sequence[int | None]) -> None:
+        """Raise `ConfigError` for a metric that so few images do not suffice for.
+
+        `real`: as many of those for each extractor, None where it is not known.
+        """
+        for request in self.requests:
+            least = METRICS[request.metric].least
+            theirs = real[self._names.index(request.network)]
+            for what, count, needed in (("generated", generated, least[0]), ("real", theirs, least[1])):
+                if count is not None and count < needed:
+                    raise ConfigError(f"{request.metric} needs at least {needed} {what} images, not {count}")
 
     def values(self, generated: Sequence[Population], real: Sequence[Population]) -> dict[str, float]:
         """Every requested value by its key: `fid`, `kid`, `kid_std`, `recall`; of another network, `recall-lite0-64`.

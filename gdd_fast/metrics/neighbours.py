@@ -17,7 +17,7 @@ PRECISION_K, COVERAGE_K = 3, 5
 
 
 class Nearest(NamedTuple):
-    """Of each of N rows, the nearest of M others: distances float32 (N,) and their indices int64 (N,)."""
+    """For each of N rows, the nearest of M others: distances float32 (N,) and their indices int64 (N,)."""
 
     distance: Tensor
     index: Tensor

@@ -3,30 +3,28 @@
 | file | what is in it | whose |
 |---|---|---|
 | .npz | mu, sigma; here also n, features, image_shape and, on request, feats | EDM, ADM, clean-fid, pytorch-fid, ours |
+| .npz | feats, of every image | clean-fid's for KID |
 | .pkl | {"fid": {mu, sigma}, "fd_dinov2": {mu, sigma}} | EDM2 |
-| .pt, .pth | {mu, sigma} | torch-fidelity's cache |
+| .pt, .pth | {mu, sigma}, or the features of every image | torch-fidelity's cache |
 
 Nothing in a file is executed, and moments that no set of images can have are refused: a distance to them could be
 anything, 0 among it.
 """
 
 import pickle
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gdd_fast.data.npz import read_arrays
 from gdd_fast.errors import DataError, UnsafePickleError
 from gdd_fast.files import atomic_write
 from gdd_fast.metrics.frechet import Statistics
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.models.files.numpy_pickle import load_arrays
 
-# What NumPy raises on files that are not an .npz of plain arrays.
-_NPZ_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 _FIELDS = ("mu", "sigma", "n", "features", "image_shape", "feats")
 _EDM2 = {"fid": "inception", "fd_dinov2": "dinov2-224"}
 
@@ -64,7 +62,7 @@ def choose_reference(
             theirs, ours = population.image_shape, image_shape
             raise DataError(
                 f"{path} is of images {theirs[0]} x {theirs[1]}^2 and the generated ones are {ours[0]} x {ours[1]}^2; "
-                "compare images of one form (python -m gdd_fast.prepare resizes)"
+                "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
             )
         if population.features == name and population.statistics.dim != dim:
             raise DataError(f"{path} holds {population.statistics.dim} features of {name}, which here has {dim}")
@@ -86,11 +84,7 @@ def save_reference(population: Population, path: str | Path, *, rows: bool = Fal
 
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in _FIELDS if name in file}
-    except _NPZ_ERRORS as error:
-        raise DataError(f"{path} is not an npz of statistics: {error}") from None
+    return read_arrays(path, _FIELDS)
 
 
 def _from_pickle(path: Path) -> list[Population]:
@@ -122,6 +116,8 @@ def _from_torch(path: Path) -> dict[str, np.ndarray]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} is not a file of statistics: {str(error).splitlines()[0]}") from None
+    if isinstance(content, torch.Tensor):
+        return {"feats": content.float().numpy()}
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no statistics: it needs arrays named mu and sigma")
     return {name: np.asarray(content[name]) for name in _FIELDS if name in content}
@@ -129,7 +125,9 @@ def _from_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _population(arrays: dict[str, np.ndarray], path: Path) -> Population:
     if not {"mu", "sigma"} <= arrays.keys():
-        raise DataError(f"{path} holds no statistics: it needs arrays named mu and sigma")
+        if arrays.keys() != {"feats"}:
+            raise DataError(f"{path} holds no statistics: it needs arrays named mu and sigma, or feats")
+        return _of_features(arrays["feats"], path)
     shape = arrays.get("image_shape", np.zeros(3, np.int64))
     count = arrays.get("n", np.array(2))
     if (shape.shape, count.shape, shape.dtype.kind, count.dtype.kind) != ((3,), (), "i", "i") or count < 2:
@@ -152,3 +150,18 @@ def _population(arrays: dict[str, np.ndarray], path: Path) -> Population:
         None if rows is None else torch.from_numpy(rows.astype(np.float32)),
         statistics.count or 0,
     )
+
+
+def _of_features(feats: np.ndarray, path: Path) -> Population:
+    """Of features (N, F) alone, which do not say what network they are of."""
+    if feats.ndim != 2 or feats.dtype.kind != "f" or len(feats) < 2:
+        raise DataError(f"{path}: feats {feats.dtype} {feats.shape} are no features (N, F) of at least 2 images")
+    rows = torch.from_numpy(feats.astype(np.float32))
+    population = Population("", None, Statistics(rows.shape[1]), rows[:0])
+    try:
+        for part in rows.split(4096):
+            population.update(part)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    population.finish()
+    return population

@@ -14,7 +14,8 @@ VIEWS: dict[str, tuple[str, str, str, bool]] = {
     "when": ("output_change", "When each branch counts", "that change, relative to the branch's own largest", True),
     "norm": ("relative_norm", "Norm of the branch's output", "relative to the sum that it is added into", False),
 }
-"""Of each map the measure, the title, what the colour is relative to, and whether every row has a scale of its own."""
+"""For each map: the measure, the title, what the colour is relative to, and whether every row has a scale of its
+own."""
 ROW, COLUMN, LABEL, TOP, STUDENT_GAP = 15, 20, 160, 34, 10
 # Anchors of a map from dark to light that reads the same in grey and to colour-blind eyes (viridis, CC0).
 COLOURS = ((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142))

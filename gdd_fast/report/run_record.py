@@ -1,12 +1,13 @@
 """What a run folder says: settings, the metrics of every tick, sheets of samples, and what was measured of it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gdd_fast.errors import DataError
+from gdd_fast.files import parse_json
+from gdd_fast.report import forms
 
 SAMPLES = "samples"
 TEACHER_SHEET = "teacher.png"
@@ -72,12 +73,12 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder. Raises DataError if it is none, or a file in it is damaged."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is not a training run: it has no config.json; give the folder of --run-dir")
-    config = _json(folder / "config.json")
+    config = _json(folder / "config.json", forms.CONFIG)
     if "format" in config:
         raise DataError(f"{folder} is a network, not a training run; give the folder of --run-dir")
     entries = _lines(folder / "metrics.jsonl")
     sheets = {int(path.stem): path for path in sorted((folder / SAMPLES).glob("*.png")) if path.stem.isdigit()}
-    return RunRecord(
+    record = RunRecord(
         folder=folder,
         config=config,
         lines=sorted((e for e in entries if "changed" not in e), key=lambda line: line["images"]),
@@ -85,24 +86,46 @@ def read_run(folder: Path) -> RunRecord:
         sheets=sheets,
         teacher_sheet=_if_there(folder / SAMPLES / TEACHER_SHEET),
         comparison=_if_there(folder / "comparison.png"),
-        unet=_if_there(folder / UNET, _json),
-        layers=_if_there(folder / LAYER_ANALYSIS, _json),
-        distances=_if_there(folder / "report.json", _json),
+        unet=_if_there(folder / UNET, _unet),
+        layers=_if_there(folder / LAYER_ANALYSIS, _layers),
+        distances=_if_there(folder / "report.json", lambda path: _json(path, forms.DISTANCES)),
     )
+    length = record.setting("duration_mimg", 0)
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise DataError(f"{folder / 'config.json'}: duration_mimg is {length!r}, not a number; give it again")
+    return record
 
 
 def _if_there(path: Path, read: Callable[[Path], Any] = lambda path: path) -> Any:
     return read(path) if path.is_file() else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, form: Any) -> dict[str, Any]:
+    """The JSON object in `path`, of this form."""
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_bytes())
+        forms.check(value, form)
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); move it away or make it again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds no JSON object; move it away or make it again")
+        raise DataError(f"{path} is damaged ({error}); move it away or make it again") from None
     return value
+
+
+def _unet(path: Path) -> dict[str, Any]:
+    unet = _json(path, forms.UNET)
+    if not 0 <= unet["trained"] <= unet["total"] or not unet["total"]:
+        raise DataError(f"{path}: {unet['trained']} of {unet['total']} weights; move it away or make it again")
+    return unet
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    layers = _json(path, forms.LAYERS)
+    for who in ("teacher", "student"):
+        network = layers.get(who)
+        for measure in ("output_change", "relative_norm") if network else ():
+            rows = [len(row) for row in network[measure]]
+            if rows != [len(network["sigmas"])] * len(layers["layers"]) or not rows or not rows[0]:
+                raise DataError(f"{path}: {who}.{measure} has not one value a layer and level; make it again")
+    return layers
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -110,13 +133,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break
         try:
-            entry = json.loads(line)
-            entry["images"]
-        except (ValueError, KeyError, TypeError) as error:
+            entry = parse_json(line)
+            forms.check(entry, forms.ENTRY)
+            forms.check(entry, forms.CHANGE if "changed" in entry else forms.LINE)
+        except ValueError as error:
             raise DataError(f"{path}, line {number} is not a line of metrics ({error}); remove it") from None
         found.append(entry)
     return found

@@ -14,27 +14,20 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import network_cases
-from benchmarks.cases.layer_calls import (
-    ConvCall,
-    MapCall,
-    attention_calls,
-    convolution_calls,
-    pool_calls,
-    resample_calls,
-)
+from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.operator_inputs import conv_problem, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
+from benchmarks.cases.training_cases import compiled_cases as compiled_training
 from benchmarks.cases.training_cases import settings_bench, settings_for, training_cases
 from benchmarks.counts.flops import count_flops
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.harness.results import Results, Row
-from benchmarks.harness.training_checks import FLOAT32, Batch, Reference, Types, in_float32, step_call, step_parts
+from benchmarks.harness.training_checks import FLOAT32, Reference, Types, in_types, step_parts
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
-from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from benchmarks.peers.training_engines import captured
+from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
 from benchmarks.reports import roofline, waterfall
 from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.models import discriminator
@@ -90,11 +83,10 @@ def test_flops_are_counted_through_second_derivatives():
 
 
 def test_layers_of_the_networks():
-    assert {(c.channels, c.resolution) for c in attention_calls() if c.heads == 1} == {(256, 16), (256, 8)}
-    assert any(c.up and len(c.taps) == 4 for c in resample_calls())
-    convolutions, pools = convolution_calls(), pool_calls()
-    assert [p.resolution for p in pools] == [224, 112, 56, 28]
-    assert any(c.groups > 1 for c in convolutions) and any(c.activation == "relu" for c in convolutions)
+    found = layers()
+    assert {(c.channels, c.resolution) for c in found.attentions if c.heads == 1} == {(256, 16), (256, 8)}
+    assert any(c.up and len(c.taps) == 4 for c in found.resamples)
+    assert any(c.groups > 1 for c in found.convolutions) and any(c.activation == "relu" for c in found.convolutions)
 
 
 def test_operator_cases_take_turns_and_name_each_case_once():
@@ -120,7 +112,8 @@ def test_parts_of_the_roofline_have_flops_and_bytes():
     assert 1.5 < counted["generator forward+backward"] / counted["generator forward"] < 3.1
     assert 1.9 < counted["backbones forward+input gradient"] / counted["backbones forward"] < 2.1
     assert counted["R1"] > counted["backbones forward+input gradient"]
-    assert all(roofline.least_bytes(training, batch, name) > 0 for name in counted)
+    moved = roofline.least_bytes(training, batch)
+    assert moved.keys() == counted.keys() and all(size > 0 for size in moved.values())
 
 
 def test_a_training_step_applies_its_gradients_once():
@@ -128,7 +121,7 @@ def test_a_training_step_applies_its_gradients_once():
     batch = Batch.draw(training)
     weights = [p for p in training.generator.parameters() if p.requires_grad]
     before = [w.detach().clone() for w in weights]
-    gradients = training.generator_step(batch.z, batch.labels)
+    gradients = training.step("G", batch)
     assert any(g.abs().max() > 0 for g in gradients)
     moved = max(float((w.detach() - b).abs().max()) for w, b in zip(weights, before, strict=True))
     assert 0 < moved <= 1.01 * training.setup.config.generator.g_lr
@@ -146,10 +139,10 @@ def test_the_halves_of_a_generator_step_make_the_whole():
     training = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU)
     batch = Batch.draw(training)
     put_back = training.undo()
-    upstream = training.image_gradient(training.images(batch.z, None), None)
-    halves = training.weight_gradients(batch.z, None, upstream)
+    upstream = training.image_gradient(training.images(batch), None)
+    halves = training.weight_gradients(batch, upstream)
     put_back()
-    for half, whole in zip(halves, training.generator_step(batch.z, None), strict=True):
+    for half, whole in zip(halves, training.gradients("G", batch), strict=True):
         assert_close(half, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
 
 
@@ -195,7 +188,7 @@ def test_in_bf16_an_operator_has_to_be_more_wrong_than_its_rounding(generator_st
 
 def test_the_first_gradients_of_a_timed_step_are_compared():
     reference = Reference("iteration", Setup("demo", 4), CPU)
-    found = step_call("iteration", Training(Setup("demo", 4), in_float32(OUR_SETTINGS), CPU), reference.batch)()
+    found = {"G": Training(Setup("demo", 4), in_types(OUR_SETTINGS), CPU).step("G", reference.batch)}
     reference.check_step(FLOAT32, found)
     with pytest.raises(MismatchError):
         reference.check_step(FLOAT32, {**found, "G": [g * 1.4 for g in found["G"]]})
@@ -204,8 +197,8 @@ def test_the_first_gradients_of_a_timed_step_are_compared():
 def test_an_iteration_is_both_steps_and_a_sixteenth_of_r1(monkeypatch):
     """All of it compared, and timed by its shares; R1, which only some iterations have, stays out of a peer's graph."""
     graphs = []
-    monkeypatch.setattr("benchmarks.cases.training_cases.captured", lambda training, call: graphs.append(call) or call)
-    settings = replace(in_float32(OUR_SETTINGS), engine="graph")
+    monkeypatch.setattr(Training, "captured", lambda training, call: graphs.append(call) or call)
+    settings = replace(in_types(OUR_SETTINGS), engine="graph")
     bench = settings_bench("iteration", Setup("demo", 2), {"graph": settings}, CPU)
     call = bench.peers["graph"]()
     assert [share for _, share in call.parts] == [1, 1 / 16]
@@ -267,17 +260,17 @@ class FakeCuda:
 
 @pytest.mark.parametrize("step", ["G step", "D step", "iteration"])
 def test_a_captured_step_begins_where_its_warm_up_did(monkeypatch, step):
-    settings = in_float32(STOCK_SETTINGS)
+    settings = in_types(STOCK_SETTINGS)
     expected = Training(Setup("demo", 2), settings, CPU)
     want = step_parts(step, expected, Batch.draw(expected))[0][0]()
     training = Training(Setup("demo", 2), replace(settings, engine="graph"), CPU)
     fake, gradients_before = FakeCuda(monkeypatch), []
     work, _ = step_parts(step, training, Batch.draw(training))[0]
-    replayed = captured(training, lambda: (gradients_before.append(fake.noted[-1]), work())[1])
+    replayed = training.captured(lambda: (gradients_before.append(fake.noted[-1]), work())[1])
     assert gradients_before == ["stream"] * 3 + ["graph"]
     assert fake.noted.count("wait") == 2 and "replay" not in fake.noted
     found = replayed()
-    assert fake.noted[-1] == "replay" and training._g_adam.param_groups[0]["capturable"]
+    assert fake.noted[-1] == "replay" and training.optimizers[0].param_groups[0]["capturable"]
     for name in want:
         for a, b in zip(found[name], want[name], strict=True):
             assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-9)
@@ -292,7 +285,7 @@ def test_peers_of_training_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr("benchmarks.cases.training_cases.settings_bench", bench)
     gpu, setup = torch.device("cuda"), Setup("cifar10-uncond-gdd-i", 128)
-    for case in training_cases(True):
+    for case in [*training_cases(True), *compiled_training()]:
         if setup.preset in case.name and "batch 128" in case.name:
             case.build(gpu)
     eager = {"official": "eager", "stock": "eager", "gdd_fast": "eager"}
@@ -315,14 +308,15 @@ def test_compiled_losses_are_the_losses(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(asked)))
-    settings = in_float32(STOCK_SETTINGS)
+    settings = in_types(STOCK_SETTINGS)
     eager = Training(Setup("demo", 2), settings, CPU)
     training = Training(Setup("demo", 2), replace(settings, engine="max-autotune"), CPU)
     assert asked == [("_generator_loss", False, "max-autotune"), ("_discriminator_loss", False, "max-autotune")]
-    want, found = (step_call("iteration", t, Batch.draw(t))() for t in (eager, training))
+    batch = Batch.draw(eager)
+    for step in ("G", "D"):
+        for a, b in zip(training.step(step, batch), eager.step(step, batch), strict=True):
+            assert torch.equal(a, b)
     assert len(steps) == 2
-    for a, b in zip(found["D"], want["D"], strict=True):
-        assert torch.equal(a, b)
 
 
 def test_roofline_page_and_picture(tmp_path):
@@ -366,7 +360,7 @@ def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
 
 def test_bytes_of_backward_are_what_it_reads():
     """A ReLU's convolution needs one bit per output, pooling a byte; neither its input again."""
-    conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
+    conv = ConvCall(4, 8, (8, 4, 3, 3), 1, 1, 1, "relu")
     x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
     bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
@@ -375,7 +369,7 @@ def test_bytes_of_backward_are_what_it_reads():
 
 
 class Trials(TorchDispatchMode):
-    """Of every convolution, the type and whether cuDNN would try its algorithms."""
+    """Notes for every convolution the type, and whether cuDNN would try its algorithms."""
 
     def __init__(self):
         super().__init__()
@@ -391,7 +385,8 @@ class Trials(TorchDispatchMode):
 def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, monkeypatch):
     """PyTorch keeps what the first call of a convolution has chosen, in the process."""
     if kind == "generator":  # a small one
-        monkeypatch.setattr(peers, "make_generator", lambda name, device: Setup("demo", 1).generator(device))
+        make = peers.make_generator
+        monkeypatch.setattr(peers, "make_generator", lambda name, device: make("demo", device))
         monkeypatch.setattr(network_cases, "count_flops", lambda call: 0)
     case = {
         "backbone": network_cases.backbone_case("tf_efficientnet_lite0", 1, torch.bfloat16, resolution=32),
@@ -411,12 +406,12 @@ def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, mon
     assert not torch.backends.cudnn.benchmark
 
 
-def test_a_training_that_is_not_timed_tries_no_algorithms(monkeypatch):
+def test_a_training_that_is_not_timed_tries_no_algorithms():
     for trials in (False, True):
         training, seen = Training(Setup("demo", 2), Settings(generator_dtype=torch.float32), CPU, trials=trials), []
-        monkeypatch.setattr(training, "_g_loss", lambda *_, seen=seen: seen.append(torch.backends.cudnn.benchmark))
+        training._losses["G"] = lambda *_, seen=seen: seen.append(torch.backends.cudnn.benchmark)
         with pytest.raises(AttributeError):
-            training.generator_step(None, None)
+            training.step("G", Batch(None, None, None))
         assert seen == [trials]
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness import case, timing
 from benchmarks.harness.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.harness.checks import Accuracy, Closeness, MismatchError, poisoned
 from benchmarks.harness.results import Results, Row, format_seconds
-from benchmarks.harness.timing import Quantiles, Sampler, WithParts, measure, peak_bytes
+from benchmarks.harness.timing import Sampler, WithParts, measure, peak_bytes
 from benchmarks.reports import compare, tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,16 +35,11 @@ def row(peer="gdd_fast", wall=(0.9, 1.0, 1.1), **more):
     return Row("generator", "n", peer, rounds=5, wall=list(wall), **more)
 
 
-def test_quantiles_are_those_of_sorted_samples():
-    q = Quantiles.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
-    assert (q.p20, q.p50, q.p80) == (2.0, 3.5, 5.0)
-
-
 def test_measure_runs_the_rounds_asked_for_and_returns_the_last_outputs():
     calls = []
     timing, outputs = measure(lambda: calls.append(None) or len(calls), CPU, seconds=0, least=4, most=9)
     assert timing.rounds == 4 and outputs == len(calls) >= 4
-    assert 0 < timing.wall.p20 <= timing.wall.p50 <= timing.wall.p80
+    assert 0 < timing.wall[0] <= timing.wall[1] <= timing.wall[2]
     assert timing.cpu is not None and timing.device is None
 
 
@@ -61,13 +56,12 @@ def test_parts_of_a_call_are_timed_by_their_shares(monkeypatch):
     call = WithParts([(partial(part, 1.0), 1.0), (partial(part, 4.0), 1 / 16)])
     assert call() == 4.0 and clock == [5.0]
     timed, outputs = measure(call, CPU, seconds=0, least=3)
-    assert timed.wall == Quantiles(1.25, 1.25, 1.25) and timed.cpu == Quantiles(2.5, 2.5, 2.5) and outputs == 4.0
+    assert timed.wall == [1.25] * 3 and timed.cpu == [2.5] * 3 and outputs == 4.0
 
 
-def test_a_sampler_forgets_its_warm_up():
+def test_a_sampler_leaves_its_warm_up_out():
     sampler = Sampler(lambda: None, CPU)
     sampler.warm_up(0)
-    sampler.forget()
     sampler.round()
     assert sampler.timing().rounds == 1
 
@@ -148,8 +142,12 @@ def test_a_case_that_cannot_be_built_is_a_row():
 
 
 def test_without_effort_peers_are_checked_and_none_is_timed():
-    work = Case("g", "c", lambda device: Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None))
-    assert list(measure_case(work, CPU, Effort(0.0))) == []
+    missing = {"gdd_fast:cpp": "not built"}
+    bench = Bench({"a": lambda: lambda: torch.ones(1)}, lambda outputs: None, missing=missing)
+    verdicts = {row.peer: row.failure for row in measure_case(Case("g", "c", lambda _: bench), CPU, Effort(0.0))}
+    assert verdicts == {"gdd_fast:cpp": "cannot run here: not built", "a": None}
+    (row,) = measure_case(Case("g", "c", lambda _: bench), CPU, QUICK)
+    assert row.peer == "a" and row.wall
 
 
 def test_results_survive_a_file_and_replace_rows_of_the_same_key(tmp_path):

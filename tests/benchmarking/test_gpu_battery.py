@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_battery
+from benchmarks import gpu_battery, merge
 from benchmarks.cases.battery_parts import DEFAULT, PARTS, cases_of
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.harness.case import Bench, Case, Effort, measure_case
 from benchmarks.harness.checks import MismatchError
-from benchmarks.harness.results import Results
+from benchmarks.harness.results import Results, Row
 from benchmarks.reports import tune
 from gdd_fast import backend
 from gdd_fast.errors import BackendError
@@ -56,10 +56,12 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
 
 def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
     pipelines = {c.group for c in cases_of("pipelines", False)}
-    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
+    assert {"Frechet distance", "data path", "import"} <= pipelines
     checked = {c.group for c in cases_of("correctness", False)}
     assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
-    assert "attention forward" not in checked and next(iter(PARTS)) == "correctness"
+    assert "attention forward" not in checked
+    first = next(iter(PARTS))
+    assert [c.group for c in cases_of(first, False)] == ["train", "train", "sampling to disk"]
 
 
 def test_training_begins_with_an_iteration_at_the_published_batch():
@@ -90,17 +92,20 @@ def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(t
     monkeypatch.setattr(gpu_battery.subprocess, "run", here)
     options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
     gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
-    found = Results.load(path).notes["correctness"]
-    assert found["checked"] == 5 and found["failures"] == ["g | c | -: ValueError: no"]
+    found = Results.load(path).notes["verdicts"]["correctness"]
+    assert sorted(v[1:] for v in found) == [
+        *(["a", "p", "right"], ["b", "p", "right"], ["c", "-", "ValueError: no"]),
+        *(["d", "p", "right"], ["e", "p", "right"]),
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
-    assert any("1 failures" in line for line in gpu_battery.summary(Results.load(path)))
+    assert any("5 cases compared, 1 failures" in line for line in gpu_battery.summary(Results.load(path)))
 
 
 def test_a_part_without_time_left_says_where_it_was_cut_off(tmp_path, monkeypatch):
     path = battery_file(tmp_path)
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: [fake_case("a")])
     gpu_battery.run_part("ops", gpu_battery.Options("cpu", str(path), True, time.time() - 1))
-    assert Results.load(path).notes["cut_off"] == {"ops": ["g-a"]} and Results.load(path).rows == []
+    assert Results.load(path).notes["cut_off"] == {"ops": ["g-a, number 1 of 1"]} and Results.load(path).rows == []
 
 
 def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp_path, monkeypatch):
@@ -119,6 +124,78 @@ def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp
     found = Results.load(path)
     assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
     assert [r.failure for r in found.rows] == ["the process ended with status -11"]
+
+
+def test_a_part_goes_on_after_any_number_of_deaths(tmp_path, monkeypatch):
+    """Every case kills its process; a process that dies before its first case would do so again, and is the last."""
+    path, cases, started = battery_file(tmp_path), 20, []
+
+    def die(command, **options):
+        started.append(command)
+        results = Results.load(path)
+        done = results.notes.setdefault("done", {}).setdefault("ops", [])
+        if len(done) < cases:
+            results.notes["running"] = ["ops", len(done), "g", str(len(done))]
+        results.save(path)
+        return subprocess.CompletedProcess(command, -11)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", die)
+    gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
+    assert len(Results.load(path).rows) == cases and len(started) == cases + 1
+
+
+def test_what_memory_did_not_suffice_for_is_checked_again_alone(tmp_path, monkeypatch):
+    path, crowded = battery_file(tmp_path), []
+
+    def hungry(device):
+        if not crowded:
+            crowded.append(True)
+            raise torch.OutOfMemoryError("no")
+        return Bench({"p": lambda: lambda: torch.ones(1)}, lambda outputs: None)
+
+    cases = [fake_case("a"), Case("g", "b", hungry), fake_case("c")]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+
+    def here(command, **options):
+        return subprocess.CompletedProcess(
+            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+        )
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
+    found = Results.load(path).notes["verdicts"]["correctness"]
+    assert crowded and sorted(found) == [["g", name, "p", "right"] for name in "abc"]
+
+
+def test_records_of_several_calls_are_put_together(tmp_path, capsys):
+    files = []
+    for number, (commit, rows) in enumerate(
+        [
+            ("old", [Row("g", "a", "p", wall=[1.0] * 3), Row("g", "b", "p", wall=[1.0] * 3), Row("g", "c", "p")]),
+            ("new", [Row("g", "a", "p", wall=[2.0] * 3), Row("g", "b", "p", failure="out of memory")]),
+        ]
+    ):
+        results = Results({"device": "d", "commit": commit}, {"copy": float(number)}, rows)
+        results.notes = {"verdicts": {"correctness": [["g", "a", "p", commit]]}, "done": {}, commit: 1}
+        files.append(tmp_path / f"{commit}.json")
+        results.save(files[-1])
+    assert merge.main([str(path) for path in files]) == 0
+    assert "g | b | p: an earlier time is kept, a later file has: out of memory" in capsys.readouterr().out
+    found = Results.load(files[0])
+    assert (found.machine["commit"], found.rates) == ("new", {"copy": 1.0})
+    assert {r.case: (r.seconds, r.extra) for r in found.rows} == {
+        "a": (2.0, {}),
+        "b": (1.0, {"commit": "old"}),
+        "c": (None, {"commit": "old"}),
+    }
+    assert found.notes == {
+        "verdicts": {"correctness": [["g", "a", "p", "old"], ["g", "a", "p", "new"]]},
+        "old": 1,
+        "new": 1,
+    }
+    Results({"device": "other", "commit": "c"}, {}).save(files[1])
+    assert merge.main([str(path) for path in files]) == 2
 
 
 def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
@@ -213,8 +290,8 @@ def test_a_case_cut_off_between_two_peers_is_not_called_checked(tmp_path, monkey
     monkeypatch.setattr(gpu_battery.Options, "left", lambda self: next(left, 0))
     gpu_battery.run_part("correctness", gpu_battery.Options("cpu", str(path), True, 0.0))
     notes = Results.load(path).notes
-    assert notes["cut_off"]["correctness"] == ["g-a before gdd_fast:triton", "g-b and 1 more"]
-    assert notes["correctness"]["checked"] == 0 and notes["correctness"]["right"] == {"stock": 1}
+    assert notes["cut_off"]["correctness"] == ["g | a before gdd_fast:triton", "g-b, number 2 of 3"]
+    assert notes["verdicts"]["correctness"] == [["g", "a", "stock", "right"]]
 
 
 def test_the_record_counts_what_each_peer_was_right_in_and_names_backends_that_could_not_run(tmp_path, monkeypatch):
@@ -223,41 +300,26 @@ def test_the_record_counts_what_each_peer_was_right_in_and_names_backends_that_c
     path, cases = battery_file(tmp_path), [case, fake_case("b", missing={"gdd_fast:cpp": "it is gone"})]
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
     gpu_battery.run_part("correctness", gpu_battery.Options("cpu", str(path), True, time.time() + 100))
-    found = Results.load(path)
-    checked = found.notes["correctness"]
-    assert checked["checked"] == 2 and checked["failures"] == []
-    assert {"official": 1, "stock": 1, "p": 1}.items() <= checked["right"].items()
-    assert checked["missing"] == {"gdd_fast:cpp": [2, "it is gone"]} and "gdd_fast:cpp" not in checked["right"]
-    gpu_battery.take_findings(found, Results.load(path))
-    assert any("gdd_fast:cpp not checked in 4 cases: it is gone" in line for line in gpu_battery.summary(found))
+    lines = "\n".join(gpu_battery.summary(Results.load(path)))
+    assert "2 cases compared, 0 failures" in lines and "stock in 1" in lines and "p in 1" in lines
+    assert "gdd_fast:cpp not checked in 1 cases: cannot run here: it is gone" in lines
+    assert "gdd_fast:cpp in" not in lines
 
 
 def test_what_an_earlier_run_left_unfinished_is_known_until_its_part_is_run_again(tmp_path):
-    """Also what it could not put together, as it was ended from outside."""
     path = tmp_path / "b.json"
     gpu_battery.begin(path, CPU, {}, [], 0.001, None)
     earlier = Results.load(path)
-    earlier.notes |= {"cut_off": {"ops": ["g-a"], "tune": ["residual"]}, "died": [["ops", "-11", None]]}
+    earlier.notes |= {"cut_off": {"ops": ["g-a"], "tune": ["residual"]}, "died": {"ops": [["-11", None]]}}
     earlier.notes |= {"running": ["pipelines", 3, "data path", "zip"]}
     earlier.save(path)
-    for number in range(2):
-        part = Results(earlier.machine, earlier.rates)
-        checked = {"checked": 2, "failures": [f"f{number}"], "right": {"stock": 2}, "missing": {}}
-        part.notes |= {"correctness": checked, "running": ["correctness", number, "g", f"c{number}"]}
-        part.save(gpu_battery._part_file(path, "correctness", number))
     gpu_battery.begin(path, CPU, {}, ["tune"], 0.001, None)
     found = Results.load(path)
-    assert found.notes["cut_off"] == {
-        "ops": ["g-a"],
-        "pipelines": ["data path | zip"],
-        "correctness": ["g | c0", "g | c1"],
-    }
-    assert found.notes["died"] == [["ops", "-11", None]] and "running" not in found.notes
-    assert found.notes["correctness"]["checked"] == 4 and found.notes["correctness"]["failures"] == ["f0", "f1"]
-    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    assert found.notes["cut_off"] == {"ops": ["g-a"], "pipelines": ["data path | zip"]}
+    assert found.notes["died"] == {"ops": [["-11", None]]} and "running" not in found.notes
     gpu_battery.begin(path, CPU, {}, PARTS, 0.001, None)
     again = Results.load(path).notes
-    assert not again["cut_off"] and not again["died"] and "correctness" not in again
+    assert not again["cut_off"] and not again["died"]
 
 
 def test_a_build_that_takes_too_long_ends_with_all_that_it_started(tmp_path):

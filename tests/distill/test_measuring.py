@@ -14,11 +14,12 @@ from tiny_run import SIZE, tiny_config, tiny_network, write_inputs
 from gdd_fast.config import override
 from gdd_fast.data import write_edm_zip
 from gdd_fast.distill import comparison
-from gdd_fast.distill.measuring import Evaluation, build_measurement, read_best, shared_judges
+from gdd_fast.distill.measuring import Evaluation, build_measurement, read_best
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.errors import ConfigError, DataError, WeightsError
 from gdd_fast.evaluate import EvaluateConfig, evaluate
 from gdd_fast.metrics.measure import Measurement, parse_metrics
+from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.ranks import World
 from gdd_fast.training import loggers
 
@@ -136,6 +137,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(measured,
         ({"evaluate_ref": (str(tmp_path / "bad.npz"),)}, DataError, "covariance of nothing"),
         ({"evaluate_data": str(tmp_path / "big.zip")}, ConfigError, "32"),
         ({"evaluate_images": 0}, ConfigError, "--evaluate-images"),
+        ({"evaluate_images": 3}, ConfigError, "pr needs at least 4 generated images, not 3"),
         ({"log": "excel"}, ConfigError, "excel"),
     ):
         with pytest.raises(kind, match=message):
@@ -148,8 +150,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(measured,
 
 def test_a_judge_that_the_discriminator_looks_through_is_named(measured):
     config = tiny_config(measured, **{**SETTINGS, "evaluate_metrics": "fd@lite0,fd@pixels"})
-    (line,) = shared_judges(config, build_measurement(config, tiny_network()))
+    extractors = build_measurement(config, tiny_network()).extractors
+    (line,) = shared_judges(config.discriminator.backbones, extractors)
     assert "lite0-64" in line
+    run = measured / "run"
+    for net in (run, run / "best" / "fd-pixels-16"):
+        assert backbones_of(net) == list(config.discriminator.backbones)
+    assert backbones_of(measured / "teacher") == []
+    assert shared_judges(["vgg16_bn"], extractors) == []
 
 
 WANDB = """

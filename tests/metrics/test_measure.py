@@ -1,5 +1,6 @@
 """Metrics by name: what is asked for, the keys of what comes back, and what each value says of sets that are known."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,8 +34,9 @@ def test_requests():
     ]
     for bad, message in {
         "fdi": "fdi",
-        "is@lite0": "Inception alone",
+        "is@lite0": "needs Inception",
         "kid,kid@inception": "twice",
+        "fd@lpips": "too many features",
         "": "choose",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -62,6 +64,23 @@ def test_values_have_the_network_in_their_keys_unless_it_is_inception():
         name = "inception"
 
     assert [key_of(name, Inception) for name in ("fd", "kid_std", "recall")] == ["fid", "kid_std", "recall"]
+
+
+def test_too_few_images_are_refused_by_the_metric_they_are_too_few_for(monkeypatch):
+    measurement = Measurement(parse_metrics("fd@pixels,kid@pixels,pr@pixels,dc@pixels"))
+    measurement.check_counts(4, [6])
+    measurement.check_counts(4, [None])
+    for generated, real, message in (
+        (3, 6, "pr needs at least 4 generated images, not 3"),
+        (4, 3, "pr needs at least 4 real images, not 3"),
+        (4, 5, "dc needs at least 6 real images, not 5"),
+        (1, 6, "fd needs at least 2 generated images, not 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            measurement.check_counts(generated, [real])
+    # These are the fewest that the values can be computed of.
+    sets = [gather([images(n, n)], measurement.extractors, measurement.needs) for n in (4, 6)]
+    assert len(measurement.values(*sets)) == 8
 
 
 def test_which_value_is_better():
@@ -148,13 +167,18 @@ def test_copies_are_told_from_new_images(tmp_path):
     assert found.values().keys() == {"nn_distance"}
     asked = []
 
-    def pictures(places):
-        asked.append(list(places))
-        return images(len(places))
+    def pictures(gray):
+        def of(places):
+            asked.append(list(places))
+            return torch.full((len(places), 1, 8, 8), gray, dtype=torch.uint8)
 
-    found.save_sheet(tmp_path / "sheet.png", pictures, pictures)
-    assert asked[0] == asked[1], "each sample above the image it copies"
-    assert Image.open(tmp_path / "sheet.png").size[0] > 500
+        return of
+
+    found.save_sheet(tmp_path / "sheet.png", pictures(200), pictures(100))
+    assert asked[0] == asked[1] and len(asked[0]) == 24, "each sample and the image it copies"
+    column = torch.from_numpy(np.array(Image.open(tmp_path / "sheet.png").convert("L"))[:, 40])
+    lines = [int(gray) for gray in column.unique_consecutive() if int(gray) in (100, 200)]
+    assert lines == [200, 100] * 4, "samples above them"
 
 
 def test_ties_count_half():

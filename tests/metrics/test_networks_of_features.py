@@ -79,9 +79,63 @@ def test_any_network_of_timm(tmp_path):
     x = images(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), network((x / 255 - MEAN) / STD), rtol=1e-3, atol=1e-4)
     assert ours.name.startswith("timm:resnet10t.c3_in1k-64-") and ours.dim == 512
+    # The file on the Hub has the classifier too.
+    torch.save(
+        {**network.state_dict(), "fc.weight": torch.ones(3, 512), "fc.bias": torch.ones(3)}, tmp_path / "hub.pth"
+    )
+    assert build_extractor("timm:resnet10t.c3_in1k", weights=tmp_path / "hub.pth", resolution=64).name == ours.name
     torch.save(ResNet56().state_dict(), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other\.pth: not weights of resnet10t"):
         build_extractor("timm:resnet10t.c3_in1k", weights=tmp_path / "other.pth")
+
+
+@torch.no_grad()
+def test_a_vision_transformers_file_at_another_resolution(tmp_path):
+    """DINOv2's file is of 518 pixels, and published distances are at 224; here a small network's of 224 at 64."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    network.pos_embed.data.normal_()
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    ours = build_extractor("timm:vit_tiny_patch16_224.augreg_in21k", weights=tmp_path / "vit.pth", resolution=64)
+    small = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64).eval()
+    small.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(network.state_dict(), small))
+    x = images(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), small((x / 255 - 0.5) / 0.5), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_clip_from_openais_file(tmp_path):
+    """Its names, half precision, and text encoder beside the one for images."""
+    torch.manual_seed(0)
+    width, layers = 768, 12
+    state = {
+        "visual.class_embedding": torch.randn(width),
+        "visual.positional_embedding": torch.randn(50, width),
+        "visual.proj": torch.randn(width, 512) / width**0.5,
+        "visual.conv1.weight": torch.randn(width, 3, 32, 32) / 55,
+        "token_embedding.weight": torch.randn(4, 4),
+    }
+    for name in (
+        "ln_pre",
+        "ln_post",
+        *(f"transformer.resblocks.{i}.{n}" for i in range(layers) for n in ("ln_1", "ln_2")),
+    ):
+        state |= {f"visual.{name}.weight": torch.rand(width), f"visual.{name}.bias": torch.randn(width)}
+    for i in range(layers):
+        for name, rows, columns in (
+            ("attn.in_proj_", 3 * width, width),
+            ("attn.out_proj.", width, width),
+            ("mlp.c_fc.", 4 * width, width),
+            ("mlp.c_proj.", width, 4 * width),
+        ):
+            at = f"visual.transformer.resblocks.{i}.{name}"
+            state |= {f"{at}weight": torch.randn(rows, columns) / columns**0.5, f"{at}bias": torch.randn(rows)}
+    torch.save({name: value.half() for name, value in state.items()}, tmp_path / "ViT-B-32.pt")
+    clip = build_extractor("clip", weights=tmp_path / "ViT-B-32.pt")
+    found = clip(images(1, 3, 32, 32))
+    assert clip.name.startswith("clip-224-") and found.shape == (1, 512) and found.dtype == torch.float32
+    assert torch.equal(clip.network.patch_embed.proj.weight, state["visual.conv1.weight"].half().float())
+    torch.testing.assert_close(clip.network.head.weight, state["visual.proj"].half().float().T)
 
 
 def test_images_that_have_no_features():

@@ -92,6 +92,15 @@ def test_torch_fidelitys_cache(original, tmp_path):
     assert same(loaded, original)
 
 
+def test_features_alone_as_clean_fid_and_torch_fidelity_keep_them(original, tmp_path):
+    np.savez_compressed(tmp_path / "cifar10_kid.npz", feats=original.rows.numpy())
+    torch.save(original.rows, tmp_path / "cifar10-features-2048.pt")
+    for name in ("cifar10_kid.npz", "cifar10-features-2048.pt"):
+        (loaded,) = load_references(tmp_path / name)
+        assert torch.equal(loaded.rows, original.rows) and loaded.count == loaded.statistics.count == 30
+        assert same(loaded, original) and loaded.features == ""
+
+
 def test_files_that_are_no_statistics(tmp_path):
     eye = np.eye(3)
     np.savez(tmp_path / "other.npz", images=eye)
@@ -103,11 +112,28 @@ def test_files_that_are_no_statistics(tmp_path):
     np.savez(tmp_path / "alone.npz", mu=np.zeros(3), sigma=eye, n=1)
     np.savez(tmp_path / "form.npz", mu=np.zeros(3), sigma=eye, n=5, image_shape="3x32x32")
     np.savez(tmp_path / "feats.npz", mu=np.zeros(3), sigma=eye, feats=np.zeros((4, 2)))
+    np.savez(tmp_path / "onerow.npz", feats=np.zeros((1, 3)))
+    np.savez(tmp_path / "nanrows.npz", feats=np.full((4, 3), np.nan))
+    torch.save(torch.zeros(3), tmp_path / "vector.pt")
     (tmp_path / "text.npz").write_text("not a zip")
     (tmp_path / "text.pkl").write_text("not a pickle")
     torch.save([1, 2], tmp_path / "list.pt")
-    names = ["missing", "other", "shape", "nan", "pickle", "words", "counts", "alone", "form", "feats", "text"]
-    for name in [*(f"{name}.npz" for name in names), "text.pkl", "list.pt"]:
+    names = [
+        "missing",
+        "other",
+        "shape",
+        "nan",
+        "pickle",
+        "words",
+        "counts",
+        "alone",
+        "form",
+        "feats",
+        "text",
+        "onerow",
+        "nanrows",
+    ]
+    for name in [*(f"{name}.npz" for name in names), "text.pkl", "list.pt", "vector.pt"]:
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             load_references(tmp_path / name)
 

@@ -42,7 +42,7 @@ def no_hub(monkeypatch):
 
 
 class NoConnection(Exception):
-    """Of the HTTP library, and no OSError."""
+    """An error of the HTTP library, which is no OSError."""
 
 
 def test_lite0_comes_from_its_package(no_hub):

@@ -106,7 +106,7 @@ def test_derivatives_of_the_definition():
 @BACKENDS
 @pytest.mark.parametrize(("shape", "size"), CASES[:4], ids=str)
 def test_second_derivative(shape, size, backend):
-    """Of a penalty on the gradient, as R1 is, against the definition's."""
+    """That of a penalty on the gradient, as R1 is, against the definition's."""
 
     def penalty_gradient(function, x):
         x = x.detach().requires_grad_()

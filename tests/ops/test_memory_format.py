@@ -89,7 +89,7 @@ def test_operators_agree_on_the_format_of_results_and_gradients(name, shape, lay
 @pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_strides_of_a_frozen_convolution_are_torchs(shape, layout, python, monkeypatch):
-    """Of the result and of the gradient, at every kind of ambiguous shape."""
+    """Those of the result and of the gradient, at every kind of ambiguous shape."""
     if python:
         monkeypatch.setattr("gdd_fast.ops.frozen_conv2d.has_extension", lambda: False)
     elif not has_extension():

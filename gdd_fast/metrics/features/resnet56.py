@@ -103,10 +103,6 @@ class ResNet56Features:
         state = {key.removeprefix("module."): value for key, value in FILE.read(weights).items()}
         return cls(state, **options)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """uint8 images as the network takes them."""
-        return self._normalised(rgb(images, self.device))
-
     def _normalised(self, pixels: Tensor) -> Tensor:
         x = (resized(pixels, 32) - self._mean) / self._std
         return x.contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """DINOv2, CLIP and any other network of timm, which brings architecture, preprocessing and, if need be, weights."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.metrics.features.extractor import resized, rgb
-from gdd_fast.metrics.features.weight_files import digest
-from gdd_fast.models.backbone_weights import read_tensors
+from gdd_fast.metrics.features.weight_files import digest, read_weights
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
@@ -26,7 +26,8 @@ class TimmFeatures:
     Args:
         name: what the features are called.
         model: timm's name, `architecture.weights`.
-        weights: a file with timm's names; None: timm's own, from the Hugging Face hub's cache or the hub.
+        weights: a file of timm's, or one that timm knows how to rename, such as Meta's dinov2_vitl14_pretrain.pth and
+            OpenAI's ViT-B-32.pt; None: timm's own, from the Hugging Face hub's cache or the hub.
     """
 
     backbone = None
@@ -47,7 +48,7 @@ class TimmFeatures:
         resolution = resolution or config.input_size[-1]
         if name == "dinov2" and resolution == config.input_size[-1]:
             resolution = 224  # published distances are at 224 and not at the 518 that timm evaluates it at
-        network = _network(timm, model, weights, resolution)
+        network = _network(timm, name, model, weights, resolution)
         self.name = f"{name}-{resolution}"
         if weights is not None:
             self.name += f"-{digest(network.state_dict())[:8]}"
@@ -70,11 +71,13 @@ def _timm() -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # torchvision's when it is of another build than torch
-        raise ConfigError(f"DINOv2 and CLIP need timm (pip install timm), which does not import: {error}") from None
+        raise ConfigError(
+            f"dinov2, clip and timm:NAME need timm (pip install timm), which does not import: {error}"
+        ) from None
     return timm
 
 
-def _network(timm: Any, model: str, weights: str | Path | None, resolution: int) -> nn.Module:
+def _network(timm: Any, name: str, model: str, weights: str | Path | None, resolution: int) -> nn.Module:
     is_clip = "_clip_" in model
     options = {} if is_clip else {"num_classes": 0}  # CLIP's classifier is its projection
     if "vit" in model:
@@ -86,11 +89,19 @@ def _network(timm: Any, model: str, weights: str | Path | None, resolution: int)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightsError(
                 f"the weights of {model} are not in the Hugging Face hub's cache and could not be fetched ({reason}): "
-                f"get model.safetensors of https://huggingface.co/timm/{model} and pass --feature-weights NAME=PATH"
+                f"get model.safetensors of https://huggingface.co/timm/{model} and pass --feature-weights {name}=PATH"
             ) from None
     network = timm.create_model(model, pretrained=False, **options)
+    state = read_weights(Path(weights))
+    # What timm does to weights that it fetches: renames them, and resizes embeddings of positions to the resolution.
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     try:
-        network.load_state_dict(read_tensors(Path(weights)))
-    except (WeightsError, RuntimeError) as error:
+        state = state if convert is None else convert(state, network)
+        if network.num_classes == 0:
+            classifier = network.pretrained_cfg["classifier"]
+            names = (classifier,) if isinstance(classifier, str) else classifier or ()
+            state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{name}." for name in names))}
+        network.load_state_dict(state)
+    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
         raise WeightsError(f"{weights}: not weights of {model}: {' '.join(str(error).split())[:300]}") from None
     return network

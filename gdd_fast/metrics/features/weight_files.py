@@ -72,12 +72,7 @@ class WeightFile:
 
     def read(self, override: str | Path | None = None) -> dict[str, Tensor]:
         """The tensors of the file, whose names depend on its kind; nothing in it is executed. Raises `WeightsError`."""
-        path = self.find(override)
-        try:
-            return _read(path)
-        except (WeightsError, UnsafePickleError) as error:
-            message = str(error)
-            raise type(error)(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        return read_weights(self.find(override))
 
     def name_of(self, weights: Mapping[str, Tensor], resolution: int) -> str:
         """`network-resolution`, with the beginning of the digest behind it if these are not the published weights.
@@ -86,6 +81,18 @@ class WeightFile:
         """
         found = digest(weights)
         return f"{self.network}-{resolution}" + ("" if found in self.digests else f"-{found[:8]}")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of any kind that weights come in; nothing in it is executed.
+
+    Raises `WeightsError` or `UnsafePickleError`, with the path in front.
+    """
+    try:
+        return _read(path)
+    except (WeightsError, UnsafePickleError) as error:
+        message = str(error)
+        raise type(error)(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gdd_fast.errors import WeightsError
+from gdd_fast.data.npz import read_npy
+from gdd_fast.errors import DataError, WeightsError
 from gdd_fast.models.backbone_weights import read_tensors
 from gdd_fast.models.files.pickle_reader import load_layers
 
@@ -35,10 +35,10 @@ def _tensors(path: Path) -> list[Tensor]:
         return [t for layer in load_layers(path, max_bytes=MAX_BYTES).values() for t in layer.values()]
     if path.suffix == ".npy":
         try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise WeightsError(f"{path} is not a readable .npy file of plain numbers ({error})") from None
-        return [torch.from_numpy(array)] if isinstance(array, np.ndarray) and array.dtype.kind == "f" else []
+            array = read_npy(path)
+        except DataError as error:
+            raise WeightsError(str(error)) from None
+        return [torch.from_numpy(array)] if array.dtype.kind == "f" else []
     try:
         return list(read_tensors(path).values())
     except WeightsError as error:

@@ -1,0 +1,31 @@
+"""Judges that the discriminator looked through as well: a generator is trained against the features it is judged by."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gdd_fast.metrics.features import FeatureExtractor
+
+
+def shared_judges(backbones: Sequence[str], extractors: Sequence[FeatureExtractor]) -> list[str]:
+    """A line for each feature network that is also among the discriminator's `backbones`, by their names there."""
+    networks = {name.removesuffix("_bn") for name in backbones}
+    return [
+        f"note: {extractor.name} is also a backbone of the discriminator, so the generator is trained against the "
+        "features that judge it. Measure with another network beside it, such as fd@lite2 or fid."
+        for extractor in extractors
+        if extractor.backbone in networks
+    ]
+
+
+def backbones_of(net: Path) -> list[str]:
+    """Of the discriminator that trained a generator: `net` is its run's folder, or one of those in `best` there.
+
+    Empty for a network that does not lie in its run.
+    """
+    run = net.parent.parent if net.parent.name == "best" else net
+    try:
+        config = json.loads((run / "config.json").read_text())
+        return list(config["discriminator"]["backbones"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # no folder of a run: networks have a config.json too
