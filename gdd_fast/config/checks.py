@@ -91,6 +91,7 @@ def check_run(run: "RunConfig") -> None:
     require(run.checkpoint_ticks >= 1, f"--checkpoint-ticks must be at least 1, not {run.checkpoint_ticks}")
     require(run.keep_checkpoints >= 1, f"--keep-checkpoints must be at least 1, not {run.keep_checkpoints}")
     require(run.max_hours is None or run.max_hours > 0, f"--max-hours must be positive, not {run.max_hours}")
+    require(not run.debug_finite or run.engine != "graph", "--debug-finite cannot look into --engine graph; use eager")
     require(run.max_skipped_steps >= 1, f"--max-skipped-steps must be at least 1, not {run.max_skipped_steps}")
     require(run.evaluate_images >= 0, f"--evaluate-images must be at least 0, not {run.evaluate_images}")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")

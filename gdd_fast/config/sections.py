@@ -141,6 +141,9 @@ class RunConfig(Settings):
     cannot be written ends the run at the next checkpoint."""
     max_hours: float | None = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
+    debug_finite: bool = False
+    """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
+    its name and the step. Slow: the host waits for each."""
     max_skipped_steps: int = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
     nonfinite: Nonfinite = "skip"
