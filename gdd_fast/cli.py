@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO, TypeVar
 
-from gdd_fast.errors import FULL, ConfigError, GddFastError
+from gdd_fast.errors import FULL, ConfigError, GddFastError, LostProcessError
 
 T = TypeVar("T")
+_LET_THE_OTHER_SPEAK = 3.0  # seconds in which torchrun sees which process ended first
 
 
 def parse(
@@ -132,6 +133,11 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
             main(*args, **kwargs)
         finally:
             sys.stdout.flush()  # an error in writing is reported here, and not by Python as it exits
+    except LostProcessError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        time.sleep(_LET_THE_OTHER_SPEAK)
+        raise SystemExit(2) from None
     except GddFastError as error:
         _end(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -67,9 +67,11 @@ def check_discriminator(discriminator: "DiscriminatorConfig") -> None:
 
 
 def check_run(run: "RunConfig") -> None:
-    require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+    few = run.batch_gpu not in (None, "auto") and int(run.batch_gpu) < 2
+    require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
     require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
     check_seed(run.seed)
+    require(not run.debug_finite or run.engine != "graph", "--debug-finite cannot look into --engine graph; use eager")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
     require(
         not run.measures or run.evaluate_images > 0,

@@ -5,6 +5,7 @@ Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Model
 `lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2`.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ from gdd_fast.settings import Count, Limit, NotNegative, Positive, Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
+from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import AdamEma, StepGuard
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
@@ -105,6 +107,9 @@ class PretrainConfig(Settings):
     cannot be written ends the run at the next checkpoint."""
     max_hours: Annotated[float | None, Limit(0, above=True)] = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
+    debug_finite: bool = False
+    """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
+    its name and the step. Slow: the host waits for each."""
     max_skipped_steps: Count = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
@@ -159,6 +164,7 @@ class Pretraining:
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]
         )
         self.guard = StepGuard("training", self.optimizer, world, config.max_skipped_steps)
+        self.watch = FiniteWatch({"network": self.net}) if config.debug_finite else None
         self.random = RandomState(config.seed, world)
         self.averages = Averages()
 
@@ -169,12 +175,13 @@ class Pretraining:
         self.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
         real, labels = next(self.stream)
         label_parts = chunks(labels, self.micro_batch, self.local_batch)
-        with self.random.for_layers(images):
+        watched = self.watch.step("training", images, self.optimizer) if self.watch else contextlib.nullcontext()
+        with watched, self.random.for_layers(images):
             for part, label in zip(real.split(self.micro_batch), label_parts, strict=True):
                 loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
-        self.averages.add("grad_norm", self.guard.step())
+            self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
