@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
-from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
 from gdd_fast.config import named_paths
 from gdd_fast.data import ImageDataset, load_data, open_dataset
@@ -32,6 +31,7 @@ from gdd_fast.data.dataset import choose_images
 from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
+from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
@@ -52,7 +52,8 @@ class EvaluateConfig(Settings):
     """What `evaluate` measures."""
 
     net: str | None = None
-    """The generator: EDM .pkl, network folder, or training run folder (its EMA generator); `demo`: bundled teacher."""
+    """The generator: EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the
+    name of a repository of the Hub that holds one; `demo` is the bundled teacher."""
     samples: Path | None = None
     """Instead of --net, images already made: a zip, folder or npz as gdd_fast.sample writes them."""
     data: str | None = None
@@ -228,7 +229,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
     held_out = None if config.held_out is None else load_data(config.held_out)
     net = None
     if config.net is not None:
-        net = load_generator(teacher_path(config.net), device, config.dtype)
+        net = load_generator(network_path(config.net), device, config.dtype)
         check_class(config.class_index, net.label_dim)
     shape = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
     for real in filter(None, (dataset, held_out)):

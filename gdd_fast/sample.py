@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
-from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
 from gdd_fast.device import full_float32
 from gdd_fast.engine.engines import Engine, choose_engine
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination, check_writable
+from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.models.files.load import load_generator, network_digest
@@ -51,7 +51,8 @@ class SampleConfig(Settings):
     """What `sample` makes."""
 
     net: str
-    """EDM .pkl, network folder, or training run folder (its EMA generator); `demo` is the bundled teacher."""
+    """EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the name of a
+    repository of the Hub that holds one; `demo` is the bundled teacher."""
     out: Path | None = None
     """Where the images go: a .zip, an .npz (arr_0 uint8 NHWC, arr_1 classes), or a new folder of PNGs."""
     grid: Path | None = None
@@ -114,7 +115,7 @@ def sample(config: SampleConfig) -> None:
 
 def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: Engine, output: Reserved | None) -> None:
     device = world.device
-    net = load_generator(teacher_path(config.net), dtype=config.dtype)
+    net = load_generator(network_path(config.net), dtype=config.dtype)
     operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
     check_class(config.class_index, net.label_dim)
     if net.img_channels not in (1, 3):

@@ -6,7 +6,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gdd_fast.errors import ConfigError
 
@@ -30,6 +30,8 @@ def _converted(kind: Any, value: Any, flag: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
         if value is None:
             return None
+        if any(get_origin(option) is Literal and value in get_args(option) for option in get_args(kind)):
+            return value
         kind = next(option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):

@@ -4,7 +4,7 @@ Every call that reaches PyTorch's dispatcher from Python is counted, views of me
 out). What an operator calls inside, ours or PyTorch's, is not. Three networks:
 
     EDM         EDM's own code, counted once in the same way with PyTorch 2.13 (it is no part of this project)
-    plain       gdd_fast's network with every operator replaced by its definition in PyTorch
+    plain       gdd_fast's network with every operator replaced by its definition (counts/plain.py)
     engine      what OneStepGenerator runs, on a GPU and on a CPU
 
 The GPU's count needs none: tensors are fake, those that torch.compile traces with, and operators are called as they
@@ -16,35 +16,31 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
+from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
 from gdd_fast.engine.folded_unet import FoldedUNet
-from gdd_fast.layers import convolution, self_attention
-from gdd_fast.layers.group_norm import GroupNorm
-from gdd_fast.layers.skip_pair import Pair
 from gdd_fast.models.precond import GDDPrecond
-from gdd_fast.ops import group_norm_silu, residual
-from gdd_fast.ops.attention import Order, attention_ref
-from gdd_fast.ops.resample2d import resample2d_ref
 
 EDM = {"ncsnpp-32": (978, 592), "adm-64": (1709, 840)}
 """All operators, and those that compute."""
 
 
-@dataclasses.dataclass
-class Count:
-    """Operators dispatched, by name; `compute` leaves out views."""
+class Count(TorchDispatchMode):
+    """Operators dispatched within it, by name; `compute` leaves out views."""
 
-    operators: Counter
-    views: int
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter = Counter()
+        self.views = 0
 
     @property
     def total(self) -> int:
@@ -54,62 +50,25 @@ class Count:
     def compute(self) -> int:
         return self.total - self.views
 
-
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = Count(Counter(), 0)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "prim":
-            return func(*args, **(kwargs or {}))  # a fake tensor asked for its device, which costs a real one nothing
-        self.count.operators[str(func)] += 1
-        aliases = [result.alias_info for result in func._schema.returns]
-        self.count.views += any(alias is not None and not alias.is_write for alias in aliases)
+        if func.namespace != "prim":  # a fake tensor asked for its device, which costs a real one nothing
+            self.operators[str(func)] += 1
+            self.views += is_view(func)
         return func(*args, **(kwargs or {}))
+
+
+def is_view(operator: OpOverload) -> bool:
+    """Whether an operator returns memory of its inputs and writes none of it."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in operator._schema.returns)
 
 
 def count(function: Callable[..., Tensor], *inputs: Tensor | None) -> Count:
     """What `function(*inputs)` dispatches, after a first call that does not count."""
     with torch.no_grad():
         function(*inputs)
-        with _Counter() as counter:
+        with Count() as counted:
             function(*inputs)
-    return counter.count
-
-
-@contextlib.contextmanager
-def plain_pytorch() -> Iterator[None]:
-    """Networks called in this block run the definition of every operator, seen by the dispatcher one by one."""
-
-    def norm(*arguments, statistics=None, backend: str, **options) -> Tensor:
-        return group_norm_silu.group_norm_silu_ref(*arguments, **options)
-
-    def merged(*arguments, statistics: bool = False, backend: str, **options) -> Tensor:
-        return residual.residual_ref(*arguments, **options)
-
-    def resample(*arguments, backend: str, **options) -> Tensor:
-        return resample2d_ref(*arguments, **options)
-
-    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0, backend: str = "") -> Tensor:
-        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=padding)
-
-    def attend(qkv: Tensor, num_heads: int, order: Order, backend: str) -> Tensor:
-        return attention_ref(qkv, num_heads, order)
-
-    def never_fused(norm: GroupNorm, x: Tensor | Pair) -> bool:
-        return False
-
-    with (
-        mock.patch.object(group_norm_silu, "group_norm_silu", norm),
-        mock.patch.object(GroupNorm, "is_fused", never_fused),
-        mock.patch.object(residual, "residual", merged),
-        mock.patch.object(convolution, "resample2d", resample),
-        mock.patch.object(convolution, "frozen_conv2d", conv2d),
-        mock.patch.object(self_attention, "frozen_conv2d", conv2d),
-        mock.patch.object(self_attention, "attention", attend),
-    ):
-        yield
+    return counted
 
 
 def build(name: str, channels: int, dtype: torch.dtype = torch.float32) -> GDDPrecond:
@@ -130,7 +89,7 @@ def of_plain(name: str, channels: int = 64) -> Count:
     net = build(name, channels, torch.bfloat16)
     latents, classes = inputs(net, "cpu")
     labels = None if classes is None else F.one_hot(classes, net.label_dim).float()
-    with plain_pytorch():
+    with plain_pytorch(net):
         return count(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
 
 

@@ -83,7 +83,8 @@ def check_loss(loss: "LossConfig") -> None:
 
 def check_run(run: "RunConfig") -> None:
     require(run.batch >= 2, f"--batch must be at least 2 (the heads use batch norm), not {run.batch}")
-    require(run.batch_gpu is None or run.batch_gpu >= 2, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
+    few = run.batch_gpu not in (None, "auto") and int(run.batch_gpu) < 2
+    require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
     require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
     require(run.tick_kimg > 0, f"--tick-kimg must be positive, not {run.tick_kimg}")
     check_seed(run.seed)

@@ -115,8 +115,9 @@ class RunConfig(Settings):
     """Length of the run, in millions of real images."""
     batch: int = 256
     """Images per iteration, over all GPUs."""
-    batch_gpu: int | None = None
-    """Largest number of images through the networks at once; gradients accumulate over the rest."""
+    batch_gpu: int | Literal["auto"] | None = None
+    """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
+    the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""
     seed: int = 0
     """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     device: str = "auto"
@@ -126,8 +127,9 @@ class RunConfig(Settings):
     named one runs the operators that have it, and their definitions for the others."""
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
-    after the first iterations, so that the GPU does not wait for the host. `auto` is `eager` until a GPU has
-    run `graph`, which so far is checked by replaying the steps on a CPU."""
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
+    process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
+    they differ or a capture fails. Else it is `eager`."""
     tick_kimg: float = 20.0
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: int = 10

@@ -37,6 +37,7 @@ from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
 
@@ -83,8 +84,12 @@ class Distillation:
         self.gan = config.ablation.gan == "on"
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
-        graphs = choose_step_engine(run.engine, device) == "graph"
-        self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
+        fixed = self.additional is None and not run.debug_finite
+        engine = choose_step_engine(run.engine, device, world.size, fixed=fixed)
+        self.steps = CapturedSteps(
+            CudaGraphs(device, self.random.generator) if engine == "graph" else None,
+            Trial(self.changing, self.random) if run.engine == "auto" else None,
+        )
         self.watch = FiniteWatch(self._networks()) if run.debug_finite else None
         self._images = 0
         self.averages = Averages()
@@ -211,6 +216,16 @@ class Distillation:
                 yield
         finally:
             self.heads.dtype = before
+
+    def changing(self) -> Iterator[Tensor]:
+        """Every tensor that steps change: weights, buffers, averages, moments and counts."""
+        for net in (self.generator, self.ema.net, self.heads):
+            yield from net.parameters()
+            yield from net.buffers()
+        for guard in self._guards().values():
+            yield guard.count
+            for state in guard.optimizer.state.values():
+                yield from (t for t in state.values() if isinstance(t, Tensor))
 
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""

@@ -30,7 +30,6 @@ from gdd_fast.sampling.seeds import latents
 
 FORMAT = "gdd_fast.layer_analysis"
 MEASURES = ("relative_norm", "output_change", "image_change")
-ONE_STEP_SIGMA = 80.0
 
 Progress = Callable[[int], Any]
 
@@ -105,6 +104,8 @@ def measure(
         norms: list[Tensor] = [torch.empty(0)] * len(found)
         with _recording(found, norms):
             whole = net(x, sigma, labels)
+        if not bool(whole.isfinite().all()):
+            raise WeightsError(f"the network's output at noise level {sigma:g} is not finite: its weights are broken")
         own = whole - _skip_weight(net, sigma) * x
         for row, branch in enumerate(found):
             with _dropped(branch.layer):
@@ -124,14 +125,14 @@ def analyze(
     seeds: range = range(16),
     progress: Progress = lambda levels: None,
 ) -> dict[str, Any]:
-    """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at 80; as JSON types.
+    """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at its one; as JSON types.
 
     The networks are in evaluation mode. They run their operators' PyTorch definitions, which leave every branch's
     output to be seen. `progress` is called with 1 after every noise level of either network.
 
     Raises:
         ConfigError: networks that do not have the same branches, and fewer than 2 levels.
-        WeightsError: a network that is not one of EDM's U-Nets.
+        WeightsError: a network that is not one of EDM's U-Nets, or whose output is not finite.
     """
     rows = branches(teacher)
     names = [(branch.name, branch.kind) for branch in rows]
@@ -151,7 +152,7 @@ def analyze(
         "teacher": measure(teacher, sampler_states(teacher, z, labels, levels), labels, progress),
     }
     if student is not None:
-        result["student"] = measure(student, {ONE_STEP_SIGMA: z * ONE_STEP_SIGMA}, labels, progress)
+        result["student"] = measure(student, {student.sigma_init: z * student.sigma_init}, labels, progress)
     return result
 
 

@@ -40,12 +40,13 @@ _ARITHMETIC = """
 import json
 import torch
 from benchmarks.counts.arithmetic import arithmetic
-from benchmarks.counts.dispatched import build, inputs, plain_pytorch
+from benchmarks.counts.dispatched import build, inputs
 from benchmarks.counts.flops import count_flops
+from benchmarks.counts.plain import plain_pytorch
 
 net = build("ncsnpp-32", 32).to("meta")
 z, _ = inputs(net, "meta", 1)
-with torch.no_grad(), plain_pytorch():
+with torch.no_grad(), plain_pytorch(net):
     plain = count_flops(lambda: net(z, torch.empty(1, device="meta")))
 counted = {}
 for batch, kinds in arithmetic("ncsnpp-32", (1, 64), 32).items():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.counts.saved_bytes import CASES, measure, plain_pytorch, saved_bytes
+from benchmarks.counts.plain import plain_pytorch
+from benchmarks.counts.saved_bytes import CASES, measure, saved_bytes
 from gdd_fast.backend import obstacle
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.layers.linear import Init
