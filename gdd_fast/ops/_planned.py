@@ -2,7 +2,7 @@
 
 An operator asks `plans(planner)` for the cache of its plans. A plan is kept by the shapes, strides, types, devices,
 alignments and numbers of a call; `planner` checks a call of a new kind and decides who computes it, once. Without the
-extension, under a compiler or a dispatch mode, and for tensors of another class the operators of torch.library run.
+extension, under a compiler, a mode or for a tensor of another kind the operators of torch.library run.
 """
 
 import functools
