@@ -1,8 +1,7 @@
 """Optimizer and moving average in one: the generator's step of GDD, on the parameters that GDD and GDD-I train.
 
-The settings of the public code replace what is not finite one gradient after the other, leave Adam at its defaults
-(foreach on a GPU, which is taken on a CPU too) and average one parameter after the other; stock is PyTorch's fused Adam
-between foreach operations. All start from one state; the state after the first step is compared.
+The peers are those of training (peers/training.py). All start from one state; the state after the first step is
+compared.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,13 @@ from torch import Tensor
 from benchmarks.cases.layer_calls import build
 from benchmarks.harness.case import Bench, Case
 from benchmarks.harness.checks import Accuracy
-from benchmarks.harness.operator_case import fused_peers, split_missing
+from benchmarks.harness.operator_case import fused_peers
 from benchmarks.harness.timing import Call
-from benchmarks.peers import networks as peers
+from benchmarks.peers.training import AVERAGE_WEIGHT, optimizer_step
 from gdd_fast.distill.freeze import freeze
-from gdd_fast.ops.adam_ema import OPERATOR, adam_ema_
+from gdd_fast.ops.adam_ema import OPERATOR
 
-LR, BETAS, EPS, WEIGHT = 1e-4, (0.0, 0.99), 1e-8, 1e-3
+LR = 1e-4
 _TENSORS_TOUCHED = 9  # p, m, v, average: read and written; the gradient: read
 
 
@@ -33,95 +32,45 @@ def adam_cases() -> list[Case]:
 def _bench(level: int, device: torch.device) -> Bench:
     net = build("ncsnpp-32")
     freeze(net, level)
-    shapes = [p.shape for p in net.parameters() if p.requires_grad]
-    start = [torch.randn(shape, device=device) for shape in shapes]
-    grads = [torch.randn(shape, device=device) * 1e-2 for shape in shapes]
+    start = [torch.randn(p.shape, device=device) for p in net.parameters() if p.requires_grad]
+    grads = [torch.randn_like(p) * 1e-2 for p in start]
 
-    def after_one_step(dtype: torch.dtype) -> list[Tensor]:
-        params = [p.to(dtype, copy=True) for p in start]
-        averages = [p.clone() for p in params]
-        _foreach_step(params, averages, [g.to(dtype) for g in grads])()
-        return params + averages
-
-    accuracy = Accuracy(after_one_step(torch.float64), after_one_step(torch.float32))
-
-    def peer(make: Callable[[list[Tensor], list[Tensor], list[Tensor]], Call]) -> Call:
-        params = [p.clone() for p in start]
-        averages = [p.clone() for p in params]
-        step, first = make(params, averages, grads), [True]
+    def peer(make: Callable[..., Call], dtype: torch.dtype = torch.float32) -> Call:
+        """The first call returns the state behind its step, where all stand alike; later ones return nothing."""
+        weights = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
+        averages = [w.detach().clone() for w in weights]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad.to(dtype)
+        step, first = make(weights, averages), [True]
 
         def call() -> list[Tensor] | None:
             step()
-            compared = first.pop() if first else False  # only the first step starts where the definition did
-            return params + averages if compared else None
+            return [w.detach() for w in weights] + averages if first and first.pop() else None
 
         return call
+
+    accuracy = Accuracy(*(peer(_definition, dtype)() for dtype in (torch.float64, torch.float32)))
 
     def check(outputs: list[Tensor] | None) -> None:
         if outputs is not None:
             accuracy.check(outputs)
 
-    makers = {"official": _loop_step, "stock": _fused_step}
-    fused, missing = split_missing(fused_peers(OPERATOR, device, _our_step))
-    makers |= fused
-    count = sum(p.numel() for p in start)
-    prepared = {name: partial(peer, make) for name, make in makers.items()}
-    return Bench(prepared, check, bytes=4 * count * _TENSORS_TOUCHED, headline="device", missing=missing)
+    def optimizer(kind: str, weights: list[torch.nn.Parameter], averages: list[Tensor], backend: str = "auto") -> Call:
+        return optimizer_step(kind, weights, averages, LR, backend=backend)[1]
+
+    fused, missing = fused_peers(OPERATOR, device, partial(optimizer, "adam_ema"))
+    makers = {"official": partial(optimizer, "loop"), "stock": partial(optimizer, "fused"), **fused}
+    peers = {name: partial(peer, make) for name, make in makers.items()}
+    size = 4 * _TENSORS_TOUCHED * sum(p.numel() for p in start)
+    return Bench(peers, check, bytes=size, headline="device", missing=missing)
 
 
-def _loop_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
-    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, foreach=True)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
-
-    @torch.no_grad()
-    def step() -> None:
-        for g in grads:
-            torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
-        optimizer.step()
-        for a, p in zip(averages, params, strict=True):
-            a.copy_(p.lerp(a, 1 - WEIGHT))
-
-    return step
-
-
-def _fused_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
-    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, fused=True)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
+def _definition(weights: list[torch.nn.Parameter], averages: list[Tensor]) -> Call:
+    adam = torch.optim.Adam(weights, lr=LR, betas=(0.0, 0.99), eps=1e-8, foreach=True)
 
     @torch.no_grad()
     def step() -> None:
-        peers.step_if_finite(optimizer, grads)
-        torch._foreach_lerp_(averages, params, WEIGHT)
-
-    return step
-
-
-def _foreach_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor]) -> Call:
-    optimizer = torch.optim.Adam(params, lr=LR, betas=BETAS, eps=EPS, foreach=True)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
-
-    @torch.no_grad()
-    def step() -> None:
-        optimizer.step()
-        torch._foreach_lerp_(averages, params, WEIGHT)
-
-    return step
-
-
-def _our_step(params: list[Tensor], averages: list[Tensor], grads: list[Tensor], *, backend: str) -> Call:
-    device = params[0].device
-    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    count = torch.zeros((), dtype=torch.float32, device=device)
-    skipped = torch.zeros((), dtype=torch.int64, device=device)
-    lr, weight = (torch.full((), value, dtype=torch.float64, device=device) for value in (LR, WEIGHT))
-
-    @torch.no_grad()
-    def step() -> None:
-        lists = (params, grads, *moments, count, skipped, lr)
-        options = {"betas": BETAS, "eps": EPS, "backend": backend}
-        adam_ema_(*lists, averages=averages, average_weight=weight, **options)
+        adam.step()
+        torch._foreach_lerp_(averages, weights, AVERAGE_WEIGHT)
 
     return step

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
-from benchmarks.counts.dispatched import fake_engine, inputs
+from benchmarks.counts.dispatched import fake_engine, inputs, is_view
 from benchmarks.counts.launches import PROGRAMS, recording
 from gdd_fast.ops._memory_format import statistics_parts
 
@@ -57,8 +57,7 @@ class _Arithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
-        if function.namespace != "prim" and not views:
+        if function.namespace != "prim" and not is_view(function):
             results = result if isinstance(result, tuple) else (result,)
             kind, kernels = _kernels(function.name().split("::")[1], args, results)
             self.kernels[kind] += kernels

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases.layer_calls import NETWORKS
-from benchmarks.counts.dispatched import build, fake_engine, inputs, plain_pytorch
+from benchmarks.counts.dispatched import build, fake_engine, inputs
+from benchmarks.counts.plain import plain_pytorch
+from benchmarks.harness.timing import peak_bytes
 from gdd_fast.engine.fold import SIGMA
 from gdd_fast.engine.one_step import OneStepGenerator
-from gdd_fast.models.precond import GDDPrecond
 
 
 class PeakMemory(TorchDispatchMode):
@@ -67,11 +68,12 @@ def peak(function: Callable[..., Tensor], *arguments: Tensor | None) -> int:
 
 def plain(name: str, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of weights, and at most beside them: plain PyTorch."""
-    with FakeTensorMode(), plain_pytorch():
+    with FakeTensorMode():
         net = build(name, NETWORKS[name][1]["model_channels"], dtype)
         latents, classes = inputs(net, "cpu", batch)
         labels = None if classes is None else F.one_hot(classes, net.label_dim).float()
-        return weights(net), peak(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
+        with plain_pytorch(net):
+            return weights(net), peak(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
 
 
 def engine(name: str, batch: int) -> tuple[int, int]:
@@ -82,32 +84,24 @@ def engine(name: str, batch: int) -> tuple[int, int]:
         return weights(unet, conditioning), took
 
 
-def measured(function: Callable[[], Tensor]) -> int:
-    """What PyTorch's allocator gave out at most in a call, beside what it had given before."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @torch.no_grad()
 def measure(name: str, batch: int) -> dict[str, tuple[int, int]]:
     """Weights and peak on the GPU, by the allocator; the engine runs eagerly, as a graph keeps its memory."""
-    net: GDDPrecond = build(name, NETWORKS[name][1]["model_channels"]).cuda()
-    z = torch.randn(batch, 3, net.img_resolution, net.img_resolution, device="cuda")
-    labels = torch.eye(net.label_dim, device="cuda")[:1].expand(batch, -1) if net.label_dim else None
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        net.dtype = dtype
-        with plain_pytorch():
-            found[f"plain, {dtype}"] = weights(net), measured(lambda: net(z * SIGMA, SIGMA, labels))
+    net = build(name, NETWORKS[name][1]["model_channels"]).cuda()
     generator = OneStepGenerator.from_network(net, dtype="bfloat16", engine="eager")
+    z, classes = inputs(net, "cuda", batch)
+    labels = None if classes is None else F.one_hot(classes, net.label_dim).float()
+
+    def measured(function: Callable[[], Tensor]) -> int:
+        function()  # libraries take memory for good when they are first called
+        return peak_bytes(function, z.device)
+
     own = weights(generator.folded, generator.conditioning)
-    classes = None if labels is None else labels.argmax(1)
-    found["engine, torch.bfloat16"] = own, measured(lambda: generator.run(z, classes))
+    found = {"engine, torch.bfloat16": (own, measured(lambda: generator.run(z, classes)))}
+    with plain_pytorch(net):
+        for dtype in (torch.float32, torch.bfloat16):
+            net.dtype = dtype
+            found[f"plain, {dtype}"] = weights(net), measured(lambda: net(z * SIGMA, SIGMA, labels))
     return found
 
 

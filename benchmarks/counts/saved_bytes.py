@@ -3,37 +3,29 @@
 Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The figures
 are what a second image adds to the first: what is kept once a batch, reordered weights, is no image's. The
 generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
-are the frozen halves of the discriminator, with the gradient of their input wanted. "stock" runs the same networks with
-every operator replaced by its definition in plain PyTorch and every concatenation built (the backbones with their batch
-norms as they come), "gdd_fast" the operators of `--backend`; on a CPU the fused ones need the compiled extension. What
-group_norm_silu keeps does not depend on the backend.
+are the frozen halves of the discriminator, with the gradient of their input wanted. "stock" runs the same networks on
+plain PyTorch (counts/plain.py, the backbones with their batch norms as they come), "gdd_fast" the operators of
+`--backend`; on a CPU the fused ones need the compiled extension. What group_norm_silu keeps does not depend on the
+backend.
 """
 
 import argparse
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.acceleration import accelerate
 from gdd_fast.distill.freeze import freeze
-from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.layers.linear import Init
-from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond
-from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.ops import group_norm_silu as norm_operator
-from gdd_fast.ops import residual as residual_operator
-from gdd_fast.ops.group_norm_silu import group_norm_silu_ref
-from gdd_fast.ops.residual import residual_ref
 
 Network = tuple[nn.Module, tuple[Tensor, ...]]
 
@@ -86,10 +78,8 @@ def diffusers_generator(stock: bool, batch: int) -> Network:
 def backbone(name: str, resolution: int) -> Callable[[bool, int], Network]:
     def make(stock: bool, batch: int) -> Network:
         net = build_backbone(name, None, resolution)
-        net = net if stock else fold_batch_norm(net)
-        return net.to(memory_format=torch.channels_last), (
-            torch.randn(batch, 3, resolution, resolution, requires_grad=True),
-        )
+        net = (net if stock else fold_batch_norm(net)).to(memory_format=torch.channels_last)
+        return net, (torch.randn(batch, 3, resolution, resolution, requires_grad=True),)
 
     return make
 
@@ -104,8 +94,11 @@ CASES = (
 )
 
 
-def saved_bytes(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes of the distinct storages that `net(*inputs)` keeps for backward, without parameters and buffers."""
+def saved_bytes(net: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., object] | None = None) -> int:
+    """Bytes of the distinct storages that `net(*inputs)` keeps for backward, without parameters and buffers.
+
+    `call` stands for `net` where it is called otherwise.
+    """
     own = {t.untyped_storage()._cdata for t in itertools.chain(net.parameters(), net.buffers())}
     kept: dict[int, int] = {}
     alive = []
@@ -118,46 +111,9 @@ def saved_bytes(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = net(*inputs)
+        outputs = (call or net)(*inputs)
     del outputs
     return sum(kept.values())
-
-
-@contextlib.contextmanager
-def plain_pytorch(net: nn.Module) -> Iterator[None]:
-    """Every operator of `net` replaced by its definition; convolutions keep their input, as PyTorch's do."""
-    for module in net.modules():
-        if hasattr(module, "backend"):
-            module.backend = "torch"
-
-    def group_norm_silu(*arguments, statistics: Statistics, backend: str, **options) -> Tensor:
-        return group_norm_silu_ref(*arguments, **options)
-
-    def residual(*arguments, statistics: bool = False, backend: str, **options) -> Tensor:
-        return residual_ref(*arguments, **options)
-
-    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry, backend: str, **options) -> Tensor:
-        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry, **options)
-
-    def conv2d_relu(*arguments, activation: str, backend: str) -> Tensor:
-        # in place, as torchvision and timm have it
-        y = conv2d(*arguments, backend=backend)
-        return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
-
-    def block(module: UNetBlock, x: Tensor | Pair, emb: Tensor, **options) -> Tensor:
-        return fused_block(module, torch.cat(x, 1) if isinstance(x, tuple) else x, emb, **options)
-
-    fused_block = UNetBlock.forward
-    with (
-        mock.patch.object(norm_operator, "group_norm_silu", group_norm_silu),
-        mock.patch.object(residual_operator, "residual", residual),
-        mock.patch.object(convolution, "frozen_conv2d", conv2d),
-        mock.patch.object(self_attention, "frozen_conv2d", conv2d),
-        mock.patch.object(frozen_conv, "frozen_conv2d", conv2d),
-        mock.patch.object(frozen_conv, "frozen_conv2d_relu", conv2d_relu),
-        mock.patch.object(UNetBlock, "forward", block),
-    ):
-        yield
 
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
@@ -181,13 +137,13 @@ def main() -> None:
     )
     parser.add_argument("--backend", default="auto", help="of the fused operators: auto, torch, cpp, triton")
     backend = parser.parse_args().backend
-    print(f"{'MB saved for backward, an image':<38}{'stock':>10}{'gdd_fast':>10}{'%':>8}{'target':>8}")
+    row = "{:<38}{:>10}{:>10}{:>8}{:>8}".format
+    print(row("MB saved for backward per image", "stock", "gdd_fast", "%", "target"))
     for case in CASES:
         stock, ours = measure(case, backend)
         target = "" if case.target is None else f"{case.target} %"
-        print(
-            f"{case.name:<38}{stock / 1e6:>10.1f}{ours / 1e6:>10.2f}{100 * ours / stock:>8.1f}{target:>8}", flush=True
-        )
+        figures = f"{stock / 1e6:.1f}", f"{ours / 1e6:.2f}", f"{100 * ours / stock:.1f}"
+        print(row(case.name, *figures, target), flush=True)
 
 
 if __name__ == "__main__":

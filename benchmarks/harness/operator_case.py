@@ -3,6 +3,7 @@
 What each operator is compared with is in operator_inputs.py, and at which shapes in operator_cases.py.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,18 +24,22 @@ Function = Callable[..., Any]
 
 @dataclass
 class Problem:
-    """One operator on one set of inputs.
+    """One operator on one set of inputs, beside what a user would run instead.
 
-    `definition(**inputs)` is in plain PyTorch and takes any floating type; each peer takes the same inputs. `extra`
-    peers need a package, and raise UnavailableError when they are asked for. `saved_bytes` is what
-    backward moves of the forward pass at the least: None for all inputs read again, 0 for linear operators; a mask that
-    forward writes and backward reads counts twice. `bounds` do less than the work of a forward pass, such as a copy of
-    an input: what no implementation undercuts.
+    `ours(**inputs, backend=...)`, and `stock(**inputs)`, the best of plain PyTorch. `official` follows the settings of
+    the public code, and gets its maps in NCHW memory; by default it is `stock`. `definition` is in plain PyTorch and
+    takes any floating type; by default `stock` too. `extra` peers need a package, and raise UnavailableError when they
+    are asked for. `saved_bytes` is what backward moves of the forward pass at the least: None for all inputs read
+    again, 0 for linear operators; a mask that forward writes and backward reads counts twice. `bounds` do less than the
+    work of a forward pass, such as a copy of an input: what no implementation undercuts.
     """
 
+    operator: Operator
     inputs: dict[str, Tensor | None]
-    definition: Function
-    peers: dict[str, Function]
+    ours: Function
+    stock: Function
+    official: Function | None = None
+    definition: Function | None = None
     differentiable: tuple[str, ...] = ()
     saved_bytes: int | None = None
     extra: dict[str, Callable[[], Function]] = field(default_factory=dict)
@@ -44,44 +49,29 @@ class Problem:
 Build = Callable[[torch.device], Problem]
 
 
-def fused_peers(operator: Operator, device: torch.device, call: Callable[..., Any]) -> dict[str, Function]:
+def fused_peers(operator: Operator, device: torch.device, call: Function) -> tuple[dict[str, Function], dict[str, str]]:
     """`call(..., backend=b)` for every fused implementation of `operator` that is made for `device`.
 
-    One that cannot run here, as the extension is not built, say, is there by name: see `split_missing`.
+    Those that cannot run here, as the extension is not built, say, come second, with the reason.
     """
     found: dict[str, Function] = {}
+    missing: dict[str, str] = {}
     for backend in sorted(operator.fused & set(PREFERENCE.get(device.type, ()))):  # no interpreter: that is no peer
+        name = f"gdd_fast:{backend}"
         try:
             reason = obstacle(operator, backend, device.type)
         except BackendError as error:  # a stale extension: its peer says so in its row, and the others run
-            found[f"gdd_fast:{backend}"] = partial(_refuse, error)
+            found[name] = partial(_refuse, error)
             continue
-        found[f"gdd_fast:{backend}"] = partial(call, backend=backend) if reason is None else _missing(reason)
-    return found
-
-
-def _missing(reason: str) -> Function:
-    def peer(*_args: Any, **_kwargs: Any) -> Any:
-        raise UnavailableError(reason)
-
-    peer.missing = reason
-    return peer
-
-
-def split_missing(peers: dict[str, Function]) -> tuple[dict[str, Function], dict[str, str]]:
-    """The peers that can run, and of the others why they cannot."""
-    missing = {name: peer.missing for name, peer in peers.items() if hasattr(peer, "missing")}
-    return {name: peer for name, peer in peers.items() if name not in missing}, missing
+        if reason is None:
+            found[name] = partial(call, backend=backend)
+        else:
+            missing[name] = reason
+    return found, missing
 
 
 def _refuse(error: BackendError, *_args: Any, **_kwargs: Any) -> Any:
     raise error
-
-
-def nchw(function: Function) -> Function:
-    """Marks a peer whose maps are contiguous (NCHW), by its own settings; they are converted before it is timed."""
-    function.nchw = True
-    return function
 
 
 def operator_case(group: str, name: str, build: Build, *, backward: bool, compiled: bool = False) -> Case:
@@ -92,44 +82,51 @@ def operator_case(group: str, name: str, build: Build, *, backward: bool, compil
 
 def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool) -> Bench:
     problem = build(device)
+    stock = problem.stock
+    definition = problem.definition or stock
     names = problem.differentiable if backward else ()
-    inputs = {k: _leaf(t, k in names) for k, t in problem.inputs.items()}
-    with torch.no_grad():
-        shapes = tensors(problem.definition(**inputs))
+    given = [t for t in problem.inputs.values() if t is not None]
+
+    def changed(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        """The inputs anew; those of `names` want their gradients."""
+        return {
+            k: None if t is None else change(t).detach().requires_grad_(k in names) for k, t in problem.inputs.items()
+        }
+
+    inputs, meta = changed(lambda t: t), changed(lambda t: torch.empty_like(t, device="meta"))
+    shapes = tensors(_run(definition, inputs, (), []))
     cotangents = [torch.randn_like(y) for y in shapes] if backward else []
-    double = {k: _leaf(_double(t), k in names) for k, t in problem.inputs.items()}
-    truth = _run(problem.definition, double, names, [c.double() for c in cotangents])
-    accuracy = Accuracy(truth, _run(problem.definition, inputs, names, cotangents))
+    double = changed(lambda t: t.double() if t.is_floating_point() else t)
+    truth = _run(definition, double, names, [c.double() for c in cotangents])
+    accuracy = Accuracy(truth, _run(definition, inputs, names, cotangents))
     # the definition rounds once; plain PyTorch rounds after every step, so other peers are held against that
-    loose = Accuracy(truth, _run(problem.peers["stock"], inputs, names, cotangents), 2 * FACTOR)
+    loose = Accuracy(truth, _run(stock, inputs, names, cotangents), 2 * FACTOR)
     del truth, double
 
-    def prepared(function: Function) -> Call:
-        own = inputs
-        if getattr(function, "nchw", False):
-            own = {k: _leaf(_contiguous(t), k in names) for k, t in inputs.items()}
+    def peer(function: Function, own: dict[str, Tensor | None] = inputs) -> Call:
         return partial(_run, function, own, names, cotangents)
 
-    usable, missing = split_missing(problem.peers)
-    peers = {name: partial(prepared, f) for name, f in usable.items()}
-    bounds = {} if backward else problem.bounds
+    bounds = {} if backward or compiled else problem.bounds
     if compiled:
-        compiled_stock = partial(torch.compile, problem.peers["stock"], fullgraph=True, dynamic=False)
-        peers, missing, problem.extra, bounds = {"compile": lambda: prepared(compiled_stock())}, {}, {}, {}
-    peers |= {name: partial(prepared, f) for name, f in bounds.items()}
-    peers |= {name: (lambda f=f: prepared(f())) for name, f in problem.extra.items()}
-    floating = [t for t in problem.inputs.values() if t is not None]
+        peers = {"compile": lambda: peer(torch.compile(stock, fullgraph=True, dynamic=False))}
+        missing: dict[str, str] = {}
+    else:
+        fused, missing = fused_peers(problem.operator, device, problem.ours)
+        peers = {"official": lambda: peer(problem.official or stock, changed(torch.Tensor.contiguous))}
+        peers |= {name: partial(peer, f) for name, f in ({"stock": stock} | fused | bounds).items()}
+        peers |= {name: (lambda make=make: peer(make())) for name, make in problem.extra.items()}
+    flops = count_flops(lambda: _run(definition, meta, names, [torch.empty_like(c, device="meta") for c in cotangents]))
     return Bench(
         peers,
         accuracy.check,
-        bytes=_bytes(problem, floating, shapes, names),
-        flops=count_flops(lambda: _on_meta(problem, names)) or None,
-        precision=_precision(floating),
+        bytes=_bytes(problem, given, shapes, names),
+        flops=flops or None,
+        precision="bf16" if any(t.dtype == torch.bfloat16 for t in given) else "fp32",
         headline="device",
         like=accuracy.outputs,
         checks={name: loose.check for name in peers if not name.startswith("gdd_fast")},
         missing=missing,
-        bounds={name: _size(floating) + _size(tensors(_run(f, inputs, (), []))) for name, f in bounds.items()},
+        bounds={name: _size(given) + _size(tensors(_run(f, inputs, (), []))) for name, f in bounds.items()},
     )
 
 
@@ -156,36 +153,8 @@ def _size(some: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in some)
 
 
-def _on_meta(problem: Problem, names: Sequence[str]) -> None:
-    inputs = {
-        k: None if t is None else torch.empty_like(t, device="meta", requires_grad=k in names)
-        for k, t in problem.inputs.items()
-    }
-    outputs = tensors(problem.definition(**inputs))
-    if names:
-        torch.autograd.grad(outputs, [inputs[n] for n in names], [torch.empty_like(y) for y in outputs])
-
-
-def _leaf(t: Tensor | None, wants_gradient: bool) -> Tensor | None:
-    return None if t is None else t.detach().requires_grad_(wants_gradient)
-
-
-def _double(t: Tensor | None) -> Tensor | None:
-    return t.double() if t is not None and t.is_floating_point() else t
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _precision(inputs: Sequence[Tensor]) -> str:
-    return "bf16" if any(t.dtype == torch.bfloat16 for t in inputs) else "fp32"
-
-
 def package(name: str) -> Any:
     """An optional package that has a peer; raises UnavailableError if it cannot be imported."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:  # built for another torch or CUDA: not usable here either

@@ -7,16 +7,17 @@ the entry that a person would add ("sm_90": {...}).
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.cases import operator_inputs
-from benchmarks.cases.layer_calls import ConvCall, convolution_calls, norm_calls, pool_calls, residual_calls
+from benchmarks.cases.layer_calls import ConvCall, layers
 from benchmarks.harness.case import Bench, Case, computes, describe_error
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
@@ -49,43 +50,37 @@ def using(entry: str, architecture: str, options: Options) -> Iterator[None]:
     """`entry` of the table of launch options overridden for `architecture`, put back afterwards."""
     from gdd_fast.kernels import _launch
 
-    table = _launch._table()[entry]
-    before = table.get(architecture)
-    table[architecture] = options
     _launch.configuration.cache_clear()
     try:
-        yield
+        with mock.patch.dict(_launch._table()[entry], {architecture: options}):
+            yield
     finally:
-        if before is None:
-            del table[architecture]
-        else:
-            table[architecture] = before
         _launch.configuration.cache_clear()
 
 
 def entries(smoke: bool) -> dict[str, list[Case]]:
     """The entries that can be tuned, with the cases each is judged by: three layers, small to large."""
     batch, dtype = (1, torch.float32) if smoke else (64, torch.bfloat16)
-    norms, residuals, convolutions, pools = norm_calls(), residual_calls(), convolution_calls(), pool_calls()
+    found = layers()
 
-    def some(layers: Sequence[Any]) -> list[Any]:
-        return [layers[0], layers[len(layers) // 2], layers[-1]][: 1 if smoke else 3]
+    def some(calls: Sequence[Any]) -> list[Any]:
+        return list(dict.fromkeys([calls[0], calls[len(calls) // 2], calls[-1]]))[: 1 if smoke else 3]
 
-    def bits(layer: ConvCall) -> Case:
-        return Case("relu_bits", str(layer), partial(_bits, layer, batch, dtype))
-
-    def cases(group: str, layers: list[Any], problem: Callable[..., Any], backward: bool, kind: Any = dtype):
-        chosen = some(layers)
-        build = [partial(problem, layer, batch, kind) for layer in chosen]
-        return [operator_case(group, str(layer), b, backward=backward) for layer, b in zip(chosen, build, strict=True)]
+    def cases(group: str, calls: Sequence[Any], problem: Callable[..., Any], backward: bool) -> list[Case]:
+        return [
+            operator_case(group, str(call), partial(problem, call, batch, dtype), backward=backward)
+            for call in some(calls)
+        ]
 
     return {
-        "group_norm_silu.forward": cases("group_norm_silu", norms, operator_inputs.norm_problem, False),
-        "group_norm_silu.backward": cases("group_norm_silu", norms, operator_inputs.norm_problem, True),
-        "residual": cases("residual", residuals, operator_inputs.residual_problem, False),
-        "relu_bits": [bits(layer) for layer in some(convolutions)],
-        "max_pool2x2": cases("max_pool2x2", pools, operator_inputs.pool_problem, True),
-        "to_uint8": cases("to_uint8", [32, 64], operator_inputs.bytes_problem, False, torch.float32),
+        "group_norm_silu.forward": cases("group_norm_silu", found.norms, operator_inputs.norm_problem, False),
+        "group_norm_silu.backward": cases("group_norm_silu", found.norms, operator_inputs.norm_problem, True),
+        "residual": cases("residual", found.residuals, operator_inputs.residual_problem, False),
+        "relu_bits": [
+            Case("relu_bits", str(call), partial(_bits, call, batch, dtype)) for call in some(found.convolutions)
+        ],
+        "max_pool2x2": cases("max_pool2x2", found.pools, operator_inputs.pool_problem, True),
+        "to_uint8": cases("to_uint8", found.images, operator_inputs.bytes_problem, False),
     }
 
 
@@ -93,8 +88,7 @@ def _bits(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.device)
     """What the kernels of relu_bits do, for one output and its gradient: the convolution, which is the
     library's and takes most of the time, is left out.
     """
-    side = (layer.resolution + 2 * layer.padding - layer.size[2]) // layer.stride + 1
-    shape, ceiling = (batch, layer.size[0], side, side), CEILING[layer.activation]
+    shape, ceiling = (batch, layer.size[0], layer.output_side, layer.output_side), CEILING[layer.activation]
     start, dy = (4 * torch.randn(shape, device=device) for _ in range(2))
     start, dy = (t.to(dtype, memory_format=torch.channels_last) for t in (start, dy))
     y, clamped = start.clone(), start.clone()
@@ -160,12 +154,10 @@ def tune_entry(
             break
         try:
             with using(entry, architecture, options):
-                times = [_time(bench, device) for bench in benches]
-            tried.append({"options": options, "seconds": math.exp(sum(map(math.log, times)) / len(times))})
-        except MismatchError as error:
-            tried.append({"options": options, "failed": str(error)})
-        except Exception as error:  # out of registers or shared memory, say: no setting for this GPU
-            tried.append({"options": options, "failed": describe_error(error)})
+                tried.append({"options": options, "seconds": geometric_mean(_time(bench, device) for bench in benches)})
+        except Exception as error:  # wrong, or out of registers or shared memory, say: no setting for this GPU
+            failed = str(error) if isinstance(error, MismatchError) else describe_error(error)
+            tried.append({"options": options, "failed": failed})
             if not computes(device):
                 break
     timed = [one for one in tried if "seconds" in one]

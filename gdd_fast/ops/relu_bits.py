@@ -67,7 +67,7 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
         return relu_bits_ref(x, activation, inplace)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
-        y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace, "triton")
+        y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace)
         if y is not None:
             return y
     return _Relu.apply(x, CEILING[activation], inplace, implementation)

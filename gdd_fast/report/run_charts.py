@@ -9,6 +9,11 @@ from gdd_fast.metrics.names import TEACHER, deviation_key, higher_is_better
 from gdd_fast.report.run_record import RunRecord
 
 AXES = ("images", "minutes")
+WARNINGS = {
+    "discriminator_collapsed": "discriminator collapsed",
+    "discriminator_saturated": "discriminator tells all apart",
+    "loss_ran_away": "a loss ran away",
+}
 # title, what it says, and the columns that share its axis; those that no run has are left out.
 TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
@@ -29,6 +34,7 @@ TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
     ("R1 penalty", "squared gradient norm at real images", {"r1_penalty": "R1 penalty"}),
     ("Gradient norm of R1 steps", "mean of the steps between two ticks", {"grad_norm_r1": "discriminator"}),
+    ("Warnings", "1 where there is one", WARNINGS),
 )
 MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Images per second", "sheets and metrics of the tick included", {"images_per_second": "images/s"}),

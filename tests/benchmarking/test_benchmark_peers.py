@@ -14,14 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import network_cases
-from benchmarks.cases.layer_calls import (
-    ConvCall,
-    MapCall,
-    attention_calls,
-    convolution_calls,
-    pool_calls,
-    resample_calls,
-)
+from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.operator_inputs import conv_problem, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
@@ -90,11 +83,10 @@ def test_flops_are_counted_through_second_derivatives():
 
 
 def test_layers_of_the_networks():
-    assert {(c.channels, c.resolution) for c in attention_calls() if c.heads == 1} == {(256, 16), (256, 8)}
-    assert any(c.up and len(c.taps) == 4 for c in resample_calls())
-    convolutions, pools = convolution_calls(), pool_calls()
-    assert [p.resolution for p in pools] == [224, 112, 56, 28]
-    assert any(c.groups > 1 for c in convolutions) and any(c.activation == "relu" for c in convolutions)
+    found = layers()
+    assert {(c.channels, c.resolution) for c in found.attentions if c.heads == 1} == {(256, 16), (256, 8)}
+    assert any(c.up and len(c.taps) == 4 for c in found.resamples)
+    assert any(c.groups > 1 for c in found.convolutions) and any(c.activation == "relu" for c in found.convolutions)
 
 
 def test_operator_cases_take_turns_and_name_each_case_once():
@@ -368,7 +360,7 @@ def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
 
 def test_bytes_of_backward_are_what_it_reads():
     """A ReLU's convolution needs one bit per output, pooling a byte; neither its input again."""
-    conv = ConvCall((8, 4, 3, 3), 8, 1, 1, 1, "relu")
+    conv = ConvCall(4, 8, (8, 4, 3, 3), 1, 1, 1, "relu")
     x, weight, bias, y = 4 * 2 * 4 * 64, 4 * 8 * 4 * 9, 4 * 8, 4 * 2 * 8 * 64
     bench = operator_case("c", "c", partial(conv_problem, conv, 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.counts.saved_bytes import plain_pytorch
+from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.backend import obstacle
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty

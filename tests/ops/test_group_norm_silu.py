@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.cases.layer_calls import norm_calls
+from benchmarks.cases.layer_calls import layers
 from gdd_fast.ops.group_norm_silu import OPERATOR, group_norm_silu, group_norm_silu_ref
 from gdd_fast.ops.residual import residual
 from norm_case import BACKENDS, LAYOUTS, Case
 from parity import backends, device_for
 
-CALLS = norm_calls()
+CALLS = layers().norms
 
 
 def test_definition_is_the_formula():
