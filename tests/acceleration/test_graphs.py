@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import gdd_fast
 from gdd_fast.acceleration.graphs import CALLS, Forwards, capture_forwards
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.training.rehearsal import Rehearsal
+from rehearsal import Rehearsal
 
 CPU = torch.device("cpu")
 
