@@ -5,13 +5,14 @@
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 
 Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs
-in a process of its own, the first in several at once, with a share of what is left of `--budget-s`, and saves after
+in a process of its own, correctness in several at once, with a share of what is left of `--budget-s`, and saves after
 every row: what cuts it off costs the row in progress. A process that dies (a fault in a kernel ends a CUDA process for
 good) is started again behind the case that killed it. What failed is listed at the end by operator, shape, peer, error.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -123,9 +124,13 @@ def _note(results: Results, kind: str, part: str, what: Any) -> None:
 
 
 def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
-    """Run a part in processes of its own until it is through, out of time, or has died too often."""
+    """Run a part in processes of its own until it is through or out of time, however often one dies.
+
+    Each of them leaves its case behind; one that left none is the last. Only the tuning has no cases: it gets
+    `_RESTARTS`.
+    """
     path = Path(options.out)
-    for attempt in range(_RESTARTS):
+    for attempt in itertools.count():
         command = [sys.executable, "-m", "benchmarks.gpu_battery", "--part", part, json.dumps(asdict(options))]
         try:
             status = subprocess.run(command, cwd=ROOT, timeout=max(options.left(), 0) + _GRACE_SECONDS).returncode
@@ -146,13 +151,16 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
         results.save(path)
         if running is None and status != _DIED and part != "tune":  # it would end in the same way again
             return
-        if options.left() < 5:
+        if options.left() < 5 or (part == "tune" and attempt + 1 == _RESTARTS):
             return
         say(f"{part}: started again, {attempt + 1}")
 
 
 def supervise_together(part: str, options: Options, say: Callable[[str], None], processes: int) -> None:
-    """`supervise` for so many processes at once, each with a file of its own; the next case is whose that is free."""
+    """`supervise` for so many processes at once, each with a file of its own; the next case is whose that is free.
+
+    What memory did not suffice for then gets the GPU for itself.
+    """
     results = Results.load(Path(options.out))
     with tempfile.TemporaryDirectory() as folder:
         own = [replace(options, out=f"{folder}/{i}.json", taken=folder) for i in range(processes)]
@@ -165,7 +173,23 @@ def supervise_together(part: str, options: Options, say: Callable[[str], None], 
             for kind in ("verdicts", "cut_off", "died"):
                 for what in found.notes.get(kind, {}).get(part, []):
                     _note(results, kind, part, what)
+    again = _without_memory(results, part)
+    cases = cases_of(part, options.smoke)
+    results.notes.setdefault("done", {})[part] = [
+        number for number, case in enumerate(cases) if (case.group, case.name) not in again
+    ]
     results.save(Path(options.out))
+    if again and options.left() > 5:
+        say(f"{part}: {len(again)} cases again, one after the other: memory did not suffice for all at once")
+        supervise(part, options, say)
+
+
+def _without_memory(results: Results, part: str) -> set[tuple[str, str]]:
+    """The cases in which a peer had too little memory; what is known of them is dropped."""
+    verdicts = results.notes.get("verdicts", {}).get(part, [])
+    again = {(group, case) for group, case, _, verdict in verdicts if verdict == OUT_OF_MEMORY}
+    verdicts[:] = [verdict for verdict in verdicts if (verdict[0], verdict[1]) not in again]
+    return again
 
 
 def processes_of(part: str, device: torch.device) -> int:

@@ -6,7 +6,7 @@
 namespace gdd_fast {
 namespace {
 
-// Where a size is 1, its stride says nothing of where the elements are.
+// The stride of a dimension of size 1 does not matter.
 bool same_memory(const at::Tensor& t, const at::Tensor& p) {
   for (int64_t d = 0; d < p.dim(); d++) {
     if (p.size(d) > 1 && t.stride(d) != p.stride(d)) return false;

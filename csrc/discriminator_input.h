@@ -13,7 +13,7 @@ namespace gdd_fast {
 constexpr int kBackbones = 4;  // at most, in one call
 
 // y[b][n, c, i, j] = scale[b][c] * B(x)[n, c, i, j] + shift[b][c], where B is the bilinear resize (align_corners=False)
-// of x, whose only channel, if it has but one, counts three times.
+// of x, whose channel counts three times if it has only one.
 struct DiscriminatorInput {
   int64_t images, channels, height, width, size;   // of x; of a side of y
   int64_t stride_n, stride_c, stride_h, stride_w;  // of x or its gradient, in elements

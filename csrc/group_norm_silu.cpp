@@ -35,7 +35,7 @@ NormRows rows(const std::optional<at::Tensor>& t, int64_t images, int64_t channe
   return {t->const_data_ptr<float>(), t->size(0) == 1 ? 0 : t->stride(0)};
 }
 
-// What a call normalises and with what; `second` is of no channels where there is no skip.
+// What a call normalises and with what; `second` has no channels where there is no skip.
 GroupNormSilu described(const at::Tensor& x, const NormMap& first, const NormMap& second, int64_t groups,
                         const at::Tensor& weight, const at::Tensor& bias, double eps,
                         const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
@@ -43,7 +43,7 @@ GroupNormSilu described(const at::Tensor& x, const NormMap& first, const NormMap
   const at::Tensor& skip = second.map;
   TORCH_CHECK_VALUE(skip.scalar_type() == x.scalar_type() && skip.size(0) == x.size(0) && skip.size(2) == x.size(2) &&
                         skip.size(3) == x.size(3),
-                    "group_norm_silu: x and skip must match but in channels");
+                    "group_norm_silu: x and skip must match in all but channels");
   const int64_t images = x.size(0), channels = first.channels + second.channels, pixels = x.size(2) * x.size(3);
   TORCH_CHECK_VALUE(groups > 0 && channels > 0 && channels % groups == 0 && pixels > 0, "group_norm_silu: ", channels,
                     " channels of ", pixels, " pixels cannot be normalised in ", groups, " groups");

@@ -1,6 +1,6 @@
 // The autograd of gdd_fast/ops/group_norm_silu in C++: gdd_fast_C::group_norm_silu_differentiable around the CPU's
-// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms a layer and
-// step, more than a small map takes.
+// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms per layer
+// and step, more than a small map takes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/group_norm.h>
@@ -26,13 +26,13 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using Optional = std::optional<at::Tensor>;
 
-// Of the tensors that gradients are taken of, in this order everywhere; absent ones are undefined.
+// Places of the tensors that gradients are taken of, in this order everywhere; absent ones are undefined.
 enum { kX, kSkip, kWeight, kBias, kAdd, kScale, kShift, kInputs };
 
 Optional optional(const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 at::Tensor plain(const Optional& t) { return t.value_or(at::Tensor()); }
 
-// As the CPU's kernels take it: channels side by side and pixels evenly spaced; float32.
+// In the form that the CPU's kernels take: channels side by side and pixels evenly spaced; float32.
 at::Tensor laid_out(const at::Tensor& x) {
   return !x.defined() || (evenly_spaced(x) && x.stride(1) == 1) ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 }
@@ -43,7 +43,7 @@ at::Tensor row(const at::Tensor& t) {
   return wide.stride(-1) == 1 ? wide : wide.contiguous();
 }
 
-// As Triton's kernels take it.
+// In the form that Triton's kernels take.
 at::Tensor spaced(const at::Tensor& x) { return !x.defined() || evenly_spaced(x) ? x : x.contiguous(memory_format(x)); }
 at::Tensor rows_side_by_side(const at::Tensor& t) { return !t.defined() || t.stride(-1) == 1 ? t : t.contiguous(); }
 
@@ -62,24 +62,26 @@ struct Call {
 // y, mean and rstd
 std::array<at::Tensor, 3> forward_pass(const variable_list& t, const Call& call) {
   if (call.forward) {
-    std::vector<at::Tensor> made = (*call.forward)({t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift],
-                                                    call.x_statistics, call.skip_statistics});
+    std::vector<at::Tensor> made = (*call.forward)({t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale],
+                                                    t[kShift], call.x_statistics, call.skip_statistics});
     return {made[0], made[1], made[2]};
   }
-  const auto [y, mean, rstd] =
-      group_norm_silu(laid_out(t[kX]), optional(laid_out(t[kSkip])), call.groups, row(t[kWeight]), row(t[kBias]),
-                      call.eps, optional(row(t[kAdd])), optional(row(t[kScale])), optional(row(t[kShift])), call.silu, true);
+  const auto [y, mean, rstd] = group_norm_silu(laid_out(t[kX]), optional(laid_out(t[kSkip])), call.groups,
+                                               row(t[kWeight]), row(t[kBias]), call.eps, optional(row(t[kAdd])),
+                                               optional(row(t[kScale])), optional(row(t[kShift])), call.silu, true);
   return {y, mean, rstd};
 }
 
 // The gradients that are needed; those of the parameters by image.
-variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean, const at::Tensor& rstd,
-                            const std::vector<int>& needed, bool silu, LaunchPlans* plans, const std::string& backend) {
+variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean,
+                            const at::Tensor& rstd, const std::vector<int>& needed, bool silu, LaunchPlans* plans,
+                            const std::string& backend) {
   variable_list gradients(kInputs);
   if (plans != nullptr) {
     int bits = 0;
     for (const int i : needed) bits |= 1 << i;
-    const at::Tensor inputs[] = {spaced(dy), t[kX], t[kSkip], t[kWeight], t[kBias], t[kAdd], t[kScale], t[kShift], mean, rstd};
+    const at::Tensor inputs[] = {spaced(dy), t[kX],     t[kSkip],  t[kWeight], t[kBias],
+                                 t[kAdd],    t[kScale], t[kShift], mean,       rstd};
     const Plan plan = plans->find(Direction::kBackward, backend, inputs, {double(silu), double(bits)});
     TORCH_INTERNAL_ASSERT(plan != nullptr);
     std::vector<at::Tensor> made = (*plan)(inputs);
@@ -87,8 +89,8 @@ variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const 
     return gradients;
   }
   auto [dx, dskip, by_image] = group_norm_silu_backward(
-      laid_out(dy), laid_out(t[kX]), optional(laid_out(t[kSkip])), row(t[kWeight]), row(t[kBias]), optional(row(t[kAdd])),
-      optional(row(t[kScale])), optional(row(t[kShift])), mean, rstd, silu);
+      laid_out(dy), laid_out(t[kX]), optional(laid_out(t[kSkip])), row(t[kWeight]), row(t[kBias]),
+      optional(row(t[kAdd])), optional(row(t[kScale])), optional(row(t[kShift])), mean, rstd, silu);
   for (const int i : needed) gradients[i] = i == kX ? dx : i == kSkip ? dskip : by_image[i - kWeight];
   return gradients;
 }
@@ -171,14 +173,24 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
 at::Tensor differentiable(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
                           const at::Tensor& bias, double eps, const Optional& add, const Optional& scale,
                           const Optional& shift, bool silu) {
-  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift, Call{.groups = groups, .eps = eps, .silu = silu});
+  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift,
+                                      Call{.groups = groups, .eps = eps, .silu = silu});
 }
 
 // The same by plan; nothing where the operator is not Triton's, or the call is another's to make.
-Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
-                 const at::Tensor& bias, double eps, const Optional& add, const Optional& scale, const Optional& shift,
-                 bool silu, const Optional& x_statistics, const Optional& skip_statistics, const std::string& backend) {
-  at::Tensor given[] = {x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift), plain(x_statistics), plain(skip_statistics)};
+Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups,
+                 const at::Tensor& weight, const at::Tensor& bias, double eps, const Optional& add,
+                 const Optional& scale, const Optional& shift, bool silu, const Optional& x_statistics,
+                 const Optional& skip_statistics, const std::string& backend) {
+  at::Tensor given[] = {x,
+                        plain(skip),
+                        weight,
+                        bias,
+                        plain(add),
+                        plain(scale),
+                        plain(shift),
+                        plain(x_statistics),
+                        plain(skip_statistics)};
   if (x.dim() != 4 || (given[kSkip].defined() && given[kSkip].dim() != 4) || !unobserved(given)) return std::nullopt;
   for (int i = kX; i <= kSkip; i++) given[i] = spaced(given[i]);
   for (int i = kWeight; i <= kShift; i++) {

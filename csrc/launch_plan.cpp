@@ -1,4 +1,4 @@
-// The plans of launch_plan.h: their making from Python's words, and their running.
+// The plans of launch_plan.h: how they are made from Python's description, and how they run.
 #include "launch_plan.h"
 
 #include <ATen/DeviceGuard.h>
@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace gdd_fast {
 namespace {
 
-constexpr size_t kMostPlans = 4096;  // more are shapes that do not come back: all are forgotten
+constexpr size_t kMostPlans = 4096;  // more are shapes that do not return: all are dropped
 constexpr int64_t kAlignment = 16;   // what Triton compiles kernels anew for
 
 // cuLaunchKernel, found where the driver is: the extension is built without CUDA as well.
@@ -188,6 +188,7 @@ static const gdd_fast::Bind bind_launch_plans([](py::module_& m) {
       .def(py::init([](py::object planner) { return c10::make_intrusive<LaunchPlans>(std::move(planner)); }))
       .def("__len__", &LaunchPlans::size);
   m.def(
-      "current_stream", [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(gdd_fast::current_stream(x.device())); },
+      "current_stream",
+      [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(gdd_fast::current_stream(x.device())); },
       "The handle of the stream that plans launch on, for tensors where x is.");
 });

@@ -1,9 +1,9 @@
 // Launches of Triton's kernels that are worked out once for a shape and repeated without Python.
 //
-// What a call of an operator launches is a function of its inputs' shapes, strides, types, devices and alignments and of
-// its numbers. The Python launchers (kernels/*.py) say it once; a LaunchPlan repeats it on other memory: it allocates
-// the results and hands the driver the same grids and arguments, with the addresses of the tensors at hand. No value and
-// no address is remembered.
+// What a call of an operator launches is a function of its inputs' shapes, strides, types, devices and alignments and
+// of its numbers. The Python launchers (kernels/*.py) say it once; a LaunchPlan repeats it on other memory: it
+// allocates the results and hands the driver the same grids and arguments, with the addresses of the tensors at hand.
+// No value and no address is remembered.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
@@ -85,7 +85,7 @@ class LaunchPlans : public torch::CustomClassHolder {
 using Plans = c10::intrusive_ptr<LaunchPlans>;
 using Plan = std::shared_ptr<const LaunchPlan>;
 
-// Whether a call with these is computed at once: no mode looks on, no tensor is another's kind.
+// Whether a call with these is computed at once: no dispatch mode is active, and no tensor is of another class.
 bool unobserved(at::ArrayRef<at::Tensor> tensors);
 
 }  // namespace gdd_fast

@@ -1,4 +1,4 @@
-// Max pooling over 2x2 windows with one byte an output for backward.
+// Max pooling over 2x2 windows with one byte per output for backward.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -23,26 +23,14 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // What the gradient goes back to, and by whose kernels.
-struct Pooled {
+struct Pooled : torch::CustomClassHolder {
   int64_t height, width;
   at::MemoryFormat format;
   Plans plans;
-  std::string backend;
-
-  void keep(AutogradContext* ctx) const {
-    ctx->saved_data["height"] = height;
-    ctx->saved_data["width"] = width;
-    ctx->saved_data["format"] = format;
-    ctx->saved_data["plans"] = c10::IValue::make_capsule(plans);
-    ctx->saved_data["backend"] = backend;
-  }
-  static Pooled kept(AutogradContext* ctx) {
-    return {ctx->saved_data["height"].toInt(), ctx->saved_data["width"].toInt(),
-            ctx->saved_data["format"].toMemoryFormat(),
-            c10::static_intrusive_pointer_cast<LaunchPlans>(ctx->saved_data["plans"].toCapsule()),
-            ctx->saved_data["backend"].toStringRef()};
-  }
+  Pooled(const at::Tensor& x, at::MemoryFormat format, Plans plans)
+      : height(x.size(2)), width(x.size(3)), format(format), plans(std::move(plans)) {}
 };
+using Holder = c10::intrusive_ptr<Pooled>;
 
 at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Pooled& of) {
   const at::Tensor dy = gradient.contiguous(of.format);
@@ -50,8 +38,10 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
   const std::vector<int64_t> size = {dy.size(0), dy.size(1), of.height, of.width};
   // no window holds an odd last row or column
   const bool odd = of.height % 2 != 0 || of.width % 2 != 0;
-  const at::Tensor inputs[] = {dy, places, odd ? at::zeros(size, dy.options()).contiguous(of.format) : at::empty(size, options)};
-  const Plan plan = of.plans->find(Direction::kBackward, of.backend, inputs, {double(of.format == at::MemoryFormat::ChannelsLast)});
+  const at::Tensor inputs[] = {dy, places,
+                               odd ? at::zeros(size, dy.options()).contiguous(of.format) : at::empty(size, options)};
+  const Plan plan =
+      of.plans->find(Direction::kBackward, "triton", inputs, {double(of.format == at::MemoryFormat::ChannelsLast)});
   TORCH_INTERNAL_ASSERT(plan != nullptr);
   (*plan)(inputs);
   return inputs[2];
@@ -60,7 +50,8 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
 // Of every window the value at its place; PyTorch differentiates it.
 at::Tensor collect(const at::Tensor& x, const at::Tensor& places) {
   const auto window = [&](int64_t place) {
-    return x.index({Slice(), Slice(), Slice(place / 2, places.size(2) * 2, 2), Slice(place % 2, places.size(3) * 2, 2)});
+    return x.index(
+        {Slice(), Slice(), Slice(place / 2, places.size(2) * 2, 2), Slice(place % 2, places.size(3) * 2, 2)});
   };
   at::Tensor y = window(0);
   for (int64_t place = 1; place < 4; place++) y = at::where(places == place, window(place), y);
@@ -69,9 +60,9 @@ at::Tensor collect(const at::Tensor& x, const at::Tensor& places) {
 
 // Linear in dy: its derivative takes every window's value from where the maximum was.
 struct Spread : torch::autograd::Function<Spread> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& places, const Pooled& of) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& places, const Holder& of) {
     ctx->save_for_backward({places});
-    return spread(dy, places, of);
+    return spread(dy, places, *of);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& ddxs) {
     return {collect(ddxs[0], ctx->get_saved_variables()[0]), Variable(), Variable()};
@@ -79,16 +70,16 @@ struct Spread : torch::autograd::Function<Spread> {
 };
 
 struct MaxPool : torch::autograd::Function<MaxPool> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Plan& plan, const Pooled& of) {
-    const std::vector<at::Tensor> made = (*plan)({x});
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Plan& plan, const Holder& of) {
+    const std::vector<at::Tensor> made = (*plan)(x);
     ctx->save_for_backward({made[1]});
-    of.keep(ctx);
+    ctx->saved_data["of"] = c10::IValue::make_capsule(of);
     return made[0];
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const at::Tensor places = ctx->get_saved_variables()[0];
-    const Pooled of = Pooled::kept(ctx);
-    const at::Tensor dx = at::GradMode::is_enabled() ? Spread::apply(dys[0], places, of) : spread(dys[0], places, of);
+    const auto of = c10::static_intrusive_pointer_cast<Pooled>(ctx->saved_data["of"].toCapsule());
+    const at::Tensor dx = at::GradMode::is_enabled() ? Spread::apply(dys[0], places, of) : spread(dys[0], places, *of);
     return {dx, Variable(), Variable()};
   }
 };
@@ -100,7 +91,8 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& map, con
   const at::Tensor x = map.contiguous(format);
   const Plan plan = plans->find(Direction::kForward, backend, x, {});
   if (!plan) return std::nullopt;
-  return MaxPool::apply(x, plan, Pooled{x.size(2), x.size(3), format, plans, backend});
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return (*plan)(x)[0];
+  return MaxPool::apply(x, plan, c10::make_intrusive<Pooled>(x, format, plans));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Where a ReLU is flat, one bit an element.
+// Where a ReLU is flat, one bit per element.
 #pragma once
 #include <ATen/core/Tensor.h>
 

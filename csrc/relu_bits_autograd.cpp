@@ -2,8 +2,11 @@
 #include "relu_bits_autograd.h"
 
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "binders.h"
 #include "relu_bits.h"
@@ -16,90 +19,81 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+const std::string kTriton = "triton";
+
+// What the gradient goes back to.
+struct Flat : torch::CustomClassHolder {
+  Plans plans;
+  at::MemoryFormat format;
+  Flat(Plans plans, at::MemoryFormat format) : plans(std::move(plans)), format(format) {}
+};
+
+c10::intrusive_ptr<Flat> kept(AutogradContext* ctx) {
+  return c10::static_intrusive_pointer_cast<Flat>(ctx->saved_data["of"].toCapsule());
+}
+
+at::Tensor mask(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits) {
+  if (!plans) return mask_bits(dy, bits);
+  const at::Tensor inputs[] = {dy, bits};
+  const Plan plan = plans->find(Direction::kBackward, kTriton, inputs, {});
+  TORCH_INTERNAL_ASSERT(plan != nullptr);
+  return (*plan)(inputs)[0];
+}
+
 // Its own derivative.
 struct Masked : torch::autograd::Function<Masked> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits,
-                            at::MemoryFormat format, const BitPacker& packer) {
+                            const c10::intrusive_ptr<Flat>& of) {
     ctx->save_for_backward({bits});
-    ctx->saved_data["format"] = format;
-    packer.keep(ctx);
-    return packer.mask(dy.contiguous(format), bits);
+    ctx->saved_data["of"] = c10::IValue::make_capsule(of);
+    return mask(of->plans, dy.contiguous(of->format), bits);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& ddys) {
-    const auto format = ctx->saved_data["format"].toMemoryFormat();
-    const at::Tensor ddy = masked(ddys[0], ctx->get_saved_variables()[0], format, BitPacker::kept(ctx));
-    return {ddy, Variable(), Variable(), Variable()};
+    const auto of = kept(ctx);
+    return {masked(of->plans, ddys[0], ctx->get_saved_variables()[0], of->format), Variable(), Variable()};
   }
 };
 
 struct Relu : torch::autograd::Function<Relu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double ceiling, bool inplace,
-                            const BitPacker& packer) {
+                            const c10::intrusive_ptr<Flat>& of) {
     at::Tensor y = x;
     if (inplace) {
       ctx->mark_dirty({y});
     } else {
       y = at::empty_like(x).copy_(x);
     }
-    ctx->save_for_backward({packer.pack(y, ceiling)});
-    ctx->saved_data["format"] = memory_format(x);
-    packer.keep(ctx);
+    ctx->save_for_backward({pack_bits(of->plans, y, ceiling)});
+    ctx->saved_data["of"] = c10::IValue::make_capsule(of);
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const auto format = ctx->saved_data["format"].toMemoryFormat();
-    const at::Tensor dx = masked(dys[0], ctx->get_saved_variables()[0], format, BitPacker::kept(ctx));
+    const auto of = kept(ctx);
+    const at::Tensor dx = masked(of->plans, dys[0], ctx->get_saved_variables()[0], of->format);
     return {dx, Variable(), Variable(), Variable()};
   }
 };
 
-// Nothing where the operator is not Triton's, or the call is another's to make. x is dense.
-std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, double ceiling, bool inplace,
-                                  const std::string& backend) {
-  const BitPacker packer{plans, backend};
-  if (!unobserved(x) || !packer.ready(x, ceiling)) return std::nullopt;
-  return Relu::apply(x, ceiling, inplace, packer);
+// Nothing where the call is another's to make. x is dense.
+std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, double ceiling, bool inplace) {
+  if (!unobserved(x)) return std::nullopt;
+  return Relu::apply(x, ceiling, inplace, c10::make_intrusive<Flat>(plans, memory_format(x)));
 }
 
 }  // namespace
 
-bool BitPacker::ready(const at::Tensor& y, double ceiling) const {
-  return plans->find(Direction::kForward, backend, y, {ceiling}) != nullptr;
-}
-
-at::Tensor BitPacker::pack(at::Tensor& y, double ceiling) const {
+at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling) {
   if (!plans) return relu_bits_(y, ceiling);
-  const Plan plan = plans->find(Direction::kForward, backend, y, {ceiling});
+  const Plan plan = plans->find(Direction::kForward, kTriton, y, {ceiling});
   TORCH_INTERNAL_ASSERT(plan != nullptr);
   return (*plan)(y)[0];
 }
 
-at::Tensor BitPacker::mask(const at::Tensor& dy, const at::Tensor& bits) const {
-  if (!plans) return mask_bits(dy, bits);
-  const at::Tensor inputs[] = {dy, bits};
-  const Plan plan = plans->find(Direction::kBackward, backend, inputs, {});
-  TORCH_INTERNAL_ASSERT(plan != nullptr);
-  return (*plan)(inputs)[0];
-}
-
-void BitPacker::keep(AutogradContext* ctx) const {
-  if (!plans) return;
-  ctx->saved_data["plans"] = c10::IValue::make_capsule(plans);
-  ctx->saved_data["backend"] = backend;
-}
-
-BitPacker BitPacker::kept(AutogradContext* ctx) {
-  const auto plans = ctx->saved_data.find("plans");
-  if (plans == ctx->saved_data.end()) return {};
-  return {c10::static_intrusive_pointer_cast<LaunchPlans>(plans->second.toCapsule()),
-          ctx->saved_data["backend"].toStringRef()};
-}
-
-at::Tensor masked(const at::Tensor& dy, const at::Tensor& bits, at::MemoryFormat format, const BitPacker& packer) {
-  return at::GradMode::is_enabled() ? Masked::apply(dy, bits, format, packer)
-                                    : packer.mask(dy.contiguous(format), bits);
+at::Tensor masked(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits, at::MemoryFormat format) {
+  return at::GradMode::is_enabled() ? Masked::apply(dy, bits, c10::make_intrusive<Flat>(plans, format))
+                                    : mask(plans, dy.contiguous(format), bits);
 }
 
 static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_relu_bits", &planned); });

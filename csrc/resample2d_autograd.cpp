@@ -1,5 +1,5 @@
 // gdd_fast_C::resample2d_differentiable: the layouts and the autograd of gdd_fast/ops/resample2d.py in C++. In Python
-// they cost 40 microseconds a call, a seventh of what halving 8 MB takes on a CPU.
+// they cost 40 microseconds per call, a seventh of what halving 8 MB takes on a CPU.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -19,7 +19,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Optional = std::optional<at::Tensor>;
 
-// By way of the dispatcher, for tensors that stand for several, as those of batched gradients do.
+// Through the dispatcher, for tensors that stand for several, such as those of batched gradients.
 at::Tensor dispatched(const at::Tensor& x, const at::Tensor& kernel, const Optional& add, bool up, int64_t padding,
                       int64_t height, int64_t width, double gain, double scale, bool channels_last) {
   static const auto op =

@@ -43,9 +43,9 @@ struct Residual : torch::autograd::Function<Residual> {
 };
 
 // y, and its statistics or an empty tensor; nothing where the operator is not Triton's, or the call another's to make.
-std::optional<std::pair<at::Tensor, at::Tensor>> planned(const Plans& plans, const at::Tensor& h, const at::Tensor& skip,
-                                                         const std::optional<at::Tensor>& bias, double scale,
-                                                         bool statistics, const std::string& backend) {
+std::optional<std::pair<at::Tensor, at::Tensor>> planned(const Plans& plans, const at::Tensor& h,
+                                                         const at::Tensor& skip, const std::optional<at::Tensor>& bias,
+                                                         double scale, bool statistics, const std::string& backend) {
   at::Tensor given[] = {h, skip, bias.value_or(at::Tensor())};
   if (h.dim() != 4 || skip.dim() != 4 || !unobserved(given)) return std::nullopt;
   for (int i = 0; i < 2; i++) {
@@ -54,9 +54,10 @@ std::optional<std::pair<at::Tensor, at::Tensor>> planned(const Plans& plans, con
   if (given[2].defined()) given[2] = given[2].contiguous();
   const Plan plan = plans->find(Direction::kForward, backend, given, {scale, double(statistics)});
   if (!plan) return std::nullopt;
-  const auto made = at::GradMode::is_enabled()
-                        ? Residual::apply(given[0], given[1], bias.has_value() ? std::optional(given[2]) : std::nullopt, scale, plan)
-                        : (*plan)(given);
+  const auto made =
+      at::GradMode::is_enabled()
+          ? Residual::apply(given[0], given[1], bias.has_value() ? std::optional(given[2]) : std::nullopt, scale, plan)
+          : (*plan)(given);
   return std::pair(made[0], made[1]);
 }
 

@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late: --help needs no torch
     from tqdm import tqdm
 
-    from gdd_fast.bundled import teacher_path
     from gdd_fast.device import full_float32, pick_device
     from gdd_fast.files import atomic_write
+    from gdd_fast.interop.hub import network_path
     from gdd_fast.models.files.load import load_generator
     from gdd_fast.report import layer_analysis, layer_map
 
     device = pick_device(config.device)
-    teacher = load_generator(teacher_path(config.teacher), device, "float32")
+    teacher = load_generator(network_path(config.teacher), device, "float32")
     student = None if config.student is None else load_generator(config.student, device, "float32")
     work = config.levels + (student is not None)
     with full_float32(), tqdm(total=work, desc="Noise levels", unit="level", dynamic_ncols=True) as bar:

@@ -119,7 +119,7 @@ def obstacle(operator: Operator, backend: str, device: str) -> str | None:
 
 
 def _triton_obstacle(device: str) -> str | None:
-    if find_spec("triton") is None:
+    if "triton" not in sys.modules and find_spec("triton") is None:
         return "triton is not installed"
     if device == "cuda":
         return None

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO, TypeVar
 
-from gdd_fast.errors import FULL, ConfigError, GddFastError
+from gdd_fast.errors import FULL, ConfigError, GddFastError, LostProcessError
 
 T = TypeVar("T")
+_LET_THE_OTHER_SPEAK = 3.0  # seconds in which torchrun sees which process ended first
 
 
 def parse(
@@ -128,10 +129,16 @@ def _usable_streams() -> Iterator[None]:
 
 def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     try:
+        _check_working_directory()
         try:
             main(*args, **kwargs)
         finally:
             sys.stdout.flush()  # an error in writing is reported here, and not by Python as it exits
+    except LostProcessError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        time.sleep(_LET_THE_OTHER_SPEAK)
+        raise SystemExit(2) from None
     except GddFastError as error:
         _end(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -147,6 +154,14 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _check_working_directory() -> None:
+    """PyTorch asks for it in the middle of its work, wherever the files lie."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory is gone: cd to one that is there") from None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

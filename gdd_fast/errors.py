@@ -42,6 +42,14 @@ class DivergedError(GddFastError):
     """Training stopped because too many steps in a row had gradients that were not finite."""
 
 
+class NotFiniteError(GddFastError):
+    """`--debug-finite` has found a value that is not finite."""
+
+
+class LostProcessError(GddFastError):
+    """Another process of the same run has ended before its time. What is wrong is told by that one."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:

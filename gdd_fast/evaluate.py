@@ -24,23 +24,25 @@ from tqdm import tqdm
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
-from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
 from gdd_fast.config import named_paths
 from gdd_fast.data import ImageDataset, load_data, open_dataset
 from gdd_fast.data.dataset import choose_images
-from gdd_fast.device import full_float32, pick_device
+from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
+from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
-from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
+from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
+from gdd_fast.metrics.names import deviation_key, label
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import save_reference
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.ranks import ALONE, World, is_main, join
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.seeds import check_class, parse_seeds
 from gdd_fast.settings import Settings
@@ -51,7 +53,8 @@ class EvaluateConfig(Settings):
     """What `evaluate` measures."""
 
     net: str | None = None
-    """The generator: EDM .pkl, network folder, or training run folder (its EMA generator); `demo`: bundled teacher."""
+    """The generator: EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the
+    name of a repository of the Hub that holds one; `demo` is the bundled teacher."""
     samples: Path | None = None
     """Instead of --net, images already made: a zip, folder or npz as gdd_fast.sample writes them."""
     data: str | None = None
@@ -182,20 +185,22 @@ class ReferenceConfig(Settings):
 def reference(config: ReferenceConfig) -> int:
     """Write the statistics that `config` asks for; the number of images. Raises a `GddFastError` before any work."""
     config.validate()
-    dataset = load_data(config.data)
-    measurement = Measurement(
-        parse_metrics(f"fd@{config.features}"),
-        weights=named_paths("--feature-weights", config.feature_weights),
-        resolution=config.feature_resolution,
-        device=pick_device(config.device),
-    )
-    needs = [Needs(statistics=True, rows=config.with_features)]
-    total = min(len(dataset), config.data_images or len(dataset))
-    with _bar(total, "real") as bar:
-        options = {"batch": config.batch, "max_images": config.data_images, "progress": bar.update}
-        (found,) = dataset_populations(dataset, measurement.extractors, needs, **options)
-    save_reference(found, config.out, rows=config.with_features)
-    return found.count
+    with join(config.device) as world:
+        dataset = load_data(config.data)
+        measurement = Measurement(
+            parse_metrics(f"fd@{config.features}"),
+            weights=named_paths("--feature-weights", config.feature_weights),
+            resolution=config.feature_resolution,
+            device=world.device,
+        )
+        needs = [Needs(statistics=True, rows=config.with_features)]
+        total = min(len(dataset), config.data_images or len(dataset))
+        with _bar(total, "real", world) as bar:
+            options = {"batch": config.batch, "max_images": config.data_images, "progress": bar.update, "world": world}
+            found = dataset_populations(dataset, measurement.extractors, needs, **options)
+        if world.is_main:
+            save_reference(found[0], config.out, rows=config.with_features)
+    return total
 
 
 @full_float32()
@@ -203,11 +208,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of `config`, as plain JSON types; writes the sheet of `nn`.
 
     `metrics`: values by key, with several rounds their means; then also `rounds`, each round's values, and `std`, their
-    deviation, and `min`. Raises a `GddFastError` if an option, a file or the weights cannot work, before anything is
-    computed.
+    deviation, and `min`. Under torchrun every process takes its share of the batches; the values are those of one
+    process, to the bit, and the first process has them: others get an empty result. Raises a `GddFastError` if an
+    option, a file or the weights cannot work, before anything is computed.
     """
     config.validate()
-    device = pick_device(config.device)
+    with join(config.device) as world:
+        return _evaluate(config, world)
+
+
+def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
+    device = world.device
     measurement = Measurement(
         parse_metrics(config.metrics, config.features),
         weights=named_paths("--feature-weights", config.feature_weights),
@@ -219,7 +230,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     held_out = None if config.held_out is None else load_data(config.held_out)
     net = None
     if config.net is not None:
-        net = load_generator(teacher_path(config.net), device, config.dtype)
+        net = load_generator(network_path(config.net), device, config.dtype)
         check_class(config.class_index, net.label_dim)
     shape = (net.img_channels, net.img_resolution, net.img_resolution) if samples is None else samples.shape
     for real in filter(None, (dataset, held_out)):
@@ -234,15 +245,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for line in shared_judges(backbones_of(Path(config.net)), measurement.extractors):
             print(line, file=sys.stderr)
 
-    def of_dataset(images: ImageDataset, what: str, max_images: int | None) -> list[Population]:
-        with _bar(min(len(images), max_images or len(images)), what) as bar:
-            options = {"batch": config.batch, "max_images": max_images, "progress": bar.update}
+    def of_dataset(images: ImageDataset, what: str, max_images: int | None, world: World = world) -> list[Population]:
+        with _bar(min(len(images), max_images or len(images)), what, world) as bar:
+            options = {"batch": config.batch, "max_images": max_images, "progress": bar.update, "world": world}
             return dataset_populations(images, measurement.extractors, measurement.needs, **options)
 
     real = known
     if None in real or any(request.metric == "nn" for request in measurement.requests):
         counted = of_dataset(dataset, "real", config.data_images)
-        real = [kept or new for kept, new in zip(known, counted, strict=True)]
+        if world.is_main:
+            real = [kept or new for kept, new in zip(known, counted, strict=True)]
 
     options = {
         "batch": config.batch,
@@ -257,7 +269,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if samples is not None:
             generated = of_dataset(samples, "generated", config.images)
         else:
-            with _bar(len(seeds), "generated" if config.rounds == 1 else f"round {number + 1}") as bar:
+            with _bar(len(seeds), "generated" if config.rounds == 1 else f"round {number + 1}", world) as bar:
                 generated = generator_populations(
                     net,
                     measurement.extractors,
@@ -265,12 +277,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                     config.sampler,
                     measurement.needs,
                     progress=bar.update,
+                    world=world,
                     **options,
                 )
+        if not world.is_main:
+            continue
         rounds.append(measurement.values(generated, real))
         if number == 0:
             ours = _of(samples, config.images) if net is None else _of_seeds(net, seeds, config.sampler, options)
             rounds[0] |= _neighbours(config, measurement, generated, real, ours, dataset, held_out, of_dataset)
+    if not world.is_main:
+        return {}
     result = {
         "metrics": {key: float(np.mean([values[key] for values in rounds if key in values])) for key in rounds[0]},
         "generated_images": generated[0].count,
@@ -315,7 +332,7 @@ def _neighbours(
     network = next((request.network for request in measurement.requests if request.metric == "nn"), None)
     if network is None:
         return {}
-    unseen = None if held_out is None else measurement.of(network, of_dataset(held_out, "held out", None)).rows
+    unseen = None if held_out is None else measurement.of(network, of_dataset(held_out, "held out", None, ALONE)).rows
     found = Memorisation.of(measurement.of(network, generated).rows, measurement.of(network, real).rows, unseen)
     found.save_sheet(config.nn_sheet, images_of, _of(dataset, config.data_images))
     return {key_of(name, measurement.extractor(network)): value for name, value in found.values().items()}
@@ -346,8 +363,7 @@ def report(result: dict[str, Any]) -> str:
     for key, value in result["metrics"].items():
         if "_std" in key:
             continue
-        base, dash, rest = key.partition("-")
-        deviation = result["metrics"].get(f"{base}_std{dash}{rest}")
+        deviation = result["metrics"].get(deviation_key(key))
         line = f"  {label(key):<{width}}{value:>12.4f}"
         if "rounds" in result and key in result["std"]:
             line += f" +- {result['std'][key]:<10.4f}{result['min'][key]:>12.4f}"
@@ -366,8 +382,8 @@ def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) ->
         )
 
 
-def _bar(total: int, what: str) -> tqdm:
-    return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True)
+def _bar(total: int, what: str, world: World) -> tqdm:
+    return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True, disable=not world.is_main)
 
 
 @command
@@ -375,11 +391,14 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["ref"]:
         config = parse(ReferenceConfig, name="evaluate ref", args=args[1:], description=__doc__)
-        print(f"statistics of {reference(config)} real images -> {config.out}")
+        count = reference(config)
+        if is_main():
+            print(f"statistics of {count} real images -> {config.out}")
         return
     config = parse(EvaluateConfig, name="evaluate", args=args, description=__doc__)
     result = evaluate(config)
-    print(json.dumps(result) if config.json else report(result))
+    if is_main():
+        print(json.dumps(result) if config.json else report(result))
 
 
 if __name__ == "__main__":

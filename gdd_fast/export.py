@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
 from gdd_fast.engine.portable import Precision, check_portable, write_portable
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination
+from gdd_fast.interop.hub import network_path
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.webpage.static_site import Page, check_site, write_site
 
@@ -22,7 +22,8 @@ class ExportConfig:
     """What `export` writes."""
 
     net: str
-    """EDM .pkl, network folder, or training run folder (its EMA generator); `demo` is the bundled teacher."""
+    """EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the name of a
+    repository of the Hub that holds one; `demo` is the bundled teacher."""
     out: Path | None = None
     """A file, replaced if it exists: .onnx for ONNX's runtimes, .pt2 for torch.export.load."""
     web: Path | None = None
@@ -59,7 +60,7 @@ def export(config: ExportConfig) -> None:
     WeightsError, with nothing written, if a file's images are not the network's.
     """
     config.validate()
-    net = load_generator(teacher_path(config.net))
+    net = load_generator(network_path(config.net))
     options = {"dtype": config.dtype, "sigma": config.sigma, "images": config.images}
     if config.out is not None:
         difference = write_portable(net, config.out, **options)

@@ -1,4 +1,5 @@
-"""`python -m gdd_fast.info [--json]`: what is installed, what this machine has, and what gdd_fast makes of it.
+"""`python -m gdd_fast.info [--json] [--memory PRESET ...]`: what is installed, what this machine has, and what gdd_fast
+makes of it.
 
 Every section is gathered on its own; what is missing is reported in its place, with the reason, and never ends the
 command.
@@ -10,7 +11,8 @@ import json
 import os
 import pkgutil
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,6 +126,29 @@ def assets() -> dict[str, bool]:
     }
 
 
+def memory(presets: Sequence[str]) -> dict[str, Any]:
+    """By preset, the memory of a GPU that a run takes, as `train --dry-run` forecasts it without the data set; and
+    the largest `--batch-gpu` on cards of so many GB, and on this machine's GPUs."""
+    import torch
+
+    from gdd_fast.config import preset
+    from gdd_fast.distill.dry_run import TEACHERS, forecast_recipe
+    from gdd_fast.distill.memory_forecast import GB
+
+    def row(name: str) -> dict[str, Any]:
+        config = preset(name)
+        if name.split("-")[0] not in TEACHERS:
+            return {"unavailable": f"the networks of {name} are its teacher's: `gdd_fast.train --dry-run` reads that"}
+        found, batch = forecast_recipe(config), config.run.batch
+        cards = {f"--batch-gpu on {card} GB": n or "none fits" for card, n in found.on_cards(batch).items()}
+        for index in range(torch.cuda.device_count()):
+            size = torch.cuda.get_device_properties(index).total_memory
+            cards[f"--batch-gpu on cuda:{index}"] = found.largest(size, batch) or "none fits"
+        return {f"{batch} images at once": f"{found.bytes(batch) / GB:.1f} GB", **cards}
+
+    return {name: row(name) for name in presets}
+
+
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "versions": versions,
     "devices": devices,
@@ -169,9 +194,14 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m gdd_fast.info", description="Versions, devices, what is available."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args(argv).json
+    parser.add_argument(
+        "--memory", nargs="+", metavar="PRESET", help="also forecast the GPU memory of these; some seconds each"
+    )
+    args = parser.parse_args(argv)
     report = collect()
-    print(json.dumps(report, indent=2) if as_json else render(report))
+    if args.memory:
+        report["memory"] = _section(partial(memory, args.memory))
+    print(json.dumps(report, indent=2) if args.json else render(report))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,20 @@ exchange behind the backward pass would bring nothing.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gdd_fast.device import pick_device
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import ConfigError, LostProcessError
 
+T = TypeVar("T")
+_DTYPES = (torch.uint8, torch.float32)
+_MOST_DIMENSIONS = 4
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -39,7 +43,8 @@ class World:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        with _exchange():
+            dist.all_reduce(flat)
         flat /= self.size
         means = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
@@ -50,7 +55,8 @@ class World:
         if self.size == 1:
             return number
         votes = torch.tensor([number])
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        with _exchange():
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
         return int(votes.item())
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -59,12 +65,69 @@ class World:
             return [tensor.cpu()]
         own = tensor.to(self.device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own)
+        with _exchange():
+            dist.all_gather(parts, own)
         return [part.cpu() for part in parts]
+
+    def share(self, items: Sequence[T], batch: int) -> list[T]:
+        """This rank's part of `items`: of their batches of `batch` every size-th, from the rank-th on."""
+        starts = range(self.rank * batch, len(items), self.size * batch)
+        return [item for start in starts for item in items[start : start + batch]]
+
+    def in_order(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on.
+
+        uint8 or float32; they differ in n alone, and the first rank has as many as any. What has travelled arrives on
+        the CPU. Other ranks give theirs and get nothing: they have to go through the iterator all the same.
+        """
+        if self.size == 1:
+            yield from tensors
+            return
+        own = iter(tensors)
+        while True:
+            mine = next(own, None)
+            counts = [int(n) for n in self.gather(torch.tensor([0 if mine is None else len(mine)]))]
+            if not any(counts):
+                return
+            parts = self._to_main(mine, counts)
+            if self.is_main:
+                yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
+
+    def _to_main(self, mine: Tensor | None, counts: list[int]) -> list[Tensor]:
+        """Tensors of all ranks as bytes of one size, on the main rank."""
+        form = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64)
+        if self.is_main and mine is not None:
+            form[: mine.ndim + 1] = torch.tensor([_DTYPES.index(mine.dtype), mine.ndim - 1, *mine.shape[1:]])
+        with _exchange():
+            dist.broadcast(form, 0)
+        kind, dimensions, *sizes = form.tolist()
+        padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
+        if mine is not None:
+            padded[: len(mine)] = mine.cpu()
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
+        with _exchange():
+            dist.gather(padded, parts)
+        return [] if parts is None else parts
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with _exchange():
+                dist.barrier()
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+"""For what a process computes by itself."""
+
+
+@contextlib.contextmanager
+def _exchange() -> Iterator[None]:
+    """Raises `LostProcessError` if another process of the world is not there any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(
+            f"another process of this run has ended, and its own message says why ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def world_size() -> int:
@@ -107,7 +170,11 @@ def join(option: str) -> Iterator[World]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # The store outlives a group. A second one in the same processes must not find the addresses of the first there.
+    store, _, _ = next(dist.rendezvous("env://"))
+    number = (store.add("gdd_fast.joined", 1) - 1) // size
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"gdd_fast.{number}", store), rank=rank, world_size=size)
     yield World(rank, size, device)
     # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
     dist.destroy_process_group()

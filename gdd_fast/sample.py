@@ -2,6 +2,9 @@
 
 `python -m gdd_fast.sample --net PATH --seeds 0-63 --grid grid.png --out images.zip`
 
+Under torchrun (`torchrun --standalone --nproc_per_node=8 -m gdd_fast.sample ...`) every process makes its share of the
+batches, and the first one writes them: the same files as of one process.
+
 Ctrl-C and SIGTERM keep every image that is finished; a second signal stops at once. The same command then goes on where
 the run stopped. The exit status is 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input.
 """
@@ -20,21 +23,23 @@ from tqdm import tqdm
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
-from gdd_fast.bundled import teacher_path
 from gdd_fast.cli import command, parse
-from gdd_fast.device import full_float32, pick_device
+from gdd_fast.device import full_float32
 from gdd_fast.engine.engines import Engine, choose_engine
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import check_destination, check_writable
+from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.models.files.load import load_generator, network_digest
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.ranks import World, join
 from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.resume import Reserved, part_folder, reserve
 from gdd_fast.sampling.seeds import check_class, parse_seeds
+from gdd_fast.sampling.together import on_all_ranks
 from gdd_fast.sampling.writers import check_new_output
 from gdd_fast.settings import Settings
 
@@ -46,7 +51,8 @@ class SampleConfig(Settings):
     """What `sample` makes."""
 
     net: str
-    """EDM .pkl, network folder, or training run folder (its EMA generator); `demo` is the bundled teacher."""
+    """EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the name of a
+    repository of the Hub that holds one; `demo` is the bundled teacher."""
     out: Path | None = None
     """Where the images go: a .zip, an .npz (arr_0 uint8 NHWC, arr_1 classes), or a new folder of PNGs."""
     grid: Path | None = None
@@ -99,17 +105,17 @@ def sample(config: SampleConfig) -> None:
     """Write the images of `config`. Raises a `GddFastError` before the first image if anything in it cannot work."""
     config.validate()
     seeds = parse_seeds(config.seeds)
-    device = pick_device(config.device)
-    engine = choose_engine(config.engine, device)
-    # before the network is read, which may take minutes
-    with nullcontext() if config.out is None else reserve(config.out) as output:
-        _sample(config, seeds, device, engine, output)
+    with join(config.device) as world:
+        engine = choose_engine(config.engine, world.device)
+        # before the network is read, which may take minutes
+        reserved = reserve(config.out) if config.out is not None and world.is_main else nullcontext()
+        with reserved as output:
+            _sample(config, seeds, world, engine, output)
 
 
-def _sample(
-    config: SampleConfig, seeds: Sequence[int], device: torch.device, engine: Engine, output: Reserved | None
-) -> None:
-    net = load_generator(teacher_path(config.net), dtype=config.dtype)
+def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: Engine, output: Reserved | None) -> None:
+    device = world.device
+    net = load_generator(network_path(config.net), dtype=config.dtype)
     operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
     check_class(config.class_index, net.label_dim)
     if net.img_channels not in (1, 3):
@@ -143,26 +149,29 @@ def _sample(
     started = time.monotonic()
     with (
         nullcontext() if output is None else output.writer(seeds, run, subdirs=config.subdirs) as writer,
-        tqdm(total=len(seeds), unit="img", dynamic_ncols=True) as bar,
+        tqdm(total=len(seeds), unit="img", dynamic_ncols=True, disable=not world.is_main) as bar,
     ):
-        done = 0 if writer is None else writer.done
+        done = world.largest(0 if writer is None else writer.done)
         if done:
             bar.write(f"{config.out}: going on after {done} images")
             bar.update(done)
-        for part in images_of(seeds[done:]):
+        left = seeds[done:]
+        for part in on_all_ranks(world, images_of(world.share(left, config.batch)), left):
             if writer is not None:
                 writer.put(part.seeds, part.images, part.classes)
             if config.grid is not None and bar.n < _GRID_IMAGES:
                 shown.append(part.images[: _GRID_IMAGES - bar.n])
             bar.update(len(part.seeds))
-    seconds = time.monotonic() - started
-    if config.grid is not None:
-        # those that an earlier run wrote are made again
-        save_grid(torch.cat([part.images for part in images_of(seeds[: min(done, _GRID_IMAGES)])] + shown), config.grid)
-
-    written = " and ".join(str(path) for path in (config.out, config.grid) if path is not None)
-    made = len(seeds) - done
-    print(f"{made} images in {seconds:.1f} s ({made / seconds:.1f} images/s, {device}) -> {written}")
+        seconds = time.monotonic() - started
+        if config.grid is not None and world.is_main:
+            # Before the images appear under their name: from then on nothing is made again. Those that an earlier run
+            # wrote are, here.
+            again = images_of(seeds[: min(done, _GRID_IMAGES)])
+            save_grid(torch.cat([part.images for part in again] + shown), config.grid)
+    if world.is_main:
+        written = " and ".join(str(path) for path in (config.out, config.grid) if path is not None)
+        made = len(seeds) - done
+        print(f"{made} images in {seconds:.1f} s ({made / seconds:.1f} images/s, {device}) -> {written}")
 
 
 def _run(config: SampleConfig, seeds: Sequence[int], net: torch.nn.Module) -> dict[str, Any]:

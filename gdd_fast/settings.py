@@ -3,12 +3,30 @@
 import numbers
 import operator
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gdd_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Beside a number's type, the least that it may be: `Annotated[int, Limit(2)]`. `above`: it has to be more."""
+
+    least: float
+    above: bool = False
+
+    def check(self, value: float | None, flag: str) -> None:
+        """Raise `ConfigError` for a number that is too small; a setting that is None is fine."""
+        if value is not None and (value <= self.least if self.above else value < self.least):
+            raise ConfigError(f"{flag} must be {'above' if self.above else 'at least'} {self.least}, not {value}")
+
+
+Count = Annotated[int, Limit(1)]
+Positive = Annotated[float, Limit(0, above=True)]
+NotNegative = Annotated[float, Limit(0)]
 
 
 class Settings:
@@ -30,6 +48,8 @@ def _converted(kind: Any, value: Any, flag: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
         if value is None:
             return None
+        if any(get_origin(option) is Literal and value in get_args(option) for option in get_args(kind)):
+            return value
         kind = next(option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):

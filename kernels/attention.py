@@ -160,7 +160,9 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: i
         options, layout, scale = _arguments(qkv, heads, interleaved, "backward")
         chunk = channels_at_once(layout["D"], qkv.element_size())
         grid = (triton.cdiv(h * w, options["BLOCK_Q"]) * n * heads,)
-        launch(backward_q_kernel, grid, qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options)
+        launch(
+            backward_q_kernel, grid, qkv, y, dy, lse, delta, dqkv, h * w, heads, scale, CHUNK=chunk, **layout, **options
+        )
         grid = (triton.cdiv(h * w, options["BLOCK_K"]) * n * heads,)
         launch(backward_kv_kernel, grid, qkv, dy, lse, delta, dqkv, h * w, heads, scale, **layout, **options)
     return dqkv

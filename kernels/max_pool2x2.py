@@ -115,9 +115,7 @@ def contiguous_kernel(x, y, places, rows, H, W, column_blocks, BLOCK_R: tl.const
 
 
 @triton.jit
-def contiguous_backward_kernel(
-    dy, places, dx, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def contiguous_backward_kernel(dy, places, dx, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     read, inside, written, within = _row_tile(rows, H, W, column_blocks, BLOCK_R, BLOCK_W)
     gradient = tl.load(dy + written, within, other=0)
     place = tl.load(places + written, within, other=0)

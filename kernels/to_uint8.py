@@ -42,7 +42,18 @@ def to_uint8(x: Tensor) -> Tensor:
     size = c * h * w
     blocks = triton.cdiv(size, options["BLOCK"])
     # the definition rounds the product before the sum: no fused multiply-add
-    launch(to_uint8_kernel, (n * blocks,),
-        x, y, x.stride(0), x.stride(1), pixel_stride(x), size, blocks, C=c, enable_fp_fusion=False, **options
+    launch(
+        to_uint8_kernel,
+        (n * blocks,),
+        x,
+        y,
+        x.stride(0),
+        x.stride(1),
+        pixel_stride(x),
+        size,
+        blocks,
+        C=c,
+        enable_fp_fusion=False,
+        **options,
     )
     return y

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from run_folder import write_run
-from tiny_run import ALONE, tiny_network, write_inputs
+from tiny_run import ALONE, write_inputs
 
 from gdd_fast.data import load_data, write_edm_zip
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
@@ -274,10 +274,15 @@ class Kind:
         self.make, self.harm, self.read = make, harm, read
 
 
+def smallest() -> EDMPrecond:
+    """Little to lay out, which takes longer than to read."""
+    return EDMPrecond(
+        8, 1, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+    )
+
+
 def _pickle(folder: Path) -> Path:
-    smallest = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    net = EDMPrecond(8, 1, model_type="SongUNet", **smallest)
-    source = f"open({str(folder / 'ran')!r}, 'w').close()"
+    net, source = smallest(), f"open({str(folder / 'ran')!r}, 'w').close()"
     arguments = {key: value for key, value in net.init_config().items() if key not in ("dtype", "sigma_init")}
     return edm_files.write(
         folder / "net.pkl", {"ema": edm_files.network(net, "EDMPrecond", arguments, module_src=source)}
@@ -308,7 +313,7 @@ def _statistics(folder: Path) -> Path:
 
 
 def _network(folder: Path) -> Path:
-    save_network(tiny_network(), folder / "net")
+    save_network(smallest(), folder / "net")
     return folder / "net"
 
 
@@ -334,7 +339,7 @@ class _RunFolder:
         )
         self.task = Pretraining(config, ALONE)
         run = write_run(folder / "run", ticks=1)
-        save_network(tiny_network(), run / "generator_ema")
+        save_network(smallest(), run / "generator_ema")
         (run / "best").mkdir()
         (run / "best" / "best.json").write_text('{"fid": {"value": 2.0, "images": 2000, "metric": "FID"}}')
         (run / "report.json").write_text('{"distances": {"pixels": {"teacher": 1.0, "distilled": 2.0}}}')

@@ -4,13 +4,15 @@ A part gets a share of the time that is left when it starts; the last one of a r
 an H200, were it not cut off, by arithmetic: 4.3 TB/s of copies, 400 TFLOP/s of bf16 and 50 of fp32 in convolutions, a
 second of one core for a Triton kernel that is not in the cache, 5 s for a process to start.
 
+    defaults      training at 256 and 32 images with 3 settings, 20 s each with kernels compiled on the way, and images
+                  to disk, 15 s: 135 s
     correctness   127 cases, 125 kernels, float64 definitions (3 TFLOP at 1 TFLOP/s), 6 cases of whole networks:
                   240 s in one process, 50 in six
     inference     9 generators of 7 peers, 5 cases of pieces; 1.6 s a peer, of which 0.5 are timed: 130 s
     train         a case is 5 s of definitions in fp32 and 6 to 8 s a peer: 25 s, 7 cases 175 s; R1 in the rounds of
                   4 iterations 25 s more, most of it of the public settings' fp32 (0.5 s each time at batch 128)
     ops           242 cases of 5 peers, 0.1 s a peer and 0.2 s a case: 180 s
-    pipelines     60 s, of which plain PyTorch's images to disk take 15 and SciPy's square root of a matrix 40
+    pipelines     45 s, of which SciPy's square root of a matrix takes 40
     tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
     compiled      1 to 2 min a case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.cases.default_cases import default_cases
 from benchmarks.cases.network_cases import compiled_cases as compiled_networks
 from benchmarks.cases.network_cases import generator_case, network_cases
 from benchmarks.cases.operator_cases import compiled_cases as compiled_operators
@@ -39,6 +42,7 @@ class Part:
 
 
 PARTS = {
+    "defaults": Part(0.25, 1.0),  # what a user feels, first
     "correctness": Part(0.2, processes=6),  # nothing is timed, and kernels are compiled for all that follows
     "inference": Part(0.3, 0.4),
     "train": Part(0.35, 1.0),
@@ -50,8 +54,9 @@ PARTS = {
 DEFAULT = tuple(name for name in PARTS if name != "compiled")
 """The parts of a run that names none."""
 
-PROCESS_BYTES = 20 << 30
-"""What a process checking the largest shape in float64 takes of a GPU, 14 GB, and something to spare."""
+PROCESS_BYTES = 12 << 30
+"""Of a GPU's memory, for one of several checking processes. The largest shapes in float64 take 14 GB: where they meet,
+those that get none are checked again alone."""
 
 _BF16 = torch.bfloat16
 
@@ -59,6 +64,8 @@ _BF16 = torch.bfloat16
 def cases_of(part: str, smoke: bool) -> list[Case]:
     """The cases of a part, the most important first; `smoke`: a few small ones, for a CPU."""
     match part:
+        case "defaults":
+            return [*default_cases(not smoke), pipeline_cases(not smoke)[0]]
         case "correctness":
             return operator_cases(False)[:9] if smoke else _correctness()
         case "inference":
@@ -69,7 +76,7 @@ def cases_of(part: str, smoke: bool) -> list[Case]:
         case "ops":
             return operator_cases(not smoke)[: 9 if smoke else None]
         case "pipelines":
-            return pipeline_cases(not smoke)[: 3 if smoke else None]
+            return pipeline_cases(not smoke)[1 : 3 if smoke else None]
         case "compiled":
             if smoke:
                 return []

@@ -1,11 +1,13 @@
 """`python -m benchmarks.counts.dispatched`: operators dispatched in a forward pass, stock network against engine.
 
 Every call that reaches PyTorch's dispatcher from Python is counted, views of memory among them ("compute" leaves them
-out). What an operator calls inside, ours or PyTorch's, is not. Three networks:
+out). What an operator calls inside, ours or PyTorch's, is not. Of EDM's networks:
 
     EDM         EDM's own code, counted once in the same way with PyTorch 2.13 (it is no part of this project)
     plain       gdd_fast's network with every operator replaced by its definition (counts/plain.py)
     engine      what OneStepGenerator runs, on a GPU and on a CPU
+
+and of google/ddpm-cifar10-32, where diffusers is installed: diffusers' own forward, and the engine.
 
 The GPU's count needs none: tensors are fake, those that torch.compile traces with, and operators are called as they
 would be. The CPU's is of real calls. The networks have all their layers, with fewer channels.
@@ -26,12 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.counts.plain import plain_pytorch
+from benchmarks.counts.saved_bytes import DDPM_CIFAR10
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
 from gdd_fast.engine.folded_unet import FoldedUNet
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 
 EDM = {"ncsnpp-32": (978, 592), "adm-64": (1709, 840)}
 """All operators, and those that compute."""
+DIFFUSERS = "ddpm-cifar10-32"
 
 
 class Count(TorchDispatchMode):
@@ -71,30 +77,39 @@ def count(function: Callable[..., Tensor], *inputs: Tensor | None) -> Count:
     return counted
 
 
-def build(name: str, channels: int, dtype: torch.dtype = torch.float32) -> GDDPrecond:
-    """A network of NETWORKS with another number of channels, its weights frozen."""
+def build(name: str, channels: int, dtype: torch.dtype = torch.float32) -> Preconditioned:
+    """A network of NETWORKS, or DIFFUSERS, with another number of channels, its weights frozen."""
+    if name == DIFFUSERS:
+        widths = [channels * width // 128 for width in DDPM_CIFAR10["block_out_channels"]]
+        unet = {**DDPM_CIFAR10, "block_out_channels": widths}
+        return UNet2DPrecond(unet, {"kind": "vp"}, dtype=dtype).eval().requires_grad_(False)
     resolution, arguments = NETWORKS[name]
     arguments = {**arguments, "dropout": 0.0, "model_channels": channels}
     return GDDPrecond(resolution, 3, dtype=dtype, **arguments).eval().requires_grad_(False)
 
 
-def inputs(net: GDDPrecond, device: str, batch: int = 2) -> tuple[Tensor, Tensor | None]:
+def inputs(net: Preconditioned, device: str, batch: int = 2) -> tuple[Tensor, Tensor | None]:
     """Latents, and classes if the network has any."""
     latents = torch.zeros(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
     return latents, torch.zeros(batch, dtype=torch.int64, device=device) if net.label_dim else None
 
 
 def of_plain(name: str, channels: int = 64) -> Count:
-    """The network as a user of plain PyTorch has it, in bfloat16 with float32 weights, on the CPU."""
+    """The network as a user of plain PyTorch has it, in bfloat16 with float32 weights, on the CPU.
+
+    DIFFUSERS is diffusers' own forward, in float32.
+    """
     net = build(name, channels, torch.bfloat16)
     latents, classes = inputs(net, "cpu")
+    if name == DIFFUSERS:
+        return count(lambda z: net.model(z, torch.tensor(10)).sample, latents)
     labels = None if classes is None else F.one_hot(classes, net.label_dim).float()
     with plain_pytorch(net):
         return count(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
 
 
 @contextlib.contextmanager
-def fake_engine(name: str, channels: int) -> Iterator[tuple[GDDPrecond, FoldedUNet, Conditioning | None]]:
+def fake_engine(name: str, channels: int) -> Iterator[tuple[Preconditioned, FoldedUNet, Conditioning | None]]:
     """The plain network, and folded in bfloat16 as for a GPU, the latter of fake tensors there."""
     target = dataclasses.replace(
         make_target(torch.device("cpu"), torch.bfloat16),
@@ -133,16 +148,22 @@ def main() -> None:
     )
     parser.add_argument("--operators", action="store_true", help="also list the engine's operators by name")
     options = parser.parse_args()
-    print(f"{'operators per forward (compute)':<32}{'all':>8}{'compute':>10}{'% of EDM':>10}")
+    print(f"{'operators per forward (compute)':<32}{'all':>8}{'compute':>10}{'% of the first':>16}")
     for name, (total, compute) in EDM.items():
-        print(f"{name + ', EDM':<32}{total:>8}{compute:>10}{'':>10}")
-        rows = {"plain": of_plain(name), "engine, GPU": of_engine(name, "cuda"), "engine, CPU": of_engine(name, "cpu")}
-        for label, row in rows.items():
-            share = 100 * row.total / total
-            print(f"{name + ', ' + label:<32}{row.total:>8}{row.compute:>10}{share:>10.1f}", flush=True)
-            if options.operators and label.startswith("engine"):
-                for operator, times in row.operators.most_common():
-                    print(f"    {times:>6} {operator}")
+        print(f"{name + ', EDM':<32}{total:>8}{compute:>10}")
+        _print_rows(name, {"plain": of_plain(name)}, total, options.operators)
+    stock = of_plain(DIFFUSERS)
+    print(f"{DIFFUSERS + ', diffusers':<32}{stock.total:>8}{stock.compute:>10}")
+    _print_rows(DIFFUSERS, {}, stock.total, options.operators)
+
+
+def _print_rows(name: str, rows: dict[str, Count], total: int, operators: bool) -> None:
+    rows |= {"engine, GPU": of_engine(name, "cuda"), "engine, CPU": of_engine(name, "cpu")}
+    for label, row in rows.items():
+        print(f"{name + ', ' + label:<32}{row.total:>8}{row.compute:>10}{100 * row.total / total:>16.1f}", flush=True)
+        if operators and label.startswith("engine"):
+            for operator, times in row.operators.most_common():
+                print(f"    {times:>6} {operator}")
 
 
 if __name__ == "__main__":

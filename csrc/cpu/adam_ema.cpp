@@ -107,8 +107,8 @@ GDD_FAST_INLINE void update_switch(const Factors& f, float* p, const float* g, f
   }
 }
 
-// Around the cache where the processor can: nothing reads the first moment again before the next step, and storing it
-// in the cache would first read what it overwrites.
+// Past the cache where the processor can: nothing reads the first moment again before the next step, and storing it in
+// the cache would first read what it overwrites.
 void stream(float* to, const float* from, int64_t n) {
   int64_t i = 0;
 #ifdef __SSE2__

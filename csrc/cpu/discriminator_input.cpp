@@ -31,7 +31,7 @@ struct Stretch {
   }
 };
 
-// A row of factors or offsets, one a number of y's row.
+// A row of factors or offsets, one per number in a row of y.
 std::vector<float> repeat(const float (&values)[3], int64_t size) {
   std::vector<float> row;
   for (int64_t j = 0; j < size; j++) row.insert(row.end(), values, values + 3);
@@ -53,7 +53,7 @@ GDD_FAST_INLINE void collect_loop(const T* dy, const float* scale, float weight,
   for (int64_t r = 0; r < n; r++) row[r] += weight * (scale[r] * widen(dy[r]));
 }
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_DISCRIMINATOR_INPUT(T)                                                                               \
   GDD_FAST_SIMD void write(const float* low, const float* high, float weight, const float* scale, const float* shift, \
                            T* y, int64_t n) {                                                                         \

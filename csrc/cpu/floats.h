@@ -33,8 +33,8 @@ GDD_FAST_INLINE uint32_t mask(bool condition) { return -static_cast<uint32_t>(co
 template <typename T>
 GDD_FAST_INLINE Real<T> widen(T x) {
   if constexpr (std::is_same_v<T, c10::Half>) {
-    // A subnormal's digits are the last ones of a number from 0.5 to 1. No subnormal float is computed with, which
-    // processors may be told to take for zero.
+    // A subnormal's digits are the last ones of a number from 0.5 to 1. No arithmetic is done on subnormal floats,
+    // which processors may be told to take for zero.
     const uint32_t magnitude = x.x & 0x7fff, sign = (x.x & 0x8000u) << 16;
     const uint32_t normal = ((magnitude << 13) + (112u << 23)) | (mask(magnitude >= 0x7c00) & 0x7f800000);
     const uint32_t subnormal = bits_of(float_of(magnitude | bits_of(0.5f)) - 0.5f), small = mask(magnitude < 0x400);

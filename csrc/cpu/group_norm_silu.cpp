@@ -50,7 +50,7 @@ GDD_FAST_INLINE void normalise(const T* x, T* y, int64_t count, const float* cen
   }
 }
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_LOOPS(T)                                                                                             \
   GDD_FAST_SIMD void sums(const T* x, int64_t pixels, int64_t step, int64_t count, const float* centre, float* sum) { \
     centre == nullptr ? accumulate<false>(x, pixels, step, count, centre, sum)                                        \

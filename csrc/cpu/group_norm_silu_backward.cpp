@@ -1,8 +1,8 @@
 // The backward of group_norm_silu on the CPU, for channels_last maps. What enters the SiLU is computed again from x and
-// the statistics; its gradient dt is kept, an image at a time, while three sums of each channel are taken: of u, of dt
+// the statistics; its gradient dt is kept, one image at a time, while three sums of each channel are taken: of u, of dt
 // and of dt * u, where u is the distance from the group's mean. All gradients follow from these and
 //
-//     dx = dt * a + u * b + d    with a, b and d of a channel
+//     dx = dt * a + u * b + d    with a, b and d constant per channel
 //
 // Images run in parallel. Sums are over short runs in float32 and over these in float64.
 #include <ATen/Dispatch.h>
@@ -50,7 +50,7 @@ GDD_FAST_INLINE void second_pass(const float* dt, int64_t dt_step, const T* x, i
   }
 }
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_PASSES(T)                                                                                             \
   GDD_FAST_SIMD void differentiate(const T* dy, int64_t dy_step, const T* x, int64_t x_step, float* dt,                \
                                    int64_t dt_step, int64_t pixels, int64_t count, const float* centre,                \

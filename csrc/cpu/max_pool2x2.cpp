@@ -1,5 +1,6 @@
-// max_pool2x2 on the CPU, parallel over rows of the output. Channels, where innermost, run in vectors, four window
-// places at once; a contiguous image is one of one channel, where neighbouring columns do.
+// max_pool2x2 on the CPU, parallel over rows of the output. Where channels are innermost, vectors hold channels, and
+// the four places of a window are compared at once; a contiguous image counts as one of one channel, and vectors hold
+// neighbouring columns.
 #include "max_pool2x2.h"
 
 #include <ATen/Dispatch.h>
@@ -52,7 +53,7 @@ GDD_FAST_INLINE void pool_row(const T* top, const T* bottom, T* y, uint8_t* plac
   }
 }
 
-// The gradients of two input rows. A value is only moved, so its type does not matter, its size does.
+// The gradients of two input rows. A value is only moved, so only the size of its type matters.
 template <typename Word>
 GDD_FAST_INLINE void spread_row(const Word* dy, const uint8_t* places, Word* top, Word* bottom, int64_t columns,
                                 int64_t channels) {
@@ -82,7 +83,7 @@ GDD_FAST_INLINE void spread_row(const Word* dy, const uint8_t* places, Word* top
   }
 }
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_POOL(T)                                                                                             \
   GDD_FAST_SIMD void pool(const T* top, const T* bottom, T* y, uint8_t* places, int64_t columns, int64_t channels) { \
     pool_row(top, bottom, y, places, columns, channels);                                                             \

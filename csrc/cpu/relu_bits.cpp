@@ -1,5 +1,5 @@
-// The bits of ReLUs on the CPU. Comparing and masking run on whole vectors over a buffer of one
-// byte an element; packing and unpacking that buffer costs one multiplication for eight elements.
+// The bits of ReLUs on the CPU. Comparing and masking run on whole vectors over a buffer of one byte per element;
+// packing and unpacking that buffer costs one multiplication per eight elements.
 #include "relu_bits.h"
 
 #include <ATen/Dispatch.h>
@@ -20,11 +20,11 @@ constexpr int64_t kRun = 2048;  // elements whose bytes and values stay in the f
 constexpr int64_t kGrain = 16;  // runs below which a second thread does not pay
 using Bytes = std::array<uint8_t, kRun>;
 
-// Of eight bytes 0 or 1 the eight bits, first byte lowest; and back.
+// Eight bytes of 0 or 1 to eight bits, the first byte lowest; and back.
 inline uint8_t pack(uint64_t bytes) { return static_cast<uint8_t>(bytes * 0x0102040810204080u >> 56); }
 inline uint64_t unpack(uint8_t bits) { return bits * uint64_t{0x0101010101010101u} & 0x8040201008040201u; }
 
-// What a value is compared in.
+// The type in which a value is compared.
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -52,7 +52,7 @@ inline void mask_loop(const T* dy, const uint8_t* blocked, T* dx, int64_t n) {
   for (int64_t i = 0; i < n; i++) dx[i] = blocked[i] ? T(0) : dy[i];
 }
 
-// target_clones takes no templates, hence one function a type; masking knows only a value's size
+// target_clones takes no templates, hence one function per type; masking knows only a value's size
 #define GDD_FAST_CLAMP(T)                                                                                            \
   GDD_FAST_SIMD void clamp(T* y, uint8_t* blocked, int64_t n, float ceiling) { clamp_loop(y, blocked, n, ceiling); } \
   GDD_FAST_SIMD void clamp(T* y, uint8_t* blocked, int64_t n) { floor_loop(y, blocked, n); }

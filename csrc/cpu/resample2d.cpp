@@ -44,7 +44,7 @@ struct Factors {
                            (wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
     exist = true;
     for (int64_t at = 0; at < count; at++) {
-      exist &= std::abs(vertical[at / taps] * horizontal[at % taps] - k[at]) <= allowed;  // NaN: not
+      exist &= std::abs(vertical[at / taps] * horizontal[at % taps] - k[at]) <= allowed;  // false for NaN
     }
   }
 };
@@ -78,7 +78,7 @@ void resample(const Resample& r, const T* x, const Factors& factors, const T* ad
                                 static_cast<R>(r.scale)};
   const bool plane = numbers == 1 && (r.stride_w == 1 || r.width == 1), in_pairs = !plane && r.up;
   const int64_t rows = r.images * planes * (in_pairs ? resampling::row_pairs(r.out_height, r.padding) : r.out_height);
-  const int64_t work = r.out_width * numbers * r.taps * (in_pairs ? 2 : 1);  // multiply-adds a row
+  const int64_t work = r.out_width * numbers * r.taps * (in_pairs ? 2 : 1);  // multiply-adds per row
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
     if (plane) return resampling::planes(m, r.up, begin, end);
     r.up ? resampling::doubled_pixels(m, begin, end) : resampling::halved_pixels(m, begin, end);

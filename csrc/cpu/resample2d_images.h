@@ -7,12 +7,13 @@
 
 namespace gdd_fast::cpu::resampling {
 
-// Images of `width` pixels a row, `numbers` a pixel. In batch and channels x has any strides; y and add are dense.
+// Images of `width` pixels per row, `numbers` per pixel. x may have any strides of batch and channels; y and add are
+// dense.
 template <typename T>
 struct Images {
   const T *x, *add;  // add may be null
   T* y;
-  const T* zeros;  // as many as a row has numbers, and as a pixel has
+  const T* zeros;  // as many as a row has, and as a pixel has
   int64_t planes, stride_n, stride_c, stride_h, stride_w;
   int64_t height, width, numbers, out_height, out_width;
   int taps, padding;
@@ -76,7 +77,7 @@ GDD_FAST_INLINE void sum_rows(const T* const* rows, const Weights<Count, Real<T>
   for (int64_t i = 0; i < n; i++) sums[i] = w.sum([&](int k) { return widen(rows[k][i]); });
 }
 
-// Each makes the rows `begin` to `end` - 1 of y, counted over all images: `planes` of contiguous images, one number a
+// Each makes the rows `begin` to `end` - 1 of y, counted over all images: `planes` of contiguous images, one number per
 // pixel and pixels side by side; `halved_pixels` of any. `doubled_pixels` goes two rows at a time: `begin` and `end`
 // count pairs, of which each image has `row_pairs`. Where the padding is odd, its first pair has only its second row.
 #define GDD_FAST_RESAMPLING(T)                                          \

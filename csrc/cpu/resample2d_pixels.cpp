@@ -101,7 +101,7 @@ GDD_FAST_INLINE void enlarge(const Images<T>& m, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_PIXELS(T)                                                            \
   GDD_FAST_SIMD void halved_pixels(const Images<T>& m, int64_t begin, int64_t end) {  \
     m.taps == 2 ? halve<2>(m, begin, end) : halve<4>(m, begin, end);                  \

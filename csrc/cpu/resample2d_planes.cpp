@@ -1,5 +1,5 @@
-// Rows of planes are often short, and to begin with one takes as long as to work on it. So a block of rows is made in
-// steps, the first of which is their sums, and a step runs over all of the block as if it were one row where it can.
+// Rows of planes are often short, and starting on a row takes as long as computing it. So a block of rows is made in
+// steps, the first of which takes their sums, and where it can a step runs over the whole block as if it were one row.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // numbers summed in a block: 16 KiB of floats, which stay in the first-level cache
 
-// Of two numbers side by side the one and the other. In one word, each bfloat16 is the upper half of a float.
+// The first or the second of two neighbouring numbers, as a float. Two bfloat16 are read as one word, since a bfloat16
+// is the upper half of a float.
 template <bool Second, typename T>
 GDD_FAST_INLINE Real<T> widen_of_pair(const T* x) {
   if constexpr (std::is_same_v<T, at::BFloat16> && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
@@ -120,7 +121,7 @@ GDD_FAST_INLINE void resample(const Images<T>& m, bool up, int64_t begin, int64_
 
 }  // namespace
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 #define GDD_FAST_PLANES(T)                                                             \
   GDD_FAST_SIMD void planes(const Images<T>& m, bool up, int64_t begin, int64_t end) { \
     m.taps == 2 ? resample<2>(m, up, begin, end) : resample<4>(m, up, begin, end);     \

@@ -30,7 +30,7 @@ inline void convert_loop(const T* x, uint8_t* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = to_byte(x[i]);
 }
 
-// target_clones takes no templates, hence one overload a type
+// target_clones takes no templates, hence one overload per type
 GDD_FAST_SIMD void convert(const float* x, uint8_t* y, int64_t n) { convert_loop(x, y, n); }
 GDD_FAST_SIMD void convert(const double* x, uint8_t* y, int64_t n) { convert_loop(x, y, n); }
 GDD_FAST_SIMD void convert(const at::BFloat16* x, uint8_t* y, int64_t n) { convert_loop(x, y, n); }

@@ -12,8 +12,8 @@
 
 namespace gdd_fast::cuda {
 
-constexpr int kTensors = 512;  // a launch; more launches would each wait for the last blocks of the one before
-constexpr int kChunk = 16384;  // numbers a block; a multiple of kWide
+constexpr int kTensors = 512;  // per launch; more launches would each wait for the last blocks of the one before
+constexpr int kChunk = 16384;  // numbers per block; a multiple of kWide
 constexpr int kThreads = 256;
 constexpr int kWide = 4;  // numbers that a thread loads at once where everything is aligned
 
@@ -57,7 +57,7 @@ struct Chunk {
   }
 };
 
-// The one-number tensors on the device, and the learning rates, one a group.
+// The one-number tensors on the device, and the learning rates, one per group.
 struct AdamState {
   int* found;  // not finite: set to 1
   float* step;
@@ -103,7 +103,7 @@ __global__ inline void __launch_bounds__(kThreads)
   for (int i = thread * kWide; i < wide; i += kThreads * kWide) all &= finite<kWide>(chunk.grad + i);
 #pragma unroll 4
   for (int i = wide + thread; i < chunk.size; i += kThreads) all &= finite<1>(chunk.grad + i);
-  if (!all) *found = 1;  // every thread that writes writes the same
+  if (!all) *found = 1;  // every thread that writes stores the same value
 }
 
 __global__ inline void adam_ema_count_kernel(AdamState s) {

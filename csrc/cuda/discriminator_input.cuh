@@ -13,9 +13,9 @@
 namespace gdd_fast::cuda {
 
 constexpr int kThreads2d = 256;
-constexpr int kForwardRows = 32;  // of y, a thread
-constexpr int kBand = 4;          // rows of dx, a block: those of the gradients between two bands are read twice
-constexpr int kTile = 64;         // columns of dx, a block
+constexpr int kForwardRows = 32;  // of y, per thread
+constexpr int kBand = 4;          // rows of dx, per block: those of the gradients between two bands are read twice
+constexpr int kTile = 64;         // columns of dx, per block
 constexpr int kColumns = 256;     // columns of the gradients whose sums a block holds at a time
 constexpr int kAhead = 4;         // rows of the gradients that a thread loads at once
 

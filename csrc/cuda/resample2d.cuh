@@ -25,8 +25,8 @@ struct Inputs {
 };
 
 // A thread makes one output pixel going down and 2 x 2 going up, N neighbouring channels of each: N > 1 where channels
-// are innermost. An image has `down` x `across` such pixels a channel, and blockIdx.y is the image. `Taps` is the
-// filter's size, 0 for one known at run time.
+// are innermost. An image has `down` x `across` such pixels per channel, and blockIdx.y is the image. `Taps` is the
+// filter's size, 0 for one that is known only at run time.
 template <typename T, int N, int Taps, bool Up, bool ChannelsLast>
 __global__ void __launch_bounds__(256, 3)
     resample2d_kernel(const T* __restrict__ x, const Real<T>* __restrict__ kernel, const T* __restrict__ add,

@@ -9,6 +9,8 @@ It knows the U-Nets of EDM and GDD as their own code builds or unpickles them, d
 is made of, and frozen networks of convolutions, batch norms, ReLU and pooling such as timm's and torchvision's.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import warnings
 from typing import Literal, TypeVar, get_args, overload
@@ -19,25 +21,34 @@ from torch import nn
 from gdd_fast.acceleration import diffusers_unet as unet2d
 from gdd_fast.acceleration import edm_unet as edm
 from gdd_fast.acceleration import frozen
+from gdd_fast.acceleration.graphs import capture_forwards
 from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.acceleration.summary import Entry, Report, restore
 from gdd_fast.backend import Backend
+from gdd_fast.engine.engines import CudaCapture
 from gdd_fast.errors import BackendError, InputError
 
 __all__ = ["Entry", "Report", "accelerate", "restore"]
 
 Network = TypeVar("Network", bound=nn.Module)
+NetworkEngine = Literal["eager", "graph"]
 
 
 @overload
-def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[False] = False) -> Network: ...
+def accelerate(
+    net: Network, *, backend: Backend = "auto", engine: NetworkEngine = "eager", report: Literal[False] = False
+) -> Network: ...
 
 
 @overload
-def accelerate(net: Network, *, backend: Backend = "auto", report: Literal[True]) -> tuple[Network, Report]: ...
+def accelerate(
+    net: Network, *, backend: Backend = "auto", engine: NetworkEngine = "eager", report: Literal[True]
+) -> tuple[Network, Report]: ...
 
 
-def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False) -> Network | tuple[Network, Report]:
+def accelerate(
+    net: Network, *, backend: Backend = "auto", engine: NetworkEngine = "eager", report: bool = False
+) -> Network | tuple[Network, Report]:
     """Replace, in place, the forward of those modules of `net` that gdd_fast computes faster or in less memory.
 
     Parameters, buffers, the state_dict, hooks and classes stay as they are; only the way they compute changes. What
@@ -49,6 +60,10 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
         backend: "auto" replaces what is no slower on the network's device. Any other name of gdd_fast.backend replaces
             everything that is known and runs that implementation of the operators that have it, PyTorch's definition of
             the others.
+        engine: "eager", or "graph": forwards without gradient are captured as CUDA graphs, one for each kind of call
+            (shapes, strides and types of its tensors, its other arguments), and replayed, so that a small batch does
+            not wait for the host. With gradients, hooks, training mode or after weights moved, the forward runs as it
+            is; the report counts why.
         report: also return what was replaced, what was left, and why.
 
     Returns:
@@ -57,7 +72,7 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
     Raises:
         InputError: `net` is not a module, has no memory yet (its parameters are on the meta device), or was accelerated
             and then sharded or parametrized (see `restore`).
-        BackendError: an unknown backend, or one that cannot run on the network's device.
+        BackendError: an unknown backend or engine, or one that cannot run on the network's device.
     """
     if not isinstance(net, nn.Module):
         raise InputError(f"accelerate: give a torch.nn.Module, not {type(net).__name__}")
@@ -70,13 +85,21 @@ def accelerate(net: Network, *, backend: Backend = "auto", report: bool = False)
             "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
             "them away (sequential offload), accelerate before these are added"
         )
-    decisions = Decisions(net, backend, torch.device("cpu") if first is None else first.device)
+    device = torch.device("cpu") if first is None else first.device
+    if engine not in get_args(NetworkEngine):
+        raise BackendError(f"accelerate: unknown engine {engine!r}; there are {', '.join(get_args(NetworkEngine))}")
+    if engine == "graph" and device.type != "cuda":
+        raise BackendError(f'accelerate: engine "graph" is of CUDA graphs and cannot run on {device}; use "eager"')
+    decisions = Decisions(net, backend, device)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
         decide(decisions)
     done = decisions.carry_out()
+    if engine == "graph":
+        forwards = capture_forwards(net, device, CudaCapture(device, contextlib.nullcontext))
+        done = dataclasses.replace(done, forwards=forwards)
     if report:
         return net, done
-    if not done.replaced:
+    if not done.replaced and engine == "eager":
         warnings.warn(f"nothing could be replaced; accelerate(net, report=True) says why\n{done}", stacklevel=2)
     return net
 

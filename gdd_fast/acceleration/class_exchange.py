@@ -35,6 +35,7 @@ class Fast:
     """Base of the mixins, which have `fast_forward`. `super().forward` in them is the original's."""
 
     original: ClassVar[type[nn.Module]]
+    state_name: ClassVar[str] = STATE
     _gdd_fast: Any
 
     def fast_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +61,12 @@ class Fast:
 
 def _plain(module: Fast) -> nn.Module:
     """`module` in its original class, with the same parameters, buffers and children."""
-    twin = object.__new__(module.original)
-    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != STATE})
+    original, states = type(module), set()
+    while issubclass(original, Fast):
+        states.add(original.state_name)
+        original = original.original
+    twin = object.__new__(original)
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in states})
     return twin
 
 
@@ -73,7 +78,7 @@ def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
             return type(self).forward(self, *args, **kwargs)
         if not ordinary(self):
             return original.forward(self, *args, **kwargs)
-        return self.fast_forward(*args, **kwargs)
+        return mixin.fast_forward(self, *args, **kwargs)  # by name: classes may lie over each other
 
     # torch.compile remembers shapes and recompilations by a function's name and place, which all classes would share
     forward.__code__ = forward.__code__.replace(co_name=f"{mixin.__module__}.{mixin.__name__}.{original.__qualname__}")
@@ -82,18 +87,18 @@ def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
 
 
 def exchange(module: nn.Module, mixin: type[Fast], state: Any) -> None:
-    """Let `module` compute as `mixin` says, with `state` as its `_gdd_fast`."""
-    module.__dict__[STATE] = state
+    """Let `module` compute as `mixin` says, with `state` under the mixin's `state_name`."""
+    module.__dict__[mixin.state_name] = state
     module.__class__ = _class(mixin, type(module))
 
 
 def give_back(module: nn.Module) -> bool:
-    """The inverse of `exchange`; whether there was anything to do. Not for a module that is `covered`."""
-    if not isinstance(module, Fast):
-        return False
-    module.__class__ = module.original
-    del module.__dict__[STATE]
-    return True
+    """The inverse of every `exchange`; whether there was anything to do. Not for a module that is `covered`."""
+    exchanged = isinstance(module, Fast)
+    while isinstance(module, Fast):
+        del module.__dict__[module.state_name]
+        module.__class__ = module.original
+    return exchanged
 
 
 def covered(module: nn.Module) -> bool:
@@ -107,7 +112,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "it is parametrized: its weight is computed anew at every use"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as offloading and casting do: accelerate before that"
-    if hasattr(type(module), "__deepcopy__"):
+    if not isinstance(module, Fast) and hasattr(type(module), "__deepcopy__"):
         return "its class has its own way of being copied"
     return None
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,8 @@ class Entry:
 class Report:
     """What was replaced and what was left, and why. `print(report)` groups it; the entries name every module.
 
-    `counts` has the number of replaced and of left modules by class.
+    `counts` has the number of replaced and of left modules by class. `forwards`, with `engine="graph"`, counts replays
+    and the calls that ran as they are, by reason, up to now.
     """
 
     backend: str
@@ -31,6 +33,7 @@ class Report:
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
     net: nn.Module = field(repr=False, compare=False)
+    forwards: Any = field(default=None, repr=False, compare=False)
 
     @property
     def counts(self) -> dict[str, Counter[str]]:
@@ -49,7 +52,8 @@ class Report:
             f"gdd_fast.accelerate on {self.device} (backend {self.backend}): "
             f"{len(self.replaced)} modules replaced, {len(self.left)} left"
         )
-        return "\n".join([head, *_table("replaced", self.replaced), *_table("left", self.left)])
+        graphs = [] if self.forwards is None else [str(self.forwards)]
+        return "\n".join([head, *graphs, *_table("replaced", self.replaced), *_table("left", self.left)])
 
 
 def _table(title: str, entries: tuple[Entry, ...]) -> list[str]:

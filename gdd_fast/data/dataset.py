@@ -63,12 +63,12 @@ class ImageDataset(ABC):
         return batch
 
     def chunks(
-        self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None
+        self, indices: Sequence[int] | np.ndarray | None = None, progress: Progress | None = None, size: int = _CHUNK
     ) -> Iterator[np.ndarray]:
-        """All images, or those of `indices`, in order, as arrays of a few hundred, decoded by a pool of threads."""
+        """All images, or those of `indices`, in order, as arrays of `size`, decoded by a pool of threads."""
         indices = range(len(self)) if indices is None else indices
         done = 0
-        for chunk in ordered_map(self.images, (indices[k : k + _CHUNK] for k in range(0, len(indices), _CHUNK))):
+        for chunk in ordered_map(self.images, (indices[k : k + size] for k in range(0, len(indices), size))):
             done += len(chunk)
             if progress is not None:
                 progress(done, len(indices))

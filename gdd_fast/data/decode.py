@@ -24,7 +24,7 @@ def decode(content: bytes, name: str) -> "Image":
 
     Raises `DataError` naming `name` when that cannot be done.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(content))
@@ -32,7 +32,9 @@ def decode(content: bytes, name: str) -> "Image":
         image.load()
         image = ImageOps.exif_transpose(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} is not a readable image: {error}") from error
+        # Pillow's own message for a format it does not know names an object in memory.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is not a readable image: {reason}") from error
     if deep or image.mode.startswith("I;16"):
         image.info[_DEEP] = 16  # Pillow hands out 48-bit colour as 8 bits, and does not say so
     return image

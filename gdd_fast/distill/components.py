@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gdd_fast.backend import Backend, resolve_all
-from gdd_fast.bundled import teacher_path
 from gdd_fast.config import CLASS_TABLES, Precision, TrainConfig, given
 from gdd_fast.data import ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
@@ -96,8 +95,7 @@ def build(config: TrainConfig) -> Components:
 
 def load_teacher(name: str) -> Preconditioned:
     """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub."""
-    path = teacher_path(name)
-    return load_generator(path if path.exists() else hub.locate_teacher(name))
+    return load_generator(hub.network_path(name))
 
 
 def build_features(

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 
 from gdd_fast.backend import summary
-from gdd_fast.config import TrainConfig, override, to_dict
-from gdd_fast.distill.components import Components
+from gdd_fast.config import AUTO, DiscriminatorConfig, TrainConfig, override, to_dict
+from gdd_fast.distill.components import Components, dtype_of
 from gdd_fast.distill.freeze import FreezeReport, freeze
-from gdd_fast.models.backbones import build_backbone
+from gdd_fast.distill.memory_forecast import Forecast, forecast, of_components
+from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ranks import world_size
+from gdd_fast.training.batches import split_batch
 
 # By what the names of presets begin with: resolution, classes where it is conditional, the arguments of the network.
 TEACHERS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -27,19 +30,53 @@ def describe_recipe(config: TrainConfig) -> str:
     """What can be said without data or teacher: the configuration, the parameters and what is frozen of the networks of
     the preset's paper, and what is still needed. Reads no file."""
     lines = [json.dumps(to_dict(config), indent=2), ""]
-    known = config.preset.split("-")[0]
-    if known in TEACHERS:
-        resolution, classes, arguments = TEACHERS[known]
-        classes = classes if config.data.cond else 0
-        options = config.discriminator
-        with torch.device("meta"):
-            net = GDDPrecond(resolution, 3, classes, **arguments)
-            backbones = [build_backbone(name, None, options.disc_resolution) for name in options.backbones]
-            features = ProjectedFeatures(backbones, options.disc_resolution)
-            heads = DiscriminatorHeads(features.channels, features.resolutions, classes, width=options.head_width)
-        lines.append(f"Teacher of this preset: {type(net.model).__name__}, 3 x {resolution}^2, {classes} classes")
+    if _known(config) in TEACHERS:
+        net, features, r1_features, heads = _networks_of(config)
+        size = f"3 x {net.img_resolution}^2, {net.label_dim} classes"
+        lines.append(f"Teacher of this preset: {type(net.model).__name__}, {size}")
         lines += _networks(freeze(net, config.generator.freeze), features, heads)
+        found = forecast(config, net, features, r1_features, heads)
+        lines += ["", _memory(config, found), "Without the data set, and with a trained class table."]
     return "\n".join([*lines, "", "Still needed:", *(f"  {message}" for message in config.missing())])
+
+
+def forecast_recipe(config: TrainConfig) -> Forecast:
+    """The memory of a preset of the paper, without its data set, teacher or weights; some seconds."""
+    net, features, r1_features, heads = _networks_of(config)
+    freeze(net, config.generator.freeze)
+    return forecast(config, net, features, r1_features, heads)
+
+
+def _known(config: TrainConfig) -> str:
+    return config.preset.split("-")[0]
+
+
+def _networks_of(config: TrainConfig) -> tuple[GDDPrecond, ProjectedFeatures, ProjectedFeatures, DiscriminatorHeads]:
+    """Generator, backbones, those of the R1 step, and heads of a preset of the paper, on the meta device."""
+    resolution, classes, arguments = TEACHERS[_known(config)]
+    classes = classes if config.data.cond else 0
+    options = config.discriminator
+    with torch.device("meta"):
+        net = GDDPrecond(resolution, 3, classes, **arguments)
+        net.dtype = dtype_of(config.generator.g_precision)
+        types = [dtype_of(p) for p in (options.d_precision, config.loss.r1_precision)]
+        features, r1_features = (_features(options, dtype) for dtype in types)
+        r1_features = features if types[0] == types[1] else r1_features
+        sizes = (features.channels, features.resolutions, classes)
+        heads = DiscriminatorHeads(*sizes, width=options.head_width, dtype=types[0])
+    return net, features, r1_features, heads
+
+
+def _features(options: DiscriminatorConfig, dtype: torch.dtype) -> ProjectedFeatures:
+    backbones = [build_backbone(name, None, options.disc_resolution) for name in options.backbones]
+    return ProjectedFeatures([fold_batch_norm(b) for b in backbones], options.disc_resolution, dtype=dtype)
+
+
+def _memory(config: TrainConfig, found: Forecast) -> str:
+    """The forecast's table for a run of as many processes as there are now."""
+    local_batch, _ = split_batch(config.run.batch, None, world_size())
+    asked = config.run.batch_gpu
+    return found.table(local_batch, local_batch if asked in (None, AUTO) else min(int(asked), local_batch))
 
 
 def _networks(frozen: FreezeReport, features: torch.nn.Module, heads: torch.nn.Module) -> list[str]:
@@ -65,5 +102,7 @@ def describe(config: TrainConfig, parts: Components) -> str:
             f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
             f"Operators: {summary(parts.operators)}",
             *_networks(parts.frozen, parts.features, parts.heads),
+            "",
+            _memory(config, of_components(config, parts)),
         ]
     )

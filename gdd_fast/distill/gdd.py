@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
@@ -33,9 +33,11 @@ from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
+from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
 
@@ -82,8 +84,14 @@ class Distillation:
         self.gan = config.ablation.gan == "on"
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
-        graphs = choose_step_engine(run.engine, device) == "graph"
-        self.steps = CapturedSteps(CudaGraphs(device, self.random.generator) if graphs else None)
+        fixed = self.additional is None and not run.debug_finite
+        engine = choose_step_engine(run.engine, device, world.size, fixed=fixed)
+        self.steps = CapturedSteps(
+            CudaGraphs(device, self.random.generator) if engine == "graph" else None,
+            Trial(self.changing, self.random) if run.engine == "auto" else None,
+        )
+        self.watch = FiniteWatch(self._networks()) if run.debug_finite else None
+        self._images = 0
         self.averages = Averages()
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
@@ -101,6 +109,7 @@ class Distillation:
 
     def iteration(self, images: int) -> None:
         """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
+        self._images = images
         real, labels = next(self.stream)
         real = real.float() / 127.5 - 1
         self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
@@ -136,8 +145,10 @@ class Distillation:
     def _take(self, guard: StepGuard, step: Step, *inputs: Tensor | None) -> None:
         """One step, as it is or captured: all that differs from one to the next is in tensors, or done here."""
         guard.begin()
-        for name, value in self.steps(guard.name, step, *inputs).items():
-            self.averages.add(name, value)
+        watch = self.watch and self.watch.step(guard.name, self._images, guard.optimizer)
+        with watch or contextlib.nullcontext():
+            for name, value in self.steps(guard.name, step, *inputs).items():
+                self.averages.add(name, value)
         guard.end()
 
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
@@ -206,6 +217,16 @@ class Distillation:
         finally:
             self.heads.dtype = before
 
+    def changing(self) -> Iterator[Tensor]:
+        """Every tensor that steps change: weights, buffers, averages, moments and counts."""
+        for net in (self.generator, self.ema.net, self.heads):
+            yield from net.parameters()
+            yield from net.buffers()
+        for guard in self._guards().values():
+            yield guard.count
+            for state in guard.optimizer.state.values():
+                yield from (t for t in state.values() if isinstance(t, Tensor))
+
     def _train_heads(self, train: bool) -> None:
         """Where gradients are not wanted, autograd computes none."""
         for weight in self._head_weights:
@@ -245,6 +266,10 @@ class Distillation:
         with torch.no_grad():
             samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
         save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        found = {"generator": self.generator, "features": self.features, "heads": self.heads}
+        return found if self.r1_features is self.features else {**found, "r1_features": self.r1_features}
 
     def _all_features(self) -> tuple[ProjectedFeatures, ProjectedFeatures]:
         return self.features, self.r1_features

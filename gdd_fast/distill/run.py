@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
-from gdd_fast.distill import comparison, components
+from gdd_fast.distill import comparison, components, memory_forecast
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.measuring import Evaluation, build_measurement
@@ -91,6 +91,7 @@ def _distill(config: TrainConfig) -> Result:
     )
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
+        config = memory_forecast.settle(config, built, world.device, world.size)
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)

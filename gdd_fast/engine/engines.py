@@ -24,15 +24,15 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from gdd_fast.device import full_float32
 from gdd_fast.errors import BackendError, ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 Network = Callable[[Tensor, Tensor | None], Any]
-"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes of
-them: the caller's to keep."""
+"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes
+of them: the caller's to keep."""
 Finish = Callable[[Tensor], tuple[Tensor, ...]]
 """What is done with the images as a part of the evaluation; always the same object for the same thing."""
 Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]
@@ -43,9 +43,11 @@ _WARM_UP = 3  # calls before a capture
 
 
 class Capture(Protocol):
-    """Makes a `Network` for inputs of one shape out of one for all."""
+    """Makes a function of inputs of one shape out of one for all."""
 
-    def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network: ...
+    def __call__(self, network: Callable[..., Any], *inputs: Tensor | None) -> Callable[..., Any]:
+        """What replays `network(*inputs)` on other inputs of their shapes; its results are the caller's to keep."""
+        ...
 
     def drain(self) -> None:
         """Return once nothing that was captured runs any more."""
@@ -110,43 +112,46 @@ class GraphCache:
 
 
 class CudaCapture:
-    """Captures CUDA graphs on one device, into one memory pool."""
+    """Captures CUDA graphs on one device, into one memory pool; float32 as `precision`, a context, has it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, precision: Callable[[], contextlib.AbstractContextManager] = full_float32
+    ) -> None:
         self.device = device
+        self.precision = precision
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream()
             self.idle = torch.cuda.Event()  # after the last replay and the copy of its result
         self.pool: tuple[int, int] | None = None
-        self._alive: weakref.WeakSet[Network] = weakref.WeakSet()
+        self._alive: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
-    def __call__(self, network: Network, latents: Tensor, rows: Tensor | None) -> Network:
-        latents, rows = latents.clone(), None if rows is None else rows.clone()
-        with torch.cuda.device(self.device), _fastest_convolutions(), full_float32():
+    def __call__(self, network: Callable[..., Any], *inputs: Tensor | None) -> Callable[..., Any]:
+        static = [None if t is None else t.clone() for t in inputs]
+        with torch.cuda.device(self.device), _fastest_convolutions(), self.precision():
             self.stream.wait_stream(torch.cuda.current_stream())
             # a replay on another stream may still use the workspaces that the warm-up's products write to
             self.stream.wait_event(self.idle)
             with torch.cuda.stream(self.stream):
                 for _ in range(_WARM_UP):
-                    network(latents, rows)
+                    network(*static)
             if not self._alive:  # a pool ends with its last graph, also with one whose capture failed
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads may go on calling CUDA: they copy images while this one captures
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
-                images = network(latents, rows)
+                results = network(*static)
             torch.cuda.current_stream().wait_stream(self.stream)
 
-        def replay(new_latents: Tensor, new_rows: Tensor | None) -> Any:
+        def replay(*given: Tensor | None) -> Any:
             with torch.cuda.device(self.device):
                 torch.cuda.current_stream().wait_event(self.idle)  # the last replay may be on another stream
-                latents.copy_(new_latents)
-                if rows is not None and new_rows is not None:
-                    rows.copy_(new_rows)
+                for own, new in zip(static, given, strict=True):
+                    if own is not None and new is not None:
+                        own.copy_(new)
                 graph.replay()
-                result = tree_map(torch.clone, images)
+                kept = tree_map_only(Tensor, torch.clone, results)
                 self.idle.record()
-            return result
+            return kept
 
         self._alive.add(replay)
         return replay

@@ -9,6 +9,7 @@ imported, as diffusers imports no module because a file names it.
 """
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
+from gdd_fast.interop import hub
+from gdd_fast.interop.model_card import Origin, model_card, origin_of_run
 from gdd_fast.layers.silent import silent
 from gdd_fast.models.files.diffusers_folder import INDEX
 from gdd_fast.models.files.load import PRECONDS, load_generator
@@ -88,13 +91,17 @@ class OneStepPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model)
         self._engine: tuple[Any, list[Tensor], OneStepGenerator] | None = None
+        self.origin = Origin()
 
     @classmethod
     def from_generator(cls, generator: str | Path | Preconditioned | OneStepGenerator) -> "OneStepPipeline":
         """A pipeline of a network, or of whatever `gdd_fast.load_generator` takes."""
         network = load_generator(generator) if isinstance(generator, str | Path) else generator
         network = network.network if isinstance(network, OneStepGenerator) else network
-        return cls(GeneratorModel.of(network))
+        pipe = cls(GeneratorModel.of(network))
+        if isinstance(generator, str | Path):
+            pipe.origin = origin_of_run(Path(generator))
+        return pipe
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "OneStepPipeline":
@@ -105,6 +112,35 @@ class OneStepPipeline(DiffusionPipeline):
             dtype = options.get("dtype", options.get("torch_dtype"))
             return pipe if dtype is None else pipe.to(dtype)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        teacher_license: str | None = None,
+        data_license: str | None = None,
+        commit_message: str = "Upload OneStepPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool | None = None,
+        **save_options: Any,
+    ) -> str:
+        """As diffusers', with a card that names teacher, data, metrics and the licence of each.
+
+        They are known of a pipeline that was made from a training run's folder; licences as of `hub.save_pretrained`.
+        """
+        licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
+        loading = (
+            "import gdd_fast.interop.diffusers\nfrom diffusers import DiffusionPipeline\n\n"
+            f'images = DiffusionPipeline.from_pretrained("{repo_id}")(batch_size=4).images'
+        )
+        card = model_card(repo_id, hub.form_of(self.model.network), loading, self.origin.licensed(**licenses))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            Path(folder, "README.md").write_text(card)
+            options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+            return hub.upload(Path(folder), repo_id, allow_patterns=None, **options)
 
     @torch.no_grad()
     def __call__(

@@ -1,54 +1,46 @@
 """Networks on the Hugging Face Hub, by the conventions of huggingface_hub: three functions named as there.
 
     save_pretrained(net, "folder")                             config.json, model.safetensors, README.md
-    push_to_hub(net, "user/name")                              the same, uploaded
+    push_to_hub("runs/mine", "user/name", license="mit")       the same, uploaded, with what the run says of itself
     net = from_pretrained("user/name", revision="main")        or a folder
 
 `gdd_fast.OneStepGenerator.from_pretrained` takes a repository as well, and reads it by `locate`.
 
-`net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), or a network that `accelerate` changed.
-What is stored is the folder format of `gdd_fast.models.files.save`: no code, no pickle. Arguments that are not
-described here mean what they mean in huggingface_hub.
+`net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), a network that `accelerate` changed, or
+the folder of a training run: its averaged generator, with a card that names teacher, data, metrics and the licence of
+each (`gdd_fast.interop.model_card`). What is stored is the folder format of `gdd_fast.models.files.save`: no code, no
+pickle. Arguments that are not described here mean what they mean in huggingface_hub.
+
+`network_path` finds what a command's --net or --teacher names: `demo`, a path, a repository.
 """
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from gdd_fast.bundled import teacher_path
 from gdd_fast.errors import WeightsError
 from gdd_fast.files import atomic_write
-from gdd_fast.models.files.load import load_generator
+from gdd_fast.interop.model_card import Origin, model_card, origin_of_run
+from gdd_fast.models.files.load import KINDS, load_generator
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
 # What a pipeline of diffusers' consists of: its description and its components, in folders or beside it.
-PIPELINE = ("model_index.json", "*config.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin")
+PIPELINE = (
+    "model_index.json",
+    "*config.json",
+    "*diffusion_pytorch_model.safetensors",
+    "*diffusion_pytorch_model.bin",
+    "README.md",  # says the teacher's licence, for the card of what is made from it
+)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-
-CARD = """---
-library_name: gdd_fast
-pipeline_tag: unconditional-image-generation
-tags:
-- gdd_fast
-- one-step-generation
----
-
-# {title}
-
-An image generator of {channels} x {size} x {size} pixels{classes}, stored by
-gdd_fast: the arguments in config.json, the weights in model.safetensors.
-
-```python
-from gdd_fast.interop import hub
-
-net = hub.from_pretrained("{title}")
-```
-"""
 
 
 class HasNetwork(Protocol):
@@ -58,65 +50,62 @@ class HasNetwork(Protocol):
 
 
 def save_pretrained(
-    net: Preconditioned | HasNetwork,
+    net: Preconditioned | HasNetwork | str | Path,
     save_directory: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    license: str | None = None,
+    teacher_license: str | None = None,
+    data_license: str | None = None,
     repo_id: str | None = None,
     push_to_hub: bool = False,
     **push_to_hub_kwargs: Any,
 ) -> str | None:
     """Write `net` to a folder, each file atomically; weights in `dtype`. A README.md that is there is left alone.
 
-    With `push_to_hub=True` the folder is uploaded to `repo_id` (by default the folder's name) as well.
+    `license`, `teacher_license` and `data_license` are the Hub's identifiers, such as apache-2.0, and stand on the card
+    in place of what is known of them. With `push_to_hub=True` the folder is uploaded to `repo_id` (by default the
+    folder's name) as well.
 
     Returns:
         The address of the commit on the Hub, or None.
 
     Raises:
-        ConfigError: `net` is no network that can be stored.
+        ConfigError: `net` is no network that can be stored, or a licence is no identifier.
+        WeightsError: there is no network at the path `net`.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused, or cannot be reached.
     """
     folder = Path(save_directory)
-    network = _network(net)
+    licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
+    network, origin = _network(net), _origin(net).licensed(**licenses)
     save_network(network, folder, dtype)
     card = folder / "README.md"
     if not card.exists():
         with atomic_write(card) as temporary:
-            temporary.write_text(_card(network, repo_id or folder.name))
+            temporary.write_text(_card(network, repo_id or folder.name, origin))
     if not push_to_hub:
         return None
-    return _upload(folder, repo_id or folder.name, **push_to_hub_kwargs)
+    return upload(folder, repo_id or folder.name, **push_to_hub_kwargs)
 
 
 def push_to_hub(
-    net: Preconditioned | HasNetwork,
+    net: Preconditioned | HasNetwork | str | Path,
     repo_id: str,
     *,
     dtype: torch.dtype = torch.float32,
-    commit_message: str = "Push model using gdd_fast",
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool | None = None,
+    license: str | None = None,
+    teacher_license: str | None = None,
+    data_license: str | None = None,
+    **upload_options: Any,
 ) -> str:
     """Upload `net` to the Hub's repository `repo_id`, made if it does not exist. Returns the commit's address.
 
-    Raises as `save_pretrained`.
+    `upload_options` and what is raised: as of `upload` and `save_pretrained`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        network = _network(net)
-        save_network(network, folder, dtype)
-        Path(folder, "README.md").write_text(_card(network, repo_id))
-        return _upload(
-            Path(folder),
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-        )
+        licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
+        save_pretrained(net, folder, dtype=dtype, repo_id=repo_id, **licenses)
+        return upload(Path(folder), repo_id, **upload_options)
 
 
 def from_pretrained(
@@ -167,6 +156,20 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
     return download(name_or_path, **options)
 
 
+def network_path(name: str | Path) -> Path:
+    """Where a network lies that a command names: `demo`, a path, or a repository of the Hub, ours or a pipeline.
+
+    A name below a folder that is here (runs/mine, where there is runs/) is a path, and the Hub is not asked. Raises
+    WeightsError for a name of nothing.
+    """
+    path = teacher_path(str(name))
+    if path.exists() or isinstance(name, Path):
+        return path
+    if path.parent != Path() and path.parent.is_dir():
+        raise WeightsError(f"{name} does not exist: give {KINDS}, or a repository of the Hub")
+    return locate_teacher(str(name))
+
+
 def locate_teacher(name: str) -> Path:
     """As `locate`; of a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
 
@@ -174,14 +177,22 @@ def locate_teacher(name: str) -> Path:
     """
     if Path(name).exists() or Path(name).suffix.lower() == ".pkl" or not _REPOSITORY.fullmatch(name):
         return locate(name)
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ModuleNotFoundError:
+        return download(name)  # says so
 
     try:
         commit = Path(hf_hub_download(name, PIPELINE[0])).parent.name
         return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE)))
-    except LocalEntryNotFoundError as error:  # is an EntryNotFoundError, and says that the Hub cannot be reached
-        raise _unknown(name, error) from error
+    except LocalEntryNotFoundError:  # is an EntryNotFoundError, and says that the Hub cannot be reached
+        return download(name, local_files_only=True)
     except EntryNotFoundError:
         return download(name)
     except (HFValidationError, HfHubHTTPError, OSError) as error:
@@ -189,7 +200,7 @@ def locate_teacher(name: str) -> Path:
 
 
 def _unknown(repo_id: str, error: Exception) -> WeightsError:
-    reason = str(error).strip().partition("\n")[0]
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
     return WeightsError(
         f"{repo_id} is neither a path that exists nor a network on the Hub: {reason}. Check the name, your "
         "connection, and that you are logged in if the repository is private."
@@ -220,16 +231,28 @@ def download(repo_id: str, **options: Any) -> Path:
     return folder
 
 
-def _network(net: Preconditioned | HasNetwork) -> Preconditioned:
+def _network(net: Preconditioned | HasNetwork | str | Path) -> Preconditioned:
+    if isinstance(net, str | Path):
+        return load_generator(net)
     return net if isinstance(net, nn.Module) else getattr(net, "network", net)
 
 
-def _card(network: Preconditioned, title: str) -> str:
+def _origin(net: Preconditioned | HasNetwork | str | Path) -> Origin:
+    return origin_of_run(Path(net)) if isinstance(net, str | Path) else Origin()
+
+
+def form_of(network: Preconditioned) -> str:
+    """What its images are, in words."""
     classes = f" in {network.label_dim} classes" if network.label_dim else ""
-    return CARD.format(title=title, channels=network.img_channels, size=network.img_resolution, classes=classes)
+    return f"{network.img_channels} x {network.img_resolution} x {network.img_resolution} pixels{classes}"
 
 
-def _upload(
+def _card(network: Preconditioned, title: str, origin: Origin) -> str:
+    loading = f'from gdd_fast import OneStepGenerator\n\nimages = OneStepGenerator.from_pretrained("{title}")(16)'
+    return model_card(title, form_of(network), loading, origin)
+
+
+def upload(
     folder: Path,
     repo_id: str,
     *,
@@ -238,7 +261,9 @@ def _upload(
     token: str | None = None,
     branch: str | None = None,
     create_pr: bool | None = None,
+    allow_patterns: Sequence[str] | None = (*FILES, "README.md"),
 ) -> str:
+    """Upload a folder's files to the Hub's repository `repo_id`, made if it does not exist; the commit's address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -248,7 +273,7 @@ def _upload(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=[*FILES, "README.md"],
+        allow_patterns=None if allow_patterns is None else list(allow_patterns),
         commit_message=commit_message,
         revision=branch,
         create_pr=create_pr,

@@ -10,8 +10,8 @@ from torch import Tensor
 from gdd_fast.metrics.neighbours import Nearest, nearest, share_nearer
 from gdd_fast.sampling.grid import save_panel
 
-PAIRS = 24
-"""Pairs in each row of a sheet."""
+PAIRS, COLUMNS = 24, 12
+"""Pairs in each part of a sheet, and in one line of it."""
 GetImages = Callable[[Sequence[int]], Tensor]
 """uint8 (N, C, H, W) of some indices."""
 
@@ -42,12 +42,16 @@ class Memorisation:
 
     def save_sheet(self, path: Path, samples: GetImages, training: GetImages) -> None:
         """The samples nearest to a training image, and the first samples, each above its nearest training image."""
-        rows = []
-        count = min(PAIRS, len(self.samples.distance))
+        there = len(self.samples.distance)
+        columns = min(COLUMNS, there)
+        count = min(PAIRS, there - there % columns)
         by_distance = self.samples.distance.argsort()[:count].tolist()
-        for title, chosen in (("nearest", by_distance), ("first", list(range(count)))):
-            places = torch.tensor(chosen)
-            nearest_ones = self.samples.index.cpu()[places].tolist()
-            rows.append((f"The {title} {count} samples", samples(chosen)))
-            rows.append(("Nearest training images", training(nearest_ones)))
-        save_panel(rows, path, cols=12)
+        rows = []
+        for title, chosen in (
+            ("{} samples nearest to a training image", by_distance),
+            ("first {} samples", list(range(count))),
+        ):
+            pairs = samples(chosen), training(self.samples.index.cpu()[chosen].tolist())
+            lines = [line for both in zip(*(x.split(columns) for x in pairs), strict=True) for line in both]
+            rows.append((f"The {title.format(count)}, each above its nearest one", torch.cat(lines)))
+        save_panel(rows, path, cols=columns)

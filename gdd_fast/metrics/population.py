@@ -1,6 +1,6 @@
 """A set of images as one feature network sees it: what metrics are computed from, gathered batch by batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from gdd_fast.errors import DataError
 from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.frechet import Statistics
+from gdd_fast.ranks import ALONE, World
 
 Progress = Callable[[int], None]  # called with the number of images just done
 
@@ -90,25 +91,39 @@ def gather(
     extractors: Sequence[FeatureExtractor],
     needs: Sequence[Needs] | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> list[Population]:
-    """Populations of uint8 image batches `(N, C, H, W)`, one for each extractor; empty without a single batch."""
+    """Populations of uint8 image batches `(N, C, H, W)`, one for each extractor; empty without a single batch.
+
+    With several ranks the batches are each one's `world.share`, and the main one gets the populations of all, summed in
+    the order in which one process would: they are equal to the bit. Other ranks get nothing.
+    """
     needs = needs or [Needs()] * len(extractors)
     found: list[Population] = []
-    for images in batches:
-        for i, (extractor, need) in enumerate(zip(extractors, needs, strict=True)):
-            features = extractor(images)
+    forms: list[tuple[tuple[int, ...], list[int]]] = []
+
+    def features_of_batches() -> Iterator[Tensor]:
+        for images in batches:
+            features = [extractor(images) for extractor in extractors]
+            forms.append((tuple(images.shape[1:]), [f.shape[1] for f in features]))
+            yield torch.cat(features, 1)
+
+    for together in world.in_order(features_of_batches()):
+        shape, sizes = forms[0]
+        for i, features in enumerate(together.split(sizes, 1)):
+            features = features.to(extractors[i].device)
             if i == len(found):
-                found.append(_empty(extractor.name, images, features, need))
+                found.append(_empty(extractors[i].name, shape, features, needs[i]))
             found[i].update(features)
         if progress is not None:
-            progress(len(images))
+            progress(len(together))
     for population in found:
         population.finish()
     return found
 
 
-def _empty(name: str, images: Tensor, features: Tensor, need: Needs) -> Population:
-    shape, dim = tuple(images.shape[1:]), features.shape[1]
+def _empty(name: str, shape: tuple[int, ...], features: Tensor, need: Needs) -> Population:
+    dim = features.shape[1]
     population = Population(name, shape)
     if need.statistics:
         population.statistics = Statistics(dim, name, features.device, image_shape=shape)

@@ -1,6 +1,6 @@
 """Populations of data sets and of generators, for any number of feature extractors in one pass over the images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from gdd_fast.errors import DataError
 from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.frechet import Statistics
 from gdd_fast.metrics.population import Needs, Population, Progress, gather
+from gdd_fast.ranks import ALONE, World
 from gdd_fast.sampling.generate import SamplerConfig, generate
 
 
@@ -23,16 +24,18 @@ def dataset_populations(
     max_images: int | None = None,
     share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> list[Population]:
     """What metrics need of the images of `dataset`, one for each feature extractor.
 
     `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `share`
-    (rank, size) takes every size-th image from the rank-th on. Raises `DataError` for an image that cannot be read, and
-    with fewer than two images.
+    (rank, size) takes every size-th image from the rank-th on. `world`: see `population.gather`. Raises `DataError` for
+    an image that cannot be read, and with fewer than two images.
     """
-    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]]
-    found = gather(_image_batches(dataset, batch, indices), extractors, needs, progress)
-    return found if share[1] > 1 else _enough(found)
+    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]].tolist()
+    batches = (torch.from_numpy(images) for images in dataset.chunks(world.share(indices, batch), size=batch))
+    found = gather(batches, extractors, needs, progress, world)
+    return found if share[1] > 1 or not world.is_main else _enough(found)
 
 
 def generator_populations(
@@ -47,14 +50,15 @@ def generator_populations(
     generator_device: torch.device | str = "cpu",
     backend: Backend = "auto",
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> list[Population]:
-    """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate`.
+    """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `population.gather`.
 
     From the generator to the features images stay on the device. With several ranks, each may be given its share.
     """
     options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
-    batches = generate(net, seeds, sampler, **options)
-    return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress)
+    batches = generate(net, world.share(seeds, batch), sampler, **options)
+    return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress, world)
 
 
 def dataset_statistics(dataset: ImageDataset, extractors: Sequence[FeatureExtractor], **options) -> list[Statistics]:
@@ -86,8 +90,3 @@ def _enough(populations: list[Population]) -> list[Population]:
     if count < 2:
         raise DataError(f"statistics need at least 2 images, not {count}")
     return populations
-
-
-def _image_batches(dataset: ImageDataset, batch: int, indices: Sequence[int]) -> Iterator[Tensor]:
-    for chunk in dataset.chunks(indices):
-        yield from torch.from_numpy(chunk).split(batch)

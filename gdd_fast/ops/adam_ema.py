@@ -56,7 +56,10 @@ def adam_ema_ref_(
     average_weight: Tensor,
     groups: Sequence[Group],
 ) -> None:
-    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device, once."""
+    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device, once.
+
+    What "torch" runs on a CPU, where that costs nothing; elsewhere `adam_ema_waitless_` is.
+    """
     if not params:
         return
     # the largest magnitude: NaN and infinity survive it, and it cannot overflow as a sum of squares can
@@ -100,6 +103,58 @@ def _adam_(
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**t))
 
 
+def adam_ema_waitless_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    step: Tensor,
+    skipped: Tensor,
+    lr: Tensor,
+    average_weight: Tensor,
+    groups: Sequence[Group],
+) -> None:
+    """The same from PyTorch's fused Adam, float32: the device decides whether to step, and the host never waits.
+
+    What "torch" runs on a GPU whose extension was built without nvcc. It can be captured in a CUDA graph.
+    """
+    if not params:
+        return
+    norms = torch._foreach_norm([g for g in grads if g.numel()], ord=float("inf"))
+    finite = torch.stack(norms).max().isfinite() if norms else torch.ones_like(step, dtype=torch.bool)
+    finite = finite.view_as(step)
+    left_out = finite.logical_not()
+    found_inf, count = left_out.float(), step + 1
+    first = 0
+    for index, group in enumerate(groups):
+        part = slice(first, first + group.tensors)
+        first += group.tensors
+        if group.tensors:
+            torch._fused_adam_(
+                params[part],
+                grads[part],
+                exp_avgs[part],
+                exp_avg_sqs[part],
+                [],
+                [count] * group.tensors,
+                lr=lr.view(-1)[index].float(),
+                beta1=group.betas[0],
+                beta2=group.betas[1],
+                weight_decay=group.weight_decay,
+                eps=group.eps,
+                amsgrad=False,
+                maximize=False,
+                found_inf=found_inf,
+            )
+    step += finite
+    skipped += left_out.view_as(skipped)
+    if averages:
+        # one weight per tensor: a tensor of weights is exact at 0 and 1, as the number's lerp is
+        weight = (average_weight.view_as(step) * finite).float().view(())
+        torch._foreach_lerp_(averages, params, [weight] * len(params))
+
+
 def adam_ema_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -128,7 +183,8 @@ def adam_ema_(
         averages: moving averages of the parameters, float32, or nothing.
         groups: parameters that stand side by side with options of their own, in place of `betas`, `eps` and
             `weight_decay`. The finite check and the counts are of all groups together.
-        backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. Only "cuda" can be captured in a graph.
+        backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. On a GPU both, "torch" and "cuda", are
+            captured in graphs and never wait for the device.
 
     Raises:
         InputError: lists, dtypes or layouts that do not fit.
@@ -217,7 +273,8 @@ def _adam_ema_(params: list[Tensor], *arguments) -> None:
     if implementation == "torch":
         *lists, tensors, beta1, beta2, eps, weight_decay = given
         options = zip(tensors, zip(beta1, beta2, strict=True), eps, weight_decay, strict=True)
-        adam_ema_ref_(params, *lists, [Group(*values) for values in options])  # type: ignore[call-arg]
+        run = adam_ema_ref_ if params[0].device.type == "cpu" else adam_ema_waitless_
+        run(params, *lists, [Group(*values) for values in options])  # type: ignore[call-arg]
     else:
         torch.ops.gdd_fast_C.adam_ema_(params, *given)
         # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the

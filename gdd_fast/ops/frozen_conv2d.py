@@ -85,9 +85,10 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
         )
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise InputError(f"{name}: x and weight must be floating, not {x.dtype} and {weight.dtype}")
-    for what, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise InputError(f"{name}: {what} is on {tensor.device}, x on {x.device}")
+    device = x.device
+    if weight.device != device or (bias is not None and bias.device != device):
+        what, tensor = ("weight", weight) if weight.device != device or bias is None else ("bias", bias)
+        raise InputError(f"{name}: {what} is on {tensor.device}, x on {device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name}: the weight requires a gradient: freeze it, or use torch.nn.functional.conv2d")
     dtype = autocast_dtype(x)

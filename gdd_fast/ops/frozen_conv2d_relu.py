@@ -88,7 +88,7 @@ def frozen_conv2d_relu(
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
-        return extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling, "triton")
+        return extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling)
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
 
 

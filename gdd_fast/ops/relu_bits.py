@@ -67,15 +67,13 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
         return relu_bits_ref(x, activation, inplace)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
-        y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace, "triton")
+        y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace)
         if y is not None:
             return y
     return _Relu.apply(x, CEILING[activation], inplace, implementation)
 
 
-def plan_bits(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def plan_bits(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernels launch to pack the bits of y, or to mask dy by them (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels import relu_bits as kernels
     from gdd_fast.kernels._plans import plan

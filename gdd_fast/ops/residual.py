@@ -5,7 +5,7 @@ saved for backward, which is plain torch: `dy * scale`, and its sum for the bias
 """
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -99,9 +99,7 @@ def residual(
     return (y, s) if statistics else y
 
 
-def _plan(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernel launches for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels._plans import plan
 
@@ -109,7 +107,7 @@ def _plan(
     _check(h, skip, bias, bool(statistics))
     if _choose(backend, h.device.type, h.dtype == torch.float64) != "triton":
         return None
-    return plan(lambda: _forward(h, skip, bias, scale, bool(statistics)), tensors)
+    return plan(lambda: _launched(h, skip, bias, scale, bool(statistics)), tensors)
 
 
 def _check(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool) -> None:
@@ -142,12 +140,17 @@ torch.library.define(
 
 @torch.library.impl("gdd_fast::residual", "CompositeExplicitAutograd")
 def _forward(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, statistics: bool) -> tuple[Tensor, Tensor]:
+    bias = None if bias is None else bias.contiguous()
+    return _launched(evenly_spaced(h), evenly_spaced(skip), bias, scale, statistics)
+
+
+def _launched(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, statistics: bool) -> tuple[Tensor, Tensor]:
+    """The same by the kernel, of maps whose pixels are evenly spaced."""
     from gdd_fast.kernels import residual as kernels
 
     y, s = _empty(h, skip, bias, scale, statistics)
     if y.numel():
-        bias = None if bias is None else bias.contiguous()
-        kernels.residual(evenly_spaced(h), evenly_spaced(skip), bias, scale, y, s if statistics else None)
+        kernels.residual(h, skip, bias, scale, y, s if statistics else None)
     return y, s
 
 

@@ -30,7 +30,6 @@ from gdd_fast.sampling.seeds import latents
 
 FORMAT = "gdd_fast.layer_analysis"
 MEASURES = ("relative_norm", "output_change", "image_change")
-ONE_STEP_SIGMA = 80.0
 
 Progress = Callable[[int], Any]
 
@@ -43,14 +42,14 @@ class Branch:
         name: of the block in the U-Net, such as `enc.16x16_block0`.
         kind: "conv", "attention", or "input" for NCSN++'s branch from the image to each encoder level.
         layer: its last layer.
-        merged: the module at which the sum appears, and whether as its input or as its output.
+        sum_at: the module at which the sum appears, and whether as its input or as its output.
         scale: what the sum is multiplied by.
     """
 
     name: str
     kind: str
     layer: nn.Module
-    merged: nn.Module
+    sum_at: nn.Module
     at_input: bool
     scale: float
 
@@ -67,8 +66,8 @@ def branches(net: EDMPrecond) -> list[Branch]:
             name = f"{part}.{key}"
             if isinstance(layer, UNetBlock):
                 attends = layer.num_heads > 0
-                merged = layer.norm2 if attends else layer
-                found.append(Branch(name, "conv", layer.conv1, merged, attends, layer.skip_scale))
+                sum_at = layer.norm2 if attends else layer
+                found.append(Branch(name, "conv", layer.conv1, sum_at, attends, layer.skip_scale))
                 if attends:
                     found.append(Branch(name, "attention", layer.proj, layer, False, layer.skip_scale))
             elif layer_role(key) in ("aux_residual", "aux_skip"):
@@ -105,6 +104,8 @@ def measure(
         norms: list[Tensor] = [torch.empty(0)] * len(found)
         with _recording(found, norms):
             whole = net(x, sigma, labels)
+        if not bool(whole.isfinite().all()):
+            raise WeightsError(f"the network's output at noise level {sigma:g} is not finite: its weights are broken")
         own = whole - _skip_weight(net, sigma) * x
         for row, branch in enumerate(found):
             with _dropped(branch.layer):
@@ -124,14 +125,14 @@ def analyze(
     seeds: range = range(16),
     progress: Progress = lambda levels: None,
 ) -> dict[str, Any]:
-    """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at 80; as JSON types.
+    """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at its one; as JSON types.
 
     The networks are in evaluation mode. They run their operators' PyTorch definitions, which leave every branch's
     output to be seen. `progress` is called with 1 after every noise level of either network.
 
     Raises:
         ConfigError: networks that do not have the same branches, and fewer than 2 levels.
-        WeightsError: a network that is not one of EDM's U-Nets.
+        WeightsError: a network that is not one of EDM's U-Nets, or whose output is not finite.
     """
     rows = branches(teacher)
     names = [(branch.name, branch.kind) for branch in rows]
@@ -151,7 +152,7 @@ def analyze(
         "teacher": measure(teacher, sampler_states(teacher, z, labels, levels), labels, progress),
     }
     if student is not None:
-        result["student"] = measure(student, {ONE_STEP_SIGMA: z * ONE_STEP_SIGMA}, labels, progress)
+        result["student"] = measure(student, {student.sigma_init: z * student.sigma_init}, labels, progress)
     return result
 
 
@@ -182,18 +183,18 @@ def _recording(found: list[Branch], norms: list[Tensor]) -> Iterator[None]:
     outputs: dict[int, Tensor] = {}
 
     def watch(row: int, branch: Branch) -> None:
-        def sum_seen(merged: Any) -> None:
-            merged = merged[0] if isinstance(merged, tuple) else merged
-            norms[row] = outputs.pop(row) * branch.scale / _norm(merged)
+        def sum_seen(summed: Any) -> None:
+            summed = summed[0] if isinstance(summed, tuple) else summed
+            norms[row] = outputs.pop(row) * branch.scale / _norm(summed)
 
         def branch_seen(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             outputs[row] = _norm(output)
 
         handles.append(branch.layer.register_forward_hook(branch_seen))
         if branch.at_input:
-            handles.append(branch.merged.register_forward_pre_hook(lambda module, inputs: sum_seen(inputs[0])))
+            handles.append(branch.sum_at.register_forward_pre_hook(lambda module, inputs: sum_seen(inputs[0])))
         else:
-            handles.append(branch.merged.register_forward_hook(lambda module, inputs, output: sum_seen(output)))
+            handles.append(branch.sum_at.register_forward_hook(lambda module, inputs, output: sum_seen(output)))
 
     for row, branch in enumerate(found):
         watch(row, branch)

@@ -12,8 +12,11 @@ weights, moments, averages and counts in place. What it reads and writes has to 
 `Recorder` is the interface. `CudaGraphs` is that of a GPU. The tests have another, tests/rehearsal.py, which replays on
 any device, operator by operator, and finds what breaks the rules above. The first calls of a step run as they are: they
 choose cuDNN's algorithms, compile kernels and make the optimizer's state, and are part of the training.
+
+With a `Trial` the first replays have to agree with the step as it is, or all steps go on as they are.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol, get_args
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from gdd_fast.config import StepEngine
 from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.training.trial import CHECKS, Trial
 
 Inputs = Sequence[Tensor | None]
 Step = Callable[..., dict[str, Tensor]]
@@ -49,9 +53,9 @@ class CapturedSteps:
     A step whose inputs change in shape, type or presence is recorded anew for those.
     """
 
-    def __init__(self, recorder: Recorder | None) -> None:
+    def __init__(self, recorder: Recorder | None, trial: Trial | None = None) -> None:
         """Without a recorder every call runs as it is."""
-        self.recorder = recorder
+        self.recorder, self.trial = recorder, trial
         self.reset()
 
     def reset(self) -> None:
@@ -67,14 +71,29 @@ class CapturedSteps:
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls <= self.recorder.warm_up:
             return self.recorder.eagerly(step, inputs)
+        if self.trial is not None and calls <= self.recorder.warm_up + CHECKS:
+            return self._on_trial(self.trial, self.recorder, key, step, inputs)
+        return self._replay(self.recorder, key, step, inputs)
+
+    def _replay(self, recorder: Recorder, key: object, step: Step, inputs: Inputs) -> dict[str, Tensor]:
         if key not in self._recorded:
             buffers = [None if t is None else t.detach().clone() for t in inputs]
-            self._recorded[key] = buffers, self.recorder.record(step, buffers)
+            self._recorded[key] = buffers, recorder.record(step, buffers)
         buffers, replay = self._recorded[key]
         for buffer, given in zip(buffers, inputs, strict=True):
-            if buffer is not None:
+            if buffer is not None and given is not None:
                 buffer.copy_(given)
         return replay()
+
+    def _on_trial(self, trial: Trial, recorder: Recorder, key: object, step: Step, inputs: Inputs) -> dict[str, Tensor]:
+        values, reason = trial.run(
+            lambda: recorder.eagerly(step, inputs), lambda: self._replay(recorder, key, step, inputs)
+        )
+        if reason is not None:
+            self.recorder = None
+            self.reset()
+            print(f"Steps run eagerly, as a captured one did not do what it should: {reason}", file=sys.stderr)
+        return values
 
 
 class CudaGraphs:
@@ -114,15 +133,17 @@ class CudaGraphs:
         return replay
 
 
-def choose_step_engine(engine: StepEngine, device: torch.device) -> StepEngine:
-    """What "auto" is: "eager". "graph" takes its place on a GPU once one has run it.
+def choose_step_engine(engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True) -> StepEngine:
+    """What "auto" is: "graph" on a GPU for one process whose steps are `fixed`, on trial; else "eager".
+
+    The exchange of several processes has not been captured yet on any machine.
 
     Raises ConfigError for an unknown name, BackendError for graphs on another device than a GPU.
     """
     if engine not in get_args(StepEngine):
         raise ConfigError(f"--engine is one of {', '.join(get_args(StepEngine))}, not {engine!r}")
     if engine == "auto":
-        return "eager"
+        return "graph" if device.type == "cuda" and processes == 1 and fixed else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"--engine graph is CUDA graphs, which cannot run on {device}; use eager, or auto")
+        raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")
     return engine

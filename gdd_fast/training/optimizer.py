@@ -214,9 +214,10 @@ class StepGuard:
     def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int, nonfinite: Nonfinite = "skip") -> None:
         self.name, self.optimizer, self.limit, self.nonfinite = name, optimizer, limit, nonfinite
         self._world = world
-        self._count = torch.zeros_like(optimizer.skipped)
-        self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self._count.is_cuda)
-        self._copied = torch.cuda.Event() if self._count.is_cuda else None
+        self.count = torch.zeros_like(optimizer.skipped)
+        """On the device: how many steps were skipped."""
+        self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self.count.is_cuda)
+        self._copied = torch.cuda.Event() if self.count.is_cuda else None
         self._unread = False
         self._skipped = 0
         self._skipped_in_row = 0
@@ -266,20 +267,20 @@ class StepGuard:
             for gradient in gradients:
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.optimizer.step(skipped=self._count)
+        self.optimizer.step(skipped=self.count)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def end(self) -> None:
         """What the host asks for behind a step."""
-        self._on_host.copy_(self._count, non_blocking=True)
+        self._on_host.copy_(self.count, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._unread = True
 
     def restore(self, skipped: int) -> None:
         """Go on counting from a checkpoint's `skipped`."""
-        self._count.fill_(skipped)
+        self.count.fill_(skipped)
         self._skipped, self._skipped_in_row, self._unread = skipped, 0, False
 
     def _read(self) -> None:

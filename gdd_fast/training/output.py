@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.files import atomic_write
+from gdd_fast.training import health
 from gdd_fast.training.loggers import Logger, open_loggers
 
 
@@ -78,10 +79,12 @@ class RunOutput:
         )
         self._started, self._since = time.monotonic(), start
         self._seconds = 0.0
+        self._lines: list[dict[str, Any]] = []
         self._loggers: list[Logger] = []
         if enabled:
             _drop_lines_after(self._path, start)
-            self._seconds = _seconds_before(self._path)
+            self._lines = _lines(self._path)
+            self._seconds = 60 * next((line["minutes"] for line in reversed(self._lines) if "minutes" in line), 0.0)
             self._loggers = open_loggers(log, run_dir, start, config or {}, self.say)
 
     def advance(self, images: int) -> None:
@@ -105,13 +108,20 @@ class RunOutput:
         if torch.cuda.is_initialized():
             values["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
+        found = health.signs(self._lines, values)
+        values |= {name: float(name in found) for name in health.applicable(values)}
         line = {"images": images, **{name: v if math.isfinite(v) else None for name, v in values.items()}}
         if self._enabled:
             with self._path.open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
             for logger in self._loggers:
                 logger.add(values, images)
-            self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss")}, refresh=False)
+            shown = {k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss") and k != health.RAN_AWAY}
+            self._bar.set_postfix(shown | ({"warning": ", ".join(found)} if found else {}), refresh=False)
+            for name, text in found.items():
+                if not (self._lines and self._lines[-1].get(name)):  # said when it begins
+                    self.say(f"At {images:,} images: {text}.")
+        self._lines.append(line)
         return line
 
     def changes(self, images: int, changes: list[str]) -> None:
@@ -157,12 +167,10 @@ def _drop_lines_after(path: Path, images: int) -> None:
             temporary.write_text("".join(kept))
 
 
-def _seconds_before(path: Path) -> float:
-    """What the last line that says so has of the time spent; 0 for a run that begins."""
-    if not path.exists():
-        return 0.0
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return 60 * next((line["minutes"] for line in reversed(lines) if "minutes" in line), 0.0)
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The metrics of the ticks so far; none for a run that begins."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "changed" not in line]
 
 
 def _images_of(line: str) -> float:

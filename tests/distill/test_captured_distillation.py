@@ -12,6 +12,7 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.training import checkpoint
 from gdd_fast.training.captured_steps import CapturedSteps
 from gdd_fast.training.optimizer import StepGuard, make_adam
+from gdd_fast.training.trial import Trial
 from rehearsal import Rehearsal, forbid_waiting
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -26,10 +27,10 @@ def built(inputs):
     return components.build(tiny_config(inputs, backend="torch"))
 
 
-def task_of(inputs, built, recorder, **settings):
+def task_of(inputs, built, recorder, *, trial=False, **settings):
     settings = {"backend": "torch", "r1_interval": INTERVAL, "r1_gamma": 0.1, **settings}
     task = Distillation(tiny_config(inputs, **settings), copy.deepcopy(built), ALONE)
-    task.steps = CapturedSteps(recorder)
+    task.steps = CapturedSteps(recorder, Trial(task.changing, task.random) if trial else None)
     return task
 
 
@@ -48,9 +49,9 @@ def iterate(task, start, stop):
             weight.detach().copy_(kept)
 
 
-def compare(expected, found):
+def compare(expected, found, skipped={"g": 1, "d": 1, "r1": 0}):  # noqa: B006
     (sections, values), (others, other_values) = expected.state(), found.state()
-    assert values["skipped"] == other_values["skipped"] == {"g": 1, "d": 1, "r1": 0}
+    assert values["skipped"] == other_values["skipped"] == skipped
     for name, tensors in sections.items():
         assert tensors.keys() == others[name].keys()
         assert [key for key in tensors if not same(tensors[key], others[name][key])] == [], name
@@ -72,6 +73,34 @@ def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built):
     log, other = eager.averages.take(), replayed.averages.take()
     assert log.keys() == other.keys() == LOGGED
     assert all(log[key] == other[key] or log[key] != log[key] for key in log)  # NaN where a step was skipped
+
+
+class Stale:
+    """A recorder whose replays go on with the inputs that they were recorded with, as if nobody filled the buffers."""
+
+    warm_up = 1
+
+    def eagerly(self, step, inputs):
+        return step(*inputs)
+
+    def record(self, step, inputs):
+        first = [None if t is None else t.clone() for t in inputs]
+        return lambda: step(*first)
+
+
+def test_a_recording_on_trial_is_used_if_right_and_leaves_no_trace_if_not(inputs, built, capsys):
+    """What `--engine auto` does on a GPU. A step's state that the trial forgot would differ from the eager run's."""
+    stop, recorder = 6, Rehearsal(warm_up=1)
+    tasks = [task_of(inputs, built, r, trial=r is not None) for r in (None, recorder, Stale())]
+    for task in tasks[:2]:
+        iterate(task, 0, stop)
+    assert tasks[1].steps.recorder is recorder and recorder.replays == 2 * (stop - 2)
+    assert capsys.readouterr().err == ""
+    iterate(tasks[2], 0, stop)
+    assert tasks[2].steps.recorder is None
+    assert "Steps run eagerly, as a captured one did not do what it should: " in capsys.readouterr().err
+    for task in tasks[1:]:
+        compare(tasks[0], task, {"g": 0, "d": 0, "r1": 0})
 
 
 @pytest.mark.slow
@@ -115,7 +144,7 @@ def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
         guard.name, guard.nonfinite, guard._world = name, "skip", task.world
         guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
         guard.optimizer.read_rates()
-        guard._count = torch.zeros_like(guard.optimizer.skipped)
+        guard.count = torch.zeros_like(guard.optimizer.skipped)
         setattr(task, name, guard)
     real = torch.empty(BATCH, 1, 16, 16, device=gpu)
     with forbid_waiting():

@@ -1,5 +1,7 @@
 """The one-step generator as a diffusers pipeline."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from edm_reference import SIZE, SMALL, fill
 
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError, InputError, WeightsError
+from gdd_fast.interop import hub
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import GDDPrecond
 
@@ -62,6 +65,29 @@ def test_saved_and_loaded(pipe, tmp_path):
     save_network(network(), tmp_path / "net")
     np.testing.assert_allclose(draw(OneStepPipeline.from_generator(tmp_path / "net")), want, atol=1e-6)
     np.testing.assert_allclose(draw(OneStepPipeline.from_generator(OneStepGenerator(network()))), want, atol=1e-6)
+
+
+def test_a_pipeline_of_a_run_is_uploaded_with_the_runs_card(tmp_path, monkeypatch):
+    save_network(network(), tmp_path / "run" / "generator_ema")
+    settings = {"generator": {"teacher": "user/teacher"}, "data": {"data": "images.zip"}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    seen = {}
+
+    def upload(folder, repo_id, **options):
+        seen.update(files={p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}, options=options)
+        seen["card"] = (folder / "README.md").read_text()
+        seen["pipe"] = OneStepPipeline.from_pretrained(folder)
+        return "commit"
+
+    monkeypatch.setattr(hub, "upload", upload)
+    pipe = OneStepPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.push_to_hub("user/name", teacher_license="apache-2.0", private=True) == "commit"
+    weights = "model/diffusion_pytorch_model.safetensors"
+    assert seen["files"] == {"README.md", "model_index.json", "model/config.json", weights}
+    assert "| teacher | user/teacher | apache-2.0 |" in seen["card"] and "| data | images.zip |" in seen["card"]
+    assert seen["options"]["private"] is True and seen["options"]["allow_patterns"] is None
+    draw = lambda pipe: pipe(2, [1, 2], generator(), output_type="np").images
+    np.testing.assert_allclose(draw(seen["pipe"]), draw(pipe), atol=1e-6)
 
 
 def test_weights_that_change_are_seen(pipe):

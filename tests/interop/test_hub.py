@@ -8,14 +8,21 @@ import types
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from edm_reference import SIZE, SMALL, fill, inputs
 
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.evaluate import EvaluateConfig, evaluate
+from gdd_fast.export import ExportConfig, export
 from gdd_fast.interop import hub
+from gdd_fast.interop.model_card import license_of_teacher
+from gdd_fast.models.files.load import load_generator
+from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.sample import SampleConfig, sample
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def test_push_uploads_the_folder(net, monkeypatch):
 
 def test_save_pretrained_can_push(net, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(hub, "_upload", lambda folder, repo_id, **options: seen.append((folder, repo_id)) or "commit")
+    monkeypatch.setattr(hub, "upload", lambda folder, repo_id, **options: seen.append((folder, repo_id)) or "commit")
     assert hub.save_pretrained(net, tmp_path / "net", push_to_hub=True, repo_id="user/net") == "commit"
     assert seen == [(tmp_path / "net", "user/net")]
 
@@ -186,6 +193,100 @@ def test_a_repository_with_a_pipeline_of_diffusers_is_a_teacher(monkeypatch, tmp
     assert hub.locate_teacher("no-such.pkl") == Path("no-such.pkl") and len(asked) == 2
     with pytest.raises(WeightsError, match="no/such/folder"):
         hub.locate_teacher("no/such/folder")
+
+
+@pytest.fixture
+def offline_cache(tmp_path, monkeypatch) -> Path:
+    """huggingface_hub's cache, without a connection."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def test_commands_take_the_name_of_a_repository(offline_cache, net):
+    """What `sample`, `evaluate`, `export` and `analyze` do with --net, with the real client and a cache."""
+    put_in_cache(net, offline_cache)
+    sample(SampleConfig(net="user/name", seeds="0-1", out=Path("by-name.npz"), device="cpu"))
+    save_network(net, "folder")
+    sample(SampleConfig(net="folder", seeds="0-1", out=Path("by-path.npz"), device="cpu"))
+    by_name, by_path = (np.load(name)["arr_0"] for name in ("by-name.npz", "by-path.npz"))
+    assert by_name.shape == (2, SIZE, SIZE, 3) and np.array_equal(by_name, by_path)
+    for command in (
+        EvaluateConfig(net="user/other", data="demo-test"),
+        ExportConfig(net="user/other", web=Path("web")),
+    ):
+        with pytest.raises(WeightsError, match="user/other is neither a path that exists nor a network on the Hub"):
+            (evaluate if isinstance(command, EvaluateConfig) else export)(command)
+    assert hub.network_path("demo").is_dir()
+    (offline_cache.parent / "runs").mkdir()
+    with pytest.raises(WeightsError, match=r"^runs/typo does not exist: give an EDM \.pkl"):
+        hub.network_path("runs/typo")  # there is such a folder here: a path, and nobody is asked
+
+
+def test_a_pipeline_in_the_cache_is_a_teacher(offline_cache):
+    pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers_teachers import random_unet
+
+    snapshot = offline_cache / "models--user--ddpm" / "snapshots" / ("0" * 40)
+    diffusers.DDPMPipeline(random_unet("plain"), diffusers.DDPMScheduler()).save_pretrained(snapshot)
+    (snapshot / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# DDPM\n")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert hub.network_path("user/ddpm") == snapshot
+    assert type(load_generator(hub.network_path("user/ddpm"))).__name__ == "UNet2DPrecond"
+    assert license_of_teacher("user/ddpm") == "apache-2.0"
+    assert license_of_teacher("user/unheard-of") is None
+
+
+@pytest.fixture
+def run_folder(net, tmp_path) -> Path:
+    """A finished run, as far as a card looks at it."""
+    folder = tmp_path / "run"
+    save_network(net, folder / "generator_ema")
+    settings = {"generator": {"teacher": "google/ddpm-cifar10-32", "freeze": 1}, "data": {"data": "data/my-images.zip"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    distances = {
+        "teacher": {"lite0": 3.0, "pixels": 1.0},
+        "untrained": {"lite0": 300.0, "pixels": 100.0},
+        "distilled": {"lite0": 5.126, "pixels": 2.0},
+    }
+    report = {"images": 2000, "reference": "my-test", "reference_images": 5000, "distances": distances}
+    (folder / "report.json").write_text(json.dumps(report | {"measured": {"trained_images": 16000}}))
+    return folder
+
+
+def test_the_card_of_a_run_says_teacher_data_metrics_and_licences(run_folder, net, tmp_path):
+    licenses = {"license": "mit", "teacher_license": "apache-2.0", "data_license": "cc-by-4.0"}
+    hub.save_pretrained(run_folder, tmp_path / "out", repo_id="user/mine", **licenses)
+    assert torch.equal(outputs(hub.from_pretrained(tmp_path / "out")), outputs(net))
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")  # as the Hub reads it
+    assert (card.data.license, card.data.base_model) == ("mit", "google/ddpm-cifar10-32")
+    values = {result.metric_name: (result.dataset_name, result.metric_value) for result in card.data.eval_results}
+    assert values == {"FD-lite0": ("my-images.zip", 5.126), "FD-pixels": ("my-images.zip", 2.0)}
+    for line in (
+        "| teacher | google/ddpm-cifar10-32 | apache-2.0 |",
+        "| data | my-images.zip | cc-by-4.0 |",
+        "| this generator | distilled for 16,000 images, --freeze 1 | mit |",
+        "Frechet distance of 2,000 images against 5,000 of my-test",
+        "| this generator, 1 step | 5.13 | 2.00 |",
+        "| the teacher, many steps | 3.00 | 1.00 |",
+    ):
+        assert line in card.text, line
+    with pytest.raises(ConfigError, match="teacher_license must be an identifier"):
+        hub.save_pretrained(run_folder, tmp_path / "bad", teacher_license="MIT License")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_card_claims_no_licence_that_nobody_stated(run_folder, tmp_path):
+    hub.save_pretrained(run_folder, tmp_path / "out")
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license is None and "| data | my-images.zip | not stated |" in card.text
+    assert license_of_teacher("edm-cifar10-32x32-uncond-ve.pkl") == "cc-by-nc-sa-4.0"
+    assert license_of_teacher("demo") == "mit"
+    hub.save_pretrained(hub.network_path("demo"), tmp_path / "network")
+    assert "| teacher | not stated | not stated |" in (tmp_path / "network" / "README.md").read_text()
 
 
 def test_a_repository_without_a_pipeline_is_our_own(monkeypatch, tmp_path):

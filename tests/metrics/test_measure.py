@@ -1,5 +1,6 @@
 """Metrics by name: what is asked for, the keys of what comes back, and what each value says of sets that are known."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,8 +10,9 @@ from gdd_fast.metrics import measure
 from gdd_fast.metrics.features.inception import InceptionFeatures, InceptionV3
 from gdd_fast.metrics.inception_score import inception_score
 from gdd_fast.metrics.kid import kernel_distance
-from gdd_fast.metrics.measure import Measurement, Request, is_better, key_of, label, parse_metrics
+from gdd_fast.metrics.measure import Measurement, Request, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
+from gdd_fast.metrics.names import is_better, label
 from gdd_fast.metrics.neighbours import nearest, precision_recall, share_nearer, squared_radii
 from gdd_fast.metrics.population import Needs, gather
 
@@ -166,13 +168,18 @@ def test_copies_are_told_from_new_images(tmp_path):
     assert found.values().keys() == {"nn_distance"}
     asked = []
 
-    def pictures(places):
-        asked.append(list(places))
-        return images(len(places))
+    def pictures(gray):
+        def of(places):
+            asked.append(list(places))
+            return torch.full((len(places), 1, 8, 8), gray, dtype=torch.uint8)
 
-    found.save_sheet(tmp_path / "sheet.png", pictures, pictures)
-    assert asked[0] == asked[1], "each sample above the image it copies"
-    assert Image.open(tmp_path / "sheet.png").size[0] > 500
+        return of
+
+    found.save_sheet(tmp_path / "sheet.png", pictures(200), pictures(100))
+    assert asked[0] == asked[1] and len(asked[0]) == 24, "each sample and the image it copies"
+    column = torch.from_numpy(np.array(Image.open(tmp_path / "sheet.png").convert("L"))[:, 40])
+    lines = [int(gray) for gray in column.unique_consecutive() if int(gray) in (100, 200)]
+    assert lines == [200, 100] * 4, "samples above them"
 
 
 def test_ties_count_half():

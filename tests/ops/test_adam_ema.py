@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdd_fast.errors import BackendError, ConfigError, InputError
-from gdd_fast.ops.adam_ema import OPERATOR, Group, adam_ema_
+from gdd_fast.ops import adam_ema as operator_module
+from gdd_fast.ops.adam_ema import OPERATOR, Group, adam_ema_, adam_ema_ref_, adam_ema_waitless_
 from gdd_fast.training.checkpoint import Checkpoint, optimizer_tensors, optimizer_values
 from gdd_fast.training.checkpoint import load as load_checkpoint
 from gdd_fast.training.checkpoint import save as save_checkpoint
@@ -89,6 +90,54 @@ def test_hundred_steps_equal_adam_then_lerp(weight_decay, betas, backend):
             if w.numel():
                 eager_error, error = ((t.double() - w).abs().max().item() for t in (r, g))
                 assert error <= 2 * eager_error + torch.finfo(g.dtype).eps * w.abs().max().item()
+
+
+@pytest.fixture
+def waitless(monkeypatch):
+    """On a CPU, what "torch" runs on a GPU."""
+    calls = []
+
+    def run(*arguments):
+        calls.append(arguments)
+        adam_ema_waitless_(*arguments)
+
+    monkeypatch.setattr(operator_module, "adam_ema_ref_", run)
+    yield
+    assert calls
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_without_nvcc_a_gpu_takes_the_same_steps(weight_decay, betas, waitless):
+    test_hundred_steps_equal_adam_then_lerp(weight_decay, betas, "torch")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_without_nvcc_a_gpu_leaves_out_the_same_steps(bad, waitless):
+    test_step_that_is_not_finite_changes_nothing_and_is_counted(bad, "torch")
+    test_huge_gradients_are_finite("torch")
+    test_a_group_that_is_not_finite_stops_all("torch")
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_nvcc_averages_move_not_at_all_or_all_the_way(weight, waitless):
+    params = parameters("torch")
+    averages = averages_of(params)
+    fused_steps(AdamEma(params, averages=averages, backend="torch"), params, 2, 1 - weight, bad_steps=(1,))
+    assert_close(averages.values(), params if weight else parameters("torch"), rtol=0, atol=0)
+
+
+def test_without_nvcc_no_step_waits_for_the_gpu(monkeypatch):
+    """A tensor of the meta device has no value: whoever asks for one, as the definition does, gets an error."""
+    fused = []
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *lists, **options: fused.append(options))  # not made for meta
+    lists = [[torch.empty(shape, device="meta") for shape in SHAPES] for _ in range(5)]
+    kinds = (torch.float32, torch.int64, torch.float64, torch.float64)
+    step, skipped, lr, weight = (torch.empty((), dtype=dtype, device="meta") for dtype in kinds)
+    adam_ema_waitless_(*lists, step, skipped, lr, weight, [Group(len(SHAPES))])
+    assert [options["lr"].device.type for options in fused] == ["meta"]
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        adam_ema_ref_(*lists, step, skipped, lr, weight, [Group(len(SHAPES))])
 
 
 @BACKENDS

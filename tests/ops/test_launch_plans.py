@@ -157,9 +157,7 @@ print(json.dumps(result))
 def test_plans_launch_what_triton_launches():
     """Grids, threads, shared memory, numbers and inputs of every launch, under a driver that writes them down."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _LAUNCHED], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", _LAUNCHED], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     launched = json.loads(done.stdout.splitlines()[-1])
     assert len(launched) == 5

@@ -106,8 +106,24 @@ def test_a_student_stands_at_its_one_level():
     for name in MEASURES:
         first = [row[0] for row in found["teacher"][name]]
         assert [row[0] for row in found["student"][name]] == pytest.approx(first, rel=0.01)
+    at_20 = analyze(teacher, as_generator(teacher, 20.0).eval(), levels=2, seeds=range(1))
+    assert at_20["student"]["sigmas"] == [20.0]
     with pytest.raises(ConfigError, match="distilled from"):
         analyze(teacher, network("ncsnpp"), levels=3, seeds=range(2))
+
+
+def test_a_broken_network_is_named():
+    teacher = tiny_network().eval()
+    teacher.model.map_layer0.weight.data.fill_(torch.nan)
+    with pytest.raises(WeightsError, match="noise level 80 is not finite"):
+        analyze(teacher, levels=2, seeds=range(1))
+
+
+def test_a_run_without_a_generator_is_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"discriminator": {}}))
+    with pytest.raises(SystemExit):
+        main(["--teacher", "demo", "--student", str(tmp_path), "--device", "cpu"])
+    assert "a training run without a generator yet" in capsys.readouterr().err
 
 
 def test_the_command_writes_numbers_and_a_map(tmp_path, capsys):

@@ -1,11 +1,16 @@
-"""What a rehearsal of a capture finds, each made wrong once; and when steps are recorded."""
+"""What a rehearsal of a capture finds, each made wrong once; when steps are recorded; recordings on trial."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from gdd_fast.errors import BackendError, ConfigError
+from gdd_fast.ranks import World
 from gdd_fast.training.captured_steps import CapturedSteps, choose_step_engine
+from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.trial import Trial
 from rehearsal import CaptureError, Rehearsal, forbid_waiting
 
 CPU = torch.device("cpu")
@@ -116,10 +121,115 @@ def test_copies_between_devices_are_found():
             x.cpu()
 
 
+class Broken:
+    """A recorder whose replays are those of `record`, a function of the step and its buffers."""
+
+    warm_up = 1
+
+    def __init__(self, record):
+        self.record = record
+
+    def eagerly(self, step, inputs):
+        return step(*inputs)
+
+
+def refuses(step, inputs):
+    raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def does_nothing(step, inputs):
+    return lambda: {"loss": torch.ones(())}
+
+
+def forgets_the_weight(step, inputs):
+    kept = step.line.weight
+
+    def replay():
+        step.line.weight = nn.Parameter(kept.detach().clone())
+        values = step(*inputs)
+        step.line.weight = kept
+        return values
+
+    return replay
+
+
+def has_stale_inputs(step, inputs):
+    first = inputs[0].clone()
+    return lambda: step(first)
+
+
+def has_stale_numbers(step, inputs):
+    state = step.random.generator.get_state()
+
+    def replay():
+        step.random.generator.set_state(state)
+        return step(*inputs)
+
+    return replay
+
+
+def makes_nan(step, inputs):
+    def replay():
+        values = step(*inputs)
+        step.line.weight.detach().fill_(math.nan)
+        return values
+
+    return replay
+
+
+class Noisy:
+    """A step with random numbers of its own; `state` is what it changes."""
+
+    def __init__(self):
+        self.line, self.random = Line(), RandomState(0, World(0, 1, CPU))
+
+    def __call__(self, x):
+        return self.line(x + torch.randn(3, generator=self.random.generator))
+
+    def state(self):
+        return [self.line.weight]
+
+
+def on_trial(recorder, calls=6):
+    step, inputs = Noisy(), torch.Generator().manual_seed(0)
+    steps = CapturedSteps(recorder, Trial(step.state, step.random))
+    losses = [float(steps("step", step, torch.randn(3, generator=inputs))["loss"]) for _ in range(calls)]
+    return losses, step.line.weight, step.random.generator.get_state(), steps.recorder
+
+
+def test_a_replay_that_does_what_the_step_does_passes_its_trial(capsys):
+    recorder = Rehearsal()
+    *found, used = on_trial(recorder)
+    *expected, _ = on_trial(None)
+    assert used is recorder and recorder.replays == 3 and capsys.readouterr().err == ""
+    assert found[0] == expected[0] and all(map(torch.equal, found[1:], expected[1:]))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (refuses, "RuntimeError: operation not permitted when stream is capturing\n"),
+        (does_nothing, "loss is 1 and "),
+        (forgets_the_weight, "what it changes is off by "),
+        (has_stale_inputs, "loss is "),
+        (has_stale_numbers, "loss is "),
+        (makes_nan, "it makes values infinite or NaN"),
+    ],
+)
+def test_a_replay_that_does_not_is_left_and_the_run_is_the_eager_one(record, reason, capsys):
+    *found, used = on_trial(Broken(record))
+    *expected, _ = on_trial(None)
+    assert used is None
+    assert f"Steps run eagerly, as a captured one did not do what it should: {reason}" in capsys.readouterr().err
+    assert found[0] == expected[0] and all(map(torch.equal, found[1:], expected[1:]))
+
+
 def test_engines_by_name():
-    assert choose_step_engine("auto", CPU) == choose_step_engine("eager", CPU) == "eager"
-    assert choose_step_engine("graph", torch.device("cuda")) == "graph"
+    gpu = torch.device("cuda")
+    assert choose_step_engine("auto", CPU, 1) == choose_step_engine("eager", CPU, 1) == "eager"
+    assert choose_step_engine("graph", gpu, 2) == choose_step_engine("auto", gpu, 1) == "graph"
+    assert choose_step_engine("auto", gpu, 2) == choose_step_engine("auto", gpu, 1, fixed=False) == "eager"
     with pytest.raises(BackendError, match="CUDA graphs"):
-        choose_step_engine("graph", CPU)
+        choose_step_engine("graph", CPU, 1)
     with pytest.raises(ConfigError, match="one of auto, eager, graph"):
-        choose_step_engine("fast", CPU)
+        choose_step_engine("fast", CPU, 1)

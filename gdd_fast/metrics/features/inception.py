@@ -337,7 +337,7 @@ def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = [key.rpartition(".")[0] for key, value in weights.items() if value.ndim == 4]
         if len(theirs) != len(prefixes):
             raise WeightsError(
-                f"has {len(theirs)} convolutions where FID's Inception has {len(prefixes)}: another network"
+                f"these weights have {len(theirs)} convolutions and FID's Inception {len(prefixes)}: another network"
             )
         parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
         found = {}

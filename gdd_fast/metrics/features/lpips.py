@@ -126,7 +126,7 @@ def _from_jax(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers = _alexnet()[0] if len(trunk) == 5 else _vgg16()[0]
     places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     if len(trunk) != len(places):
-        raise WeightsError(f"has {len(trunk)} convolutions, which neither AlexNet nor VGG-16 has")
+        raise WeightsError(f"these weights have {len(trunk)} convolutions, which neither AlexNet nor VGG-16 has")
     found = {}
     for prefix, place in zip(trunk, places, strict=True):
         found[f"features.{place}.weight"] = state[f"{prefix}.kernel"].permute(3, 2, 0, 1)

@@ -71,7 +71,9 @@ def _timm() -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # torchvision's when it is of another build than torch
-        raise ConfigError(f"DINOv2 and CLIP need timm (pip install timm), which does not import: {error}") from None
+        raise ConfigError(
+            f"dinov2, clip and timm:NAME need timm (pip install timm), which does not import: {error}"
+        ) from None
     return timm
 
 

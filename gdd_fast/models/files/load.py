@@ -25,6 +25,7 @@ PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
     "D2OPrecond": GDDPrecond,  # the same formula under the name of GDD's successor
 }
 RUN_GENERATOR = "generator_ema"
+KINDS = "an EDM .pkl, a network folder, a training run folder or a pipeline folder of diffusers'"
 Network = TypeVar("Network", bound=Preconditioned)
 
 
@@ -113,10 +114,7 @@ def load_generator(
                 f"python -m gdd_fast.convert {path} FOLDER --like NET|PRESET, and give that folder."
             )
         problem = "is not a network" if path.exists() else "does not exist"
-        raise WeightsError(
-            f"{path} {problem}: give an EDM .pkl, a network folder, a training run folder or "
-            "a pipeline folder of diffusers'."
-        )
+        raise WeightsError(f"{path} {problem}: give {KINDS}.")
     if dtype is not None:
         net.dtype = compute_dtype(dtype)
     return net.to(device).eval().requires_grad_(False)
@@ -197,6 +195,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
+    if isinstance(config, dict) and "discriminator" in config:
+        raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint brings one.")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
     if config.get("version") != VERSION:

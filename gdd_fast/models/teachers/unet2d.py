@@ -187,11 +187,15 @@ def unet_body(unet: nn.Module, x: Tensor, emb: Any) -> tuple[Tensor, Tensor | No
 
 
 def unet_class() -> type[nn.Module]:
-    """diffusers' UNet2DModel; ConfigError without diffusers."""
+    """diffusers' UNet2DModel; ConfigError without diffusers, or if it does not import."""
     try:
         from diffusers import UNet2DModel
     except ModuleNotFoundError as error:
         raise ConfigError("this network is a U-Net of diffusers': pip install 'gdd_fast[diffusers]'") from error
+    except (ImportError, RuntimeError) as error:  # diffusers' own, with the reason of what it imports in its last line
+        reason = str(error).strip().rpartition("\n")[2]
+        hint = "; reinstall torchvision for this torch, or uninstall it" if "torchvision" in reason else ""
+        raise ConfigError(f"this network is a U-Net of diffusers', which cannot be imported: {reason}{hint}") from error
     return UNet2DModel
 
 

@@ -1,0 +1,126 @@
+"""What a user gets who sets nothing: an iteration of `gdd_fast.train` with a preset, in its loop's own class.
+
+The peers are settings of that command: its defaults, eager steps, and `--precision public`. Weights and images are
+random, so that nothing has to be at hand; time does not depend on them. What training computes is compared in the cases
+of training; here losses have to be finite.
+"""
+
+import itertools
+import math
+import sys
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness.case import Bench, Case
+from benchmarks.harness.checks import MismatchError
+from benchmarks.harness.operator_case import package
+from benchmarks.harness.timing import Call, WithParts
+from benchmarks.peers import networks as peers
+from benchmarks.peers.training import Setup
+from gdd_fast.config import RECIPES, TrainConfig, override
+from gdd_fast.data.dataset import ImageDataset
+from gdd_fast.device import fast_layout, gpu_arithmetic
+
+_CAPTURED = 6
+"""Steps of each kind after which none is recorded or on trial any more."""
+
+
+def default_cases(full: bool) -> list[Case]:
+    """At the published batch on one GPU, and at the share of one of eight; on a CPU small, with the same backbones."""
+    if not full:
+        small = {"batch": 4, "disc_resolution": 32, "head_width": 0.125, "backend": "auto"}
+        return [_case(Setup("cifar10-uncond-gdd-i", 4), "demo", small)]
+    return [_case(Setup("cifar10-uncond-gdd-i", batch), "ncsnpp-32", {"batch": batch}) for batch in (256, 32)]
+
+
+def _case(setup: Setup, network: str, settings: dict) -> Case:
+    return Case("train", f"{setup.preset} batch {setup.batch}", partial(_bench, setup.config, network, settings))
+
+
+def _bench(preset: TrainConfig, network: str, settings: dict, device: torch.device) -> Bench:
+    package("PIL.Image")  # of the reports that a run writes
+    settings = {**settings, "device": str(device)}
+    asked = {"gdd_fast defaults": {}, "gdd_fast public": RECIPES["public"]}
+    if device.type == "cuda":
+        asked["gdd_fast eager"] = {"engine": "eager"}
+    makers = {name: partial(_training, override(preset, **settings, **more), network) for name, more in asked.items()}
+    return Bench(makers, _check, images=settings["batch"])
+
+
+def _training(config: TrainConfig, network: str) -> Call:
+    task = make_task(config, network)
+    precisions = config.generator.g_precision, config.discriminator.d_precision
+    rounds = itertools.count(1)
+
+    def iteration(past: int) -> Tensor:
+        """The one that stands `past` after one with R1."""
+        with gpu_arithmetic(*precisions):
+            task.iteration((next(rounds) * task.r1_interval + past) * task.batch)
+        return torch.tensor(list(task.averages.take().values()))
+
+    for _ in range(_CAPTURED):
+        iteration(0)
+    return WithParts([(partial(iteration, 1), 1 - 1 / task.r1_interval), (partial(iteration, 0), 1 / task.r1_interval)])
+
+
+def make_task(config: TrainConfig, network: str):
+    """The task of `gdd_fast.train`'s loop, without the files that the command reads."""
+    from gdd_fast.distill.components import OPERATORS, Components, build_heads, dtype_of
+    from gdd_fast.distill.freeze import freeze
+    from gdd_fast.distill.gdd import Distillation
+    from gdd_fast.layers.backends import choose_backend
+    from gdd_fast.models.discriminator import ProjectedFeatures
+    from gdd_fast.ranks import World
+
+    device, options = torch.device(config.run.device), config.discriminator
+
+    def features(precision) -> ProjectedFeatures:
+        resolution, cpu = options.disc_resolution, torch.device("cpu")
+        backbones = [peers.make_backbone(name, resolution, cpu, folded=True) for name in options.backbones]
+        kind = {"dtype": dtype_of(precision), "layout": fast_layout(device, precision)}
+        return ProjectedFeatures(backbones, resolution, seed=config.run.seed, **kind)
+
+    generator = peers.make_generator(network, torch.device("cpu"))
+    generator.dtype = dtype_of(config.generator.g_precision)
+    own = features(options.d_precision)
+    r1 = own if dtype_of(config.loss.r1_precision) is own.dtype else features(config.loss.r1_precision)
+    heads = build_heads(config, own, generator.label_dim, {})
+    frozen = freeze(generator, config.generator.freeze)
+    operators = choose_backend(config.run.backend, device.type, [generator, own, r1, heads], OPERATORS)
+    images = _Noise((generator.img_channels, generator.img_resolution, generator.img_resolution))
+    parts = Components(images, generator, frozen, own, r1, heads, operators, {})
+    # a bar that nobody sees, and a package that a rented machine may lack
+    with mock.patch.dict(sys.modules, {"tqdm": SimpleNamespace(tqdm=_NoBar)}):
+        return Distillation(config, parts, World(0, 1, device))
+
+
+class _Noise(ImageDataset):
+    def __init__(self, shape: tuple[int, ...], count: int = 1024) -> None:
+        super().__init__("noise", shape, None, np.arange(count))
+        self._images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+    def _read(self, index: int) -> np.ndarray:
+        return self._images[index]
+
+
+class _NoBar:
+    n = total = 0
+
+    def __init__(self, *arguments: object, **options: object) -> None: ...
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *problem: object) -> None: ...
+
+    def update(self, done: int) -> None: ...
+
+
+def _check(means: Tensor) -> None:
+    if not len(means) or not math.isfinite(float(means.sum())):
+        raise MismatchError("an iteration left losses that are not finite")

@@ -1,0 +1,205 @@
+"""`accelerate(net, engine="graph")`: forwards without gradient, captured once for a kind of call and replayed.
+
+What is captured is whatever the network's forward does, by gdd_fast's operators or its own. A CUDA graph repeats
+kernels on the memory that they were captured with, so before every replay one walk over the modules makes sure that
+the result would be the same: no hook, no training mode, every parameter and buffer where it was. Values may change:
+they are read anew. What a forward does in Python (counters, prints) is not repeated.
+
+A call is of the kind of another if its tensors agree in shape, strides and type, its other arguments are equal, and the
+switches of precision are the same. A kind is captured at its `CALLS`-th call: numbers that change from call to call are
+never worth it. All other calls run as they are, for a reason that the report counts.
+"""
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from gdd_fast.acceleration.class_exchange import Fast, exchange, obstacle
+from gdd_fast.engine.engines import MAX_GRAPHS, Capture
+from gdd_fast.errors import InputError
+
+CALLS = 3
+"""Of a kind, before it is captured."""
+MOST_KINDS = 256
+
+
+@dataclass
+class Forwards:
+    """The captured forwards of a network, of which the last `limit` used are kept, and why others were not."""
+
+    device: torch.device
+    capture: Capture
+    limit: int = MAX_GRAPHS
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Calls that ran as they are, by why."""
+    replays: int = 0
+    graphs: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
+    _calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
+    _refused: dict[Hashable, str] = field(default_factory=dict)
+    _places: list[int] = field(default_factory=list)
+    _lock: Any = field(default_factory=threading.RLock)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Forwards":
+        """For a copy of the network, whose weights lie elsewhere: nothing is captured yet."""
+        return Forwards(self.device, self.capture, self.limit)
+
+    def __call__(self, net: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`forward(*args, **kwargs)`, replayed if it can be."""
+        leaves, spec = tree_flatten((args, kwargs))
+        with self._lock:
+            reason, replay = self._replay(net, forward, leaves, spec)
+            if replay is not None:
+                self.replays += 1
+                # a number may lie on the host
+                return replay(*(t.to(self.device) for t in leaves if isinstance(t, Tensor)))
+            self.reasons[reason] += 1
+        return forward(*args, **kwargs)
+
+    def _replay(
+        self, net: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
+    ) -> tuple[str, Callable[..., Any] | None]:
+        """What to call with the tensors, or why there is nothing."""
+        places: list[int] = []
+        reason = self._obstacle(leaves) or _changed(net, places)
+        if reason is not None:
+            return reason, None
+        key = _key(leaves, spec, self.device)
+        if places != self._places:
+            anew = bool(self.graphs)
+            self.capture.drain()
+            self.graphs.clear()
+            self._refused.clear()
+            self._places = places
+            if anew:
+                return "weights lie elsewhere than before: captured anew", None
+        reason = self._refused.get(key) or self._too_early(key)
+        if reason is not None:
+            return reason, None
+        try:
+            return "", self._captured(key, forward, leaves, spec)
+        except RuntimeError as error:  # CUDA's word for what may not be captured, and ours
+            self._refused[key] = f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"
+            return self._refused[key], None
+
+    def _obstacle(self, leaves: list[Any]) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients may be asked for"
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return "somebody else compiles or captures"
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if leaf.device != self.device and not (leaf.is_cpu and leaf.dim() == 0):
+                    return f"a tensor on {leaf.device}"
+            elif not isinstance(leaf, int | float | str | type(None)):
+                return f"an argument of type {type(leaf).__name__}"
+        return None
+
+    def _too_early(self, key: Hashable) -> str | None:
+        if key in self.graphs:
+            return None
+        calls = self._calls.pop(key, 0) + 1
+        self._calls[key] = calls
+        if len(self._calls) > MOST_KINDS:
+            self._calls.popitem(last=False)
+        return None if calls >= CALLS else f"the first {CALLS - 1} calls of a kind"
+
+    def _captured(
+        self, key: Hashable, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
+    ) -> Callable[..., Any]:
+        if key not in self.graphs:
+            while len(self.graphs) >= self.limit:
+                self.capture.drain()
+                self.graphs.popitem(last=False)
+            where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+            def on_tensors(*given: Tensor) -> Any:
+                own = list(fixed)
+                for i, t in zip(where, given, strict=True):
+                    own[i] = t
+                args, kwargs = tree_unflatten(own, spec)
+                return _only_tensors(forward(*args, **kwargs))
+
+            with torch.inference_mode(False), torch.no_grad():
+                own = [leaves[i].to(self.device, copy=True) for i in where]
+                self.graphs[key] = self.capture(on_tensors, *own)
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
+
+    def __str__(self) -> str:
+        lines = [f"graphs: {len(self.graphs)} kinds of calls captured, {self.replays} replays"]
+        lines += [f"  {count:>6} calls ran as they are: {reason}" for reason, count in self.reasons.most_common()]
+        return "\n".join(lines)
+
+
+class FastNetwork(Fast):
+    """A network whose forward is replayed where it can be."""
+
+    state_name = "_gdd_graphs"  # beside the state of a network that is a block itself
+    _gdd_graphs: Forwards
+
+    def fast_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._gdd_graphs(self, super().forward, args, kwargs)
+
+
+def capture_forwards(net: nn.Module, device: torch.device, capture: Capture) -> Forwards:
+    """Let forwards of `net` without gradient be captured by `capture` and replayed; `restore` undoes it.
+
+    Raises InputError if its class cannot be exchanged.
+    """
+    reason = obstacle(net)
+    if reason is not None:
+        raise InputError(f'accelerate: engine="graph" cannot take this network: {reason}')
+    forwards = Forwards(device, capture)
+    exchange(net, FastNetwork, forwards)
+    return forwards
+
+
+def _only_tensors(result: Any) -> Any:
+    """`result` itself; RuntimeError if something in it, neither tensor nor plain value, would not be copied."""
+    for leaf in tree_flatten(result)[0]:
+        if not isinstance(leaf, Tensor | int | float | str | type(None)):
+            raise RuntimeError(f"it returns a {type(leaf).__name__}, in which nobody finds its tensors")
+    return result
+
+
+def _changed(net: nn.Module, places: list[int]) -> str | None:
+    """Why a replay would not be what a call is, or None; `places` gets the addresses of parameters and buffers."""
+    if modules._has_any_global_hook():
+        return "a global hook listens"
+    waiting = [net]
+    while waiting:
+        module = waiting.pop()
+        if module.training:
+            return "training mode"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a hook listens to a {type(module).__name__}"
+        if "forward" in module.__dict__:
+            return f"the forward of a {type(module).__name__} was replaced on the instance"
+        for t in module._parameters.values():
+            if t is not None:
+                places.append(t.data_ptr())
+        for t in module._buffers.values():
+            if t is not None:
+                places.append(t.data_ptr())
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return None
+
+
+def _key(leaves: list[Any], spec: TreeSpec, device: torch.device) -> Hashable:
+    parts = [(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves]
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    switches = (
+        autocast,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return (spec, *parts, switches)

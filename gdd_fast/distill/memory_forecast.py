@@ -1,0 +1,249 @@
+"""How much memory of a GPU a distillation takes, counted before it begins and without one.
+
+The three steps of an iteration run on fake tensors, which have shapes and no numbers, for two sizes of batch. What
+autograd keeps until the backward pass is counted by saved-tensor hooks, every storage once; it is a constant and so
+much per image. Weights, their moving average, gradients and the optimizer's moments are counted from the parameters.
+
+Assumed, not measured: `CONTEXT` bytes for CUDA and its libraries, and `MARGIN` of what a step keeps for what comes and
+goes within it and for gaps between allocations. Not counted: the losses of ablations, and measurements during a run.
+The operators are those of this machine's CPU, which keep what a GPU's do if the extension is built, and more if not.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gdd_fast.config import AUTO, TrainConfig, override
+from gdd_fast.distill.components import Components
+from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
+from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.sampling.sampler import one_step
+from gdd_fast.training.batches import split_batch
+
+GB = 10**9
+CARDS = (24, 40, 80, 141)
+"""Memories of GPUs, in GB."""
+CONTEXT = GB
+MARGIN = 0.25
+_IMAGES = 2, 4  # what is counted; the rest is on the line through both
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a step keeps for its backward pass: whatever the batch, and for each image."""
+
+    constant: int
+    per_image: int
+
+    def bytes(self, images: int) -> int:
+        return self.constant + images * self.per_image
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one GPU."""
+
+    fixed: dict[str, int]
+    """By what it is; does not depend on the batch."""
+    steps: dict[str, Kept]
+    """By the step: "G", "D", "R1"."""
+
+    def bytes(self, images: int) -> int:
+        """At most at a time, with so many images at once."""
+        largest = max(kept.bytes(images) for kept in self.steps.values())
+        return sum(self.fixed.values()) + int((1 + MARGIN) * largest)
+
+    def captured_bytes(self, images: int) -> int:
+        """At most at a time with captured steps: the R1 step first runs beside the memory of the graphs of G and D."""
+        two = max(self.steps[name].bytes(images) for name in ("G", "D"))
+        r1 = self.steps["R1"].bytes(images) if "R1" in self.steps else 0
+        return sum(self.fixed.values()) + int((1 + MARGIN) * (two + r1))
+
+    def largest(self, memory: int, local_batch: int) -> int | None:
+        """The most images at once, of 2 and more that divide `local_batch`, that `memory` bytes hold; or None."""
+        divisors = (n for n in range(local_batch, 1, -1) if local_batch % n == 0)
+        return next((n for n in divisors if self.bytes(n) <= memory), None)
+
+    def on_cards(self, local_batch: int) -> dict[int, int | None]:
+        """`largest` on each of `CARDS`, by its GB."""
+        return {card: self.largest(card * GB, local_batch) for card in CARDS}
+
+    def table(self, local_batch: int, images: int) -> str:
+        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold."""
+        lines = [f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"]
+        lines += [f"  {name:<44}{size / GB:8.2f} GB" for name, size in self.fixed.items()]
+        for name, kept in self.steps.items():
+            label = f"kept by the {name} step for its backward pass"
+            lines.append(f"  {label:<44}{kept.bytes(images) / GB:8.2f} GB, {kept.per_image / 1e6:.1f} MB per image")
+        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in self.on_cards(local_batch).items())
+        return "\n".join([*lines, f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {cards}"])
+
+
+def forecast(
+    config: TrainConfig,
+    generator: Preconditioned,
+    features: ProjectedFeatures,
+    r1_features: ProjectedFeatures,
+    heads: DiscriminatorHeads,
+    data_bytes: int = 0,
+) -> Forecast:
+    """The memory of a run with these networks, whose values are not looked at: they may be on the meta device.
+
+    `data_bytes` is the size of the data set as uint8; held on the GPU if it is no larger than `--data-memory-gib`.
+    """
+    loss = config.loss
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        g, f, h = (without_values(net).train() for net in (generator, features, heads))
+        r = f if r1_features is features else without_values(r1_features)
+        shape = (g.img_channels, g.img_resolution, g.img_resolution)
+        g.dtype = generator.dtype
+
+        def inputs(images: int) -> tuple[Tensor, Tensor | None]:
+            return torch.empty(images, *shape), torch.empty(images, g.label_dim) if g.label_dim else None
+
+        def generator_step(images: int) -> Tensor:
+            z, labels = inputs(images)
+            return generator_loss(h(f(one_step(g, z, labels)), labels), loss.logit_reduction, images)
+
+        def discriminator_step(images: int) -> Tensor:
+            z, labels = inputs(images)
+            with torch.no_grad():
+                fake, real = f(one_step(g, z, labels)), f(z)
+            return discriminator_loss(h(fake, labels), h(real, labels), loss.logit_reduction, images)
+
+        def r1_step(images: int) -> Tensor:
+            z, labels = inputs(images)
+            z.requires_grad_()
+            h.dtype = r.dtype
+            return r1_penalty(z, h(r(z), labels)).sum()
+
+        trained = [p for p in h.parameters() if p.requires_grad]
+        own = [g, f, r, h]
+        steps = {"D": _kept(discriminator_step, own)}
+        if loss.r1_interval and loss.r1_gamma:
+            steps["R1"] = _kept(r1_step, own)
+            h.dtype = heads.dtype
+        for weight in trained:
+            weight.requires_grad_(False)
+        steps = {"G": _kept(generator_step, own), **steps}
+    held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
+    trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) + sum(map(_size, trained))
+    frozen = {id(net): _weights(net) for net in (features, r1_features)}
+    fixed = {
+        "generator and its moving average": 2 * _weights(generator),
+        "backbones, projections and heads": sum(frozen.values()) + _weights(heads),
+        "gradients": trains,
+        "optimizers": 2 * trains,
+        "data set": held,
+        "CUDA and its libraries, assumed": CONTEXT,
+    }
+    return Forecast(fixed, steps)
+
+
+def of_components(config: TrainConfig, parts: Components) -> Forecast:
+    """The forecast of a run whose parts are built."""
+    data = parts.dataset
+    data_bytes = len(data) * data.channels * data.resolution**2
+    return forecast(config, parts.generator, parts.features, parts.r1_features, parts.heads, data_bytes)
+
+
+def settle(config: TrainConfig, parts: Components, device: torch.device, world_size: int) -> TrainConfig:
+    """`config` with a number in the place of `--batch-gpu auto`; and on a GPU without `--engine auto`, that is with
+    eager steps, where the memory would not hold captured ones. Raises ConfigError as `automatic`."""
+    run = config.run
+    local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
+    if device.type != "cuda":
+        return override(config, batch_gpu=images) if run.batch_gpu == AUTO else config
+    capture = run.engine == "auto" and world_size == 1 and not config.ablation.adds_losses
+    if run.batch_gpu != AUTO and not capture:
+        return config
+    found = of_components(config, parts)
+    if run.batch_gpu == AUTO:
+        images = automatic(found, device, local_batch)
+        config = override(config, batch_gpu=images)
+    if capture and found.captured_bytes(images) > memory_of(device):
+        print(f"Steps run eagerly: with captured ones {images} images at once may not fit on {device}", file=sys.stderr)
+        config = override(config, engine="eager")
+    return config
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the whole GPU: what is free differs between processes that have to agree."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
+    """As many images at once as the GPU's memory holds.
+
+    Raises ConfigError if the forecast is that not even two fit.
+    """
+    memory = memory_of(device)
+    images = found.largest(memory, local_batch)
+    if images is None:
+        raise ConfigError(
+            f"--batch-gpu auto: two images at once need about {found.bytes(2) / GB:.1f} GB and {device} has "
+            f"{memory / GB:.1f}: use --d-precision bf16, fewer --backbones, or give --batch-gpu a number to try it"
+        )
+    return images
+
+
+def saved_bytes(run: Callable[[], object], own: set[int]) -> int:
+    """Bytes of the distinct storages that `run()` keeps for backward, without those of `own` (`own_storages`)."""
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)  # no address is used twice while counting
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = run()
+    del outputs
+    return sum(kept.values())
+
+
+def own_storages(*nets: nn.Module) -> set[int]:
+    """The storages of parameters and buffers."""
+    return {t.untyped_storage()._cdata for net in nets for t in _tensors(net)}
+
+
+def _kept(step: Callable[[int], Tensor], nets: list[nn.Module]) -> Kept:
+    own = own_storages(*nets)
+    few, more = (saved_bytes(partial(step, images), own) for images in _IMAGES)
+    per_image = (more - few) // (_IMAGES[1] - _IMAGES[0])
+    return Kept(few - _IMAGES[0] * per_image, per_image)
+
+
+def without_values(net: Any) -> Any:
+    """A copy of `net` whose tensors are fake ones on the CPU; within a FakeTensorMode."""
+
+    def fake(t: Tensor) -> Tensor:
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+        return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+
+    return copy.deepcopy(net, {id(t): fake(t) for t in _tensors(net)})
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    return chain(net.parameters(), net.buffers())
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.itemsize
+
+
+def _weights(net: nn.Module) -> int:
+    return sum(map(_size, _tensors(net)))

@@ -1,0 +1,87 @@
+"""The forecast of memory is what autograd keeps in the steps that a run takes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_run import ALONE, tiny_config, tiny_task, write_inputs
+
+from gdd_fast.config import override
+from gdd_fast.distill import components, memory_forecast
+from gdd_fast.distill.memory_forecast import GB, Forecast, Kept, automatic, of_components, own_storages, saved_bytes
+from gdd_fast.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_forecast_is_what_the_steps_keep(inputs, precision):
+    """Of 6 images, which the forecast has not run, on real tensors and in the run's own methods."""
+    precisions = {"g_precision": precision, "d_precision": precision}
+    config = tiny_config(inputs, batch=6, r1_gamma=0.1, **precisions)
+    found = of_components(config, components.build(config))
+    task = tiny_task(config, ALONE)
+    own = own_storages(task.generator, task.features, task.r1_features, task.heads)
+    real = torch.rand(6, 1, 16, 16) * 2 - 1
+    steps = {
+        "G": lambda: task._generator_step(None),
+        "D": lambda: task._discriminator_step(real, None),
+        "R1": lambda: task._r1_step(real, None),
+    }
+    assert found.steps.keys() == steps.keys()
+    for name, step in steps.items():
+        assert found.steps[name].bytes(6) == pytest.approx(saved_bytes(step, own), rel=0.02), name
+
+
+def test_fixed_bytes_are_counted_from_the_parameters(inputs):
+    config = tiny_config(inputs)
+    found, task = of_components(config, components.build(config)), tiny_task(config, ALONE)
+    task.generator_step(None)
+    task.discriminator_step(torch.rand(4, 1, 16, 16), None)
+    moments = [
+        t
+        for guard in (task.g_guard, task.d_guard)
+        for state in guard.optimizer.state.values()
+        for t in (state["exp_avg"], state["exp_avg_sq"])
+    ]
+    assert found.fixed["optimizers"] == sum(t.numel() * t.itemsize for t in moments)
+    assert found.fixed["data set"] == 24 * 16 * 16
+    assert of_components(override(config, data_memory_gib=0.0), components.build(config)).fixed["data set"] == 0
+
+
+def test_captured_steps_need_room_for_r1_beside_the_graphs():
+    found = Forecast({"weights": GB}, {"G": Kept(0, GB), "D": Kept(0, 2 * GB), "R1": Kept(0, 4 * GB)})
+    assert (found.bytes(1), found.captured_bytes(1)) == (6 * GB, int(8.5 * GB))
+
+
+def test_largest_batch_divides_and_fits():
+    found = Forecast({"weights": GB}, {"G": Kept(GB, GB // 10), "R1": Kept(0, GB // 5)})
+    for card in (24, 40, 80):
+        images = found.largest(card * GB, 256)
+        assert 256 % images == 0 and found.bytes(images) <= card * GB < found.bytes(2 * images)
+    assert found.largest(GB, 256) is None
+    assert "24 GB: 64, 40 GB: 128" in found.table(256, 64)
+
+
+def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monkeypatch, capsys):
+    config = tiny_config(inputs, batch=4, batch_gpu="auto")
+    config.validate()
+    built = components.build(config)
+    assert memory_forecast.settle(config, built, torch.device("cpu"), 2).run.batch_gpu == 2
+    found = of_components(config, built)
+    card = SimpleNamespace(total_memory=found.bytes(2))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
+    assert (settled.batch_gpu, settled.engine) == (2, "eager")
+    assert "with captured ones 2 images at once may not fit" in capsys.readouterr().err
+    card.total_memory = found.captured_bytes(4)
+    settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
+    assert (settled.batch_gpu, settled.engine) == (4, "auto") and capsys.readouterr().err == ""
+    card.total_memory = found.bytes(2) - 1
+    with pytest.raises(ConfigError, match="two images at once need"):
+        automatic(found, torch.device("cuda"), 4)
