@@ -224,8 +224,8 @@ def section() -> str:
     return "\n\n".join(
         [
             f"{BEGIN}\n## Predictions",
-            "**Arithmetic, not measured**; made by `python -m benchmarks.reports.predictions`. Images/s of one GPU that\n"
-            f"trains {PRESET} with so many images at once, and that samples its generator's one step with so many:",
+            "**Arithmetic, not measured**; made by `python -m benchmarks.reports.predictions`. Images/s of one GPU\n"
+            f"that trains {PRESET} with so many images at once, and samples its generator's one step with so many:",
             table(training, sampling),
             PUBLISHED,
             assumptions,

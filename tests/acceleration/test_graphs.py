@@ -1,6 +1,7 @@
-"""accelerate(net, engine="graph"): what is captured, replayed and let run, by the recorder that training rehearses with.
+"""accelerate(net, engine="graph"): what is captured and replayed, what runs as it is, and why.
 
-`Rehearsal` replays operator by operator on the memory of the recording, everything else poisoned, as a CUDA graph would.
+`Rehearsal` stands for CUDA graphs: it replays operator by operator on the memory of the recording, with everything else
+poisoned.
 """
 
 import copy

@@ -85,6 +85,7 @@ def test_a_deviation_stands_beside_its_metric(tmp_path):
     run = read_run(folder)
     assert [c["title"] for c in run_charts.charts([run]) if c["section"] == "quality"] == ["fid", "recall", "kid"]
     assert run_charts.summary(run)["kid, best"] == ("0.0315 ± 0.0025 at 5,000", 0.0315)
+    assert "<dd>0.0315<small> ± 0.0025 at 5,000</small></dd>" in page([run]), "a tile is too narrow for both"
 
 
 def test_what_evaluate_at_start_measures_is_a_level_in_the_generators_charts(tmp_path):
