@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 
 Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs
-in a process of its own, the first in several at once, with a share of what is left of `--budget-s`, and saves after
+in a process of its own, correctness in several at once, with a share of what is left of `--budget-s`, and saves after
 every row: what cuts it off costs the row in progress. A process that dies (a fault in a kernel ends a CUDA process for
 good) is started again behind the case that killed it. What failed is listed at the end by operator, shape, peer, error.
 """

@@ -27,9 +27,7 @@ def merged(records: Sequence[Results]) -> tuple[Results, list[str]]:
         timed = {row.key for row in whole.rows if row.seconds is not None}
         for row in record.rows:
             if row.seconds is None and row.key in timed:
-                lines.append(
-                    f"{' | '.join(row.key)}: an earlier time is kept, a later file has: {row.failure}"
-                )
+                lines.append(f"{' | '.join(row.key)}: an earlier time is kept, a later file has: {row.failure}")
             else:
                 whole.add([replace(row, extra={**mark, **row.extra})])
         for name, note in record.notes.items():

@@ -37,7 +37,8 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
   return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
 }
 
-// What backward needs beside tensors; in one piece, as every entry of a context's map costs as much as a small operator.
+// What backward needs beside tensors; in one piece, as every entry of a context's map costs as much as a small
+// operator.
 struct Held : torch::CustomClassHolder {
   std::vector<int64_t> shape;  // of the input
   at::MemoryFormat format = at::MemoryFormat::Contiguous, out_format = at::MemoryFormat::Contiguous;
@@ -138,7 +139,8 @@ bool differentiated(const at::Tensor& x, const Bias& bias) {
 at::Tensor frozen_conv2d(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Geometry g = geometry(stride, padding, dilation, groups);
-  return differentiated(x, bias) ? Convolution::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g)) : convolve(x, weight, bias, g);
+  return differentiated(x, bias) ? Convolution::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g))
+                                 : convolve(x, weight, bias, g);
 }
 
 at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,

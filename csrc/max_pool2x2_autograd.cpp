@@ -38,9 +38,10 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
   const std::vector<int64_t> size = {dy.size(0), dy.size(1), of.height, of.width};
   // no window holds an odd last row or column
   const bool odd = of.height % 2 != 0 || of.width % 2 != 0;
-  const at::Tensor inputs[] = {dy, places, odd ? at::zeros(size, dy.options()).contiguous(of.format) : at::empty(size, options)};
-  const Plan plan = of.plans->find(Direction::kBackward, "triton", inputs,
-                                    {double(of.format == at::MemoryFormat::ChannelsLast)});
+  const at::Tensor inputs[] = {dy, places,
+                               odd ? at::zeros(size, dy.options()).contiguous(of.format) : at::empty(size, options)};
+  const Plan plan =
+      of.plans->find(Direction::kBackward, "triton", inputs, {double(of.format == at::MemoryFormat::ChannelsLast)});
   TORCH_INTERNAL_ASSERT(plan != nullptr);
   (*plan)(inputs);
   return inputs[2];
@@ -49,7 +50,8 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
 // Of every window the value at its place; PyTorch differentiates it.
 at::Tensor collect(const at::Tensor& x, const at::Tensor& places) {
   const auto window = [&](int64_t place) {
-    return x.index({Slice(), Slice(), Slice(place / 2, places.size(2) * 2, 2), Slice(place % 2, places.size(3) * 2, 2)});
+    return x.index(
+        {Slice(), Slice(), Slice(place / 2, places.size(2) * 2, 2), Slice(place % 2, places.size(3) * 2, 2)});
   };
   at::Tensor y = window(0);
   for (int64_t place = 1; place < 4; place++) y = at::where(places == place, window(place), y);

@@ -6,8 +6,8 @@
 
 namespace gdd_fast {
 
-// Clamps dense y to [0, ceiling] in place -> its bits; and dy, zero where its bit is 1. By Triton's kernels if there are
-// plans of them, else by the CPU's.
+// Clamps dense y to [0, ceiling] in place -> its bits; and dy, zero where its bit is 1. By Triton's kernels if there
+// are plans of them, else by the CPU's.
 at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling);
 
 // dy in `format`, zero where the bits say so; differentiable any number of times.

@@ -129,6 +129,7 @@ def _usable_streams() -> Iterator[None]:
 
 def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     try:
+        _check_working_directory()
         try:
             main(*args, **kwargs)
         finally:
@@ -153,6 +154,14 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _check_working_directory() -> None:
+    """PyTorch asks for it in the middle of its work, wherever the files lie."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory is gone: cd to one that is there") from None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

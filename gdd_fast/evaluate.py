@@ -33,8 +33,9 @@ from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
 from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
-from gdd_fast.metrics.measure import Measurement, key_of, label, parse_metrics
+from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
+from gdd_fast.metrics.names import deviation_key, label
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import save_reference
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
@@ -362,8 +363,7 @@ def report(result: dict[str, Any]) -> str:
     for key, value in result["metrics"].items():
         if "_std" in key:
             continue
-        base, dash, rest = key.partition("-")
-        deviation = result["metrics"].get(f"{base}_std{dash}{rest}")
+        deviation = result["metrics"].get(deviation_key(key))
         line = f"  {label(key):<{width}}{value:>12.4f}"
         if "rounds" in result and key in result["std"]:
             line += f" +- {result['std'][key]:<10.4f}{result['min'][key]:>12.4f}"

@@ -170,7 +170,11 @@ def join(option: str) -> Iterator[World]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # The store outlives a group. A second one in the same processes must not find the addresses of the first there.
+    store, _, _ = next(dist.rendezvous("env://"))
+    number = (store.add("gdd_fast.joined", 1) - 1) // size
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"gdd_fast.{number}", store), rank=rank, world_size=size)
     yield World(rank, size, device)
     # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
     dist.destroy_process_group()

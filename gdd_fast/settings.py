@@ -3,12 +3,30 @@
 import numbers
 import operator
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gdd_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Beside a number's type, the least that it may be: `Annotated[int, Limit(2)]`. `above`: it has to be more."""
+
+    least: float
+    above: bool = False
+
+    def check(self, value: float | None, flag: str) -> None:
+        """Raise `ConfigError` for a number that is too small; a setting that is None is fine."""
+        if value is not None and (value <= self.least if self.above else value < self.least):
+            raise ConfigError(f"{flag} must be {'above' if self.above else 'at least'} {self.least}, not {value}")
+
+
+Count = Annotated[int, Limit(1)]
+Positive = Annotated[float, Limit(0, above=True)]
+NotNegative = Annotated[float, Limit(0)]
 
 
 class Settings:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.layer_calls import build
+from benchmarks.cases.layer_calls import BACKBONES, build, call
 from benchmarks.counts.flops import count_flops
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import Closeness, tensors
@@ -24,8 +24,7 @@ from gdd_fast.sampling.sampler import one_step
 FLOOR = 1e-3
 """A relative error in norm that is never too large; beyond it, twice plain PyTorch's in the same type is."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_BACKBONES = ("vgg16_bn", "tf_efficientnet_lite0")
-_BLOCKS = {"ncsnpp-32": ("enc.16x16_block1", "dec.32x32_block0"), "adm-64": ("enc.32x32_block1",)}
+_BLOCKS = (("ncsnpp-32", "enc.16x16_block1"), ("ncsnpp-32", "dec.32x32_block0"), ("adm-64", "enc.32x32_block1"))
 
 
 def network_cases(full: bool) -> list[Case]:
@@ -34,15 +33,15 @@ def network_cases(full: bool) -> list[Case]:
         return [
             generator_case("ncsnpp-32", 1, torch.float32),
             generator_case("ncsnpp-32", 1, torch.bfloat16),
-            block_case("ncsnpp-32", _BLOCKS["ncsnpp-32"][1], 2, torch.float32),
+            block_case(*_BLOCKS[1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
             generator_case("ncsnpp-32", 4, torch.bfloat16, compiled=("compile",)),
         ]
     bf16 = torch.bfloat16
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
     others = [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
-    backbones = [backbone_case(name, 64, bf16) for name in _BACKBONES]
-    blocks = [block_case(*block, 64, bf16) for block in _blocks()]
+    backbones = [backbone_case(name, 64, bf16) for name in BACKBONES]
+    blocks = [block_case(*block, 64, bf16) for block in _BLOCKS]
     return [*cases, *others[:3], *backbones, *blocks, *others[3:]]
 
 
@@ -53,19 +52,17 @@ def compiled_cases() -> list[Case]:
     """
     bf16 = torch.bfloat16
 
-    def generator(name: str, batch: int, peer: str) -> Case:
-        return generator_case(name, batch, bf16, ready=False, compiled=(peer,))
+    def generators(*wanted: tuple[str, int, str]) -> list[Case]:
+        return [generator_case(name, n, bf16, ready=False, compiled=(peer,)) for name, n, peer in wanted]
 
-    cases = [generator("ncsnpp-32", n, "compile") for n in (256, 1)]
-    cases += [generator("ncsnpp-32", n, "max-autotune") for n in (1, 256)]
-    cases += [block_case(*block, 64, bf16, compiled=True) for block in _blocks()]
-    cases += [backbone_case(name, 64, bf16, compiled=True) for name in _BACKBONES]
-    cases += [generator("adm-64", 256, "compile"), generator("ncsnpp-32", 16, "compile")]
-    return [*cases, generator("ncsnpp-32", 256, "OneStepGenerator:compile")]
-
-
-def _blocks() -> list[tuple[str, str]]:
-    return [(name, block) for name, some in _BLOCKS.items() for block in some]
+    return [
+        *generators(("ncsnpp-32", 256, "compile"), ("ncsnpp-32", 1, "compile")),
+        *generators(("ncsnpp-32", 1, "max-autotune"), ("ncsnpp-32", 256, "max-autotune")),
+        *(block_case(*block, 64, bf16, compiled=True) for block in _BLOCKS),
+        *(backbone_case(name, 64, bf16, compiled=True) for name in BACKBONES),
+        *generators(("adm-64", 256, "compile"), ("ncsnpp-32", 16, "compile")),
+        *generators(("ncsnpp-32", 256, "OneStepGenerator:compile")),
+    ]
 
 
 def generator_case(
@@ -85,7 +82,8 @@ def _generator(
 ) -> Bench:
     net = peers.make_generator(name, device).requires_grad_(False)
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
-    labels = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim] if net.label_dim else None
+    labels = peers.one_of_each_class(batch, net.label_dim, device)
+    classes = None if labels is None else labels.argmax(1)
     with torch.no_grad():
         with peers.tf32(False, trials=True):  # chooses the algorithms for the peers of this type as well
             eager = one_step(StockGenerator(net, BEST, dtype), z, labels)
@@ -103,9 +101,9 @@ def _generator(
     def stock(mode: str | None = None, own: torch.dtype = dtype) -> Call:
         model = StockGenerator(copy.deepcopy(net), BEST, own).to(memory_format=torch.channels_last)
         cast_convolutions(model, own)
-        return peers.under_tf32(
-            sampling(model if mode is None else torch.compile(model, **_compile_options(mode))), True
-        )
+        if mode is not None:
+            model = torch.compile(model, dynamic=False, mode=None if mode == "compile" else mode)
+        return peers.under_tf32(sampling(model), True)
 
     def ours() -> Call:
         model = copy.deepcopy(net).to(memory_format=torch.channels_last)
@@ -114,7 +112,6 @@ def _generator(
 
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
-        classes = None if labels is None else labels.argmax(1)  # as its users name them
 
         def call() -> Tensor:
             """The public call, with its looks at classes and values, on the latents of all the peers."""
@@ -135,7 +132,6 @@ def _generator(
     else:
         folder = tempfile.TemporaryDirectory()
         file = cache(lambda: exported.write_generator(net, folder.name))
-        classes = None if labels is None else labels.argmax(1)
         precision = "f32" if dtype == torch.float32 else "bf16"
         makers["openvino"] = lambda: exported.openvino(file(), z, classes, precision)
         if dtype == torch.float32:
@@ -166,10 +162,6 @@ def _meta_generator(name: str, batch: int) -> None:
     one_step(net, z, torch.empty((batch, net.label_dim), device="meta") if net.label_dim else None)
 
 
-def _compile_options(mode: str) -> dict[str, Any]:
-    return {"dynamic": False, **({} if mode == "compile" else {"mode": mode})}
-
-
 def cast_convolutions(model: nn.Module, dtype: torch.dtype) -> None:
     """Convolutions' weights in the compute type once and for all, as one does for sampling."""
     for module in model.modules():
@@ -194,13 +186,13 @@ def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool
     emb = torch.randn((batch, emb_channels), device=device)
     wanted = [p for p in ours.parameters() if p.requires_grad]
 
-    def run(layer: nn.Module, kind: torch.dtype, layout: torch.memory_format, pair: bool) -> Call:
+    def run(layer: nn.Module, kind: torch.dtype, layout: torch.memory_format) -> Call:
         leaves = [m.to(kind).contiguous(memory_format=layout).requires_grad_() for m in maps]
-        e = emb.to(kind) if isinstance(layer, StockBlock) else emb
+        e = emb if layer is ours else emb.to(kind)
         cotangent = torch.ones((), device=device, dtype=kind)
 
         def call() -> list[Tensor]:
-            x = leaves[0] if len(leaves) == 1 else tuple(leaves) if pair else torch.cat(leaves, 1)
+            x = leaves[0] if len(leaves) == 1 else tuple(leaves) if layer is ours else torch.cat(leaves, 1)
             y = layer(x, e)
             return [y.detach(), *torch.autograd.grad(y, [*leaves, *wanted], cotangent.expand_as(y))]
 
@@ -209,33 +201,21 @@ def _block(name: str, block: str, batch: int, dtype: torch.dtype, compiled: bool
     contiguous, channels_last = torch.contiguous_format, torch.channels_last
     official, best = StockBlock(ours, OFFICIAL), StockBlock(ours, BEST)
     with peers.tf32(False, trials=True):  # chooses the algorithms for the peers as well
-        expected = run(official, torch.float32, contiguous, False)()
-        check = Closeness(expected, FLOOR, run(best, dtype, channels_last, False)())
+        expected = run(official, torch.float32, contiguous)()
+        check = Closeness(expected, FLOOR, run(best, dtype, channels_last)())
     makers = {
-        "official": lambda: peers.under_tf32(run(official, dtype, contiguous, False), False),
-        "stock": lambda: peers.under_tf32(run(best, dtype, channels_last, False), True),
-        "gdd_fast": lambda: peers.under_tf32(run(ours, dtype, channels_last, True), None),
+        "official": lambda: peers.under_tf32(run(official, dtype, contiguous), False),
+        "stock": lambda: peers.under_tf32(run(best, dtype, channels_last), True),
+        "gdd_fast": lambda: peers.under_tf32(run(ours, dtype, channels_last), None),
     }
     if compiled:
-        makers = {"compile": lambda: peers.under_tf32(run(_Compiled(best), dtype, channels_last, False), True)}
+        layer = torch.compile(best, dynamic=False)
+        makers = {"compile": lambda: peers.under_tf32(run(layer, dtype, channels_last), True)}
     return Bench(makers, check.check, precision=_NAMES[dtype], images=batch)
-
-
-class _Compiled(StockBlock):
-    """A compiled block that still says it is a block."""
-
-    def __init__(self, block: StockBlock) -> None:
-        nn.Module.__init__(self)
-        self.compiled = torch.compile(block, dynamic=False)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.compiled(x, emb)
 
 
 def _block_inputs(name: str, block: str) -> tuple[list[tuple[int, ...]], int]:
     """Shapes (C, H, W) of the maps that the block is called with, and the width of the embedding."""
-    from benchmarks.cases.layer_calls import call
-
     net, seen = build(name), []
 
     def hook(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -258,21 +238,21 @@ def _backbone(
 ) -> Bench:
     x = torch.randn((batch, 3, resolution, resolution), device=device)
 
-    def run(net: Callable[[Tensor], Any], kind: torch.dtype, layout: torch.memory_format) -> Call:
-        leaf = x.to(kind).contiguous(memory_format=layout).requires_grad_()
+    def run(
+        net: Callable[[Tensor], Any], kind: torch.dtype = dtype, layout: torch.memory_format = torch.channels_last
+    ) -> Call:
+        leaf = x.to(kind, memory_format=layout).requires_grad_()
 
         def call() -> list[Tensor]:
             maps = net(leaf)
-            (gradient,) = torch.autograd.grad(maps, [leaf], cotangents(maps))
-            return [*(m.detach() for m in maps), gradient]
+            ones = [torch.ones((), dtype=m.dtype, device=device).expand_as(m) / m[0].numel() for m in maps]
+            return [*(m.detach() for m in maps), *torch.autograd.grad(maps, [leaf], ones)]
 
         return call
 
-    def cotangents(maps: Any) -> list[Tensor]:
-        return [torch.ones((), dtype=m.dtype, device=device).expand_as(m) / m[0].numel() for m in maps]
-
-    def as_published() -> nn.Module:
-        return peers.plain(peers.make_backbone(name, resolution, device, folded=False))
+    def as_published() -> Call:
+        net = peers.plain(peers.make_backbone(name, resolution, device, folded=False))
+        return run(net, torch.float32, torch.contiguous_format)
 
     def folded(kind: Callable[[nn.Module], Any]) -> nn.Module:
         net = kind(peers.make_backbone(name, resolution, device, folded=True))
@@ -280,25 +260,22 @@ def _backbone(
 
     def stock(compile_it: bool = False) -> Call:
         net = folded(peers.plain)
-        net = torch.compile(net, dynamic=False) if compile_it else net
-        return peers.under_tf32(run(net, dtype, torch.channels_last), True)
+        return peers.under_tf32(run(torch.compile(net, dynamic=False) if compile_it else net), True)
 
     with peers.tf32(False, trials=True):
-        check = Closeness(run(as_published(), torch.float32, torch.contiguous_format)(), FLOOR, stock()())
+        check = Closeness(as_published()(), FLOOR, stock()())
     makers: dict[str, Callable[[], Call]] = {
-        "official fp32": lambda: peers.under_tf32(run(as_published(), torch.float32, torch.contiguous_format), False),
+        "official fp32": lambda: peers.under_tf32(as_published(), False),
         "stock": stock,
-        "gdd_fast": lambda: peers.under_tf32(run(folded(lambda net: net), dtype, torch.channels_last), None),
+        "gdd_fast": lambda: peers.under_tf32(run(folded(lambda net: net)), None),
     }
     if compiled:
         makers = {"compile": partial(stock, True)}
-    shapes = (name, batch, resolution)
-    flops, precisions = count_flops(lambda: _meta_backbone(*shapes)), {"official fp32": "fp32"}
-    return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions=precisions)
+    flops = count_flops(lambda: _meta_backbone(name, batch, resolution))
+    return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions={"official fp32": "fp32"})
 
 
 def _meta_backbone(name: str, batch: int, resolution: int) -> None:
     net = peers.plain(peers.make_backbone(name, resolution, torch.device("cpu"), folded=True)).to("meta")
-    x = torch.empty((batch, 3, resolution, resolution), device="meta", requires_grad=True)
-    maps = net(x)
+    maps = net(torch.empty((batch, 3, resolution, resolution), device="meta", requires_grad=True))
     torch.autograd.backward(maps, [torch.empty_like(m) for m in maps])

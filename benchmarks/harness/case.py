@@ -157,7 +157,8 @@ def measure_case(
         return
     except Exception as error:  # as above
         release(device)
-        yield Row(case.group, case.name, "-", failure=describe_error(error))
+        failure = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else describe_error(error)
+        yield Row(case.group, case.name, "-", failure=failure)
         return
     for peer, reason in bench.missing.items() if not effort.seconds else ():
         yield Row(case.group, case.name, peer, failure=CANNOT_RUN + reason)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     else:
         found |= {
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "instruction_sets": _instruction_sets(),
+            # those that decide how networks run, by the kernel's names, ONEDNN_MAX_CPU_ISA or not
+            "instruction_sets": sorted(flag for flag in _cpu_flags() if flag.startswith(_VECTOR_SETS)),
             "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-            "clock_mhz": _cpu_clock(),
+            "clock_mhz": max(map(float, _cpu_lines("cpu MHz")), default=None),
         }
     return found
 
@@ -63,7 +65,10 @@ def rates(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
     Keys: copy, fp32, bf16, and tf32 on a GPU. Random data: zeros run faster on some chips.
     """
     gpu = device.type == "cuda"
-    found = {"copy": _copy_bandwidth(1 << 30 if gpu else 1 << 26, device, seconds)}
+    source = torch.empty(1 << 30 if gpu else 1 << 26, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.numel() / _fastest(partial(target.copy_, source), device, seconds)}
+    del source, target
     size = 8192 if gpu else 1536
     kinds = [("fp32", torch.float32, "highest"), ("bf16", torch.bfloat16, "highest")]
     kinds += [("tf32", torch.float32, "high")] if gpu else []
@@ -72,21 +77,11 @@ def rates(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
         for name, dtype, precision in kinds:
             torch.set_float32_matmul_precision(precision)
             a, b = (torch.randn((size, size), device=device).to(dtype) for _ in range(2))
-            found[name] = 2 * size**3 / _fastest(_product(a, b), device, seconds)
+            product = partial(torch.mm, a, b, out=torch.empty_like(a))
+            found[name] = 2 * size**3 / _fastest(product, device, seconds)
     finally:
         torch.set_float32_matmul_precision(before)
     return found
-
-
-def _copy_bandwidth(size: int, device: torch.device, seconds: float) -> float:
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    return 2 * size / _fastest(lambda: target.copy_(source), device, seconds)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out)
 
 
 def _fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
@@ -99,8 +94,7 @@ def device_name(device: torch.device) -> str:
     """As the maker calls it: "NVIDIA H200", "Intel(R) Xeon(R) Processor"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = re.findall(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return names[0].strip() if names else platform.processor() or "cpu"
+    return next(iter(_cpu_lines("model name")), platform.processor() or "cpu")
 
 
 def file_name(device: torch.device) -> str:
@@ -126,18 +120,13 @@ def commit() -> str | None:
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, str | None]:
-    names = dict.fromkeys((q.replace(".", "_") for q in _GPU_QUERY), None)
-    if shutil.which("nvidia-smi") is None:
-        return names
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(_GPU_QUERY)}",
-        "--format=csv,noheader",
-        f"--id={device.index or 0}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    values = [v.strip() for v in done.stdout.strip().split(",")]
-    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else names
+    values: list[str] = []
+    if shutil.which("nvidia-smi") is not None:
+        query = (f"--query-gpu={','.join(_GPU_QUERY)}", "--format=csv,noheader", f"--id={device.index or 0}")
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True)
+        values = [] if done.returncode else [v.strip() for v in done.stdout.strip().split(",")]
+    found = values if len(values) == len(_GPU_QUERY) else [None] * len(_GPU_QUERY)
+    return {name.replace(".", "_"): value for name, value in zip(_GPU_QUERY, found, strict=True)}
 
 
 def _extension() -> dict[str, Any] | None:
@@ -159,17 +148,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _instruction_sets() -> list[str]:
-    """Those that decide how networks run, by the kernel's names; what `ONEDNN_MAX_CPU_ISA` hides is among them."""
-    flags = re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    found = set(flags[0].split()) if flags else set()
-    return sorted(flag for flag in found if flag.startswith(_VECTOR_SETS))
+def _cpu_flags() -> set[str]:
+    return set(" ".join(_cpu_lines("flags")[:1] or _cpu_lines("Features")[:1]).split())
 
 
-def _cpu_clock() -> float | None:
-    clocks = [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read("/proc/cpuinfo"), re.MULTILINE)]
-    return max(clocks, default=None)
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+def _cpu_lines(name: str) -> list[str]:
+    """What /proc/cpuinfo says, one entry for each processor."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    return re.findall(rf"^{name}\s*:\s*(.*\S)", text, re.MULTILINE)

@@ -8,61 +8,51 @@ status 1 if anything is slower, 2 if the two cannot be compared.
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.harness.results import Results, Row
+from benchmarks.harness.results import Results, Times
+
+WORSE, BETTER = ("slower", "failed", "more memory"), ("faster", "less memory")
 
 
-@dataclass(frozen=True)
-class Change:
-    """One row in both files. `verdict`: "slower", "faster", "failed", "more memory", "less memory" or "same"."""
+class Change(NamedTuple):
+    """One row in both files: one of WORSE, of BETTER, or "same"; and how it reads."""
 
-    row: Row
     verdict: str
-    before: float | None
-    after: float | None
-
-    @property
-    def regression(self) -> bool:
-        return self.verdict in ("slower", "failed", "more memory")
-
-    def __str__(self) -> str:
-        where = f"{self.row.group} | {self.row.case} | {self.row.peer}"
-        if self.verdict == "failed":
-            return f"failed       {where}: {self.row.failure}"
-        unit, scale = ("MB", 1e-6) if "memory" in self.verdict else ("ms", 1e3)
-        ratio = self.after / self.before if self.before else float("inf")
-        return (
-            f"{self.verdict:<12} {where}: {self.before * scale:.4g} -> {self.after * scale:.4g} {unit} ({ratio:.2f} x)"
-        )
+    line: str
 
 
 def changes(before: Results, after: Results, threshold: float = 0.05) -> list[Change]:
     """Every row that both have and that had a time in `before`, judged; time first, then memory."""
-    old = {row.key: row for row in before.rows}
+    old = {row.key: row for row in before.rows if row.times is not None}
     found = []
     for row in after.rows:
-        was = old.get(row.key)
-        if was is None or was.times is None:
+        was, where = old.get(row.key), " | ".join(row.key)
+        if was is None:
             continue
         if row.times is None:
-            found.append(Change(row, "failed", was.seconds, None))
+            found.append(Change("failed", f"{where}: {row.failure}"))
             continue
-        found.append(Change(row, _verdict(was, row, threshold), was.seconds, row.seconds))
+        verdict = _verdict(was.times, row.times, threshold)
+        found.append(Change(verdict, f"{where}: {_ratio(was.seconds * 1e3, row.seconds * 1e3, 'ms')}"))
         if was.peak_bytes and row.peak_bytes and abs(row.peak_bytes / was.peak_bytes - 1) > threshold:
             verdict = "more memory" if row.peak_bytes > was.peak_bytes else "less memory"
-            found.append(Change(row, verdict, was.peak_bytes, row.peak_bytes))
+            found.append(Change(verdict, f"{where}: {_ratio(was.peak_bytes / 1e6, row.peak_bytes / 1e6, 'MB')}"))
     return found
 
 
-def _verdict(was: Row, now: Row, threshold: float) -> str:
-    (low_a, mid_a, high_a), (low_b, mid_b, high_b) = was.times, now.times
+def _verdict(was: Times, now: Times, threshold: float) -> str:
+    (low_a, mid_a, high_a), (low_b, mid_b, high_b) = was, now
     if low_b > high_a and mid_b > mid_a * (1 + threshold):
         return "slower"
     if high_b < low_a and mid_b < mid_a / (1 + threshold):
         return "faster"
     return "same"
+
+
+def _ratio(before: float, after: float, unit: str) -> str:
+    return f"{before:.4g} -> {after:.4g} {unit} ({after / before:.2f} x)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for change in found:
         if change.verdict != "same":
-            print(change)
-    bad = sum(change.regression for change in found)
-    print(f"{len(found)} compared, {bad} worse, {sum(c.verdict in ('faster', 'less memory') for c in found)} better")
+            print(f"{change.verdict:<12} {change.line}")
+    bad, good = (sum(change.verdict in kind for change in found) for kind in (WORSE, BETTER))
+    print(f"{len(found)} compared, {bad} worse, {good} better")
     gone = {row.key for row in before.rows if row.times is not None} - {row.key for row in after.rows}
     if gone:
         print(f"{len(gone)} rows of {args.before.name} are not in {args.after.name}")

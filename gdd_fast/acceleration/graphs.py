@@ -1,9 +1,9 @@
 """`accelerate(net, engine="graph")`: forwards without gradient, captured once for a kind of call and replayed.
 
-What is captured is whatever the network's forward does, by gdd_fast's operators or its own. A CUDA graph repeats kernels
-on the memory that they were captured with, so before every replay one walk over the modules asks whether it would still
-be the same: no hook, no training mode, every parameter and buffer where it was. Values may change: they are read anew.
-What a forward does in Python (counters, prints) is not repeated.
+What is captured is whatever the network's forward does, by gdd_fast's operators or its own. A CUDA graph repeats
+kernels on the memory that they were captured with, so before every replay one walk over the modules makes sure that
+the result would be the same: no hook, no training mode, every parameter and buffer where it was. Values may change:
+they are read anew. What a forward does in Python (counters, prints) is not repeated.
 
 A call is of the kind of another if its tensors agree in shape, strides and type, its other arguments are equal, and the
 switches of precision are the same. A kind is captured at its `CALLS`-th call: numbers that change from call to call are
@@ -91,7 +91,7 @@ class Forwards:
     def _obstacle(self, leaves: list[Any]) -> str | None:
         if torch.is_grad_enabled():
             return "gradients may be asked for"
-        if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return "somebody else compiles or captures"
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -163,7 +163,7 @@ def capture_forwards(net: nn.Module, device: torch.device, capture: Capture) -> 
 
 
 def _only_tensors(result: Any) -> Any:
-    """`result` itself; RuntimeError if something in it is neither a tensor nor a plain value, and would not be copied."""
+    """`result` itself; RuntimeError if something in it, neither tensor nor plain value, would not be copied."""
     for leaf in tree_flatten(result)[0]:
         if not isinstance(leaf, Tensor | int | float | str | type(None)):
             raise RuntimeError(f"it returns a {type(leaf).__name__}, in which nobody finds its tensors")

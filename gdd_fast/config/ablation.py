@@ -1,9 +1,9 @@
 """The settings of the ablations: what the paper's loss and its start are compared with. docs/ablations.md."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from gdd_fast.settings import Settings
+from gdd_fast.settings import Count, Limit, NotNegative, Settings
 
 Initialisation = Literal["teacher", "random", "shuffled"]
 
@@ -21,29 +21,29 @@ class AblationConfig(Settings):
     teacher_loss: Literal["none", "pd", "cd", "ctm"] = "none"
     """A loss against the teacher, added to the GAN loss: progressive distillation, consistency distillation or
     consistency trajectory."""
-    teacher_loss_weight: float = 1.0
+    teacher_loss_weight: NotNegative = 1.0
     """Weight of that loss, as a mean over images, beside the GAN loss as a mean over images."""
     teacher_loss_distance: Literal["l2", "pseudo-huber", "lpips", "lpips-vgg"] = "l2"
     """The distance between the two images that it compares. LPIPS's weights come from --feature-weights lpips=PATH."""
-    teacher_loss_levels: int = 18
+    teacher_loss_levels: Annotated[int, Limit(2)] = 18
     """Noise levels of cd and ctm, from 0.002 to the one of the one step."""
     target_ema: float = 0.0
     """Decay per iteration of the averaged generator that is the target of cd and ctm; 0: the generator itself."""
     pd_steps: int = 8
     """Steps of the student in the first stage of pd, a power of two; each stage halves them, the last has 1."""
-    pd_stage_kimg: float = 50.0
+    pd_stage_kimg: Annotated[float, Limit(0.001)] = 50.0
     """Thousands of images of each stage of pd but the last, which lasts to the end of the run."""
-    ctm_solver_steps: int = 3
+    ctm_solver_steps: Count = 3
     """Steps that ctm's teacher solves at most, from one of its noise levels to the next."""
-    ctm_dsm_weight: float = 1.0
+    ctm_dsm_weight: NotNegative = 1.0
     """Weight of ctm's denoising score matching within its loss."""
     frechet_loss: tuple[str, ...] = ()
     """Feature networks, as gdd_fast.evaluate names them, whose Frechet distance to the data is added to the loss."""
-    frechet_weight: float = 1.0
+    frechet_weight: NotNegative = 1.0
     """Weight of the sum of these distances, each divided by the variance of the data's features."""
-    frechet_population: int = 50_000
+    frechet_population: Annotated[int, Limit(2)] = 50_000
     """How many of the latest generated images the statistics are taken from; more than there are features."""
-    frechet_refresh: int = 1
+    frechet_refresh: Count = 1
     """Iterations between new statistics."""
 
     @property

@@ -6,13 +6,13 @@ field is its help text. What the paper's loss is compared with is in ablation.py
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from gdd_fast.backend import Backend
 from gdd_fast.config import checks
 from gdd_fast.config.ablation import AblationConfig
 from gdd_fast.errors import ConfigError
-from gdd_fast.settings import Settings
+from gdd_fast.settings import Count, Limit, NotNegative, Positive, Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
@@ -32,9 +32,9 @@ class DataConfig(Settings):
     """Train class-conditionally, with the labels of the data set."""
     x_flip: bool = False
     """Add the mirror image of every image to the data set. The paper does not."""
-    workers: int = 2
+    workers: Annotated[int, Limit(0)] = 2
     """Processes that decode images when the data set is too large to be held in memory."""
-    data_memory_gib: float = 4.0
+    data_memory_gib: NotNegative = 4.0
     """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
 
 
@@ -45,17 +45,17 @@ class GeneratorConfig(Settings):
     teacher: str | None = None
     """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
     repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
-    sigma_init: float | None = None
+    sigma_init: Annotated[float | None, Limit(0, above=True)] = None
     """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
     freeze: int = 1
     """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
-    g_lr: float = 1e-4
+    g_lr: NotNegative = 1e-4
     """Adam learning rate; betas (0, 0.99), eps 1e-8."""
     g_precision: Precision = "bf16"
     """Compute precision of the U-Net. Parameters, group norm and softmax stay fp32."""
-    ema_halflife_mimg: float = 0.5
+    ema_halflife_mimg: Positive = 0.5
     """Half-life of the generator's moving average, in millions of images."""
-    ema_rampup: float = 0.05
+    ema_rampup: NotNegative = 0.05
     """The half-life is at most this fraction of the images seen so far; 0 disables the ramp-up."""
 
 
@@ -82,7 +82,7 @@ class DiscriminatorConfig(Settings):
     to learn the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
     """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
-    d_lr: float = 1e-4
+    d_lr: NotNegative = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
     """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
@@ -96,9 +96,9 @@ class LossConfig(Settings):
     logit_reduction: Reduction = "rows"
     """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
     R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
-    r1_gamma: float = 1e-4
+    r1_gamma: NotNegative = 1e-4
     """Weight of the R1 penalty on real images."""
-    r1_interval: int = 16
+    r1_interval: Annotated[int, Limit(0)] = 16
     """Iterations between R1 steps; 0 disables R1."""
     r1_precision: Precision = "fp32"
     """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
@@ -113,7 +113,7 @@ class RunConfig(Settings):
     """Output folder; running the same command again resumes what it holds. Default: runs/<preset>."""
     duration_mimg: float = 5.0
     """Length of the run, in millions of real images."""
-    batch: int = 256
+    batch: Annotated[int, Limit(2)] = 256
     """Images per iteration, over all GPUs."""
     batch_gpu: int | Literal["auto"] | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
@@ -130,30 +130,30 @@ class RunConfig(Settings):
     after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
     process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
     they differ or a capture fails. Else it is `eager`."""
-    tick_kimg: float = 20.0
+    tick_kimg: Positive = 20.0
     """Thousands of images between metric lines with a sample grid."""
-    checkpoint_ticks: int = 10
+    checkpoint_ticks: Count = 10
     """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: Count = 1
     """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
     async_checkpoints: bool = True
     """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
     cannot be written ends the run at the next checkpoint."""
-    max_hours: float | None = None
+    max_hours: Annotated[float | None, Limit(0, above=True)] = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     debug_finite: bool = False
     """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
     its name and the step. Slow: the host waits for each."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
     nonfinite: Nonfinite = "skip"
     """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
     +-1e5 and takes it, as the public code does."""
-    evaluate_images: int = 0
+    evaluate_images: Annotated[int, Limit(0)] = 0
     """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
     """The real images they are compared with, preferably not trained on; default: the training data."""
-    evaluate_ticks: int = 0
+    evaluate_ticks: Annotated[int, Limit(0)] = 0
     """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
     evaluate_metrics: str = "fd@lite0"
     """What is measured then, as `gdd_fast.evaluate --metrics` takes it; the best generator by each value is kept."""
@@ -212,10 +212,8 @@ class TrainConfig:
         sections = (self.data, self.generator, self.discriminator, self.loss, self.ablation, self.run)
         for section in sections:
             checks.check_values(section)
-        checks.check_data(self.data)
         checks.check_generator(self.generator)
         checks.check_discriminator(self.discriminator)
-        checks.check_loss(self.loss)
         checks.check_run(self.run)
         checks.check_ablation(self.ablation)
         checks.check_together(self)

@@ -15,7 +15,8 @@ from gdd_fast.device import full_float32
 from gdd_fast.distill.components import load_teacher
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
-from gdd_fast.metrics.measure import Measurement, is_better, label, parse_metrics
+from gdd_fast.metrics.measure import Measurement, parse_metrics
+from gdd_fast.metrics.names import TEACHER, is_better, label
 from gdd_fast.metrics.population import Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
@@ -25,8 +26,6 @@ from gdd_fast.sampling.generate import SamplerConfig
 
 BEST = "best"
 """Folder of the run: a network folder for each value, and best.json with the values and when they were reached."""
-TEACHER = "teacher_"
-"""What the keys of the teacher's values begin with."""
 _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 

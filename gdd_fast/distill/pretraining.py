@@ -8,7 +8,7 @@ Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Model
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
-from gdd_fast.settings import Settings
+from gdd_fast.settings import Count, Limit, NotNegative, Positive, Settings
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -55,33 +55,33 @@ class PretrainConfig(Settings):
     """Output folder; running the same command again resumes what it holds."""
     arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
     """Network architecture."""
-    model_channels: int = 32
+    model_channels: Count = 32
     """Channels of the first level; EDM uses 128 (ncsnpp, ddpmpp) and 192 (adm)."""
     channel_mult: tuple[int, ...] = (1, 2)
     """Channel multiplier of each level."""
-    num_blocks: int = 2
+    num_blocks: Count = 2
     """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
-    dropout: float = 0.0
+    dropout: NotNegative = 0.0
     """Dropout probability; EDM uses 0.13 for CIFAR-10."""
     cond: bool = False
     """Train class-conditionally."""
     x_flip: bool = True
     """Add the mirror image of every image to the data set."""
-    batch: int = 128
+    batch: Count = 128
     """Images per iteration, over all GPUs."""
-    batch_gpu: int | None = None
+    batch_gpu: Annotated[int | None, Limit(1)] = None
     """Largest number of images through the network at once."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Adam learning rate; betas (0.9, 0.999), eps 1e-8."""
-    lr_rampup_kimg: float = 20.0
+    lr_rampup_kimg: NotNegative = 20.0
     """Thousands of images over which the learning rate rises from 0."""
-    ema_halflife_mimg: float = 0.5
+    ema_halflife_mimg: Positive = 0.5
     """Half-life of the moving average, in millions of images."""
-    ema_rampup: float = 0.05
+    ema_rampup: NotNegative = 0.05
     """The half-life is at most this fraction of the images seen so far."""
-    duration_mimg: float = 1.0
+    duration_mimg: Positive = 1.0
     """Length of the run, in millions of images."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the network."""
@@ -92,50 +92,31 @@ class PretrainConfig(Settings):
     backend: Backend = "auto"
     """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
     named one runs the operators that have it, and their definitions for the others."""
-    workers: int = 2
+    workers: Annotated[int, Limit(0)] = 2
     """Processes that decode images when the data set is too large to be held in memory."""
-    data_memory_gib: float = 4.0
+    data_memory_gib: NotNegative = 4.0
     """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
-    tick_kimg: float = 50.0
+    tick_kimg: Positive = 50.0
     """Thousands of images between metric lines with a sample grid."""
-    checkpoint_ticks: int = 5
+    checkpoint_ticks: Count = 5
     """Ticks between checkpoints."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: Count = 1
     """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
     async_checkpoints: bool = True
     """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
     cannot be written ends the run at the next checkpoint."""
-    max_hours: float | None = None
+    max_hours: Annotated[float | None, Limit(0, above=True)] = None
     """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
     debug_finite: bool = False
     """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
     its name and the step. Slow: the host waits for each."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first setting that cannot work. Reads no file; the network checks its own."""
         check_values(self)
-        positive = (
-            "batch",
-            "lr",
-            "ema_halflife_mimg",
-            "duration_mimg",
-            "tick_kimg",
-            "checkpoint_ticks",
-            "keep_checkpoints",
-        )
-        for name in (*positive, "max_skipped_steps", "model_channels", "num_blocks"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("lr_rampup_kimg", "ema_rampup", "workers", "data_memory_gib", "dropout"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        if self.max_hours is not None and self.max_hours <= 0:
-            raise ConfigError(f"--max-hours must be positive, not {self.max_hours}")
         check_seed(self.seed)
-        if self.batch_gpu is not None and self.batch_gpu < 1:
-            raise ConfigError(f"--batch-gpu must be at least 1, not {self.batch_gpu}")
         if self.dropout >= 1:
             raise ConfigError(f"--dropout must be below 1, not {self.dropout}")
 

@@ -31,8 +31,8 @@ from gdd_fast.errors import BackendError, ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 Network = Callable[[Tensor, Tensor | None], Any]
-"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes of
-them: the caller's to keep."""
+"""(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes
+of them: the caller's to keep."""
 Finish = Callable[[Tensor], tuple[Tensor, ...]]
 """What is done with the images as a part of the evaluation; always the same object for the same thing."""
 Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]

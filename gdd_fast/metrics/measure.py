@@ -69,7 +69,6 @@ METRICS: dict[str, Metric] = {
 }
 """`nn`, nearest neighbours, needs images and is `gdd_fast.metrics.memorisation`'s."""
 
-HIGHER_IS_BETTER = ("is", "precision", "recall", "f1", "density", "coverage")
 DEFAULT_NETWORKS = {"fd": ("lite0", "pixels")}
 """Of metrics that are not Inception's by default."""
 
@@ -235,14 +234,3 @@ def key_of(name: str, extractor: FeatureExtractor) -> str:
     if extractor.name == "inception":
         return {"fd": "fid"}.get(name, name)
     return f"{name}-{extractor.name}"
-
-
-def is_better(key: str, value: float, than: float) -> bool:
-    """Whether `value` of the metric with this key is better than another."""
-    return value > than if key.partition("-")[0] in HIGHER_IS_BETTER else value < than
-
-
-def label(key: str) -> str:
-    """How a key is written for people: `FID`, `FD-lite0-64`, `recall-lite2-64`."""
-    base, dash, rest = key.partition("-")
-    return (base.upper() if base in ("fid", "fd", "kid", "is") else base) + dash + rest

@@ -1,8 +1,8 @@
 """Triton's kernels without Python per call: launch plans, which the extension keeps and repeats (csrc/launch_plan.h).
 
-An operator asks `plans(planner)` for the cache of its plans. What a plan is kept by are shapes, strides, types, devices,
+An operator asks `plans(planner)` for the cache of its plans. A plan is kept by the shapes, strides, types, devices,
 alignments and numbers of a call; `planner` checks a call of a new kind and decides who computes it, once. Without the
-extension, under a compiler, a mode or for a tensor of another kind the operators of torch.library run, as before.
+extension, under a compiler, a mode or for a tensor of another kind the operators of torch.library run.
 """
 
 import functools

@@ -61,9 +61,7 @@ def _check(x: Tensor) -> None:
         )
 
 
-def _plan(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels import max_pool2x2 as kernels
     from gdd_fast.kernels._plans import plan

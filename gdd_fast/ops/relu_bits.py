@@ -73,9 +73,7 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
     return _Relu.apply(x, CEILING[activation], inplace, implementation)
 
 
-def plan_bits(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def plan_bits(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernels launch to pack the bits of y, or to mask dy by them (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels import relu_bits as kernels
     from gdd_fast.kernels._plans import plan

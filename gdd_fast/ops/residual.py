@@ -5,7 +5,7 @@ saved for backward, which is plain torch: `dy * scale`, and its sum for the bias
 """
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -99,9 +99,7 @@ def residual(
     return (y, s) if statistics else y
 
 
-def _plan(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernel launches for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels._plans import plan
 

@@ -42,14 +42,14 @@ class Branch:
         name: of the block in the U-Net, such as `enc.16x16_block0`.
         kind: "conv", "attention", or "input" for NCSN++'s branch from the image to each encoder level.
         layer: its last layer.
-        merged: the module at which the sum appears, and whether as its input or as its output.
+        sum_at: the module at which the sum appears, and whether as its input or as its output.
         scale: what the sum is multiplied by.
     """
 
     name: str
     kind: str
     layer: nn.Module
-    merged: nn.Module
+    sum_at: nn.Module
     at_input: bool
     scale: float
 
@@ -66,8 +66,8 @@ def branches(net: EDMPrecond) -> list[Branch]:
             name = f"{part}.{key}"
             if isinstance(layer, UNetBlock):
                 attends = layer.num_heads > 0
-                merged = layer.norm2 if attends else layer
-                found.append(Branch(name, "conv", layer.conv1, merged, attends, layer.skip_scale))
+                sum_at = layer.norm2 if attends else layer
+                found.append(Branch(name, "conv", layer.conv1, sum_at, attends, layer.skip_scale))
                 if attends:
                     found.append(Branch(name, "attention", layer.proj, layer, False, layer.skip_scale))
             elif layer_role(key) in ("aux_residual", "aux_skip"):
@@ -183,18 +183,18 @@ def _recording(found: list[Branch], norms: list[Tensor]) -> Iterator[None]:
     outputs: dict[int, Tensor] = {}
 
     def watch(row: int, branch: Branch) -> None:
-        def sum_seen(merged: Any) -> None:
-            merged = merged[0] if isinstance(merged, tuple) else merged
-            norms[row] = outputs.pop(row) * branch.scale / _norm(merged)
+        def sum_seen(summed: Any) -> None:
+            summed = summed[0] if isinstance(summed, tuple) else summed
+            norms[row] = outputs.pop(row) * branch.scale / _norm(summed)
 
         def branch_seen(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             outputs[row] = _norm(output)
 
         handles.append(branch.layer.register_forward_hook(branch_seen))
         if branch.at_input:
-            handles.append(branch.merged.register_forward_pre_hook(lambda module, inputs: sum_seen(inputs[0])))
+            handles.append(branch.sum_at.register_forward_pre_hook(lambda module, inputs: sum_seen(inputs[0])))
         else:
-            handles.append(branch.merged.register_forward_hook(lambda module, inputs, output: sum_seen(output)))
+            handles.append(branch.sum_at.register_forward_hook(lambda module, inputs, output: sum_seen(output)))
 
     for row, branch in enumerate(found):
         watch(row, branch)

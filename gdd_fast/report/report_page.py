@@ -159,14 +159,15 @@ def _tiles(run: RunRecord) -> str:
     wanted = {"images seen": "images seen", "time": "time", "images/s, median": "images/s"}
     wanted |= {"GPU memory, peak": "GPU memory", "host memory, peak": "host memory"}
     wanted |= {name: name for name in rows if name.endswith((", best", ", distilled"))}
-    tiles = [(title, rows[name][0]) for name, title in wanted.items() if name in rows]
+    tiles = [(title, rows[name][0]) for name, title in wanted.items() if name in rows][:7]
     if run.unet:
         frozen = 100 - 100 * run.unet["trained"] / run.unet["total"]
         tiles.append(("weights frozen", f"{frozen:.1f} %"))
     cells = []
-    for title, shown in tiles[:8]:
-        value, at, rest = shown.partition(" at ") if " at " in shown else shown.partition(" of ")
-        cells.append(f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(at + rest)}</small></dd></div>")
+    for title, shown in tiles:
+        mark = next((mark for mark in (" ± ", " at ", " of ") if mark in shown), " at ")
+        value, mark, rest = shown.partition(mark)
+        cells.append(f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(mark + rest)}</small></dd></div>")
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from gdd_fast.metrics.names import TEACHER, deviation_key, higher_is_better
 from gdd_fast.report.run_record import RunRecord
 
 AXES = ("images", "minutes")
@@ -44,14 +45,18 @@ MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"skipped_g": "generator", "skipped_d": "discriminator", "skipped_r1": "R1", "skipped_steps": "steps"},
     ),
 )
-HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage")
-DEVIATION = "_std"  # `kid_std` is the deviation of `kid`: shown beside it
 
 
 def columns(run: RunRecord) -> dict[str, list[float | None]]:
-    """Every number of metrics.jsonl as a column, one entry per line; None where a line has none."""
+    """Every number of metrics.jsonl as a column, one entry per line; None where a line has none.
+
+    A value of the teacher, which is measured once, stands in every line: a level to compare the curve with.
+    """
     keys = dict.fromkeys(key for line in run.lines for key, value in line.items() if _is_number(value))
     found = {key: [v if _is_number(v := line.get(key)) else None for line in run.lines] for key in keys}
+    for key in found:
+        if key.startswith(TEACHER):
+            found[key] = [last(found, key)] * len(run.lines)
     if "logit_real" in found and "logit_fake" in found:
         pairs = zip(found["logit_real"], found["logit_fake"], strict=True)
         found["logit_gap"] = [None if real is None or fake is None else real - fake for real, fake in pairs]
@@ -59,15 +64,15 @@ def columns(run: RunRecord) -> dict[str, list[float | None]]:
 
 
 def metric_names(runs: Sequence[RunRecord]) -> list[str]:
-    """The columns that measure the generator: all that are not of training or of the machine."""
+    """The columns that measure the generator: all that are not of training or of the machine.
+
+    Not their deviations and the teacher's values, which are shown beside them.
+    """
     known = {key for _, _, keys in (*TRAINING, *MACHINE) for key in keys} | set(AXES)
     names = dict.fromkeys(key for run in runs for key in columns(run) if key not in known)
-    return [name for name in names if name.removesuffix(DEVIATION) not in names or not name.endswith(DEVIATION)]
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether more is better of a metric by its name, such as `recall` or `metrics/recall-lite2`."""
-    return metric.rpartition("/")[2].lower().replace("_", "-").split("-")[0] in HIGHER_IS_BETTER
+    beside = {deviation_key(name) for name in names} | {TEACHER + name for name in names}
+    beside |= {TEACHER + name for name in beside}
+    return [name for name in names if name not in beside]
 
 
 def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -76,7 +81,8 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     found = []
     for name in metric_names(runs):
         better = "higher is better" if higher_is_better(name) else "lower is better"
-        found.append({"section": "quality", "title": name, "about": better, "columns": {name: name}})
+        shown = {name: name} | ({TEACHER + name: "teacher"} if TEACHER + name in present else {})
+        found.append({"section": "quality", "title": name, "about": better, "columns": shown})
     for section, groups in (("training", TRAINING), ("machine", MACHINE)):
         for title, about, keys in groups:
             kept = {key: label for key, label in keys.items() if key in present}
@@ -108,11 +114,13 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
     for name in metric_names([run]):
         place = _best(data[name], higher_is_better(name))
         if place is not None:
-            value, deviation = data[name][place], data.get(name + DEVIATION, data[name])[place]
-            spread = f" ± {number(deviation)}" if name + DEVIATION in data else ""
+            value, deviations = data[name][place], data.get(deviation_key(name))
+            spread = f" ± {number(deviations[place])}" if deviations else ""
             shown = f"{number(value)}{spread} at {run.lines[place]['images']:,}"
             rows[f"{name}, best"] = (shown, -value if higher_is_better(name) else value)
             rows[f"{name}, last"] = (number(last(data, name)), None)
+            if TEACHER + name in data:
+                rows[f"{name}, teacher"] = (number(last(data, TEACHER + name)), None)
     for row, values in (run.distances or {}).get("distances", {}).items():
         for feature, value in values.items():
             if _is_number(value):

@@ -76,4 +76,6 @@ def _difference(
 
 
 def _squares(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).nan_to_num(0.0, 0.0, 0.0).square().sum().item()
+    """Of their difference, where both are finite."""
+    difference = a.double() - b.double()
+    return difference[difference.isfinite()].square().sum().item()

@@ -1,6 +1,7 @@
-"""accelerate(net, engine="graph"): what is captured, replayed and let run, by the recorder that training rehearses with.
+"""accelerate(net, engine="graph"): what is captured and replayed, what runs as it is, and why.
 
-`Rehearsal` replays operator by operator on the memory of the recording, everything else poisoned, as a CUDA graph would.
+`Rehearsal` stands for CUDA graphs: it replays operator by operator on the memory of the recording, with everything else
+poisoned.
 """
 
 import copy
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import gdd_fast
 from gdd_fast.acceleration.graphs import CALLS, Forwards, capture_forwards
 from gdd_fast.errors import BackendError, InputError
-from gdd_fast.training.rehearsal import Rehearsal
+from rehearsal import Rehearsal
 
 CPU = torch.device("cpu")
 

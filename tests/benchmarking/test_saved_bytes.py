@@ -49,6 +49,8 @@ def test_stock_builds_the_concatenation_and_keeps_every_step_of_a_norm():
     ],
 )
 def test_generators_meet_the_target(case):
+    if "diffusers" in case.name:
+        pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
     stock, ours = measure(case)
     assert ours <= (case.target or 40) / 100 * stock
 

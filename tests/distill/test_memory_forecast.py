@@ -54,6 +54,11 @@ def test_fixed_bytes_are_counted_from_the_parameters(inputs):
     assert of_components(override(config, data_memory_gib=0.0), components.build(config)).fixed["data set"] == 0
 
 
+def test_captured_steps_need_room_for_r1_beside_the_graphs():
+    found = Forecast({"weights": GB}, {"G": Kept(0, GB), "D": Kept(0, 2 * GB), "R1": Kept(0, 4 * GB)})
+    assert (found.bytes(1), found.captured_bytes(1)) == (6 * GB, int(8.5 * GB))
+
+
 def test_largest_batch_divides_and_fits():
     found = Forecast({"weights": GB}, {"G": Kept(GB, GB // 10), "R1": Kept(0, GB // 5)})
     for card in (24, 40, 80):
@@ -63,7 +68,7 @@ def test_largest_batch_divides_and_fits():
     assert "24 GB: 64, 40 GB: 128" in found.table(256, 64)
 
 
-def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monkeypatch):
+def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monkeypatch, capsys):
     config = tiny_config(inputs, batch=4, batch_gpu="auto")
     config.validate()
     built = components.build(config)
@@ -71,7 +76,12 @@ def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monke
     found = of_components(config, built)
     card = SimpleNamespace(total_memory=found.bytes(2))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert memory_forecast.settle(config, built, torch.device("cuda"), 1).run.batch_gpu == 2
-    card.total_memory -= 1
+    settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
+    assert (settled.batch_gpu, settled.engine) == (2, "eager")
+    assert "with captured ones 2 images at once may not fit" in capsys.readouterr().err
+    card.total_memory = found.captured_bytes(4)
+    settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
+    assert (settled.batch_gpu, settled.engine) == (4, "auto") and capsys.readouterr().err == ""
+    card.total_memory = found.bytes(2) - 1
     with pytest.raises(ConfigError, match="two images at once need"):
         automatic(found, torch.device("cuda"), 4)

@@ -122,7 +122,7 @@ def test_the_command_makes_a_teacher(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 0}, "--batch must be positive"),
+        ({"batch": 0}, "--batch must be at least 1"),
         ({"batch_gpu": 3}, "--batch-gpu 3 does not divide"),
         ({"dropout": 1.0}, "--dropout"),
         ({"lr": float("nan")}, "--lr must be finite"),

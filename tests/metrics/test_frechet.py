@@ -56,6 +56,7 @@ def _rank(rank: int, splits: list[list[int]], store: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_together_equal_one(tmp_path):
     splits = [[30, 11], [41, 0]]
     context = torch.multiprocessing.get_context("spawn")

@@ -10,8 +10,9 @@ from gdd_fast.metrics import measure
 from gdd_fast.metrics.features.inception import InceptionFeatures, InceptionV3
 from gdd_fast.metrics.inception_score import inception_score
 from gdd_fast.metrics.kid import kernel_distance
-from gdd_fast.metrics.measure import Measurement, Request, is_better, key_of, label, parse_metrics
+from gdd_fast.metrics.measure import Measurement, Request, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
+from gdd_fast.metrics.names import is_better, label
 from gdd_fast.metrics.neighbours import nearest, precision_recall, share_nearer, squared_radii
 from gdd_fast.metrics.population import Needs, gather
 

@@ -75,7 +75,6 @@ def test_the_table_marks_the_better_run(tmp_path):
     assert re.match(r"<td class=best>3 at", row["fid, best"]), "lower is better"
     assert re.search(r"</td><td class=best>0.7 at", row["recall, best"]), "higher is better"
     assert "generator.g_lr" not in html and html.count("class=best") == 2
-    assert run_charts.higher_is_better("metrics/recall-lite2") and not run_charts.higher_is_better("fd-lite2")
 
 
 def test_a_deviation_stands_beside_its_metric(tmp_path):
@@ -86,6 +85,28 @@ def test_a_deviation_stands_beside_its_metric(tmp_path):
     run = read_run(folder)
     assert [c["title"] for c in run_charts.charts([run]) if c["section"] == "quality"] == ["fid", "recall", "kid"]
     assert run_charts.summary(run)["kid, best"] == ("0.0315 ± 0.0025 at 5,000", 0.0315)
+    assert "<dd>0.0315<small> ± 0.0025 at 5,000</small></dd>" in page([run]), "a tile is too narrow for both"
+
+
+def test_what_evaluate_at_start_measures_is_a_level_in_the_generators_charts(tmp_path):
+    """Keys as training writes them, with the network behind; more of f1 is better."""
+    folder = write_run(tmp_path / "run")
+    first = {"kid-lite2-64": 8.0, "kid_std-lite2-64": 0.1, "f1-lite2-64": 0.0}
+    later = {"kid-lite2-64": 0.5, "kid_std-lite2-64": 0.02, "f1-lite2-64": 0.6}
+    teacher = {f"teacher_{key}": value / 2 for key, value in later.items()}
+    lines = [{"images": 0, **first, **teacher}, {"images": 1000, **later}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    charts = {c["title"]: c["columns"] for c in run_charts.charts([run]) if c["section"] == "quality"}
+    assert charts.keys() == {"kid-lite2-64", "f1-lite2-64"}
+    assert charts["f1-lite2-64"] == {"f1-lite2-64": "f1-lite2-64", "teacher_f1-lite2-64": "teacher"}
+    assert run_charts.columns(run)["teacher_f1-lite2-64"] == [0.3, 0.3]
+    rows = run_charts.summary(run)
+    assert rows["kid-lite2-64, best"][0] == "0.5 ± 0.02 at 1,000" and rows["f1-lite2-64, best"] == (
+        "0.6 at 1,000",
+        -0.6,
+    )
+    assert rows["f1-lite2-64, teacher"] == ("0.3", None)
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):

@@ -46,9 +46,9 @@ sample.main([*net, *some, "--out", str(folder / "resumed")])
 if is_main():
     resume.ResumableWriter.put, resume.ResumableWriter.finish = keep_put, keep
 sample.main([*net, *some, "--out", str(folder / "resumed")])
-evaluate.main([*net, *data, "--images", "22", "--batch", "4", "--metrics", "fd@pixels,kid@pixels,nn@pixels", "--sigma-max"
-              ,
-               "80", "--nn-sheet", str(folder / "nn.png"), "--held-out", data[1], "--json"])
+measured = "--images 22 --batch 4 --metrics fd@pixels,kid@pixels,nn@pixels --sigma-max 80 --json"
+evaluate.main([*net, *data, *measured.split(),
+               "--nn-sheet", str(folder / "nn.png"), "--held-out", data[1]])
 evaluate.main(["ref", *data, "--features", "pixels", "--with-features", "--batch", "5", "--device", "cpu",
                "--out", str(folder / "ref.npz")])
 """
@@ -57,7 +57,7 @@ evaluate.main(["ref", *data, "--features", "pixels", "--with-features", "--batch
 def torchrun(*command, processes):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*start, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [*start, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_several_processes_write_what_one_does(inputs, tmp_path, processes):
     one, several = tmp_path / "one", tmp_path / "several"
     told = subprocess.run(
         [sys.executable, inputs / "commands.py", one, inputs],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     shared = torchrun(inputs / "commands.py", several, inputs, processes=processes)
@@ -92,7 +92,7 @@ def test_several_processes_write_what_one_does(inputs, tmp_path, processes):
     assert len([name for name in files(one) if name.startswith("resumed/")]) == 22 + 1  # and the labels
     assert shared.stdout.count("22 images in") == 3 and shared.stdout.count("statistics of 24") == 1
     values = [json.loads(line) for out in (told.stdout, shared.stdout) for line in out.splitlines() if line[:1] == "{"]
-    assert len(values) == 2 and values[0] == values[1] and values[0]["metrics"]["fd-pixels-8"] > 0
+    assert len(values) == 2 and values[0] == values[1] and len(values[0]["metrics"]) > 3
 
 
 # What one of two processes does to the other: it ends, or is killed, at its second batch of images.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -350,3 +351,11 @@ def test_averages_do_not_mix_ticks():
     assert averages.take() == {"a": 1.5, "b": 5.0}
     averages.add("a", torch.tensor(7.0))
     assert averages.take() == {"a": 7.0}
+
+
+def test_a_folder_that_vanishes_ends_the_run_with_its_name(tmp_path):
+    vanish = {50: lambda: shutil.rmtree(tmp_path / "r")}
+    task = Counting(at=vanish)
+    with pytest.raises(FileNotFoundError) as error:  # a command makes one line of it
+        run(task, tmp_path / "r", CONFIG, Schedule(100, 10, 1000), ALONE)
+    assert error.value.filename == str(tmp_path / "r" / "metrics.jsonl") and task.closed == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_flags, write_inputs
+from tiny_run import tiny_config, tiny_flags, tiny_task, write_inputs
 
 from gdd_fast.device import pick_device
 from gdd_fast.errors import ConfigError
@@ -248,3 +248,37 @@ def test_random_numbers_of_a_run():
     for elsewhere in ({"0": saved["0"], "1": saved["0"]}, {"0": torch.zeros(16, dtype=torch.uint8)}):
         same.restore(elsewhere, images=64)  # of two ranks; of a GPU
         assert draws(same) not in (following, numbers)
+
+
+def test_what_is_frozen_is_neither_exchanged_nor_hooked(tmp_path, plain):
+    """An iteration with all of its steps; freezing convolutions leaves few of the generator's weights."""
+    exchanged = []
+
+    class Recording(World):
+        def average_(self, tensors):
+            exchanged.append(sorted(id(t) for t in tensors))
+
+    write_inputs(tmp_path)
+    task = tiny_task(tiny_config(tmp_path, r1_interval=1), Recording(0, 1, torch.device("cpu")))
+    gradients = {}
+    for guard in (task.g_guard, task.d_guard, task.r1_guard):
+        keep = guard.apply
+
+        def apply(keep=keep, guard=guard):
+            trained = [p for group in guard.optimizer.param_groups for p in group["params"]]
+            gradients[guard.name] = trained, sorted(id(p.grad) for p in trained)
+            return keep()
+
+        guard.apply = apply
+    for number in range(2):
+        task.iteration(number * task.batch)
+    assert [ids for _, ids in gradients.values()] == exchanged[-3:]
+    weights = list(task.generator.parameters())
+    trained = gradients["generator"][0]
+    assert 0 < len(trained) < len(weights) and all(p.requires_grad for p in trained)
+    frozen = [p for net in (task.generator, task.features, task.r1_features) for p in net.parameters()]
+    frozen = [p for p in frozen if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) > sum(p.numel() for p in trained)
+    for parameter in frozen:
+        assert parameter.grad is None
+        assert not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks

@@ -123,17 +123,15 @@ def group_norm_silu(
     return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
 
 
-def _plan(
-    direction: str, backend: Backend, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]
-) -> tuple | None:
+def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
     """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels._plans import plan
 
     if direction == "backward":
-        dy, x, skip, *parameters, mean, rstd = tensors
-        silu, bits = map(int, numbers)
-        inputs = NormInputs(x, skip, mean.shape[1], *parameters[:2], 0.0, *parameters[2:], bool(silu))
-        needed = [bool(bits >> i & 1) for i in range(len(DIFFERENTIABLE))]
+        dy, x, skip, weight, bias, add, scale, shift, mean, rstd = tensors
+        silu, bits = numbers
+        inputs = NormInputs(x, skip, mean.shape[1], weight, bias, 0.0, add, scale, shift, bool(silu))
+        needed = [bool(int(bits) >> i & 1) for i in range(len(DIFFERENTIABLE))]
         return plan(lambda: fused.launch_backward(dy, inputs, mean, rstd, needed), tensors)
     x, skip, weight, bias, add, scale, shift, *known = tensors
     groups, eps, silu = numbers

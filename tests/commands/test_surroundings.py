@@ -1,0 +1,118 @@
+"""Commands in surroundings that lack something: file descriptors, a home, a terminal, a clock, a folder."""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import tiny_flags
+
+from gdd_fast import convert, evaluate, prepare, pretrain, sample, train
+from gdd_fast.training import loggers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def flags_of(command, inputs: Path, out: Path) -> list[str]:
+    small = {"duration_mimg": 8e-6, "data_memory_gib": 0}
+    words = {
+        sample: f"--net {inputs}/teacher --seeds 0-7 --sigma-max 80 --device cpu --out {out}/images.zip",
+        prepare: f"--source {inputs}/data.zip --dest {out}/small.zip --resolution 8",
+        convert: f"{inputs}/teacher {out}/network",
+        evaluate: f"ref --data {inputs}/data.zip --features pixels --device cpu --out {out}/real.npz",
+        pretrain: f"--run-dir {out}/run --data {inputs}/data.zip --model-channels 8 --num-blocks 1 --batch 4 "
+        "--device cpu --duration-mimg 8e-6 --data-memory-gib 0",
+    }
+    return tiny_flags(inputs, run_dir=out / "run", **small) if command is train else words[command].split()
+
+
+def few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+
+
+def no_home() -> None:
+    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+
+
+def clock_runs_backwards() -> None:
+    now = time.time()
+
+    def earlier() -> float:
+        nonlocal now
+        now -= 1e6
+        return now
+
+    time.time = earlier
+
+
+def in_a_fork(folder: Path, work: Callable[[], None]) -> tuple[int, str]:
+    """What the process ends with, and all that it says to anybody."""
+    said = folder / "said"
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            torch.set_num_threads(1)
+            loggers.find_spec = lambda name: None
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [prepare, sample, convert, evaluate, *(pytest.param(main, marks=pytest.mark.slow) for main in (pretrain, train))],
+    ids=lambda module: module.__name__.rpartition(".")[2],
+)
+@pytest.mark.parametrize("lacking", [few_files, no_home, clock_runs_backwards], ids=lambda f: f.__name__)
+def test_commands_that_lack_something_all_the_same(inputs, tmp_path, command, lacking):
+    def work() -> None:
+        lacking()
+        command.main(flags_of(command, inputs, tmp_path))
+
+    code, said = in_a_fork(tmp_path, work)
+    assert code == 0, said
+    assert {path.name for path in tmp_path.iterdir()} > {"said"}
+
+
+def test_a_working_directory_that_is_gone(inputs, tmp_path):
+    """PyTorch would end in a traceback in the middle of the work."""
+
+    def work() -> None:
+        (tmp_path / "here").mkdir()
+        os.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        sample.main(flags_of(sample, inputs, tmp_path))
+
+    code, said = in_a_fork(tmp_path, work)
+    assert (code, said) == (2, "error: the working directory is gone: cd to one that is there\n")
+
+
+@pytest.mark.slow
+def test_a_c_locale_and_nobody_at_a_terminal(inputs, tmp_path):
+    """With a name that ASCII does not have; Python is told not to help."""
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]}
+    out = tmp_path / "Bilder-\u00fc"
+    told = subprocess.run(
+        [sys.executable, "-m", "gdd_fast.prepare", "--source", inputs / "data.zip", "--dest", out / "small.zip"],
+        env={**bare, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert (out / "small.zip").exists()
