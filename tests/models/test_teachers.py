@@ -290,6 +290,13 @@ def test_a_generators_noise_level_is_its_own(tmp_path):
         ({"out_channels": 4}, {}, "out_channels 4"),
         ({"sample_size": 10, "block_out_channels": (8, 8, 8)}, {}, "sample_size 10"),
         ({"class_embed_type": "identity"}, {}, "class_embed_type"),
+        ({"class_embed_type": "timestep"}, {}, "num_class_embeds"),
+        ({"sample_size": None}, {}, "sample_size must be the side"),
+        ({"sample_size": [8, 16]}, {}, "sample_size must be the side"),
+        ({"norm_num_groups": 7}, {}, "num_groups"),
+        ({"_class_name": "UNet2DConditionModel"}, {}, "only a UNet2DModel"),
+        ({"block_out_channels": None}, {}, "block_out_channels must be a list"),
+        ({}, {"trained_betas": [0.1, 1.0, 2.0]}, "betas do not give noise levels"),
         ({}, {"prediction_type": "flow_prediction"}, "prediction_type"),
         ({}, {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ({}, {"beta_schedule": "laplace"}, "beta_schedule"),
@@ -301,7 +308,7 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_setting(tmp_path, u
     DDPMPipeline(random_unet("plain"), DDPMScheduler()).save_pretrained(tmp_path)
     for path, changes in (("unet/config.json", unet), ("scheduler/scheduler_config.json", scheduler)):
         config = json.loads((tmp_path / path).read_text())
-        if "block_out_channels" in changes:
+        if changes.get("block_out_channels"):
             changes = changes | {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
         (tmp_path / path).write_text(json.dumps(config | changes))
     with pytest.raises(WeightsError, match=words) as refusal:
