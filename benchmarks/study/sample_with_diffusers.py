@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     images = sample(options.folder, options.images, options.steps, options.batch)
-    np.savez(options.out, images=images.transpose(0, 3, 1, 2))
+    np.savez(options.out, images=images)
 
 
 if __name__ == "__main__":

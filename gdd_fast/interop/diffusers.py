@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from gdd_fast.engine.engines import Finish
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.interop import hub
@@ -216,10 +217,12 @@ class _Unfolded(OneStepGenerator):
         self.img_resolution, self.img_channels = network.img_resolution, network.img_channels
         self.label_dim = network.label_dim
 
-    def _evaluate(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+    def _evaluate(self, latents: Tensor, labels: Tensor | None, finish: Finish | None = None) -> Any:
         if labels is not None and not labels.is_floating_point():
             labels = F.one_hot(labels, self.label_dim).float()
-        return self.model(latents * self.model.network.sigma_init, self.model.network.sigma_init, labels)
+        sigma = self.model.network.sigma_init
+        images = self.model(latents * sigma, sigma, labels)
+        return images if finish is None else finish(images)
 
 
 def _equal(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
