@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gdd_fast.acceleration import restore
 from gdd_fast.acceleration.class_exchange import library_class
@@ -134,6 +135,30 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         return self.layer(x, None)[0]
+
+
+class Doubled(nn.Module):
+    """diffusers' Upsample2D without its question whether the batch is of 64 images, which a program of torch.export for
+    any number of images cannot ask. `conv` may be None."""
+
+    def __init__(self, conv: nn.Module | None) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+def for_any_batch(folded: nn.Module) -> None:
+    """Exchange, in a folded network, the layers of diffusers' that look at the number of images."""
+    upsampling = library_class("diffusers.models.upsampling", "Upsample2D")
+    for name, layer in list(folded.named_modules()):
+        if upsampling is None or type(layer) is not upsampling:
+            continue
+        if layer.norm is None and not layer.use_conv_transpose and layer.interpolate:
+            conv = getattr(layer, "conv", None) or getattr(layer, "Conv2d_0", None)
+            folded.set_submodule(name, Doubled(conv if layer.use_conv else None))
 
 
 class Unfolded(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from gdd_fast.device import full_float32
+from gdd_fast.engine.fold_unet2d import for_any_batch
 from gdd_fast.engine.one_step import OneStepGenerator, check_finite
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.files import atomic_write
@@ -131,6 +132,7 @@ def trace(net: Preconditioned, dtype: Precision = "float32", sigma: float | None
     generator = OneStepGenerator.from_network(
         net, device="cpu", dtype=dtype, engine="compile", backend="torch", sigma=sigma
     )
+    for_any_batch(generator.folded)
     function = OneStepFunction(generator).eval()
     latents = torch.zeros(2, net.img_channels, net.img_resolution, net.img_resolution)
     inputs = (latents, torch.zeros(2, dtype=torch.int64)) if net.label_dim else (latents,)

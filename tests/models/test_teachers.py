@@ -27,6 +27,7 @@ from diffusers_teachers import CLASSES, SIZE, UNETS, random_unet
 
 from gdd_fast.acceleration import accelerate
 from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.engine.portable import open_portable, write_portable
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.models.files.save import save_network
@@ -134,6 +135,33 @@ def test_one_network_wrapped_saved_folded_and_accelerated(tmp_path, name):
         close(engine.run(z, None if labels is None else [1, 2]), want)
         close(engine.run(z, labels), want)
     close(one_step(accelerate(net, report=True)[0], z, labels), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "dtype"),
+    [
+        ("plain", ".pt2", "float32"),
+        *[pytest.param(name, ".pt2", "float16", marks=pytest.mark.slow) for name in UNETS],
+        *[pytest.param(name, ".onnx", "float32", marks=pytest.mark.slow) for name in UNETS],
+        pytest.param("plain", ".onnx", "float16", marks=pytest.mark.slow),
+    ],
+)
+def test_exported_for_any_number_of_images(tmp_path, name, suffix, dtype):
+    """diffusers' own upsampling asks whether there are 64 or more."""
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    unet = random_unet(name)
+    net = as_generator(teacher(tmp_path, unet, DDPMScheduler(prediction_type="v_prediction"))).eval()
+    path = tmp_path / f"generator{suffix}"
+    difference = write_portable(net, path, dtype=dtype, images=17)
+    assert difference.worst < (1e-4 if dtype == "float32" else 0.1)
+    z = torch.randn(65, net.img_channels, net.img_resolution, net.img_resolution)
+    classes = [torch.arange(65) % net.label_dim] if net.label_dim else []
+    with torch.no_grad():
+        images = open_portable(path)(z, *classes)
+    labels = torch.eye(net.label_dim)[classes[0]] if classes else None
+    torch.testing.assert_close(images, one_step(net, z, labels), rtol=0, atol=1e-4 if dtype == "float32" else 0.1)
 
 
 def test_half_precision_bears_the_noise_level(tmp_path):
@@ -262,6 +290,13 @@ def test_a_generators_noise_level_is_its_own(tmp_path):
         ({"out_channels": 4}, {}, "out_channels 4"),
         ({"sample_size": 10, "block_out_channels": (8, 8, 8)}, {}, "sample_size 10"),
         ({"class_embed_type": "identity"}, {}, "class_embed_type"),
+        ({"class_embed_type": "timestep"}, {}, "num_class_embeds"),
+        ({"sample_size": None}, {}, "sample_size must be the side"),
+        ({"sample_size": [8, 16]}, {}, "sample_size must be the side"),
+        ({"norm_num_groups": 7}, {}, "num_groups"),
+        ({"_class_name": "UNet2DConditionModel"}, {}, "only a UNet2DModel"),
+        ({"block_out_channels": None}, {}, "block_out_channels must be a list"),
+        ({}, {"trained_betas": [0.1, 1.0, 2.0]}, "betas do not give noise levels"),
         ({}, {"prediction_type": "flow_prediction"}, "prediction_type"),
         ({}, {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ({}, {"beta_schedule": "laplace"}, "beta_schedule"),
@@ -273,7 +308,7 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_setting(tmp_path, u
     DDPMPipeline(random_unet("plain"), DDPMScheduler()).save_pretrained(tmp_path)
     for path, changes in (("unet/config.json", unet), ("scheduler/scheduler_config.json", scheduler)):
         config = json.loads((tmp_path / path).read_text())
-        if "block_out_channels" in changes:
+        if changes.get("block_out_channels"):
             changes = changes | {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
         (tmp_path / path).write_text(json.dumps(config | changes))
     with pytest.raises(WeightsError, match=words) as refusal:

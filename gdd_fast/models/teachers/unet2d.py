@@ -223,7 +223,10 @@ def check_unet(given: dict[str, Any]) -> dict[str, Any]:
             f"out_channels {config['out_channels']} must be in_channels, {config['in_channels']}, or twice that (a "
             "learned variance, which is left out)."
         )
-    halvings = len(config["block_out_channels"]) - 1
+    widths = config["block_out_channels"]
+    if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and 1 <= w <= MAX_SIZE for w in widths):
+        raise ConfigError(f"block_out_channels must be a list of positive whole numbers, got {widths!r:.100}.")
+    halvings = len(widths) - 1
     if config["sample_size"] % 2**halvings:
         raise ConfigError(
             f"sample_size {config['sample_size']} cannot be halved {halvings} times, as block_out_channels says."

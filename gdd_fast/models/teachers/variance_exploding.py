@@ -27,7 +27,7 @@ class VarianceExploding(Parametrisation):
             )
         self._options = {"sigma_min": sigma_min, "sigma_max": sigma_max}
         self.sigma_min, self.sigma_max = 2 * sigma_min, 2 * sigma_max
-        self.sigma_init = min(10.0, self.sigma_max)  # it predicts noise, as `variance_preserving` has it
+        self.sigma_init = min(2.5, self.sigma_max)  # it predicts noise, as `variance_preserving` has it
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         half = torch.full_like(sigma, 0.5)

@@ -116,4 +116,4 @@ def default_sigma_init(prediction_type: str) -> float:
     A network that predicts noise gives an image as x - sigma F, so that every error of F, of rounding or of an update,
     is sigma times larger in the image: it starts lower. The others give the image itself.
     """
-    return 10.0 if prediction_type == "epsilon" else 80.0
+    return 2.5 if prediction_type == "epsilon" else 80.0
