@@ -90,8 +90,8 @@ def stubbed(architecture: int = 90) -> Iterator[Stub]:
     import gdd_fast.backend
     from gdd_fast.kernels import _launch, group_norm_silu
 
-    folder = Path(tempfile.mkdtemp(prefix="gdd_host_gpu_"))
-    path = folder / "libcuda.so.1"
+    folder = tempfile.TemporaryDirectory()  # which goes with this call
+    path = Path(folder.name, "libcuda.so.1")
     includes = f"-I{Path(nvidia.__file__).parent / 'include'}"
     flags = ["-O2", "-w", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", includes]
     subprocess.run([os.environ.get("CC", "cc"), *flags, str(_SOURCE), "-o", str(path)], check=True)
@@ -116,7 +116,7 @@ def stubbed(architecture: int = 90) -> Iterator[Stub]:
 
     programs = lambda device: 2 * 132
     with (
-        mock.patch.object(knobs.nvidia, "libcuda_path", str(folder)),
+        mock.patch.object(knobs.nvidia, "libcuda_path", folder.name),
         mock.patch.object(CompiledKernel, "_init_handles", loaded),
         mock.patch.object(gdd_fast.backend, "_triton_obstacle", lambda device: None),
         mock.patch.object(_launch, "programs_wanted", programs),
