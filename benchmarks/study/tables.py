@@ -142,7 +142,8 @@ def _number(value: dict[str, float], scale: float = 1) -> str:
 
 def _title(folders: Folders, row: dict[str, Any]) -> str:
     if row["what"] in _TITLES:
-        return _TITLES[row["what"]] + (f", {_steps(row['sampler'])} steps" if row["what"] == TEACHER else "")
+        steps = _steps(row["sampler"])
+        return _TITLES[row["what"]] + (f", {steps} step{'s'[: steps > 1]}" if row["what"] == TEACHER else "")
     return _title_of(folders, row["what"])
 
 
