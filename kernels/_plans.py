@@ -45,10 +45,10 @@ def _described(launch: Launch, known: dict[int, int]) -> Any:
 
     arguments = [("tensor", known[id(a)]) if isinstance(a, Tensor) else ("value", a) for a in launch.arguments]
     if not isinstance(launch.kernel, JITFunction):
+        kernel, grid, options = launch.kernel, launch.grid, launch.options  # not the launch, which holds tensors
 
         def interpreted(tensors: list[Tensor | None]) -> None:
-            given = [tensors[a] if kind == "tensor" else a for kind, a in arguments]
-            launch.kernel[launch.grid](*given, **launch.options)
+            kernel[grid](*[tensors[a] if kind == "tensor" else a for kind, a in arguments], **options)
 
         return interpreted
     compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)

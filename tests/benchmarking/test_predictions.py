@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.counts.step_kernels import IMAGES, Count, Kernel, count_kernels, fused, on_a_gpu
 from benchmarks.peers.training import OUR_SETTINGS
 from benchmarks.reports import predictions
-from benchmarks.reports.predictions import ATTAINED, BEGIN, END, GPUS, HOST, LAUNCH, Steps, device_seconds, insert
+from benchmarks.reports.predictions import ATTAINED, BEGIN, END, GPUS, HOST, LAUNCH, TILE, Steps, device_seconds, insert
 from gdd_fast.layers.group_norm import GroupNorm
 
 IN, OUT, SIDE = 3, 8, 16
@@ -91,7 +91,7 @@ def test_the_time_of_a_kernel_is_the_longest_of_three():
     gpu, none = GPUS["H100"], frozenset()
     product = Kernel("convolution", {0: 1}, {}, torch.bfloat16, none, flop=1e12, rows=1 << 20, columns=1 << 10)
     assert device_seconds([product], gpu, tf32=False) == pytest.approx(1e12 / (gpu.bf16 * ATTAINED["bf16"]))
-    few = replace(product, rows=128, columns=128)  # one multiprocessor has it to itself
+    few = replace(product, rows=TILE, columns=TILE)  # one multiprocessor has it to itself
     assert device_seconds([few], gpu, tf32=False) == pytest.approx(
         1e12 / (gpu.bf16 * ATTAINED["bf16"]) * gpu.multiprocessors
     )

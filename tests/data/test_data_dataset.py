@@ -205,7 +205,7 @@ def test_something_that_is_no_image_set(tmp_path):
     with pytest.raises(DataError, match=r"notes\.txt: neither a folder nor a zip"):
         open_dataset(tmp_path / "notes.txt")
     (tmp_path / "set.npz").write_text("hello")
-    with pytest.raises(DataError, match=r"set\.npz: not a readable"):
+    with pytest.raises(DataError, match=r"set\.npz is not a readable \.npz"):
         open_dataset(tmp_path / "set.npz")
 
 

@@ -268,6 +268,7 @@ def test_what_a_run_leaves(make):
     expected = {"images", "images_per_second", "loss_g", "loss_d", "logit_fake", "logit_real"}
     expected |= {"skipped_g", "skipped_d", "skipped_r1", "sign_accuracy_fake", "sign_accuracy_real"}
     expected |= {"grad_norm_g", "grad_norm_d", "minutes", "peak_host_gib"}
+    expected |= {"discriminator_collapsed", "discriminator_saturated", "loss_ran_away"}
     assert lines[0].keys() == expected and lines[1].keys() == expected | {"r1_penalty", "grad_norm_r1"}
     grids = sorted(path.name for path in (config.run_dir / "samples").iterdir())
     assert grids == ["000000008.png", "000000016.png", "000000020.png"]

@@ -1,9 +1,11 @@
 """Launch plans: kept by the kind of a call and nothing else, and what they launch is what Triton would."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -95,6 +97,18 @@ def test_no_value_is_remembered(monkeypatch):
         got, wanted = (torch.autograd.grad(t.square().sum(), (x, weight, bias)) for t in (y, want))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_no_tensor_is_kept_alive(monkeypatch):
+    Spied(monkeypatch)
+    x = maps(2, 16, 4, 4)
+    y = group_norm_silu(x, 4, torch.ones(16, device=DEVICE), torch.zeros(16, device=DEVICE), backend="triton")
+    y.sum().backward()
+    memories = [weakref.ref(t.untyped_storage()) for t in (x, y)]
+    tensors = [weakref.ref(t) for t in (x, y)]
+    del x, y
+    gc.collect()
+    assert all(reference() is None for reference in [*tensors, *memories])
 
 
 def test_modes_and_compilers_see_operators_instead(monkeypatch):
