@@ -144,8 +144,8 @@ def test_the_command_writes_numbers_and_a_map(tmp_path, capsys):
         (["--teacher", "demo", "--levels", "1"], "--levels"),
         (["--teacher", "demo", "--images", "0"], "--images"),
         (["--teacher", "demo", "--out", "map.png"], "--out"),
-        (["--teacher", "nowhere"], "nowhere"),
-        (["--teacher", "demo", "--student", "nowhere"], "nowhere"),
+        (["--teacher", "nowhere.pkl"], "nowhere.pkl"),
+        (["--teacher", "demo", "--student", "nowhere.pkl"], "nowhere.pkl"),
     ],
 )
 def test_bad_options(options, message, capsys, tmp_path, monkeypatch):
