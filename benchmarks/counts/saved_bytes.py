@@ -10,7 +10,6 @@ backend.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.acceleration import accelerate
+from gdd_fast.distill import memory_forecast
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.layers.linear import Init
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
@@ -99,21 +99,7 @@ def saved_bytes(net: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., 
 
     `call` stands for `net` where it is called otherwise.
     """
-    own = {t.untyped_storage()._cdata for t in itertools.chain(net.parameters(), net.buffers())}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)  # no address is used twice while counting
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = (call or net)(*inputs)
-    del outputs
-    return sum(kept.values())
+    return memory_forecast.saved_bytes(lambda: (call or net)(*inputs), memory_forecast.own_storages(net))
 
 
 def measure(case: Case, backend: str = "auto") -> tuple[int, int]:

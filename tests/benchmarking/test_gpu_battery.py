@@ -80,17 +80,19 @@ def test_what_has_to_be_compiled_is_a_part_of_its_own():
     assert "compiled" not in DEFAULT and set(DEFAULT) < set(PARTS)
 
 
+def run_here(command, **options):
+    """A part in this process, in place of `subprocess.run`."""
+    return subprocess.CompletedProcess(
+        command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
+    )
+
+
 def test_processes_take_turns_at_the_cases_and_their_findings_are_put_together(tmp_path, monkeypatch):
     path = battery_file(tmp_path)
     cases = [fake_case(name, fails=name == "c") for name in "abcde"]
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
 
-    def here(command, **options):
-        return subprocess.CompletedProcess(
-            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
-        )
-
-    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    monkeypatch.setattr(gpu_battery.subprocess, "run", run_here)
     options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
     gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
     found = Results.load(path).notes["verdicts"]["correctness"]
@@ -167,12 +169,7 @@ def test_what_memory_did_not_suffice_for_is_checked_again_alone(tmp_path, monkey
     cases = [fake_case("a"), Case("g", "b", hungry), fake_case("c")]
     monkeypatch.setattr(gpu_battery, "cases_of", lambda part, smoke: cases)
 
-    def here(command, **options):
-        return subprocess.CompletedProcess(
-            command, gpu_battery.run_part(command[4], gpu_battery.Options(**json.loads(command[5])))
-        )
-
-    monkeypatch.setattr(gpu_battery.subprocess, "run", here)
+    monkeypatch.setattr(gpu_battery.subprocess, "run", run_here)
     options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
     gpu_battery.supervise_together("correctness", options, lambda text: None, 2)
     found = Results.load(path).notes["verdicts"]["correctness"]
