@@ -84,7 +84,7 @@ _SMALL_TEACHER = {
     "tick_kimg": 25,
 }
 _EARLY = (10_000, 20_000)
-_LONG = (*_EARLY, 50_000, 200_000)
+_LONG = (*_EARLY, 50_000, 100_000, 200_000)
 
 CIFAR16 = Study(
     name="cifar16",
@@ -103,7 +103,8 @@ CIFAR16 = Study(
         "d_lr": 3e-4,
         "r1_gamma": 3e-3,
         "batch": 32,
-        "ema_halflife_mimg": 0.01,
+        "lr_decay_kimg": 10,
+        "ema_halflife_mimg": 0.05,
         "ema_rampup": 0.1,
         "g_precision": "bf16",
         "tick_kimg": 2,
@@ -111,7 +112,7 @@ CIFAR16 = Study(
         "evaluate_images": 0,
     },
     runs=(
-        Run("gdd-i", "GDD-I (level 1 frozen)", milestones=(2_000, 5_000, *_LONG, 1_000_000), seeds=3),
+        Run("gdd-i", "GDD-I (level 1 frozen)", milestones=(2_000, 5_000, *_LONG, 500_000, 1_000_000), seeds=3),
         Run("gdd", "GDD (nothing frozen)", {"freeze": 0}, milestones=_LONG, seeds=3),
         Run("random", "GAN from random weights", {"freeze": 0}, "random", _LONG, seeds=3),
         Run("shuffled", "level 1 frozen, channels shuffled", {}, "shuffled", _LONG),

@@ -115,6 +115,8 @@ class RunConfig(Settings):
     """Length of the run, in millions of real images."""
     batch: Annotated[int, Limit(2)] = 256
     """Images per iteration, over all GPUs."""
+    lr_decay_kimg: NotNegative = 0.0
+    """Thousands of images after which both learning rates fall, as 1 / sqrt(images); 0: they stay."""
     batch_gpu: int | Literal["auto"] | None = None
     """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
     the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""

@@ -34,7 +34,9 @@ RESUMABLE = frozenset(
     | {"data", "teacher", "keep_checkpoints", "max_hours", "async_checkpoints", "debug_finite"}
 )
 # What may also change while a run is not finished: one that diverges needs other values to go on. It is recorded.
-ADJUSTABLE = frozenset({"batch", "g_lr", "d_lr", "g_precision", "d_precision", "r1_precision", "lr", "precision"})
+ADJUSTABLE = frozenset(
+    {"batch", "g_lr", "d_lr", "lr", "lr_decay_kimg", "g_precision", "d_precision", "r1_precision", "precision"}
+)
 
 
 def differences(

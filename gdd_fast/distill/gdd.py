@@ -37,6 +37,7 @@ from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.rates import RateDecay
 from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
@@ -76,6 +77,7 @@ class Distillation:
             averages = averages | self.additional.averages
         g_optimizer = make_adam(weights, config.generator.g_lr, averages=averages, backend=backend)
         d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
+        self.rates = RateDecay(g_optimizer, d_optimizer, reference=run.lr_decay_kimg * 1e3)
         limits = run.max_skipped_steps, run.nonfinite
         self.g_guard = StepGuard("generator", g_optimizer, world, *limits)
         self.d_guard = StepGuard("discriminator", d_optimizer, world, *limits)
@@ -112,6 +114,7 @@ class Distillation:
         self._images = images
         real, labels = next(self.stream)
         real = real.float() / 127.5 - 1
+        self.rates.set(images)
         self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
         number = images // self.batch
         if self.additional is None:

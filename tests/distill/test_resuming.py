@@ -212,3 +212,15 @@ def test_a_dry_run_names_the_folder(capsys, tmp_path, monkeypatch):
     config, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
     assert config["run"]["run_dir"] == "runs/demo"
     assert not list(tmp_path.iterdir())
+
+
+def test_falling_rates_resume_to_the_bit(inputs, tmp_path):
+    """A run made longer goes on at the rate that its images call for."""
+    falling = {"lr_decay_kimg": 4e-3, "evaluate_images": 0}
+    main(tiny_flags(inputs, run_dir=tmp_path / "whole", duration_mimg=16e-6, **falling))
+    for length in (8e-6, 16e-6):
+        main(tiny_flags(inputs, run_dir=tmp_path / "parts", duration_mimg=length, **falling))
+    main(tiny_flags(inputs, run_dir=tmp_path / "constant", duration_mimg=16e-6, evaluate_images=0))
+    runs = ("whole", "parts", "constant")
+    digests = {name: network_digest(load_generator(tmp_path / name / RUN_GENERATOR)) for name in runs}
+    assert digests["whole"] == digests["parts"] != digests["constant"]
