@@ -103,7 +103,11 @@ GDD_FAST_ISA void multiply_rows(const float* x, int64_t x_stride, const float* w
                                 int64_t y_stride) {
   Vector sums[Rows][2];
 #pragma GCC unroll 16
-  for (int64_t r = 0; r < Rows; r++) sums[r][0] = sums[r][1] = constant(0);
+  for (int64_t r = 0; r < Rows; r++) {
+    sums[r][0] = sums[r][1] = constant(0);
+    __builtin_prefetch(y + r * y_stride, 1);
+    if constexpr (kPanel > 16) __builtin_prefetch(y + r * y_stride + 16, 1);
+  }
   for (int64_t k = 0; k < depth; k++, w += kPanel) {
     const Vector w0 = load(w), w1 = load(w + kVector);
     __builtin_prefetch(w + depth * kPanel);
