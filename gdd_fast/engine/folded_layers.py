@@ -83,7 +83,7 @@ class PackedWeight:
 
 
 class WinogradWeight:
-    """A 3x3 weight as `winograd_conv2d` reads it, made for the first call and kept. Four times the weight in float32."""
+    """A 3x3 weight as `winograd_conv2d` reads it, made for the first call and kept: four times the size in float32."""
 
     def __init__(self) -> None:
         self._made: Tensor | None = None
@@ -176,7 +176,7 @@ class Norm(nn.Module):
         shift: Tensor | None = None,
     ) -> Tensor:
         add = self.add if add is None else add
-        if self.direct:  # what the operator calls after checks that take as long as a map of 8x8 pixels
+        if self.direct:  # the operator's checks take longer than a map of 8x8 pixels
             first, skip = x if isinstance(x, tuple) else (x, None)
             norm = torch.ops.gdd_fast_C.group_norm_silu.default
             constants = self.groups, self.weight, self.bias, self.eps
