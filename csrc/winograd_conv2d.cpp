@@ -17,7 +17,8 @@ at::Tensor winograd_conv2d_weight(const at::Tensor& weight) {
                         weight.size(0) % panel == 0 && weight.size(1) > 0 && weight.size(1) % 16 == 0,
                     "winograd_conv2d: the weight must be (a multiple of ", panel, ", a multiple of 16, 3, 3), not ",
                     weight.sizes());
-  at::Tensor packed = at::empty({36, weight.size(0) / panel, weight.size(1), panel}, weight.options().dtype(at::kFloat));
+  at::Tensor packed =
+      at::empty({36, weight.size(0) / panel, weight.size(1), panel}, weight.options().dtype(at::kFloat));
   cpu::winograd_conv2d_weight(weight.to(at::kFloat).contiguous(), packed);
   return packed;
 }

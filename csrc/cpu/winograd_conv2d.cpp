@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "cpu/floats.h"
@@ -113,8 +114,8 @@ void convolve(const WinogradConv2d& c, const T* x, const float* weight, const fl
         const int64_t tile = first + t, image = tile / (rows * columns), row = tile / columns % rows;
         const int64_t top = 4 * row, left = 4 * (tile % columns);
         const int64_t at = ((image * c.height + top) * c.width + left) * c.out_channels;
-        loops.finish_tile(multiplied + t * y_row, y_point, bias, y + at, c.width * c.out_channels,
-                          c.out_channels, std::min<int64_t>(4, c.height - top), std::min<int64_t>(4, c.width - left));
+        loops.finish_tile(multiplied + t * y_row, y_point, bias, y + at, c.width * c.out_channels, c.out_channels,
+                          std::min<int64_t>(4, c.height - top), std::min<int64_t>(4, c.width - left));
       }
     });
   }
