@@ -2,14 +2,22 @@
 // frozen_conv2d_relu.py in C++. The numbers are the library's convolution and its backward, in both alike. What is
 // gained is what surrounds them: autograd through Python costs 0.1 ms a layer and step, as much as a small depthwise
 // convolution. planned_frozen_conv2d_relu is the same with the bits packed by Triton's kernels.
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "binders.h"
@@ -86,6 +94,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
 // Linear in dy; its derivative is the convolution again.
 struct InputGradient : torch::autograd::Function<InputGradient> {
   static at::Tensor compute(const at::Tensor& dy, const at::Tensor& weight, const Held& held) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Geometry& g = held.geometry;
     // Its values are not read, its strides choose the algorithm.
     const at::Tensor x = at::empty(held.shape, dy.options().memory_format(held.format));
@@ -111,26 +120,68 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, const 
                                     : InputGradient::compute(dy, weight, *held);
 }
 
-struct ConvolutionRelu : torch::autograd::Function<ConvolutionRelu> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
-                            const Holder& held, double ceiling) {
-    at::Tensor y = convolve(x, weight, bias, held->geometry);
-    held->out_format = memory_format(y);
-    y = y.contiguous(held->out_format);
-    ctx->save_for_backward({weight, pack_bits(held->plans, y, ceiling)});
-    keep(ctx, held);
-    return y;
+// A node as PyTorch generates them for its own operators. torch::autograd::Function, as above, costs half as much again
+// as this operator's other work: what is generic in it runs per call, dispatch to autograd within among it.
+struct ConvolutionReluBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable weight, bits;
+  Holder held;
+
+  variable_list apply(variable_list&& dys) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list gradients(2);
+    if (!dys[0].defined()) return gradients;
+    const at::Tensor kernel = weight.unpack(), dy = masked(held->plans, dys[0], bits.unpack(), held->out_format);
+    if (task_should_compute_output(0)) gradients[0] = input_gradient(dy, kernel, held);
+    if (held->has_bias && task_should_compute_output(1)) gradients[1] = dy.sum({0, 2, 3});
+    return gradients;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Holder held = kept(ctx);
-    const at::Tensor dy = masked(held->plans, dys[0], saved[1], held->out_format);
-    at::Tensor dx;
-    if (ctx->needs_input_grad(0)) dx = input_gradient(dy, saved[0], held);
-    return {dx, Variable(), bias_gradient(ctx, *held, dy), Variable(), Variable()};
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    weight.reset_data();
+    bits.reset_data();
   }
+
+  std::string name() const override { return "FrozenConvolutionReluBackward"; }
 };
+
+// Graphs are held by std::shared_ptr up to some version of PyTorch, and by c10::intrusive_ptr after it.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>) {
+    return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+at::Tensor convolve_and_clamp(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
+                              double ceiling) {
+  at::Tensor y = convolve(x, weight, bias, g);
+  return std::isinf(ceiling) ? y.relu_() : y.clamp_(0, ceiling);
+}
+
+at::Tensor differentiable(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
+                          double ceiling, const Plans& plans) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined() && !(bias.has_value() && bias->_fw_grad(0).defined()),
+                              "frozen_conv2d_relu has no forward-mode derivative: pass backend=\"torch\"");
+  at::Tensor y, bits;
+  const auto held = c10::make_intrusive<Held>(x, bias, g, plans);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    y = convolve(x, weight, bias, g);
+    held->out_format = memory_format(y);
+    y = y.contiguous(held->out_format);
+    bits = pack_bits(plans, y, ceiling);
+  }
+  const auto node = make_node<ConvolutionReluBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, bias.value_or(at::Tensor())));
+  node->weight = torch::autograd::SavedVariable(weight, false);
+  node->bits = torch::autograd::SavedVariable(bits, false);
+  node->held = held;
+  torch::autograd::set_history(y, node);
+  return y;
+}
 
 bool differentiated(const at::Tensor& x, const Bias& bias) {
   return at::GradMode::is_enabled() && (x.requires_grad() || (bias.has_value() && bias->requires_grad()));
@@ -146,19 +197,42 @@ at::Tensor frozen_conv2d(const at::Tensor& x, const at::Tensor& weight, const Bi
 at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
   const Geometry g = geometry(stride, padding, dilation, groups);
-  if (differentiated(x, bias)) {
-    return ConvolutionRelu::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g), ceiling);
-  }
-  at::Tensor y = convolve(x, weight, bias, g);
-  return std::isinf(ceiling) ? y.relu_() : y.clamp_(0, ceiling);
+  return differentiated(x, bias) ? differentiable(x, weight, bias, g, ceiling, Plans())
+                                 : convolve_and_clamp(x, weight, bias, g, ceiling);
 }
 
-// A convolution that is differentiated, as frozen_conv2d_relu takes it.
-at::Tensor planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
-                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t groups, double ceiling) {
-  const Geometry g = geometry(stride, padding, dilation, groups);
-  return ConvolutionRelu::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g, plans), ceiling);
+// Whether frozen_conv2d_relu's checks in Python find nothing, and nothing is to be cast.
+bool plain(const at::Tensor& x, const at::Tensor& weight, const Bias& bias) {
+  const auto fits = [&](const at::Tensor& t) { return t.device() == x.device() && t.scalar_type() == x.scalar_type(); };
+  return x.dim() == 4 && weight.dim() == 4 && x.is_floating_point() && fits(weight) &&
+         (!bias.has_value() || fits(*bias)) && !(weight.requires_grad() && at::GradMode::is_enabled()) &&
+         (!at::autocast::is_autocast_enabled(x.device().type()) ||
+          at::autocast::get_autocast_dtype(x.device().type()) == x.scalar_type()) &&
+         unobserved({x, weight, bias.value_or(at::Tensor())});
+}
+
+// One number for both directions, or two.
+void push(Geometry& g, const pybind11::handle& size) {
+  if (PyLong_Check(size.ptr())) {
+    g.insert(g.end(), 2, size.cast<int64_t>());
+  } else {
+    const auto two = size.cast<std::pair<int64_t, int64_t>>();
+    g.insert(g.end(), {two.first, two.second});
+  }
+}
+
+// The operator in one call from Python; nothing where it is not `plain`.
+std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
+                                  const pybind11::handle& stride, const pybind11::handle& padding,
+                                  const pybind11::handle& dilation, int64_t groups, double ceiling) {
+  if (!plain(x, weight, bias)) return std::nullopt;
+  Geometry g;
+  g.reserve(7);
+  for (const auto& size : {stride, padding, dilation}) push(g, size);
+  g.push_back(groups);
+  if (differentiated(x, bias)) return differentiable(x, weight, bias, g, ceiling, plans);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return convolve_and_clamp(x, weight, bias, g, ceiling);
 }
 
 }  // namespace

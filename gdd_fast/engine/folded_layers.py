@@ -20,6 +20,7 @@ from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
 from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.resample2d import resample2d
 from gdd_fast.ops.residual import residual
+from gdd_fast.ops.winograd_conv2d import LEAST_TILES, takes, tiles, winograd_conv2d, winograd_weight
 
 Convolve = Literal["plain", "packed", "traced"]
 """How convolutions run: PyTorch's own; oneDNN's on weights in its own order (CPU); or without writing in place, for a
@@ -31,6 +32,7 @@ class Target:
     """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
 
     layout: of images and weights, `gdd_fast.device.fast_layout`.
+    winograd: convolve by `winograd_conv2d` where that has a kernel and the maps are large enough.
     late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
         product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
     """
@@ -43,6 +45,7 @@ class Target:
     residual: Backend
     resample: Backend
     attention: Backend
+    winograd: bool
     late_bias: bool
 
     @property
@@ -79,6 +82,21 @@ class PackedWeight:
         return PackedWeight, ()  # oneDNN's order has no copy and no pickle, and is this processor's
 
 
+class WinogradWeight:
+    """A 3x3 weight as `winograd_conv2d` reads it, made for the first call and kept: four times the size in float32."""
+
+    def __init__(self) -> None:
+        self._made: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if self._made is None:
+            self._made = winograd_weight(weight)
+        return self._made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WinogradWeight, ()  # this processor's order, as above
+
+
 class Convolution(nn.Module):
     """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
 
@@ -97,10 +115,14 @@ class Convolution(nn.Module):
         self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
         self.weight = nn.Buffer(weight)
         self.packed = PackedWeight() if target.convolve == "packed" else None
+        self.winograd = WinogradWeight() if target.winograd and padding == 1 and takes(weight) else None
 
     def forward(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
+        if self.winograd is not None and tiles(x.shape) >= LEAST_TILES:  # type: ignore[union-attr]
+            bias = None if self.bias is None else self.bias.float()
+            return winograd_conv2d(x, self.winograd(self.weight), bias)  # type: ignore[arg-type]
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1
@@ -142,6 +164,7 @@ class Norm(nn.Module):
         self.eps = eps
         self.activation: Literal["silu"] | None = "silu" if silu else None
         self.backend = target.norm
+        self.direct = target.norm == "cpp" and target.layout is torch.channels_last and target.convolve != "traced"
 
     def forward(
         self,
@@ -152,13 +175,19 @@ class Norm(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
+        add = self.add if add is None else add
+        if self.direct:  # the operator's checks take longer than a map of 8x8 pixels
+            first, skip = x if isinstance(x, tuple) else (x, None)
+            norm = torch.ops.gdd_fast_C.group_norm_silu.default
+            constants = self.groups, self.weight, self.bias, self.eps
+            return norm(first, skip, *constants, add, scale, shift, self.activation == "silu", True)[0]
         return group_norm_silu(
             x,
             self.groups,
             self.weight,
             self.bias,
             self.eps,
-            add=self.add if add is None else add,
+            add=add,
             scale=scale,
             shift=shift,
             activation=self.activation,

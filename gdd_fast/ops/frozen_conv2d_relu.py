@@ -77,6 +77,13 @@ def frozen_conv2d_relu(
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
     implementation = _choose(backend, x.device.type)
+    if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
+        extension, cache = planned
+        y = extension.planned_frozen_conv2d_relu(
+            cache, x, weight, bias, stride, padding, dilation, groups, CEILING[activation]
+        )
+        if y is not None:  # else something is to be cast or refused
+            return y
     if implementation == "torch":
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
@@ -88,7 +95,9 @@ def frozen_conv2d_relu(
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
-        return extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling)
+        y = extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling)  # now that all is of one type
+        if y is not None:
+            return y
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
 
 

@@ -1,6 +1,9 @@
-"""Folded networks on a CPU: once packed, no weight is brought to another order by a call."""
+"""Folded networks on a CPU: a weight is brought to the order that it is convolved in once, by the first call."""
 
+import copy
+import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 
@@ -11,18 +14,22 @@ from edm_reference import SMALL, fill
 from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.engine.folded_layers import Convolution
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ops.winograd_conv2d import takes
 
 CPU = torch.device("cpu")
 NEEDS_PACKING = pytest.mark.skipif(
     make_target(CPU, torch.float32).convolve != "packed", reason="this processor convolves without packed weights"
 )
+NEEDS_WINOGRAD = pytest.mark.skipif(
+    not takes(torch.empty(32, 16, 3, 3)), reason="there is no kernel of winograd_conv2d for this processor"
+)
 CONVOLUTIONS = """
-import sys, torch
+import dataclasses, sys, torch
 from gdd_fast.engine.fold import make_target
 from gdd_fast.engine.folded_layers import Convolution
 threads, pad = int(sys.argv[1]), {3: 1, 1: 0}
 torch.set_num_threads(threads)
-target = make_target(torch.device("cpu"), torch.float32)
+target = dataclasses.replace(make_target(torch.device("cpu"), torch.float32), winograd=False)
 shapes = [(128, 32, 3), (256, 32, 3), (256, 16, 3), (512, 16, 3), (256, 8, 3), (512, 8, 1)]
 layers = [(Convolution(torch.randn(256, c, k, k), torch.zeros(256), pad[k], target), c, size) for c, size, k in shapes]
 downs = {size: Convolution(torch.randn(256, 512, 1, 1), None, 0, target) for size in (8, 16)}
@@ -69,3 +76,52 @@ def test_images_do_not_depend_on_the_batches_before() -> None:
         first = unet(z, None)
         for part in (z[:1], z[:2], z):
             torch.testing.assert_close(unet(part, None), first[: len(part)], rtol=1e-5, atol=1e-4)
+
+
+def wide_network() -> GDDPrecond:
+    """Of 32 channels: most of its 3x3 convolutions have a kernel of winograd_conv2d."""
+    return fill(GDDPrecond(16, 3, **SMALL["ncsnpp"] | {"model_channels": 32})).requires_grad_(False)
+
+
+@NEEDS_WINOGRAD
+def test_large_maps_are_convolved_by_winograds_method_and_small_ones_are_not() -> None:
+    """A network at 16x16 pixels: at its full resolution, of one image too, and below it where the batch is large."""
+    net = wide_network()
+    z = torch.randn(5, 3, 16, 16)
+    fast = fold(net, make_target(CPU, torch.float32))[0]
+    slow = fold(net, dataclasses.replace(make_target(CPU, torch.float32), winograd=False))[0]
+    counts = {}
+    for batch in (1, 5):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            y = fast(z[:batch], None)
+        counts[batch] = sum(e.count for e in profile.key_averages() if e.key == "gdd_fast_C::winograd_conv2d")
+        with torch.no_grad():
+            want = slow(z[:batch], None)
+        assert ((y - want).abs().max() / want.abs().max()).item() < 1e-5
+    assert 0 < counts[1] < counts[5]
+
+
+@NEEDS_WINOGRAD
+def test_weights_of_winograds_method_are_made_once_and_do_not_travel() -> None:
+    unet = fold(wide_network(), make_target(CPU, torch.float32))[0]
+    layer = next(m for m in unet.modules() if isinstance(m, Convolution) and m.winograd is not None)
+    before = len(pickle.dumps(layer))
+    made = layer.winograd(layer.weight)
+    assert layer.winograd(layer.weight) is made
+    assert len(pickle.dumps(layer)) == before
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.winograd(twin.weight), made)
+
+
+def test_a_backend_asked_for_by_name_runs_no_kernel_of_ours() -> None:
+    target = make_target(CPU, torch.float32, "torch")
+    assert not target.winograd
+    unet = fold(wide_network(), target)[0]
+    assert all(m.winograd is None for m in unet.modules() if isinstance(m, Convolution))
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_on_a_processor_with_amx_is_left_to_the_library(amx: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    full = make_target(CPU, torch.float32).winograd
+    assert make_target(CPU, torch.bfloat16).winograd == (full and not amx)

@@ -84,3 +84,34 @@ def test_bad_calls_are_refused():
         frozen_conv2d_relu(x, weight, backend="cuda")
     with pytest.raises(InputError, match="requires a gradient"):
         frozen_conv2d_relu(x, weight.requires_grad_())
+
+
+@FUSED
+def test_the_graph_is_kept_and_let_go_as_pytorchs(backend):
+    """A second backward needs retain_graph, a weight changed in between is noticed, and each input may go without."""
+    x, weight, bias = operands((1, 2, 4, 4), (3, 2, 3, 3), torch.float32, backend)
+    y = frozen_conv2d_relu(x, weight, bias, padding=1, backend=backend)
+    first = torch.autograd.grad(y.sum(), (x, bias), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y.sum(), (x, bias))))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), x)
+    y = frozen_conv2d_relu(x, weight, bias, padding=1, backend=backend)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    weight.div_(2)
+    alone = frozen_conv2d_relu(x.detach(), weight, bias, padding=1, backend=backend)
+    assert torch.equal(torch.autograd.grad(alone.sum(), bias)[0], first[1])
+    assert torch.equal(
+        torch.autograd.grad(frozen_conv2d_relu(x, weight, bias.detach(), padding=1, backend=backend).sum(), x)[0],
+        first[0],
+    )
+
+
+@FUSED
+def test_autocast_computes_in_its_type(backend):
+    x, weight, bias = operands((1, 2, 4, 4), (3, 2, 3, 3), torch.float32, backend)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = frozen_conv2d_relu(x, weight, bias, padding=1, backend=backend)
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in torch.autograd.grad(y.float().sum(), (x, bias))] == [torch.float32] * 2
