@@ -99,7 +99,8 @@ def has_extension() -> bool:
 def obstacle(operator: Operator, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `operator` on tensors of `device` ("cpu", "cuda", ...) here, or None if it can.
 
-    Raises BackendError if the answer needs the extension and that does not load.
+    Raises BackendError if the answer needs the extension and that does not load, or Triton's launch options
+    (kernels/tuned.json) and those are damaged.
     """
     if backend == "torch":
         return None
@@ -122,13 +123,28 @@ def _triton_obstacle(device: str) -> str | None:
     if "triton" not in sys.modules and find_spec("triton") is None:
         return "triton is not installed"
     if device == "cuda":
+        _check_launch_table()
         return None
     if device != "cpu":
         return f"the Triton kernels take CUDA tensors, not {device}"
     # Triton reads the same variable; asking triton itself would import it on machines that never use it
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
         return "Triton kernels run on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
+    _check_launch_table()
     return None
+
+
+@functools.cache
+def _check_launch_table() -> None:
+    """Raise BackendError if the launch options are damaged: to pass over the kernels in silence would be slow."""
+    from gdd_fast.kernels import _launch, _tuned
+
+    try:
+        _launch.table()
+    except _tuned.TableError as error:
+        raise BackendError(
+            f"{_launch.TABLE}: {error}. Correct the entry, or put back the file that came with gdd_fast."
+        ) from error
 
 
 def resolve(backend: Backend, operator: Operator, device: str) -> Backend:

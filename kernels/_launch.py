@@ -9,12 +9,12 @@ tuned.json holds for every operator (group_norm_silu: for either direction)
 and for attention also "faster_than_sdpa": by architecture, the [tokens, channels per head, type] at which the kernels
 were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
 
-It is read once. An architecture without an entry runs by rule, as sm_80 and sm_90 do until someone measures them.
+It is read once, and checked whole (_tuned.py). An architecture without an entry runs by rule, as sm_80 and sm_90 do
+until someone measures them.
 """
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,8 +24,12 @@ from typing import Any
 
 import torch
 
+from ._tuned import read as read_table
+
 # Programs that Triton's interpreter is given as a full chip: few, so that small tests meet both sides of every rule.
 _INTERPRETED_PROGRAMS = 8
+
+TABLE = Path(__file__).parent / "tuned.json"
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,14 @@ def noting() -> Iterator[Noted]:
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / "tuned.json").read_text())
+def table() -> dict[str, Any]:
+    """The contents of tuned.json. Raises TableError if it is damaged."""
+    return read_table(TABLE)
 
 
 def faster_than_sdpa(device: torch.device) -> list[list]:
     """[tokens, channels per head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
-    return _table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
+    return table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,7 +105,7 @@ def options_on(architecture: str, operator: str, shape: tuple[int, ...] = ()) ->
     Those of the operator ("default"), overridden by those of the architecture, overridden by the entry of the
     architecture's "measured" list whose "shape" is nearest to `shape` in ratio, if it has such a list.
     """
-    entries = _table()[operator]
+    entries = table()[operator]
     options = entries["default"] | entries.get(architecture, {})
     measured = options.pop("measured", ())
     if measured and shape:

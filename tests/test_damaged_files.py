@@ -5,6 +5,7 @@ process write, run or connect to anything, no read takes 5 seconds of the proces
 out is a `GddFastError`. Mutants are made from seeds; a failure names the one to repeat.
 """
 
+import functools
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import edm_files
 import numpy as np
@@ -27,6 +29,7 @@ import torch
 from run_folder import write_run
 from tiny_run import ALONE, write_inputs
 
+from gdd_fast import backend
 from gdd_fast.data import load_data, write_edm_zip
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.errors import GddFastError
@@ -376,6 +379,54 @@ class _RunFolder:
                 continue
 
 
+class _LaunchTable:
+    """Triton's launch options with a GPU's measurements; a table that is taken launches every kernel on that GPU."""
+
+    @staticmethod
+    def make(folder: Path) -> Path:
+        from gdd_fast.kernels import _launch
+
+        table = json.loads(_launch.TABLE.read_text())
+        for name in ("group_norm_silu.forward", "group_norm_silu.backward", "residual"):
+            measured = [{"shape": [n, 256, 1024], "options": {"elements": 64 * n, "num_warps": 2}} for n in (1, 64)]
+            table[name]["sm_90"] = {"num_warps": 4, "measured": measured}
+        table["max_pool2x2"]["sm_90"] = {"BLOCK": 512}
+        table["attention"]["sm_90"] = {"forward-64-fp32": {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4}}
+        table["attention"]["faster_than_sdpa"] = {"sm_90": [[64, 64, "float16"], [256, 64, "float32"]]}
+        (folder / "tuned.json").write_text(json.dumps(table))
+        return folder / "tuned.json"
+
+    @staticmethod
+    def harm(path: Path, draw: random.Random) -> None:
+        damage_json_file(path, draw)
+
+    @staticmethod
+    def read(path: Path) -> None:
+        from gdd_fast.kernels import _launch, attention, group_norm_silu, max_pool2x2, relu_bits, residual, to_uint8
+
+        x, channel = torch.zeros(2, 12, 4, 4), torch.ones(12)
+        for cached in (_launch.table, _launch.configuration, backend._check_launch_table):
+            cached.cache_clear()
+        on_sm_90 = functools.partial(_launch.options_on, "sm_90")
+        with (
+            mock.patch.object(_launch, "TABLE", path),
+            mock.patch.object(_launch, "options_on", lambda _, operator, shape: on_sm_90(operator, shape)),
+            mock.patch.object(_launch, "_architecture", lambda _: "sm_90"),
+            _launch.noting() as noted,
+        ):
+            assert backend.obstacle(backend.Operator("any", frozenset({"triton"})), "triton", "cuda") is None
+            to_uint8.to_uint8(x)
+            relu_bits.mask_bits(x, relu_bits.relu_bits_(x, 6.0))
+            max_pool2x2.max_pool2x2(x)
+            residual.residual(x, x, channel, 1.0, torch.empty_like(x), None)
+            group_norm_silu.statistics(x, 1)
+            y, lse = attention.attention(x, 1, False)
+            attention.attention_backward(y, x, y, lse, 1, False)
+            assert all(len(shape) == 3 for shape in _launch.faster_than_sdpa(x.device))
+        for launch in noted.launches:
+            assert all(launch.grid) and launch.options["num_warps"] in (1, 2, 4, 8, 16, 32)
+
+
 _run_folder = _RunFolder()
 
 KINDS = {
@@ -386,6 +437,7 @@ KINDS = {
     "safetensors": Kind(_network, _harm_weights, load_generator),
     "config": Kind(_network, _harm_config, load_generator),
     "run": Kind(_run_folder.make, _run_folder.harm, _run_folder.read),
+    "tuned": Kind(_LaunchTable.make, _LaunchTable.harm, _LaunchTable.read),
 }
 
 # The process that reads
@@ -463,6 +515,8 @@ def _address_space() -> int:
 )
 @pytest.mark.parametrize("name", KINDS)
 def test_mutants_are_read_or_refused(tmp_path, name, mutants):
+    if name == "tuned":
+        pytest.importorskip("triton")
     at = mmap.mmap(-1, 8)
     child = os.fork()
     if not child:

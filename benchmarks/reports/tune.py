@@ -52,7 +52,7 @@ def using(entry: str, architecture: str, options: Options) -> Iterator[None]:
 
     _launch.configuration.cache_clear()
     try:
-        with mock.patch.dict(_launch._table()[entry], {architecture: options}):
+        with mock.patch.dict(_launch.table()[entry], {architecture: options}):
             yield
     finally:
         _launch.configuration.cache_clear()
@@ -125,7 +125,7 @@ def tune(results: Results, path: Path, device: torch.device, left: Callable[[], 
     for entry, cases in entries(smoke).items():
         if entry in notes:
             continue
-        if entry not in _launch._table() or left() <= 0:
+        if entry not in _launch.table() or left() <= 0:
             notes[entry] = {"not tried": "no such entry" if left() > 0 else "no time left"}
             continue
         notes[entry] = {"failed": "the process ended"}  # stands unless the next line returns
@@ -149,7 +149,7 @@ def tune_entry(
 
     benches = [case.build(device) for case in cases]
     tried: list[dict[str, Any]] = []
-    for options in grid(_launch._table()[entry]["default"]):
+    for options in grid(_launch.table()[entry]["default"]):
         if left() <= 0:
             break
         try:

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -165,8 +166,20 @@ class _DiskSource:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            items, images = batch
+            items, images = map(torch.as_tensor, (batch.items, batch.images))
             yield items.to(self._device, non_blocking=True), images.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a worker hands over. Arrays go through a pipe, where each tensor on its way would hold a file descriptor."""
+
+    items: np.ndarray | torch.Tensor
+    images: np.ndarray | torch.Tensor
+
+    def pin_memory(self) -> "_Batch":
+        """Called by the DataLoader, in a thread of its own."""
+        return _Batch(*(torch.as_tensor(part).pin_memory() for part in (self.items, self.images)))
 
 
 class _Decoder(Dataset):
@@ -175,12 +188,12 @@ class _Decoder(Dataset):
     def __init__(self, dataset: ImageDataset):
         self._dataset = dataset
 
-    def __getitem__(self, items: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+    def __getitem__(self, items: np.ndarray) -> _Batch | DataError:
         try:
             images = self._dataset.images(items % len(self._dataset))
         except DataError as error:
             return error
-        return torch.from_numpy(items), torch.from_numpy(images)
+        return _Batch(items, images)
 
 
 def _leave_signals_to_parent(_worker: int) -> None:

@@ -11,8 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from gdd_fast.data.decode import decode
 from gdd_fast.errors import DataError, GddFastError
 from gdd_fast.files import atomic_write
 from gdd_fast.report import layer_map, run_charts, unet_picture
@@ -125,9 +124,8 @@ def _chosen(sheets: dict[int, Path]) -> list[tuple[int, Path]]:
 def _picture(path: Path) -> str:
     """A picture as a data URI. Raises DataError if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = decode(path.read_bytes(), str(path)).convert("RGB")
+    except (DataError, OSError) as error:
         raise DataError(f"{path} is not a picture that can be read ({error}); remove it") from None
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", lossless=True, method=2)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from gdd_fast.data.decode import decode
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, leftovers, remove_leftovers, sync_folder
 from gdd_fast.sampling.writers import PngFolder, check_new_output, image_name, is_whole_png
@@ -105,7 +105,8 @@ class ResumableWriter:
 
     def _write_npz(self, path: Path, classes: list[int]) -> None:
         """`arr_0` uint8 `(N, H, W, C)` and, for labelled images, `arr_1` int64 `(N,)`, as ADM's evaluation reads it."""
-        images = np.stack([np.asarray(Image.open(self._images / name)) for name in self._names])
+        paths = [self._images / name for name in self._names]
+        images = np.stack([np.asarray(decode(path.read_bytes(), str(path))) for path in paths])
         arrays = [images if images.ndim == 4 else images[..., None], *([np.array(classes)] if classes else [])]
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, *arrays)

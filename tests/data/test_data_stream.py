@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +214,19 @@ def test_workers_end_with_the_stream_and_survive_an_interrupt(zip_path):
         assert not worker.is_alive()
     next(stream)  # closing is not the end of it
     stream.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_batches_on_their_way_hold_no_file_descriptors(zip_path):
+    """torch hands a tensor over as an open file; `ulimit -n` may be small, and workers run ahead."""
+    before = set(multiprocessing.active_children())
+    with BatchStream(open_dataset(zip_path), 5, seed=0, memory_limit=0, workers=2) as stream:
+        for _ in range(2):
+            next(stream)
+        time.sleep(0.5)  # for the next ones to be on their way
+        pids = [os.getpid(), *(worker.pid for worker in set(multiprocessing.active_children()) - before)]
+        held = [link for pid in pids for link in map(os.path.realpath, Path(f"/proc/{pid}/fd").iterdir())]
+    assert len(pids) == 3 and not [link for link in held if "/torch_" in link]
 
 
 def test_nothing_is_drawn_from_the_global_generators(zip_path):

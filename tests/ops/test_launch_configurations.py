@@ -11,8 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from gdd_fast import backend
+from gdd_fast.errors import BackendError
 from gdd_fast.kernels import _launch
 from gdd_fast.ops import attention as attention_operator
+from gdd_fast.ops import residual
 
 DIRECTIONS = ("group_norm_silu.forward", "group_norm_silu.backward")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -31,7 +34,7 @@ def table(monkeypatch):
         "sm_90": {"num_warps": 8, "measured": measured},
     }
     attention = {"default": {}, "faster_than_sdpa": {"sm_90": [[64, 64, "bfloat16"]]}}
-    monkeypatch.setattr(_launch, "_table", lambda: {"op": entries, "attention": attention})
+    monkeypatch.setattr(_launch, "table", lambda: {"op": entries, "attention": attention})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     _launch.configuration.cache_clear()
     yield
@@ -80,6 +83,33 @@ def test_every_kernel_has_a_rule_and_measurements_are_well_formed():
             assert name in ("default", "faster_than_sdpa") or name.startswith("sm_"), f"{operator}: {name}"
             for measured in entry.get("measured", ()):
                 assert len(measured["shape"]) == 3 and measured["options"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            '"BLOCK": 1024, "num_warps": 4',
+            '"BLOCK": 1000, "num_warps": 4',
+            "to_uint8, default, BLOCK: a power of two .*1000",
+        ),
+        ('"elements": 4096, ', "", "group_norm_silu.forward, default: elements missing"),
+        ('"num_warps"', '"num_wraps"', "num_warps missing"),
+        ('"residual"', '"resldual"', "the table: residual missing"),
+        ("{", "[" * 100_000 + "{", "cannot be read"),
+    ],
+)
+def test_a_damaged_table_is_named_and_the_kernels_are_not_passed_over(monkeypatch, tmp_path, old, new, said):
+    damaged = tmp_path / "tuned.json"
+    damaged.write_text(_launch.TABLE.read_text().replace(old, new, 1))
+    monkeypatch.setattr(_launch, "TABLE", damaged)
+    for cached in (_launch.table, backend._check_launch_table):
+        cached.cache_clear()
+    try:
+        with pytest.raises(BackendError, match=rf"tuned\.json: .*{said}"):
+            backend.resolve("auto", residual.OPERATOR, "cuda")
+    finally:
+        _launch.table.cache_clear()
 
 
 LAUNCHERS = {

@@ -156,9 +156,13 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
         assert end.value.code == 2 and message in error and error.startswith("error: ")
     with pytest.raises(SystemExit):
         main([str(run), "--out", str(tmp_path / "page.pdf")])
-    (run / "samples" / "000000000.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="not a picture"):
-        page([read_run(run)])
+    sheet = run / "samples" / "000000000.png"
+    head, data = sheet.read_bytes().split(b"IDAT")
+    shorter = head[:-4] + b"\0\0\0\x10IDAT" + data  # what follows its 16 bytes reads as a chunk of no kind
+    for content in (b"no picture", shorter):
+        sheet.write_bytes(content)
+        with pytest.raises(DataError, match="not a picture"):
+            page([read_run(run)])
     assert not (tmp_path / "page.html").exists()
 
 
