@@ -15,7 +15,7 @@ from benchmarks.harness.timing import Call
 
 def metric_cases(full: bool) -> list[Case]:
     """`full`: more images than a check needs."""
-    images, batch = (64, 32) if full else (4, 2)
+    images, batch = (64, 32) if full else (16, 8)
     return [Case("Inception features", f"{images} images 3x32² batch {batch}", partial(_features, images, batch))]
 
 
