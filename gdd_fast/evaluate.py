@@ -33,6 +33,7 @@ from gdd_fast.errors import ConfigError, require
 from gdd_fast.files import check_destination
 from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
+from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.names import deviation_key, label
@@ -245,16 +246,22 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         for line in shared_judges(backbones_of(Path(config.net)), measurement.extractors):
             print(line, file=sys.stderr)
 
-    def of_dataset(images: ImageDataset, what: str, max_images: int | None, world: World = world) -> list[Population]:
+    def of_dataset(
+        images: ImageDataset,
+        what: str,
+        max_images: int | None,
+        extractors: Sequence[FeatureExtractor] = measurement.extractors,
+        needs: Sequence[Needs] = measurement.needs,
+        world: World = world,
+    ) -> list[Population]:
         with _bar(min(len(images), max_images or len(images)), what, world) as bar:
             options = {"batch": config.batch, "max_images": max_images, "progress": bar.update, "world": world}
-            return dataset_populations(images, measurement.extractors, measurement.needs, **options)
+            return dataset_populations(images, extractors, needs, **options)
 
-    real = known
-    if None in real or any(request.metric == "nn" for request in measurement.requests):
-        counted = of_dataset(dataset, "real", config.data_images)
-        if world.is_main:
-            real = [kept or new for kept, new in zip(known, counted, strict=True)]
+    for request in measurement.requests:
+        if request.metric == "nn":  # its sheet shows images by their place in the data, which a reference does not have
+            known[measurement.extractors.index(measurement.extractor(request.network))] = None
+    real = measurement.completed(known, lambda *networks: of_dataset(dataset, "real", config.data_images, *networks))
 
     options = {
         "batch": config.batch,
@@ -332,7 +339,10 @@ def _neighbours(
     network = next((request.network for request in measurement.requests if request.metric == "nn"), None)
     if network is None:
         return {}
-    unseen = None if held_out is None else measurement.of(network, of_dataset(held_out, "held out", None, ALONE)).rows
+    unseen = None
+    if held_out is not None:
+        alone = {"extractors": [measurement.extractor(network)], "needs": [Needs(statistics=False, rows=True)]}
+        unseen = of_dataset(held_out, "held out", None, **alone, world=ALONE)[0].rows
     found = Memorisation.of(measurement.of(network, generated).rows, measurement.of(network, real).rows, unseen)
     found.save_sheet(config.nn_sheet, images_of, _of(dataset, config.data_images))
     return {key_of(name, measurement.extractor(network)): value for name, value in found.values().items()}

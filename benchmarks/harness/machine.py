@@ -55,6 +55,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "instruction_sets": sorted(flag for flag in _cpu_flags() if flag.startswith(_VECTOR_SETS)),
             "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
             "clock_mhz": max(map(float, _cpu_lines("cpu MHz")), default=None),
+            "load": round(os.getloadavg()[0], 1),
         }
     return found
 

@@ -48,7 +48,7 @@ def docs(records: Sequence[Results]) -> str:
     for record in records:
         parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record)]
         for group, cases in _groups(record).items():
-            parts += [f"#### {group}", _long_table(cases, record.rates)]
+            parts += [f"#### {group}", _long_table(cases, record.rates, _busy(record))]
     return "\n\n".join(parts)
 
 
@@ -98,7 +98,17 @@ def _machine_line(record: Results) -> str:
     m = record.machine
     versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("torch", "triton") if name in m["versions"])
     where = f"{m['cores']} threads" if m["type"] == "cpu" else f"driver {m.get('driver_version') or 'unknown'}"
-    return f"{m['device']}, {where}; {versions}; commit {m['commit'] or 'unknown'}, {m['date']}."
+    line = f"{m['device']}, {where}; {versions}; commit {m['commit'] or 'unknown'}, {m['date']}."
+    if _busy(record):
+        line += (
+            f" **Other programs ran** (load {m['load']:g} at the start): compare CPU times, which are of all threads."
+        )
+    return line
+
+
+def _busy(record: Results) -> bool:
+    """Whether more programs ran than there are cores when the record was begun, so that wall times mean little."""
+    return record.machine["type"] == "cpu" and record.machine.get("load", 0) > record.machine["cores"]
 
 
 def _rates_line(record: Results) -> str:
@@ -152,10 +162,14 @@ def _best(rows: list[Row], wanted: Callable[[str], bool]) -> Row | None:
     return min(timed, key=lambda row: row.seconds, default=None)
 
 
-def _long_table(cases: list[list[Row]], rates: dict[str, float]) -> str:
+def _long_table(cases: list[list[Row]], rates: dict[str, float], busy: bool) -> str:
     """One line per row; columns that would be empty are left out."""
     lines = [
-        {"case": "" if index else row.case, "peer": row.peer + _other_commit(row), **_cells(row, _stock(rows), rates)}
+        {
+            "case": "" if index else row.case,
+            "peer": row.peer + _other_commit(row),
+            **_cells(row, _stock(rows), rates, busy),
+        }
         for rows in cases
         for index, row in enumerate(rows)
     ]
@@ -164,8 +178,8 @@ def _long_table(cases: list[list[Row]], rates: dict[str, float]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
-def _cells(row: Row, stock: Row | None, rates: dict[str, float]) -> dict[str, str]:
-    """The columns behind case and peer."""
+def _cells(row: Row, stock: Row | None, rates: dict[str, float], busy: bool) -> dict[str, str]:
+    """The columns behind case and peer; CPU time where wall time is not to be trusted."""
     if row.failure:
         return dict.fromkeys(_COLUMNS, "") | {"median": row.failure.replace("|", "/")}
     low, _, high = row.times
@@ -174,6 +188,7 @@ def _cells(row: Row, stock: Row | None, rates: dict[str, float]) -> dict[str, st
     cells = (
         format_seconds(row.seconds),
         f"{format_seconds(low)} to {format_seconds(high)}",
+        format_seconds(row.cpu[1]) if busy and row.cpu else "",
         "" if row is stock else _ratio(stock, row),
         format_seconds(row.host[1]) if row.host else "",
         *map(_percent, shares),
@@ -183,7 +198,7 @@ def _cells(row: Row, stock: Row | None, rates: dict[str, float]) -> dict[str, st
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
-_COLUMNS = ("median", "20 % to 80 %", "against stock", "host", "copy", "products", "images/s", "peak MB")
+_COLUMNS = ("median", "20 % to 80 %", "CPU", "against stock", "host", "copy", "products", "images/s", "peak MB")
 
 
 def _percent(fraction: float | None) -> str:

@@ -34,9 +34,9 @@ def make(
         in_channels=dataset.channels,
         out_channels=dataset.channels,
         layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=schedule, prediction_type=prediction)
@@ -48,8 +48,6 @@ def make(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / 200) * 0.5 * (1 + np.cos(np.pi * step / steps))
         real = images[torch.randint(len(images), (batch,))]
-        flipped = torch.rand(batch, 1, 1, 1) < 0.5
-        real = torch.where(flipped, real.flip(3), real)
         noise = torch.randn_like(real)
         times = torch.randint(scheduler.config.num_train_timesteps, (batch,))
         noisy = scheduler.add_noise(real, noise, times)
@@ -76,7 +74,7 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     parser.add_argument("--schedule", choices=("linear", "squaredcos_cap_v2"), default="linear")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--kimg", type=float, default=60.0)
+    parser.add_argument("--kimg", type=float, default=80.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

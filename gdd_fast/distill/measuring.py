@@ -15,9 +15,10 @@ from gdd_fast.device import full_float32
 from gdd_fast.distill.components import load_teacher
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
+from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.measure import Measurement, parse_metrics
 from gdd_fast.metrics.names import TEACHER, is_better, label
-from gdd_fast.metrics.population import Population
+from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
@@ -106,13 +107,14 @@ class Evaluation:
         run, measurement = self.config.run, self.measurement
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         known = measurement.references(run.evaluate_ref, shape, complete=True)
-        if None not in known:
-            return known  # type: ignore[return-value]
-        share = (self.world.rank, self.world.size)
-        dataset = load_data(run.evaluate_data or given(self.config.data.data, "--data"))
-        counted = dataset_populations(dataset, measurement.extractors, measurement.needs, share=share)
-        self._together(counted)
-        return [kept or new for kept, new in zip(known, counted, strict=True)]
+
+        def count(extractors: Sequence[FeatureExtractor], needs: Sequence[Needs]) -> list[Population]:
+            dataset = load_data(run.evaluate_data or given(self.config.data.data, "--data"))
+            counted = dataset_populations(dataset, extractors, needs, share=(self.world.rank, self.world.size))
+            self._together(counted)
+            return counted
+
+        return measurement.completed(known, count)
 
     def _together(self, populations: Sequence[Population]) -> None:
         if self.world.size > 1:

@@ -188,13 +188,15 @@ def locate_teacher(name: str) -> Path:
     except ModuleNotFoundError:
         return download(name)  # says so
 
+    silent = _no_answer(name, PIPELINE[0], {})
+    options = {"local_files_only": silent is not None}
     try:
-        commit = Path(hf_hub_download(name, PIPELINE[0])).parent.name
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE)))
-    except LocalEntryNotFoundError:  # is an EntryNotFoundError, and says that the Hub cannot be reached
-        return download(name, local_files_only=True)
+        commit = Path(hf_hub_download(name, PIPELINE[0], **options)).parent.name
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE), **options))
+    except LocalEntryNotFoundError as error:  # is an EntryNotFoundError, and says that the Hub cannot be reached
+        return _download(name, silent or error, options)
     except EntryNotFoundError:
-        return download(name)
+        return _download(name, silent, {})
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise _unknown(name, error) from error
 
@@ -207,19 +209,46 @@ def _unknown(repo_id: str, error: Exception) -> WeightsError:
     )
 
 
+def _no_answer(repo_id: str, filename: str, options: dict[str, Any]) -> ConnectionError | None:
+    """Why the Hub cannot be asked for a file; None if it answers, whatever it says."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from gdd_fast.models.files.hub_question import ask_hub
+
+    try:
+        ask_hub(repo_id, filename, revision=options.get("revision"), token=options.get("token"))
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except ConnectionError as error:
+        return error
+    return None
+
+
 def download(repo_id: str, **options: Any) -> Path:
     """The folder in huggingface_hub's cache with the network of a repository; options as of `hf_hub_download`.
 
-    Raises WeightsError if there is no such repository, it holds no network, or the Hub cannot be reached.
+    A Hub that does not answer is asked once, and the cache is read. Raises WeightsError if there is no such repository,
+    it holds no network, or the Hub cannot be reached and the cache does not have it.
     """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        import huggingface_hub  # noqa: F401
     except ModuleNotFoundError as error:
         raise WeightsError(
             f"{repo_id} is no path that exists, and the Hub takes `pip install huggingface_hub`"
         ) from error
 
+    return _download(
+        repo_id, None if options.get("local_files_only") else _no_answer(repo_id, FILES[0], options), options
+    )
+
+
+def _download(repo_id: str, silent: Exception | None, options: dict[str, Any]) -> Path:
+    """`silent`: why the cache alone is looked into, None to ask the Hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if silent is not None:
+        options = options | {"local_files_only": True}
     try:
         # each of the cache's folders is named after a commit, and the second file is asked for by that name: a branch
         # may move in between
@@ -227,7 +256,7 @@ def download(repo_id: str, **options: Any) -> Path:
         for name in FILES[1:]:
             hf_hub_download(repo_id, name, **options | {"revision": folder.name})
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _unknown(repo_id, error) from error
+        raise _unknown(repo_id, silent or error) from error
     return folder
 
 

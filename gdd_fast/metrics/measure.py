@@ -19,6 +19,7 @@ from gdd_fast.metrics.neighbours import COVERAGE_K, PRECISION_K, density_coverag
 from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.reference import choose_reference, load_references
 
+CountImages = Callable[[Sequence[FeatureExtractor], Sequence[Needs]], list[Population]]
 Compute = Callable[[Population, Population, FeatureExtractor], dict[str, float]]
 
 
@@ -199,6 +200,20 @@ class Measurement:
                 )
             chosen.append(None if found is None else found.to(extractor.device))
         return chosen
+
+    def completed(self, known: Sequence[Population | None], count: CountImages) -> list[Population]:
+        """`known`, one for each extractor, with those that are None by `count(extractors, needs)`, in that order.
+
+        Networks that have a reference do not look at the images. `count` may return nothing, as it does on ranks other
+        than the main one: then nothing is added.
+        """
+        found = list(known)
+        lacking = [place for place, population in enumerate(found) if population is None]
+        if lacking:
+            counted = count([self.extractors[i] for i in lacking], [self.needs[i] for i in lacking])
+            for place, population in zip(lacking, counted, strict=False):
+                found[place] = population
+        return found  # type: ignore[return-value]
 
     def check_counts(self, generated: int, real: Sequence[int | None]) -> None:
         """Raise `ConfigError` for a metric that so few images do not suffice for.

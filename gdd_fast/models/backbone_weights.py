@@ -11,7 +11,6 @@ from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbones import BACKBONES, fit_weights
 
 HUB_FILE = "model.safetensors"
-_HUB_SECONDS = 10.0
 HUB_REPOSITORIES = {
     "vgg16_bn": "timm/vgg16_bn.tv_in1k",
     "vgg16": "timm/vgg16.tv_in1k",
@@ -100,17 +99,15 @@ def _hub_file(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from gdd_fast.models.files.hub_question import ask_hub
+
     repository = HUB_REPOSITORIES[name]
     try:
         return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE, local_files_only=True))
     except LocalEntryNotFoundError:
         pass  # then it has to be fetched
     try:
-        # hf_hub_download by itself asks again and again for half a minute, and says so
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, HUB_FILE), timeout=_HUB_SECONDS)
-    except Exception as error:  # of whatever library the hub's client sends its requests with; it has changed
-        raise _not_fetched(name, error) from None
-    try:
+        ask_hub(repository, HUB_FILE)
         return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
     except (HfHubHTTPError, OSError) as error:
         raise _not_fetched(name, error) from None

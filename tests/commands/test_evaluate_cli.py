@@ -8,6 +8,8 @@ import torch
 
 from gdd_fast.data.demo import demo_dataset
 from gdd_fast.evaluate import main
+from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
+from gdd_fast.metrics.features.pixels import PixelFeatures
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.sample import main as sample
@@ -86,6 +88,45 @@ def test_a_kept_reference_stands_for_its_data_set(net, real, tmp_path, evaluate,
     by_reference = evaluate("--net", net, "--ref", reference, "--images", 30)
     assert by_reference["metrics"] == pytest.approx(by_data["metrics"])
     assert by_reference["real_images"] == 128
+
+
+def test_a_network_with_a_reference_does_not_look_at_the_real_images(net, real, tmp_path, capsys, monkeypatch, keep):
+    """Inception on a CPU takes minutes for what its reference already says."""
+    keep("--data", real, "--out", tmp_path / "ref.npz", "--data-images", 100)
+    seen = {}
+    for kind in (PixelFeatures, Lite0Features):
+        monkeypatch.setattr(kind, "__call__", counting(kind, seen))
+    asked = ["--net", net, "--data", real, "--images", "30", "--metrics", "fd@pixels,fd@lite0", "--device", "cpu"]
+    main([*map(str, asked), "--json"])
+    by_data = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    assert seen == {PixelFeatures: 158, Lite0Features: 158}
+    seen.clear()
+    main([*map(str, asked), "--ref", str(tmp_path / "ref.npz"), "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    assert seen == {PixelFeatures: 31, Lite0Features: 159}, "one more to learn how many features there are"
+    assert found["fd-lite0-64"] == pytest.approx(by_data["fd-lite0-64"])
+    assert found["fd-pixels-16"] != pytest.approx(by_data["fd-pixels-16"]), "of the 100 images of the reference"
+
+
+def test_nearest_images_are_those_of_the_data_whatever_a_reference_holds(net, real, tmp_path, capsys, keep):
+    keep("--data", "demo-test", "--out", tmp_path / "ref.npz", "--with-features", "--data-images", 100)
+    asked = ["--net", net, "--data", real, "--images", "30", "--metrics", "nn@pixels", "--device", "cpu", "--json"]
+    values = []
+    for name, more in (("data", []), ("reference", ["--ref", tmp_path / "ref.npz"])):
+        main([*map(str, [*asked, "--nn-sheet", tmp_path / f"{name}.png", *more])])
+        values.append(json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"])
+    assert values[0] == values[1]
+    assert (tmp_path / "data.png").read_bytes() == (tmp_path / "reference.png").read_bytes()
+
+
+def counting(kind, seen):
+    keep = kind.__call__
+
+    def call(self, images):
+        seen[kind] = seen.get(kind, 0) + len(images)
+        return keep(self, images)
+
+    return call
 
 
 def test_parts_of_the_sets(real, evaluate):

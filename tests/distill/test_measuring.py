@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import SIZE, tiny_config, tiny_network, write_inputs
+from tiny_run import SIZE, tiny_config, tiny_flags, tiny_network, write_inputs
 
 from gdd_fast.config import override
 from gdd_fast.data import write_edm_zip
@@ -122,6 +122,38 @@ def test_two_ranks_measure_what_one_does(measured, tmp_path):
     )._measure(tiny_network().eval(), comparison.ONE_STEP)
     assert len(together) == 1, "the main rank alone computes"
     assert together[0] == pytest.approx(alone, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_a_whole_run_under_torchrun_measures_and_keeps_what_one_process_finds(tmp_path):
+    """Two processes: start, ticks, the best generators, the page; and the command alone finds the last values again."""
+    write_inputs(tmp_path)
+    metrics, images = "fd@pixels,pr@pixels,kid@pixels,fd@lite0", 9
+    flags = [
+        *tiny_flags(tmp_path, duration_mimg=16e-6, evaluate_images=images, evaluate_ticks=1, evaluate_metrics=metrics),
+        "--evaluate-at-start",
+    ]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        [*start, "-m", "gdd_fast.train", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("One-step generator in") == 1
+    keys = KEYS | {"kid-pixels-16", "kid_std-pixels-16", "fd-lite0-64"}
+    found = lines(tmp_path)
+    assert list(found) == [0, 8, 16] and all(line.keys() >= keys for line in found.values())
+    assert {f"teacher_{key}" for key in keys} <= found[0].keys()
+    best = read_best(tmp_path / "run")
+    assert best.keys() == {key for key in keys if "_std" not in key}
+    for key, kept in best.items():
+        better = min if key.startswith(("fd", "kid")) else max
+        assert kept["value"] == better(found[8][key], found[16][key])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "fd-lite0-64" in page and "teacher_recall-pixels-16" in page
+    data = str(tmp_path / "data.zip")
+    asked = EvaluateConfig(net=str(tmp_path / "run"), data=data, metrics=metrics, images=images, device="cpu")
+    assert {key: found[16][key] for key in keys} == pytest.approx(evaluate(asked)["metrics"], rel=1e-4, abs=1e-6)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(measured, tmp_path, monkeypatch):

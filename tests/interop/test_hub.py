@@ -177,15 +177,17 @@ def test_other_modules_are_refused(tmp_path):
 def test_a_repository_with_a_pipeline_of_diffusers_is_a_teacher(monkeypatch, tmp_path):
     asked = []
 
-    def file(repo_id, name, **options):
+    def file(repo_id, name, *, local_files_only):
+        assert not local_files_only
         asked.append((repo_id, name))
         return str(tmp_path / "commit" / name)
 
-    def snapshot(repo_id, *, revision, allow_patterns):
+    def snapshot(repo_id, *, revision, allow_patterns, local_files_only):
         asked.append((repo_id, revision))
         assert "model_index.json" in allow_patterns
         return str(tmp_path / "commit")
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **options: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert hub.locate_teacher("google/ddpm-cifar10-32") == tmp_path / "commit"
@@ -193,6 +195,32 @@ def test_a_repository_with_a_pipeline_of_diffusers_is_a_teacher(monkeypatch, tmp
     assert hub.locate_teacher("no-such.pkl") == Path("no-such.pkl") and len(asked) == 2
     with pytest.raises(WeightsError, match="no/such/folder"):
         hub.locate_teacher("no/such/folder")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_is_read(net, tmp_path, monkeypatch):
+    """A mistyped name of a run, on a machine without a connection: no tries again, and the cause in the error."""
+
+    class NoConnection(Exception):
+        """An error of the HTTP library, which is no OSError."""
+
+    asked = []
+
+    def no_connection(url, **options):
+        asked.append(url)
+        raise NoConnection("Name or service not known\nmany more lines")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", no_connection)
+    # the client's own questions, which it repeats
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda **_: pytest.fail("asked again"))
+    monkeypatch.chdir(tmp_path)
+    for find in (hub.network_path, hub.locate):
+        with pytest.raises(WeightsError, match=r"^runmine is neither .* on the Hub: Name or service not known\. Check"):
+            find("runmine")
+    assert len(asked) == 2 and asked[0].endswith("/runmine/resolve/main/model_index.json")
+    put_in_cache(net, tmp_path / "cache")
+    assert hub.network_path("user/name") == hub.locate("user/name")
+    assert len(asked) == 4
 
 
 @pytest.fixture
@@ -297,5 +325,6 @@ def test_a_repository_without_a_pipeline_is_our_own(monkeypatch, tmp_path):
             raise EntryNotFoundError.__new__(EntryNotFoundError)
         return str(tmp_path / "commit" / name)
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **options: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
     assert hub.locate_teacher("user/name") == tmp_path / "commit"

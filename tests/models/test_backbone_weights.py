@@ -31,7 +31,7 @@ def no_hub(monkeypatch):
         asked.append((repository, filename, local_files_only))
         raise LocalEntryNotFoundError("nothing in the cache")
 
-    def metadata(url, timeout):
+    def metadata(url, timeout, token):
         assert 0 < timeout <= 10
         asked.append(url)
         raise NoConnection("no connection\nmany more lines")

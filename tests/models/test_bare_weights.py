@@ -8,6 +8,7 @@ import torch
 from edm_reference import AUGMENT_DIM, FULL, SIZE, SMALL, fill
 from safetensors.torch import save_file
 
+from gdd_fast.bundled import BUNDLED_TEACHER
 from gdd_fast.config import DEMO, PRESETS
 from gdd_fast.convert import ConvertConfig, convert
 from gdd_fast.errors import ConfigError, WeightsError
@@ -58,6 +59,13 @@ def test_weights_alone_become_a_network(net, like, tmp_path, suffix, form):
         torch.testing.assert_close(found(x, 80.0), net(x, 80.0), **tolerance)
 
 
+@pytest.mark.parametrize("preset", ["demo", "demo-gdd"])
+def test_the_demos_presets_name_its_teacher(tmp_path, preset):
+    teacher = load_generator(BUNDLED_TEACHER)
+    torch.save(teacher.state_dict(), tmp_path / "weights.pt")
+    torch.testing.assert_close(network_like(tmp_path / "weights.pt", preset).state_dict(), teacher.state_dict())
+
+
 def test_the_augmentation_layer_is_as_in_the_file(net, like, tmp_path):
     torch.save(net.state_dict(), tmp_path / "weights.pth")
     found = network_like(tmp_path / "weights.pth", like)
@@ -95,8 +103,10 @@ def test_files_that_are_none(tmp_path, canary):
     empty.write_bytes(b"")
     several = tmp_path / "several.pt"
     torch.save({"net": {"a": torch.zeros(1)}, "opt": {"b": torch.zeros(1)}}, several)
+    (tmp_path / "text.pt").write_text("hello")
     for path, reason in (
         (broken, "cannot be read"),
+        (tmp_path / "text.pt", "no file of torch.save"),
         (hostile, "more than tensors"),
         (empty, "cannot be read"),
         (several, "--key can be net or opt"),

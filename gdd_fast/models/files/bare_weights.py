@@ -71,7 +71,8 @@ def _read(path: Path) -> Any:
             f"{path} holds more than tensors, and nothing but tensors is loaded: save the network's state_dict alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        # a KeyError's text is a byte that is no instruction of a pickle
+        reason = "no file of torch.save" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise WeightsError(f"{path} cannot be read ({reason:.200}): the file is damaged; get it again") from error
 
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gdd_fast.bundled import teacher_path
+from gdd_fast.config import DEMO
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
 from gdd_fast.models.files import bare_weights, diffusers_folder, pickle_reader
@@ -129,10 +131,11 @@ def network_like(path: Path, like: str, key: str = "ema") -> EDMPrecond:
     state, augment_dim = bare_weights.read_bare(path, key)
     cls, init = EDMPrecond, published(like)
     if init is None:
-        if not Path(like).exists():
+        source = teacher_path(DEMO if like == f"{DEMO}-gdd" else like)  # the demo's presets, and any path
+        if not source.exists():
             names = ", ".join(PUBLISHED)
             raise WeightsError(f"--like {like}: there is no such network; give a path, a preset's name, or {names}")
-        other = load_generator(like)
+        other = load_generator(source)
         if not isinstance(other, EDMPrecond):
             raise WeightsError(f"--like {like}: that is a network of diffusers', which keeps its own names of weights.")
         cls, init = type(other), other.init_config()
