@@ -20,18 +20,54 @@ namespace {
 constexpr size_t kMostPlans = 4096;  // more are shapes that do not return: all are dropped
 constexpr int64_t kAlignment = 16;   // what Triton compiles kernels anew for
 
-// cuLaunchKernel, found where the driver is: the extension is built without CUDA as well.
-using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                             unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
-                             void** extra);
+// Of the driver's functions, found where the driver is: the extension is built without CUDA as well.
+struct CudaDriver {
+  int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
+  int (*current_context)(void** context);
+  int (*device)(int* device, int ordinal);
+  int (*retain_primary)(void** context, int device);
+  int (*set_current_context)(void* context);
+};
 
-LaunchKernel launch_kernel() {
-  static const LaunchKernel found = [] {
+const CudaDriver& cuda_driver() {
+  static const CudaDriver found = [] {
     void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
-    return library == nullptr ? nullptr : reinterpret_cast<LaunchKernel>(dlsym(library, "cuLaunchKernel"));
+    TORCH_CHECK(library != nullptr, "libcuda.so.1 was not found: Triton's kernels cannot be launched");
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+      TORCH_CHECK(function != nullptr, "libcuda.so.1 has no ", name, ": Triton's kernels cannot be launched");
+    };
+    CudaDriver driver{};
+    find(driver.launch, "cuLaunchKernel");
+    find(driver.current_context, "cuCtxGetCurrent");
+    find(driver.device, "cuDeviceGet");
+    find(driver.retain_primary, "cuDevicePrimaryCtxRetain");
+    find(driver.set_current_context, "cuCtxSetCurrent");
+    return driver;
   }();
-  TORCH_CHECK(found != nullptr, "libcuda.so.1 with cuLaunchKernel was not found: Triton's kernels cannot be launched");
   return found;
+}
+
+void check(int error, const char* what) { TORCH_CHECK(error == 0, "CUDA error ", error, " at ", what); }
+
+// A thread that has not called CUDA's runtime, such as autograd's where the first kernel is one of these, has no context
+// to launch in; to be told its device, as a guard does, gives it none.
+void ensure_context(at::Device device) {
+  const CudaDriver& driver = cuda_driver();
+  void* context = nullptr;
+  check(driver.current_context(&context), "the current context");
+  if (context != nullptr) return;
+  static std::mutex mutex;
+  static std::unordered_map<int, void*> retained;  // for as long as the process lives
+  const std::scoped_lock lock(mutex);
+  void*& primary = retained[std::max<int>(device.index(), 0)];
+  if (primary == nullptr) {
+    int handle = 0;
+    check(driver.device(&handle, std::max<int>(device.index(), 0)), "the device of a launch");
+    check(driver.retain_primary(&primary, handle), "the context of a device");
+  }
+  check(driver.set_current_context(primary), "the context of a thread");
 }
 
 void* current_stream(at::Device device) {
@@ -112,9 +148,10 @@ void LaunchPlan::launch(const Launch& launch, const std::vector<at::Tensor>& ten
     values[i] = slot < 0 ? launch.numbers[i] : reinterpret_cast<uint64_t>(tensors[slot].data_ptr());
   }
   const auto [x, y, z] = launch.grid;
-  const int error = launch_kernel()(launch.function, x, y, z, launch.threads, 1, 1, launch.shared,
-                                    current_stream(device_), arguments.data(), nullptr);
-  TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a Triton kernel");
+  ensure_context(device_);
+  check(cuda_driver().launch(launch.function, x, y, z, launch.threads, 1, 1, launch.shared, current_stream(device_),
+                             arguments.data(), nullptr),
+        "the launch of a Triton kernel");
 }
 
 LaunchPlans::LaunchPlans(py::object planner) : planner_(planner.release().ptr()) {}

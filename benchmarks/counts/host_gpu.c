@@ -5,9 +5,13 @@
 long gdd_launches = 0;
 void (*gdd_watcher)(void* function, const unsigned* grid, unsigned threads, unsigned shared, void** params) = 0;
 
+// As in CUDA, a thread has none until it asks for one.
+static _Thread_local CUcontext current_context = 0;
+
 CUresult cuLaunchKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** params,
                         void** extra) {
+  if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
   const unsigned grid[3] = {grid_x, grid_y, grid_z};
   gdd_launches++;
   if (gdd_watcher) gdd_watcher(f, grid, block_x * block_y * block_z, shared, params);
@@ -54,6 +58,16 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdevicep
 }
 
 CUresult cuCtxGetCurrent(CUcontext* context) {
+  *context = current_context;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+  current_context = context;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   *context = (CUcontext)16;
   return CUDA_SUCCESS;
 }
@@ -66,8 +80,6 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 #define SUCCEEDS(name, ...) \
   CUresult name(__VA_ARGS__) { return CUDA_SUCCESS; }
 SUCCEEDS(cuDeviceGet, CUdevice* device, int ordinal)
-SUCCEEDS(cuCtxSetCurrent, CUcontext context)
-SUCCEEDS(cuDevicePrimaryCtxRetain, CUcontext* context, CUdevice device)
 SUCCEEDS(cuFuncSetCacheConfig, CUfunction f, CUfunc_cache config)
 SUCCEEDS(cuFuncSetAttribute, CUfunction f, CUfunction_attribute which, int value)
 SUCCEEDS(cuCtxGetLimit, size_t* value, CUlimit limit)

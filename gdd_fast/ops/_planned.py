@@ -35,11 +35,15 @@ def plans(planner: Planner) -> Any | None:
 
 @functools.cache
 def _knows_streams(module: Any) -> bool:
-    """Whether this PyTorch tells C++ which stream of a GPU is the current one, as 2.11 on does where it is asked."""
+    """Whether this PyTorch tells C++ which stream of a GPU is the current one, as 2.11 on does where it is asked.
+
+    Asked on a stream of its own: the handle of the default stream is 0, as is that of a stream that is not known.
+    """
     if not torch.cuda.is_available():
         return True
     x = torch.empty(0, device="cuda")
-    try:
-        return module.current_stream(x) == torch.cuda.current_stream().cuda_stream
-    except (NotImplementedError, RuntimeError):
-        return False
+    with torch.cuda.stream(torch.cuda.Stream()):
+        try:
+            return module.current_stream(x) == torch.cuda.current_stream().cuda_stream
+        except (NotImplementedError, RuntimeError):
+            return False

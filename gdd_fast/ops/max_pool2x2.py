@@ -47,18 +47,19 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
         y = extension.planned_max_pool2x2(cache, x, backend)
         if y is not None:
             return y
-    _check(x)
-    implementation = _choose(backend, x.device.type)
+    implementation = _chosen(x, backend)
     if implementation == "torch":
         return max_pool2x2_ref(x)
     return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), implementation)
 
 
-def _check(x: Tensor) -> None:
+def _chosen(x: Tensor, backend: Backend) -> str:
+    """The implementation that runs; raises what `max_pool2x2` raises."""
     if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 2:
         raise InputError(
             f"max_pool2x2: x must be floating (N, C, H, W) of at least 2x2 pixels, not {x.dtype} {tuple(x.shape)}"
         )
+    return _choose(backend, x.device.type)
 
 
 def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
@@ -76,8 +77,7 @@ def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tup
 
         return plan(spread, tensors)
     (x,) = tensors
-    _check(x)
-    if _choose(backend, x.device.type) != "triton":
+    if _chosen(x, backend) != "triton":
         return None
     return plan(lambda: kernels.max_pool2x2(x), tensors)
 

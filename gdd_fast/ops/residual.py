@@ -91,8 +91,7 @@ def residual(
         pair = extension.planned_residual(cache, h, skip, bias, scale, statistics, backend)
         if pair is not None:
             return pair if statistics else pair[0]
-    _check(h, skip, bias, statistics)
-    if _choose(backend, h.device.type, h.dtype == torch.float64) == "torch":
+    if _chosen(h, skip, bias, statistics, backend) == "torch":
         y = residual_ref(h, skip, bias, scale)
         return (y, channel_statistics_ref(y)) if statistics else y
     y, s = torch.ops.gdd_fast.residual.default(h, skip, bias, float(scale), statistics)
@@ -104,13 +103,13 @@ def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tup
     from gdd_fast.kernels._plans import plan
 
     (h, skip, bias), (scale, statistics) = tensors, numbers
-    _check(h, skip, bias, bool(statistics))
-    if _choose(backend, h.device.type, h.dtype == torch.float64) != "triton":
+    if _chosen(h, skip, bias, bool(statistics), backend) != "triton":
         return None
     return plan(lambda: _launched(h, skip, bias, scale, bool(statistics)), tensors)
 
 
-def _check(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool) -> None:
+def _chosen(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool, backend: Backend) -> str:
+    """The implementation that runs; raises what `residual` raises."""
     if h.dim() != 4 or h.shape != skip.shape:
         raise InputError(
             f"residual: h and skip must be (N, C, H, W) of one shape, not {tuple(h.shape)} and {tuple(skip.shape)}"
@@ -129,6 +128,7 @@ def _check(h: Tensor, skip: Tensor, bias: Tensor | None, statistics: bool) -> No
             raise InputError(f"residual: {name} is on {tensor.device}, h on {h.device}")
     if statistics and (h.shape[2] == 0 or h.shape[3] == 0):
         raise InputError(f"residual: h of shape {tuple(h.shape)} has no pixels to take statistics of")
+    return _choose(backend, h.device.type, h.dtype == torch.float64)
 
 
 # Without statistics the second result is empty.

@@ -1,10 +1,12 @@
 """Launch plans: kept by the kind of a call and nothing else, and what they launch is what Triton would."""
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
+import types
 import weakref
 
 import pytest
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.counts.offline import ROOT
 from gdd_fast.backend import extension, has_extension, obstacle
+from gdd_fast.ops import _planned, max_pool2x2, residual
 from gdd_fast.ops import group_norm_silu as norm
-from gdd_fast.ops import max_pool2x2, residual
 from gdd_fast.ops.frozen_conv2d_relu import frozen_conv2d_relu
 from gdd_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from parity import device_for
@@ -142,11 +144,55 @@ def test_every_operator_runs_by_plan(monkeypatch):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+class Stream:
+    """Of a GPU that is not there, other than its default one."""
+
+    cuda_stream = 7
+
+
+@pytest.mark.parametrize(("told", "known"), [(lambda now: now, True), (lambda now: 0, False)], ids=["told", "not"])
+def test_streams_are_known_where_another_than_the_default_is_told(told, known, monkeypatch):
+    """The default stream's handle is 0, which is also what somebody says who knows of none."""
+    current = [types.SimpleNamespace(cuda_stream=0)]
+
+    @contextlib.contextmanager
+    def stream(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: empty(*shape))
+    for name, value in (
+        ("is_available", lambda: True), ("Stream", Stream), ("stream", stream), ("current_stream", lambda: current[-1])
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    module = types.SimpleNamespace(current_stream=lambda x: told(current[-1].cuda_stream))
+    assert _planned._knows_streams.__wrapped__(module) is known
+    assert current[-1].cuda_stream == 0
+
+
 _LAUNCHED = """
-import json, os
+import json, math, os, threading
 import torch
-from benchmarks.counts.host_cost import rows, without_plans
+from torch.nn import functional as F
+from benchmarks.counts.host_cost import Row, rows, without_plans
 from benchmarks.counts.host_gpu import stubbed
+from gdd_fast.ops.group_norm_silu import group_norm_silu
+from gdd_fast.ops.residual import residual
+from parity import promised
+
+def strange():
+    # six floats into its memory, and images more than 2^31 elements apart
+    shape = (2, 32, 8, 8)
+    shifted = torch.zeros(2 * 2048 + 6)[6:].as_strided(shape, (2048, 1, 256, 32))
+    far = promised(2**31 + 4096).as_strided(shape, (2**31 + 16, 1, 256, 32))
+    weight = torch.ones(32)
+    for name, x in (("shifted", shifted), ("far", far)):
+        yield Row(name + " norm", lambda x, w: group_norm_silu(x, 8, w, w, backend="triton"),
+            lambda x, w: F.group_norm(x, 8, w, w), [x.requires_grad_(), weight.clone().requires_grad_()])
+        yield Row(name + " residual", lambda x, skip: residual(x, skip, backend="triton"), torch.add,
+            [x.detach().requires_grad_(), torch.ones(shape).requires_grad_()])
 
 def seen(stub, row, shape):
     with stub.watching() as found:
@@ -159,23 +205,52 @@ def seen(stub, row, shape):
 
 with stubbed() as stub:
     result = {}
-    for row in rows(size=32, batch=2):
+    for row in (*rows(size=32, batch=2), *strange()):
         shape = torch.ones_like(row.theirs(*row.inputs))
         ours = [seen(stub, row, shape) for _ in range(2)]
         with without_plans():
             result[row.name] = [*ours, seen(stub, row, shape)]
-print(json.dumps(result))
+
+    def launched():
+        with torch.no_grad():
+            try:
+                group_norm_silu(torch.zeros(2, 32, 8, 8), 8, torch.ones(32), torch.ones(32), backend="triton")
+            except RuntimeError as error:
+                said.append(str(error))
+
+    said = []
+    launched()  # which plans it
+    thread = threading.Thread(target=launched)
+    thread.start()
+    thread.join()
+print(json.dumps([result, said]))
 """
 
 
-def test_plans_launch_what_triton_launches():
-    """Grids, threads, shared memory, numbers and inputs of every launch, under a driver that writes them down."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def launched() -> tuple[dict[str, list], list[str]]:
+    """Launches by call, twice by plan and once by Triton; and errors of a thread that launches without a context."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", _LAUNCHED], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    launched = json.loads(done.stdout.splitlines()[-1])
-    assert len(launched) == 5
-    for name, (first, again, by_triton) in launched.items():
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_plans_launch_what_triton_launches(launched):
+    """Grids, threads, shared memory, numbers and inputs of every launch, under a driver that writes them down: also of
+    memory that is not aligned, and with steps of 64 bits."""
+    calls, _ = launched
+    assert len(calls) == 9
+    for name, (first, again, by_triton) in calls.items():
         assert first == again == by_triton, name
-        assert len(by_triton) >= (1 if name == "residual" else 2), name
-    assert len(launched["group_norm_silu"][2]) == 4  # statistics and norm, sums and gradients
+        assert len(by_triton) >= (1 if "residual" in name else 2), name
+    assert len(calls["group_norm_silu"][2]) == 4  # statistics and norm, sums and gradients
+    numbers = [value for launch in calls["far norm"][0] for value in launch[4].values()]
+    assert 2**31 + 16 in numbers
+
+
+def test_a_thread_without_a_context_is_given_one(launched):
+    """Such as autograd's, where the first kernel of a backward pass is one of these."""
+    _, said = launched
+    assert said == []

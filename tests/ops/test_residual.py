@@ -48,6 +48,19 @@ def test_statistics_of_the_result(size, dtype, backend):
         torch.testing.assert_close(s[:, i, 1].double(), run.var(2, correction=0) * run.shape[2], rtol=1e-5, atol=1e-5)
 
 
+@BACKENDS
+@pytest.mark.parametrize("outlier", [0, 32, 63], ids=lambda i: f"pixel {i}")
+def test_statistics_far_from_zero_and_with_an_outlier(outlier, backend):
+    """What a run is summed less of may be its oddest value, and its mean far above its spread."""
+    h = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)) + 1000
+    h.view(1, 4, 64)[:, :, outlier] += torch.tensor([0.0, 10.0, 100.0, -3000.0])
+    h = h.to(device_for(backend))
+    _, s = residual(h, torch.zeros_like(h), statistics=True, backend=backend)
+    want = h.double().flatten(2)
+    torch.testing.assert_close(s[:, 0, 0].double(), want.mean(2), rtol=5e-7, atol=0)
+    torch.testing.assert_close(s[:, 0, 1].double(), want.var(2, correction=0) * 64, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("pixels", [1, 63, 64, 65, 130, 1000, 1024, 4096, 1025, 99991])
 def test_no_run_of_pixels_is_empty(pixels):
     parts = statistics_parts(pixels)

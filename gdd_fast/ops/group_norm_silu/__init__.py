@@ -27,7 +27,7 @@ from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import compute_dtype, empty_map, memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
 from gdd_fast.ops.group_norm_silu import definition, fused
-from gdd_fast.ops.group_norm_silu.norm_inputs import DIFFERENTIABLE, LENGTH, SCHEMA, NormInputs, check
+from gdd_fast.ops.group_norm_silu.norm_inputs import DIFFERENTIABLE, LENGTH, SCHEMA, NormInputs, Statistics, check
 
 OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}), float64=False)
 _choose = chooser(OPERATOR)
@@ -105,10 +105,9 @@ def group_norm_silu(
         if y is not None:
             return y
     inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
-    check(inputs, known)
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
-    implementation = chosen(inputs.x, backend)
+    implementation = _decided(inputs, known, backend)
     keeps = torch.is_grad_enabled()
     # a compiler fuses the definition itself, and without gradients there is nothing to save
     plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
@@ -136,10 +135,15 @@ def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tup
     x, skip, weight, bias, add, scale, shift, *known = tensors
     groups, eps, silu = numbers
     inputs = NormInputs(x, skip, int(groups), weight, bias, eps, add, scale, shift, bool(silu))
-    check(inputs, tuple(known))
-    if chosen(x, backend) != "triton" or x.shape[0] == 0:
+    if _decided(inputs, tuple(known), backend) != "triton" or x.shape[0] == 0:
         return None
     return plan(lambda: fused.forward_triton(inputs, tuple(known)), tensors)
+
+
+def _decided(inputs: NormInputs, known: Statistics, backend: Backend) -> str:
+    """The implementation that runs; raises what `group_norm_silu` raises."""
+    check(inputs, known)
+    return chosen(inputs.x, backend)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> str:
