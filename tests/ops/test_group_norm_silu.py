@@ -103,7 +103,9 @@ def test_a_mean_far_above_the_spread(shape, known, backend):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device_for(backend)) + 3000
     weight, bias = torch.ones(8, device=x.device), torch.zeros(8, device=x.device)
     want = group_norm_silu_ref(x.double(), 2, weight.double(), bias.double())
-    _, statistics = residual(x, torch.zeros_like(x), statistics=True, backend="triton" if backend == "triton" else "torch")
+    _, statistics = residual(
+        x, torch.zeros_like(x), statistics=True, backend="triton" if backend == "triton" else "torch"
+    )
     got = group_norm_silu(x, 2, weight, bias, statistics=statistics if known else None, backend=backend)
     # x itself is rounded to 2^-12, one part in 4096 of its spread; nothing more may be lost
     assert (got - want).abs().max() < 1e-3

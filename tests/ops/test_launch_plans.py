@@ -229,7 +229,7 @@ print(json.dumps([result, said]))
 
 @pytest.fixture(scope="module")
 def launched() -> tuple[dict[str, list], list[str]]:
-    """Launches by call, twice by plan and once by Triton; and what a thread without a context heard that launched one."""
+    """Launches by call, twice by plan and once by Triton; and errors of a thread that launches without a context."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", _LAUNCHED], env=environment, cwd=ROOT, capture_output=True, text=True)
