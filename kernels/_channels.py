@@ -3,11 +3,11 @@
 All offsets are 64-bit, all arithmetic is float32.
 
 Statistics of a tensor (N, C, H, W) are (N, P, 2, C): the mean and the sum of squared deviations (M2) of each channel
-over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. A run of n pixels is summed less
-one of its own values, k: with d = x - k, M2 = sum(d^2) - sum(d)^2 / n. As k is one of the values, M2 is (mean - k)^2 or
-more, the terms at most n times as large, and a mean far above the spread costs no digit. k is the pixel in the middle:
-corners of a convolution's result are often far out. Runs are merged as in Chan, Golub & LeVeque (1979), also relative
-to one of them.
+over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. A run of n pixels is summed
+less one of its own values, k: with d = x - k, M2 = sum(d^2) - sum(d)^2 / n. As k is one of the values, M2 is (mean -
+k)^2 or more, the terms at most n times as large, and a mean far above the spread costs no digit. k is the pixel in the
+middle: corners of a convolution's result are often far out. Runs are merged as in Chan, Golub & LeVeque (1979), also
+relative to one of them.
 """
 
 import triton

@@ -4,10 +4,11 @@
     python -m benchmarks.counts.offline_table --sample 20    compiles every 20th row, prints and writes nothing
     python -m benchmarks.counts.offline_table --all          compiles every form of every row, prints what spills
 
-The kernels that the networks launch (benchmarks/counts/launches.py) are grouped into rows by what decides their code: the
-tile, and which loops there are. Of a row the form that asks for most is compiled for sm_80 and sm_90 (`representative`),
-250 kernels in all, a third of a second each on an idle core. Rows of operators whose kernels are what they were are kept.
-The table is written after every portion, so that a run that was interrupted goes on where it stopped.
+The kernels that the networks launch (benchmarks/counts/launches.py) are grouped into rows by what decides their code:
+the tile, and which loops there are. Of a row the form that asks for most is compiled for sm_80 and sm_90
+(`representative`), 250 kernels in all, a third of a second each on an idle core. Rows of operators whose kernels are
+what they were are kept. The table is written after every portion, so that a run that was interrupted goes on where it
+stopped.
 """
 
 import argparse
@@ -43,13 +44,13 @@ NCSN++ at 32 and 64 and ADM at 64 pixels, VGG-16 and EfficientNet-lite0 at 224, 
 and contiguous, bfloat16 and float32.
 
 A row is a kernel with its tile; `forms` counts what Triton makes of it for types, group sizes and what it knows of the
-other arguments. The one of them that asks for most is compiled: the fullest in arguments, in bfloat16 if it comes in it,
-with the fewest channels in its block, of the layer that stands last; `id` is a digest of all. Registers are a thread's,
-spilled bytes a thread's, shared memory a program's in bytes. Of the machine code: `instructions` of a thread in all;
-`per result` those of its loops over tiles (benchmarks/counts/sass.py), for each element of the tile that a thread has,
-of a pair of maps the mean of both; `load` is the mean width of these loops' loads in bytes; `in flight` the kilobytes
-that a multiprocessor has asked for at once, with as many programs as its registers and shared memory hold, less those
-of lanes without a channel. Each as "sm_80 / sm_90".
+other arguments. The one of them that asks for most is compiled: the fullest in arguments, in bfloat16 if it comes in
+it, with the fewest channels in its block, of the layer that stands last; `id` is a digest of all. Registers are a
+thread's, spilled bytes a thread's, shared memory a program's in bytes. Of the machine code: `instructions` of a thread
+in all; `per result` those of its loops over tiles (benchmarks/counts/sass.py), for each element of the tile that a
+thread has, of a pair of maps the mean of both; `load` is the mean width of these loops' loads in bytes; `in flight` the
+kilobytes that a multiprocessor has asked for at once, with as many programs as its registers and shared memory hold,
+less those of lanes without a channel. Each as "sm_80 / sm_90".
 
 Sources: {sources}
 
@@ -105,9 +106,7 @@ class Row:
 
     def __str__(self) -> str:
         values = list(dataclasses.astuple(self))
-        values[_NUMBERS] = (
-            " / ".join(f"{n:.1f}".removesuffix(".0") for n in cell) for cell in values[_NUMBERS]
-        )
+        values[_NUMBERS] = (" / ".join(f"{n:.1f}".removesuffix(".0") for n in cell) for cell in values[_NUMBERS])
         return f"| {' | '.join(values)} |"
 
     @property

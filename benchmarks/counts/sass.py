@@ -1,4 +1,4 @@
-"""What a compiled kernel does per tile, read from its machine code (SASS): instructions, width of loads, loads in flight.
+"""What a compiled kernel does per tile, from its machine code (SASS): instructions, width of loads, loads in flight.
 
 The tile loops of a kernel are its innermost loops that read global memory; a kernel without any works on one tile, and
 counts as a whole. Counts are static: of the code of one thread, each instruction once.
@@ -152,8 +152,8 @@ def _text(cubin: bytes) -> bytes:
     return cubin[found[0][4] : found[0][4] + found[0][5]]
 
 
-# Of a multiprocessor: registers, in so many partitions, and warps; programs, and what each takes of shared memory besides
-# its own.
+# Of a multiprocessor: registers, in so many partitions, and warps; programs, and what each takes of shared memory
+# besides its own.
 _REGISTERS, _PARTITIONS, _WARPS, _PROGRAMS, _OWN_SHARED = 65536, 4, 64, 32, 1024
 _SHARED = {80: 164 * 1024, 90: 228 * 1024}
 

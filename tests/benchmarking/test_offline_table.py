@@ -89,9 +89,9 @@ def test_no_kernel_spills():
         assert all(row.registers) and all(n <= 160 * 1024 for n in row.shared), row  # of an A100's 163 KiB
 
 
-# Of the kernels that move more than they compute: the least mean width of their loads, in bytes, and the bytes that they
-# move for each result in bfloat16. The backward pass of pooling reads places of 8 bytes beside gradients of 16, the mask
-# single bytes of bits.
+# Of the kernels that move more than they compute: the least mean width of their loads, in bytes, and the bytes that
+# they move for each result in bfloat16. The backward pass of pooling reads places of 8 bytes beside gradients of 16,
+# the mask single bytes of bits.
 MEMORY_BOUND = {
     "group_norm_silu.statistics_kernel": (16, 2),
     "group_norm_silu.forward_kernel": (16, 4),
