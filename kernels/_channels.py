@@ -1,10 +1,13 @@
-"""What the channel-wise kernels share: tiles, Welford statistics, sums over groups, affine parts.
+"""What the channel-wise kernels share: tiles, statistics, sums over groups, affine parts, the sigmoid.
 
-All offsets are 64-bit.
+All offsets are 64-bit, all arithmetic is float32.
 
-Statistics of a tensor (N, C, H, W) are float32 (N, P, 2, C): the mean and the sum of squared deviations (M2) of each
-channel over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. Merging follows Chan,
-Golub & LeVeque (1979); no value is a difference of large squares.
+Statistics of a tensor (N, C, H, W) are (N, P, 2, C): the mean and the sum of squared deviations (M2) of each channel
+over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. A run of n pixels is summed
+less one of its own values, k: with d = x - k, M2 = sum(d^2) - sum(d)^2 / n. As k is one of the values, M2 is (mean -
+k)^2 or more, the terms at most n times as large, and a mean far above the spread costs no digit. k is the pixel in the
+middle: corners of a convolution's result are often far out. Runs are merged as in Chan, Golub & LeVeque (1979), also
+relative to one of them.
 """
 
 import triton
@@ -32,60 +35,53 @@ def tile_step(stride_s, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def column_sum(v):
-    """Sum over the tile's pixels, float64: once per program, that costs nothing."""
-    return tl.sum(v.to(tl.float64), 0)
+def pixel_row(x, stride_c, stride_s, channel, inside, pixel):
+    """One pixel [channels] of the sample at `x`; zero for channels not `inside`."""
+    return tl.load(x + channel.to(tl.int64) * stride_c + tl.cast(pixel, tl.int64) * stride_s, inside, 0)
 
 
 @triton.jit
-def welford_update(mean, m2, x, inside, count):
-    """Take up x where `inside`: the `count`-th value (from 1) of every element that is still inside."""
-    delta = tl.where(inside, x - mean, 0.0)
-    mean += delta * (1.0 / count)
-    return mean, m2 + delta * (x - mean)
-
-
-@triton.jit
-def welford_reduce(mean, m2, start, end, BLOCK_S: tl.constexpr):
-    """Channels' mean and M2, float64, from those of a tile's elements, which went from `start` to `end`."""
-    pixels = end - start
-    values = tl.maximum(pixels - tl.arange(0, BLOCK_S) + BLOCK_S - 1, 0) // BLOCK_S
-    count = values.to(tl.float32)[:, None]
-    total = column_sum(mean * count) / (pixels * 1.0)
-    delta = mean - total.to(tl.float32)[None, :]
-    return total, column_sum(m2 + count * delta * delta)
+def run_statistics(sums, squares, k, start, end):
+    """Mean and M2 [channels] of the run start <= s < end from a tile's sums of x - k and of their squares."""
+    total = tl.sum(sums, 0)
+    mean = total * (1.0 / (end - start))
+    return k + mean, tl.sum(squares, 0) - total * mean
 
 
 @triton.jit
 def channel_statistics(
     x, stride_c, stride_s, channel, inside, start, end, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """Mean and M2, float64 [BLOCK_C], of the pixels start <= s < end; zero for channels not `inside`."""
+    """Mean and M2 [BLOCK_C] of the pixels start <= s < end; zero for channels not `inside`."""
     pointers = tile_pointers(x, stride_c, stride_s, channel, start, BLOCK_S)
-    mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    count = 0.0
+    raw = pixel_row(x, stride_c, stride_s, channel, inside, start + (end - start) // 2)
+    k = raw.to(tl.float32)
+    sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for s in range(start, end, BLOCK_S):
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
-        count += 1.0
-        mean, m2 = welford_update(mean, m2, tl.load(pointers, valid, 0).to(tl.float32), valid, count)
+        d = tl.load(pointers, valid, raw[None, :]).to(tl.float32) - k[None, :]
+        sums += d
+        squares += d * d
         pointers += tile_step(stride_s, BLOCK_S)
-    return welford_reduce(mean, m2, start, end, BLOCK_S)
+    return run_statistics(sums, squares, k, start, end)
 
 
 @triton.jit
 def merged_statistics(statistics, n, channel, inside, C, S, parts, PARTS: tl.constexpr):
-    """Mean and M2, float64 [BLOCK_C], over all pixels, from statistics (N, parts, 2, C); zero if not `inside`."""
+    """Mean and M2 [BLOCK_C] over all pixels, from statistics (N, parts, 2, C); zero if not `inside`."""
     part = tl.arange(0, PARTS)[:, None]
     valid = (part < parts) & inside[None, :]
-    pointers = statistics + (n * parts + part) * 2 * C + channel[None, :]
-    means = tl.load(pointers, valid, 0)
+    first = statistics + n * parts * 2 * C + channel
+    pointers = first[None, :] + part.to(tl.int64) * 2 * C
+    k = tl.load(first, inside, 0)
+    means = tl.load(pointers, valid, 0) - k[None, :]
     m2s = tl.load(pointers + C, valid, 0)
     chunk = (S + parts - 1) // parts
     count = tl.where(part < parts, tl.minimum(S - part * chunk, chunk), 0).to(tl.float32)
-    mean = column_sum(means * count) / (S * 1.0)
-    delta = means - mean.to(tl.float32)[None, :]
-    return mean, column_sum(m2s + count * delta * delta)
+    mean = tl.sum(means * count, 0) * (1.0 / S)
+    delta = means - mean[None, :]
+    return k + mean, tl.sum(m2s + count * delta * delta, 0)
 
 
 @triton.jit
@@ -97,9 +93,34 @@ def store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2):
 
 @triton.jit
 def group_sum(v, member):
-    """Float64 [BLOCK_C]: for each channel the sum of v over its group; `member` is [groups, BLOCK_C]."""
-    totals = tl.sum(tl.where(member, v.to(tl.float64)[None, :], 0.0), 1)
+    """For each channel the sum of v [BLOCK_C] over its group; `member` is [groups, BLOCK_C]."""
+    totals = tl.sum(tl.where(member, v[None, :], 0.0), 1)
     return tl.sum(tl.where(member, totals[:, None], 0.0), 0)
+
+
+@triton.jit
+def group_mean(v, member, GROUP: tl.constexpr):
+    """For each channel the mean of v over its group, and v less that; the second time around for the digits that the
+    first has lost where v is far from zero."""
+    mean = group_sum(v, member) * (1.0 / GROUP)
+    rest = v - mean
+    correction = group_sum(rest, member) * (1.0 / GROUP)
+    return mean + correction, rest - correction
+
+
+@triton.jit
+def sigmoids(t, dtype: tl.constexpr):
+    """1 / (1 + exp(-t)) and 1 / (1 + exp(t)); for half types by the root's unit, one instruction where a division is
+    five: these kernels have some 40 to 60 for the time that an element's bytes take."""
+    # the second is no difference from 1, and the bound keeps it from being infinity times zero
+    e = tl.exp2(tl.minimum(t * -1.4426950408889634, 126.0))  # log2(e)
+    if dtype == tl.float32:
+        s = 1.0 / (1.0 + e)
+        return s, e * s
+    else:
+        root = tl.rsqrt(1.0 + e)
+        s = root * root
+        return s, e * s
 
 
 @triton.jit

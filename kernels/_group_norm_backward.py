@@ -10,7 +10,7 @@ where means go over a group; every other gradient is a sum of dt, of dt * xhat o
 import triton
 import triton.language as tl
 
-from ._channels import affine, column_sum, group_sum, program, row_values, tile_pointers, tile_step
+from ._channels import affine, group_sum, program, row_values, sigmoids, tile_pointers, tile_step
 
 
 @triton.jit(do_not_specialize=["parts", "blocks"])
@@ -83,16 +83,16 @@ def backward_kernel(
         rows = tl.arange(0, SUM_PARTS)[:, None]
         valid = (rows < sum_parts) & inside[None, :]
         pointers = sums + (n * sum_parts + rows) * SUMS * C + channel[None, :]
-        p = column_sum(tl.load(pointers, valid, 0))
-        q = column_sum(tl.load(pointers + C, valid, 0))
+        p = tl.sum(tl.load(pointers, valid, 0), 0)
+        q = tl.sum(tl.load(pointers + C, valid, 0), 0)
         h = p
         if SUMS == 3:
-            h = column_sum(tl.load(pointers + 2 * C, valid, 0))
+            h = tl.sum(tl.load(pointers + 2 * C, valid, 0), 0)
     member = tl.arange(0, BLOCK_G)[:, None] == (local // GROUP)[None, :]
     member = member & inside[None, :]
-    size = GROUP * (S * 1.0)
-    c1 = group_sum(a * p, member) / size
-    c2 = group_sum(a * q, member) / size
+    share = 1.0 / (GROUP * (S * 1.0))
+    c1 = group_sum(a * p, member) * share
+    c2 = group_sum(a * q, member) * share
 
     if part == 0:
         here = n * C + channel
@@ -109,8 +109,6 @@ def backward_kernel(
         if dbias is not None:
             tl.store(dbias + here, factor * p, inside)
 
-    c1 = c1.to(tl.float32)
-    c2 = c2.to(tl.float32)
     start = part * chunk
     end = tl.minimum(start + chunk, S)
     if skip is None:
@@ -133,15 +131,14 @@ def backward_kernel(
 
 
 @triton.jit
-def _activation_gradient(x, dy, centre, rstd, a, b, SILU: tl.constexpr):
-    """xhat, and dt: the gradient before the activation, recomputed from x."""
-    xhat = (x - centre[None, :]) * rstd[None, :]
-    dt = dy
-    if SILU:
-        t = xhat * a[None, :] + b[None, :]
-        sigmoid = tl.sigmoid(t)
-        dt = dy * sigmoid * (1.0 + t * (1.0 - sigmoid))
-    return xhat, dt
+def _activation_gradient(d, dy, ra, b, dtype: tl.constexpr, SILU: tl.constexpr):
+    """dt: the gradient before the activation, which is recomputed from d = u - mean; `ra` is rstd * a, `dtype` x's."""
+    if not SILU:
+        return dy
+    else:
+        t = d * ra[None, :] + b[None, :]
+        s, rest = sigmoids(t, dtype)
+        return dy * s * (1.0 + t * rest)
 
 
 @triton.jit
@@ -155,9 +152,9 @@ def _pair_sums(
             BLOCK_C, BLOCK_S, SUMS, SILU,
         )  # fmt: skip
     else:
-        p = tl.zeros([BLOCK_C], tl.float64)
-        q = tl.zeros([BLOCK_C], tl.float64)
-        h = tl.zeros([BLOCK_C], tl.float64)
+        p = tl.zeros([BLOCK_C], tl.float32)
+        q = tl.zeros([BLOCK_C], tl.float32)
+        h = tl.zeros([BLOCK_C], tl.float32)
         if first < C1:
             p, q, h = _sums(
                 x, dy, x_c, x_s, dy_c, dy_s, channel, channel, inside & (channel < C1), start, end, centre, rstd, a, b,
@@ -181,20 +178,22 @@ def _sums(
 ):  # fmt: skip
     x = tile_pointers(x, x_c, x_s, x_channel, start, BLOCK_S)
     dy = tile_pointers(dy, dy_c, dy_s, dy_channel, start, BLOCK_S)
+    ra = rstd * a
     p = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     q = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     h = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for s in range(start, end, BLOCK_S):
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
         g = tl.load(dy, valid, 0).to(tl.float32)
-        xhat, dt = _activation_gradient(tl.load(x, valid, 0).to(tl.float32), g, centre, rstd, a, b, SILU)
+        d = tl.load(x, valid, 0).to(tl.float32) - centre[None, :]
+        dt = _activation_gradient(d, g, ra, b, x.dtype.element_ty, SILU)
         p += dt
-        q += dt * xhat
+        q += dt * d
         if SUMS == 3:
-            h += tl.where(valid, xhat, 0.0)
+            h += tl.where(valid, d, 0.0)
         x += tile_step(x_s, BLOCK_S)
         dy += tile_step(dy_s, BLOCK_S)
-    return column_sum(p), column_sum(q), column_sum(h)
+    return tl.sum(p, 0), tl.sum(q, 0) * rstd, tl.sum(h, 0) * rstd
 
 
 @triton.jit
@@ -205,12 +204,15 @@ def _input_gradient(
     x = tile_pointers(x, x_c, x_s, x_channel, start, BLOCK_S)
     dy = tile_pointers(dy, dy_c, dy_s, dy_channel, start, BLOCK_S)
     dx = tile_pointers(dx, dx_c, dx_s, x_channel, start, BLOCK_S)
+    ra = rstd * a
+    level = rstd * c1
+    slope = rstd * rstd * c2
     for s in range(start, end, BLOCK_S):
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
         g = tl.load(dy, valid, 0).to(tl.float32)
-        xhat, dt = _activation_gradient(tl.load(x, valid, 0).to(tl.float32), g, centre, rstd, a, b, SILU)
-        du = rstd[None, :] * (dt * a[None, :] - c1[None, :] - xhat * c2[None, :])
-        tl.store(dx, du, valid)
+        d = tl.load(x, valid, 0).to(tl.float32) - centre[None, :]
+        dt = _activation_gradient(d, g, ra, b, x.dtype.element_ty, SILU)
+        tl.store(dx, dt * ra[None, :] - (d * slope[None, :] + level[None, :]), valid)
         x += tile_step(x_s, BLOCK_S)
         dy += tile_step(dy_s, BLOCK_S)
         dx += tile_step(dx_s, BLOCK_S)

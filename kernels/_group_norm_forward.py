@@ -9,10 +9,12 @@ import triton.language as tl
 from ._channels import (
     affine,
     channel_statistics,
+    group_mean,
     group_sum,
     merged_statistics,
     program,
     row_values,
+    sigmoids,
     store_statistics,
     tile_pointers,
     tile_step,
@@ -56,8 +58,8 @@ def forward_kernel(
         skip += n * skip_n
         in_x = inside & (channel < C1)
         in_skip = inside & (channel >= C1)
-        mean = tl.zeros([BLOCK_C], tl.float64)
-        m2 = tl.zeros([BLOCK_C], tl.float64)
+        mean = tl.zeros([BLOCK_C], tl.float32)
+        m2 = tl.zeros([BLOCK_C], tl.float32)
         if first < C1:
             mean, m2 = _statistics(
                 x, x_statistics, n, x_c, x_s, channel, in_x, C1, S, x_parts, X_PARTS, BLOCK_C, BLOCK_S
@@ -73,19 +75,18 @@ def forward_kernel(
     mean += offset
     member = tl.arange(0, BLOCK_G)[:, None] == (local // GROUP)[None, :]
     member = member & inside[None, :]
-    group_mean = group_sum(mean, member) / GROUP
-    delta = mean - group_mean
-    variance = group_sum(m2 + delta * delta * S, member) / (GROUP * (S * 1.0))
-    rstd = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
+    mean, delta = group_mean(mean, member, GROUP)
+    variance = group_sum(m2 + delta * delta * S, member) * (1.0 / (GROUP * (S * 1.0)))
+    rstd = tl.rsqrt(variance + eps)
     if part == 0:
         leader = inside & (local % GROUP == 0)
         group = n * (C // GROUP) + channel // GROUP
-        tl.store(mean_out + group, group_mean, leader)
+        tl.store(mean_out + group, mean, leader)
         tl.store(rstd_out + group, rstd, leader)
 
     a, b = affine(weight, bias, scale, shift, n, scale_n, shift_n, channel, inside)
     a *= rstd
-    centre = (group_mean - offset).to(tl.float32)
+    centre = mean - offset
     start = part * chunk
     end = tl.minimum(start + chunk, S)
     if skip is None:
@@ -123,7 +124,7 @@ def _apply(
         # centred before it is scaled: a mean far above the spread costs no digits
         t = (tl.load(x, valid, 0).to(tl.float32) - centre[None, :]) * a[None, :] + b[None, :]
         if SILU:
-            t *= tl.sigmoid(t)
+            t *= sigmoids(t, y.dtype.element_ty)[0]
         tl.store(y, t, valid)
         x += tile_step(x_s, BLOCK_S)
         y += tile_step(y_s, BLOCK_S)

@@ -6,10 +6,12 @@ block that wastes at most a quarter of its lanes, which masks switch off without
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WASTE = 0.25
+_VECTOR = 8
 MOST_PARTS = 32
 
 
@@ -39,22 +41,23 @@ def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: 
     # In channels_last memory a row of the tile is contiguous, and 32 channels fill two sectors of the cache or more. In
     # contiguous memory a column is: then the fewer channels the longer the run, but a tile should not be a sliver.
     narrowest = 32 if channels_last else max(1, elements // (4 * power_of_2(pixels)))
-    best, best_use = None, 0.0
+    best, best_quality = None, (False, 0.0)
     for block_c in _BLOCKS:
         if block_c < min(narrowest, power_of_2(channels)) or block_c > power_of_2(channels):
             continue
-        groups = block_c // group
-        # rows of a channels_last tile start at a multiple of four elements, for vector loads
-        if channels_last and groups > 1 and (groups * group) % 4:
-            groups -= next((k for k in range(1, 4) if (groups - k) * group % 4 == 0 and groups > k), 0)
-        if groups:
-            width = min(groups * group, channels)
-            blocks = ceil_div(channels, width)
-            use = channels / (blocks * block_c)
-            if best is None or use > best_use:
-                best, best_use = (width, blocks, block_c), use
-            if use >= 1 - _WASTE:
-                break
+        # rows of a channels_last tile start at a multiple of eight elements, 16 bytes of a half type, wherever they can
+        whole = math.lcm(group, _VECTOR) if channels_last else group
+        step = whole if whole <= block_c else group
+        width = min(block_c // step * step, channels)
+        if not width:
+            continue
+        blocks = ceil_div(channels, width)
+        use = channels / (blocks * block_c)
+        quality = (not channels_last or width % _VECTOR == 0, use)
+        if best is None or quality > best_quality:
+            best, best_quality = (width, blocks, block_c), quality
+        if quality >= (True, 1 - _WASTE):
+            break
     if best is None:
         best = (group, channels // group, power_of_2(group))
     width, blocks, block_c = best

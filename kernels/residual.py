@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._channels import program, store_statistics, tile_pointers, tile_step, welford_reduce, welford_update
+from ._channels import pixel_row, program, run_statistics, store_statistics, tile_pointers, tile_step
 from ._launch import configuration, launch, on_its_device, pixel_stride
 from ._tiles import ceil_div, tile
 
@@ -27,12 +27,19 @@ def residual_kernel(
     b = tl.zeros([BLOCK_C], tl.float32)
     if bias is not None:
         b += tl.load(bias + channel, inside, 0).to(tl.float32)
-    h = tile_pointers(h + n * h_n, h_c, h_s, channel, start, BLOCK_S)
-    skip = tile_pointers(skip + n * skip_n, skip_c, skip_s, channel, start, BLOCK_S)
+    h += n * h_n
+    skip += n * skip_n
+    k = b
+    if statistics is not None:
+        middle = start + (end - start) // 2
+        row = pixel_row(h, h_c, h_s, channel, inside, middle).to(tl.float32)
+        row += pixel_row(skip, skip_c, skip_s, channel, inside, middle).to(tl.float32)
+        k = ((row + b) * scale).to(y.dtype.element_ty).to(tl.float32)
+    h = tile_pointers(h, h_c, h_s, channel, start, BLOCK_S)
+    skip = tile_pointers(skip, skip_c, skip_s, channel, start, BLOCK_S)
     y = tile_pointers(y + n * y_n, y_c, y_s, channel, start, BLOCK_S)
-    mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    count = 0.0
+    sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for s in range(start, end, BLOCK_S):
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
         total = tl.load(h, valid, 0).to(tl.float32) + tl.load(skip, valid, 0).to(tl.float32)
@@ -40,13 +47,14 @@ def residual_kernel(
         tl.store(y, result, valid)
         if statistics is not None:
             # of what is stored, rounding and all: that is what the norm reads
-            count += 1.0
-            mean, m2 = welford_update(mean, m2, result.to(tl.float32), valid, count)
+            d = tl.where(valid, result.to(tl.float32) - k[None, :], 0.0)
+            sums += d
+            squares += d * d
         h += tile_step(h_s, BLOCK_S)
         skip += tile_step(skip_s, BLOCK_S)
         y += tile_step(y_s, BLOCK_S)
     if statistics is not None:
-        mean, m2 = welford_reduce(mean, m2, start, end, BLOCK_S)
+        mean, m2 = run_statistics(sums, squares, k, start, end)
         store_statistics(statistics, n, part, parts, channel, inside, C, mean, m2)
 
 

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.counts.sass import Code, code, disassemble
 
 ARCHITECTURES = (80, 90)
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +30,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes of one architecture: registers per thread, bytes of spills and of shared memory."""
+    """What one kernel takes of one architecture: registers per thread, bytes of spills and of shared memory; and what
+    its machine code does, where Triton made it."""
 
     kernel: str
     architecture: int
     registers: int
     spilled: int
     shared: int
+    code: Code | None = None
 
     def assert_no_spills(self) -> None:
         assert self.spilled == 0, f"{self.kernel} spills {self.spilled} bytes on sm_{self.architecture}"
@@ -60,7 +64,8 @@ def compile_triton(module: str, cases: Sequence[TritonCase], architectures: Sequ
         [sys.executable, __file__], input=json.dumps(request), env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return [Resources(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    entries = json.loads(done.stdout.splitlines()[-1])
+    return [Resources(**entry | {"code": Code(**entry["code"])}) for entry in entries]
 
 
 def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures: list[int]) -> list[dict[str, Any]]:
@@ -71,7 +76,7 @@ def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures
     # the assembler's words are those of Triton's own call, with its options; a kernel from the cache would have none
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     kernels = importlib.import_module(module)
-    results = []
+    results, cubins = [], []
     for case in cases:
         kernel = getattr(kernels, case["kernel"])
         types = {**case["signature"], **dict.fromkeys(case["constants"], "constexpr")}
@@ -82,9 +87,13 @@ def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures
             with contextlib.redirect_stdout(io.StringIO()) as log:
                 compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=case["options"])
             registers, spilled, _ = _parse(log.getvalue())[0]
-            entry = Resources(case["kernel"], architecture, registers, spilled, compiled.metadata.shared)
-            results.append(asdict(entry))
-    return results
+            results.append(Resources(case["kernel"], architecture, registers, spilled, compiled.metadata.shared))
+            cubins.append(compiled.asm["cubin"])
+    for i, architecture in enumerate(architectures):
+        every = slice(i, None, len(architectures))
+        read = (code(kernel) for kernel in disassemble(cubins[every], architecture))
+        results[every] = [replace(entry, code=found) for entry, found in zip(results[every], read, strict=True)]
+    return [asdict(entry) for entry in results]
 
 
 def compile_cuda(source: str, architecture: int, include: Sequence[Path] = ()) -> list[Resources]:

@@ -1,12 +1,13 @@
 """What the assembler says of every Triton kernel of the networks, without a GPU: registers, spills, shared memory.
 
     python -m benchmarks.counts.offline_table                brings docs/kernels_table.md up to date
-    python -m benchmarks.counts.offline_table --all          the same, and compiles what has not changed too
     python -m benchmarks.counts.offline_table --sample 20    compiles every 20th row, prints and writes nothing
+    python -m benchmarks.counts.offline_table --all          compiles every form of every row, prints what spills
 
-Every kernel that the networks launch (benchmarks/counts/launches.py) is compiled for sm_80 and sm_90: 2,200 times, a
-third of a second each on one core, or 6 minutes in all with two idle ones. Rows of operators whose kernels are what
-they were are kept. The table is written after every portion, so that a run that was interrupted goes on where it
+The kernels that the networks launch (benchmarks/counts/launches.py) are grouped into rows by what decides their code:
+the tile, and which loops there are. Of a row the form that asks for most is compiled for sm_80 and sm_90
+(`representative`), 250 kernels in all, a third of a second each on an idle core. Rows of operators whose kernels are
+what they were are kept. The table is written after every portion, so that a run that was interrupted goes on where it
 stopped.
 """
 
@@ -17,10 +18,11 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +31,7 @@ from pathlib import Path
 from benchmarks.cases.layer_calls import Layers, layers
 from benchmarks.counts.launches import OPERATORS, PROGRAMS, Launch, launches
 from benchmarks.counts.offline import Resources, compile_triton
+from benchmarks.counts.sass import resident_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -37,18 +40,28 @@ ARCHITECTURES = tuple(sorted(PROGRAMS))
 _HEAD = """# The kernels as compiled
 
 Made by `python -m benchmarks.counts.offline_table` with Triton {triton}. Every Triton kernel that the networks launch:
-NCSN++ at 32 and 64 and ADM at 64 pixels, VGG-16 and EfficientNet-lite0 at 224, batches of 1 to 512, channels_last and
-contiguous, bfloat16, float32 and float16.
+NCSN++ at 32 and 64 and ADM at 64 pixels, VGG-16 and EfficientNet-lite0 at 224, batches of 1, 16 and 256, channels_last
+and contiguous, bfloat16 and float32.
 
-A row is a kernel with its constants; `compiled` counts what Triton makes of it for the types and for what it knows of
-the other arguments. Registers are a thread's, spilled bytes a thread's, shared memory a program's in bytes, each the
-most of all that was compiled, as "sm_80 / sm_90" ("-": not launched there). The layer is the first of those that launch
-the kernel; `id` is a digest of what was compiled.
+A row is a kernel with its tile; `forms` counts what Triton makes of it for types, group sizes and what it knows of the
+other arguments. The one of them that asks for most is compiled: the fullest in arguments, in bfloat16 if it comes in
+it, with the fewest channels in its block, of the layer that stands last; `id` is a digest of all. Registers are a
+thread's, spilled bytes a thread's, shared memory a program's in bytes. Of the machine code: `instructions` of a thread
+in all; `per result` those of its loops over tiles (benchmarks/counts/sass.py), for each element of the tile that a
+thread has, of a pair of maps the mean of both; `load` is the mean width of these loops' loads in bytes; `in flight` the
+kilobytes that a multiprocessor has asked for at once, with as many programs as its registers and shared memory hold,
+less those of lanes without a channel. Each as "sm_80 / sm_90".
 
 Sources: {sources}
 
 """
-_COLUMNS = ("id", "kernel", "constants", "warps", "compiled", "registers", "spilled", "shared", "first layer")
+_COLUMNS = (
+    "id", "kernel", "constants", "warps", "forms",
+    "registers", "spilled", "shared", "instructions", "per result", "load", "in flight", "layer",
+)  # fmt: skip
+_NUMBERS = slice(5, 12)
+_FOLDED = ("GROUP", "BLOCK_G", "CHANNELS", "SILU")  # constants by which rows are not told apart
+Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -59,46 +72,42 @@ class Row:
     kernel: str
     constants: str
     warps: str
-    compiled: str
-    registers: tuple[int | None, ...]
-    spilled: tuple[int | None, ...]
-    shared: tuple[int | None, ...]
-    first: str
+    forms: str
+    registers: Numbers
+    spilled: Numbers
+    shared: Numbers
+    instructions: Numbers
+    per_result: Numbers
+    load: Numbers
+    in_flight: Numbers
+    layer: str
 
     @classmethod
-    def of(cls, variants: Sequence[Launch], resources: Sequence[Sequence[Resources]]) -> "Row":
-        """`resources` of every variant on every one of ARCHITECTURES."""
+    def of(cls, variants: Sequence[Launch], resources: Sequence[Resources]) -> "Row":
+        """`resources` of the representative on every one of ARCHITECTURES."""
+        launch = representative(variants)
 
-        def most(name: str) -> tuple[int | None, ...]:
-            """On each architecture, of the variants that it launches."""
-            return tuple(
-                max(
-                    (getattr(r[i], name) for v, r in zip(variants, resources, strict=True) if a in v.architectures),
-                    default=None,
-                )
-                for i, a in enumerate(ARCHITECTURES)
-            )
+        def each(value: Callable[[Resources], float]) -> Numbers:
+            return tuple(round(value(r), 1) for r in resources)
 
-        first = variants[0]
-        warps, count = str(first.case.options["num_warps"]), str(len(variants))
-        taken = map(most, ("registers", "spilled", "shared"))
-        return cls(row_key(variants), kernel_name(first), _constants(first), warps, count, *taken, first.first)
+        warps, count = str(launch.case.options["num_warps"]), str(len(variants))
+        return cls(
+            row_key(variants), kernel_name(launch), _constants(launch), warps, count,
+            each(lambda r: r.registers), each(lambda r: r.spilled), each(lambda r: r.shared),
+            each(lambda r: r.code.instructions), each(lambda r: instructions_per_result(launch, r)),
+            each(lambda r: r.code.load_bytes), each(lambda r: kilobytes_in_flight(launch, r)), launch.first,
+        )  # fmt: skip
 
     @classmethod
     def parse(cls, line: str) -> "Row":
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        taken = (tuple(None if n == "-" else int(n) for n in cell.split(" / ")) for cell in cells[5:8])
-        return cls(*cells[:5], *taken, cells[8])
+        numbers = (tuple(map(float, cell.split(" / "))) for cell in cells[_NUMBERS])
+        return cls(*cells[:5], *numbers, cells[12])
 
     def __str__(self) -> str:
-        taken = (" / ".join("-" if n is None else str(n) for n in cell) for cell in self._resources)
-        return (
-            f"| {' | '.join((self.key, self.kernel, self.constants, self.warps, self.compiled, *taken, self.first))} |"
-        )
-
-    @property
-    def _resources(self) -> tuple[tuple[int | None, ...], ...]:
-        return self.registers, self.spilled, self.shared
+        values = list(dataclasses.astuple(self))
+        values[_NUMBERS] = (" / ".join(f"{n:.1f}".removesuffix(".0") for n in cell) for cell in values[_NUMBERS])
+        return f"| {' | '.join(values)} |"
 
     @property
     def operator(self) -> str:
@@ -109,12 +118,34 @@ class Row:
         return any(self.spilled)
 
 
+def instructions_per_result(launch: Launch, resources: Resources) -> float:
+    """Of the loops over tiles, for each element of the tile that a thread has."""
+    constants = launch.case.constants
+    tile = math.prod(v for name, v in constants.items() if name.startswith("BLOCK") and name != "BLOCK_G")
+    tile *= 8 if launch.operator == "relu_bits" else 1  # bits of a byte
+    maps = 2 if "skip" in launch.case.signature and launch.operator == "group_norm_silu" else 1
+    return resources.code.tile_instructions / maps / (tile / _threads(launch))
+
+
+def kilobytes_in_flight(launch: Launch, resources: Resources) -> float:
+    """Of a multiprocessor that is full of such programs; lanes without a channel ask for nothing."""
+    constants, warps = launch.case.constants, launch.case.options["num_warps"]
+    programs = resident_programs(resources.architecture, resources.registers, warps, resources.shared)
+    used = constants["CHANNELS"] / constants["BLOCK_C"] if "CHANNELS" in constants else 1
+    return programs * _threads(launch) * resources.code.outstanding * used / 1024
+
+
+def _threads(launch: Launch) -> int:
+    return 32 * launch.case.options["num_warps"]
+
+
 def kernel_name(launch: Launch) -> str:
     return f"{launch.operator}.{launch.case.kernel}"
 
 
 def _constants(launch: Launch) -> str:
-    return ", ".join(f"{name} {value}" for name, value in launch.case.constants.items() if name.isupper())
+    told = (f"{k} {v}" for k, v in launch.case.constants.items() if k.isupper() and k not in _FOLDED)
+    return ", ".join(told)
 
 
 def row_key(variants: Iterable[Launch]) -> str:
@@ -138,16 +169,26 @@ def all_rows(of: Layers) -> dict[str, list[Launch]]:
     return {row_key(variants): variants for variants in groups.values()}
 
 
+def representative(variants: Sequence[Launch]) -> Launch:
+    """The form that is compiled for a row, as the table's head says."""
+
+    def asks_for(launch: Launch) -> tuple[float, ...]:
+        types, constants = launch.case.signature, launch.case.constants
+        narrow, most = "*bf16" in types.values(), (constants.get("SILU", 0), constants.get("BLOCK_G", 0))
+        return narrow, len(types), -constants.get("CHANNELS", 0), *most
+
+    return max(variants, key=asks_for)
+
+
 def measure(rows: Sequence[Sequence[Launch]]) -> list[Row]:
     """Compile each for every architecture."""
     measured = []
     for operator, group in itertools.groupby(rows, lambda variants: variants[0].operator):
         own = list(group)
-        cases = [launch.case for variants in own for launch in variants]
+        cases = [representative(variants).case for variants in own]
         resources = compile_triton(f"gdd_fast.kernels.{operator}", cases, ARCHITECTURES)
         width = len(ARCHITECTURES)
-        each = (resources[i : i + width] for i in range(0, len(resources), width))
-        measured += [Row.of(variants, list(itertools.islice(each, len(variants)))) for variants in own]
+        measured += [Row.of(variants, resources[i * width : (i + 1) * width]) for i, variants in enumerate(own)]
     return measured
 
 
@@ -206,8 +247,8 @@ def write(rows: Iterable[Row], path: Path = TABLE) -> None:
 
 
 def _kept(path: Path = TABLE) -> dict[str, Row]:
-    """Rows that still hold: of this Triton, and of operators whose kernels have not changed."""
-    if not path.is_file():
+    """Rows that still hold: of this Triton and these columns, and of operators whose kernels have not changed."""
+    if not path.is_file() or " | ".join(_COLUMNS) not in path.read_text(encoding="utf-8"):
         return {}
     triton, digests, rows = read(path)
     now = sources()
@@ -220,25 +261,27 @@ def main() -> None:
         prog="python -m benchmarks.counts.offline_table", description=__doc__.split("\n", 1)[0]
     )
     parser.add_argument("--sample", type=int, metavar="N", help="compile every Nth row only, and print")
-    parser.add_argument("--all", action="store_true", help="compile also what has not changed")
+    parser.add_argument("--all", action="store_true", help="compile every form, and print what spills")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"
     wanted = all_rows(layers())
-    known = {} if args.all or args.sample else _kept()
+    if args.all:
+        wanted = {row_key([form]): [form] for variants in wanted.values() for form in variants}
+    trial = args.all or args.sample
+    known = {} if trial else _kept()
     todo = [variants for key, variants in wanted.items() if key not in known][:: args.sample]
-    compiled = sum(map(len, todo))
-    print(f"{len(wanted)} rows; {compiled} kernels of {len(todo)} to compile for {len(ARCHITECTURES)} architectures")
+    print(f"{len(wanted)} rows; {len(todo)} kernels to compile for {len(ARCHITECTURES)} architectures", flush=True)
     with ThreadPoolExecutor(args.processes) as pool:  # each waits for a process of its own
-        for done in pool.map(measure, [todo[i : i + 8] for i in range(0, len(todo), 8)]):
+        for done in pool.map(measure, [todo[i : i + 24] for i in range(0, len(todo), 24)]):
             known |= {row.key: row for row in done}
             print(f"{len(known)} rows", flush=True)
-            if not args.sample:
+            if not trial:
                 write(known[key] for key in wanted if key in known)
     rows = [known[key] for key in wanted if key in known]
     if args.sample:
         print("\n".join(map(str, rows)))
-    else:
+    if not trial:
         write(rows)
     spilling = [row for row in rows if row.spills]
     print("\n".join(("no kernel spills" if not spilling else f"{len(spilling)} spill:", *map(str, spilling))))
