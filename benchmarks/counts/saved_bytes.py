@@ -5,8 +5,9 @@ are what a second image adds to the first: what is kept once a batch, reordered 
 generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
 are the frozen halves of the discriminator, with the gradient of their input wanted; timm's and torchvision's networks
 likewise, by `gdd_fast.accelerate`, where these libraries are installed. "stock" runs the same networks on plain PyTorch
-(counts/plain.py, the backbones with their batch norms as they come), "gdd_fast" the operators of `--backend`; on a CPU
-the fused ones need the compiled extension. What group_norm_silu keeps does not depend on the backend.
+(as the peers of the benchmarks, the backbones with their batch norms as they come), "gdd_fast" the operators of
+`--backend`; on a CPU the fused ones need the compiled extension. What group_norm_silu keeps does not depend on the
+backend.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counts.plain import plain_pytorch
 from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.operator_case import package
+from benchmarks.peers.networks import plain
+from benchmarks.peers.stock_unet import BEST, StockGenerator
 from gdd_fast.acceleration import accelerate
 from gdd_fast.distill import memory_forecast
 from gdd_fast.distill.freeze import freeze
@@ -51,6 +53,7 @@ def generator(arguments: dict, resolution: int) -> Callable[[bool, int], Network
         with mock.patch.object(Init, "draw", lambda self, shape, *_: torch.zeros(shape)):
             net = GDDPrecond(resolution, 3, **arguments).train()
         freeze(net, 1)
+        net = StockGenerator(net, BEST, torch.float32).train() if stock else net
         net.to(memory_format=torch.channels_last)
         return net, (torch.randn(batch, 3, resolution, resolution), torch.full((batch,), 80.0))
 
@@ -85,7 +88,7 @@ def diffusers_generator(stock: bool, batch: int) -> Network:
 def backbone(name: str, resolution: int) -> Callable[[bool, int], Network]:
     def make(stock: bool, batch: int) -> Network:
         net = build_backbone(name, None, resolution)
-        net = (net if stock else fold_batch_norm(net)).to(memory_format=torch.channels_last)
+        net = (plain(net) if stock else fold_batch_norm(net)).to(memory_format=torch.channels_last)
         return net, (torch.randn(batch, 3, resolution, resolution, requires_grad=True),)
 
     return make
@@ -129,8 +132,7 @@ def measure(case: Case, backend: str = "auto") -> tuple[int, int]:
     stock, ours = [], []
     for batch in (case.batch, 2 * case.batch):
         net, inputs = case.make(True, batch)
-        with plain_pytorch(net):
-            stock.append(saved_bytes(net, inputs))
+        stock.append(saved_bytes(net, inputs))
         net, inputs = case.make(False, batch)
         for module in net.modules():
             if hasattr(module, "operator"):
