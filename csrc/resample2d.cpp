@@ -41,12 +41,6 @@ at::Tensor resample2d(const at::Tensor& x, const at::Tensor& kernel, const std::
                       "resample2d: what is added must be dense, of the shape, type and memory format of the result");
   }
   if (y.numel() == 0) return y;
-  if (x.is_cpu() && !channels_last) {  // which is read and written as channels_last alone
-    const auto last = at::MemoryFormat::ChannelsLast;
-    const auto term = add.has_value() ? std::optional(add->contiguous(last)) : std::nullopt;
-    return resample2d(x.contiguous(last), kernel, term, up, padding, out_height, out_width, gain, scale, true)
-        .contiguous();
-  }
   const int64_t dense = channels_last ? 1 : 3;
   TORCH_CHECK_VALUE(x.size(dense) == 1 || x.stride(dense) == 1, "resample2d: dimension ", dense,
                     " of x must have stride 1; strides are ", x.strides());

@@ -2,6 +2,7 @@
 // of x in the columns that it takes, which are then filtered along the row. Filters have 2 or 4 taps, as EDM's do.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -214,6 +215,17 @@ void resample2d(const Resample& r, const at::Tensor& x, const at::Tensor& kernel
   const Factors factors(kernel);
   TORCH_CHECK_VALUE(r.taps <= 4 && factors.exist,
                     "resample2d: on the CPU the filter must have 2 or 4 taps and be a column times a row");
+  if (!r.channels_last) {  // converted, and back
+    constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+    const at::Tensor from = x.contiguous(kLast);
+    at::Tensor to = at::empty(y.sizes(), y.options().memory_format(kLast));
+    Resample last = r;
+    last.channels_last = true;
+    last.stride_n = from.stride(0), last.stride_h = from.stride(2), last.stride_w = from.stride(3);
+    resample2d(last, from, kernel, add.has_value() ? std::optional(add->contiguous(kLast)) : std::nullopt, to);
+    y.copy_(to);
+    return;
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "resample2d", [&] {
     resample<scalar_t>(r, x.const_data_ptr<scalar_t>(), factors,
                        add.has_value() ? add->const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>());
