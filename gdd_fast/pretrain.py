@@ -24,14 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, name="pretrain", args=arguments, description=__doc__)
     config.validate()
     check_writable(config.run_dir)
-    schedule = loop.Schedule.of(
-        config.duration_mimg,
-        config.tick_kimg,
-        config.checkpoint_ticks,
-        keep_checkpoints=config.keep_checkpoints,
-        max_hours=config.max_hours,
-        async_checkpoints=config.async_checkpoints,
-    )
+    schedule = loop.Schedule.of(config)
     with only_process(config.run_dir, is_main()), join(config.device) as world, gpu_arithmetic(config.precision):
         outcome = loop.run(
             Pretraining(config, world), config.run_dir, to_dict(config), schedule, world, default_settings(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError
 
 
@@ -40,6 +41,35 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, _converted(field.type, value, f"--{field.name.replace('_', '-')}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(Settings):
+    """What every run of the training loop can be told."""
+
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    backend: Backend = "auto"
+    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
+    named one runs the operators that have it, and their definitions for the others."""
+    duration_mimg: Positive = 5.0
+    """Length of the run, in millions of real images."""
+    tick_kimg: Positive = 20.0
+    """Thousands of images between metric lines with a sample grid."""
+    checkpoint_ticks: Count = 10
+    """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
+    keep_checkpoints: Count = 1
+    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
+    cannot be written ends the run at the next checkpoint."""
+    max_hours: Annotated[float | None, Limit(0, above=True)] = None
+    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
+    debug_finite: bool = False
+    """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
+    its name and the step. Slow: the host waits for each."""
+    max_skipped_steps: Count = 10
+    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
 
 def _converted(kind: Any, value: Any, flag: str) -> Any:

@@ -19,7 +19,7 @@ HIDDEN = [
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))\n"
 GENERATOR = """
 import torch
-import benchmarks.counts.exactness, benchmarks.counts.peak_memory, gdd_fast.training.loop, gdd_fast.distill.components
+import benchmarks.counts.exactness, gdd_fast.training.loop, gdd_fast.distill.components
 from benchmarks.cases.battery_parts import PARTS, cases_of
 from benchmarks.peers.training import Setup
 from gdd_fast.engine.one_step import OneStepGenerator

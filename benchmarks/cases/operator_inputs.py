@@ -96,11 +96,10 @@ def resample_problem(
     batch: int,
     dtype: torch.dtype,
     device: torch.device,
-    layout: torch.memory_format = torch.channels_last,
     diffusers: bool = True,
 ) -> Problem:
     """Up- and downsampling by two with the networks' filters, beside a copy of the input."""
-    x = _map(batch, layer.channels, layer.resolution, dtype, device).contiguous(memory_format=layout)
+    x = _map(batch, layer.channels, layer.resolution, dtype, device)
     kernel = resample_kernel(layer.taps).to(device)
     box = layer.taps == (1, 1)
     options = {"up": layer.up, "padding": layer.padding}

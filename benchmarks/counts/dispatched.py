@@ -4,7 +4,7 @@ Every call that reaches PyTorch's dispatcher from Python is counted, views of me
 out). What an operator calls inside, ours or PyTorch's, is not. Of EDM's networks:
 
     EDM         EDM's own code, counted once in the same way with PyTorch 2.13 (it is no part of this project)
-    plain       gdd_fast's network with every operator replaced by its definition (counts/plain.py)
+    plain       the same on PyTorch's own operators, as the benchmarks' peers have it
     engine      what OneStepGenerator runs, on a GPU and on a CPU
 
 and of google/ddpm-cifar10-32, where diffusers is installed: diffusers' own forward, and the engine.
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
-from benchmarks.counts.plain import plain_pytorch
 from benchmarks.counts.saved_bytes import DDPM_CIFAR10
+from benchmarks.peers.stock_unet import BEST, StockGenerator
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
 from gdd_fast.engine.folded_unet import FoldedUNet
 from gdd_fast.models.precond import GDDPrecond
@@ -104,8 +104,8 @@ def of_plain(name: str, channels: int = 64) -> Count:
     if name == DIFFUSERS:
         return count(lambda z: net.model(z, torch.tensor(10)).sample, latents)
     labels = None if classes is None else F.one_hot(classes, net.label_dim).float()
-    with plain_pytorch(net):
-        return count(lambda z: net(z * SIGMA, torch.tensor(SIGMA), labels), latents)
+    stock = StockGenerator(net, BEST, torch.bfloat16)
+    return count(lambda z: stock(z * SIGMA, torch.tensor(SIGMA), labels), latents)
 
 
 @contextlib.contextmanager

@@ -160,8 +160,8 @@ def network(rounds: int = 10) -> tuple[float, float, int, int]:
     from diffusers import UNet2DModel
 
     import gdd_fast
-    from benchmarks.counts.accelerated import DDPM_CIFAR10
     from benchmarks.counts.host_gpu import stubbed
+    from benchmarks.counts.saved_bytes import DDPM_CIFAR10
 
     torch.set_num_threads(1)
     keep_memory()

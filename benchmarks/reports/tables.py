@@ -1,7 +1,7 @@
 """`python -m benchmarks.reports.tables`: the tables of docs/benchmarks.md and README.md, of benchmarks/results/*.json.
 
-What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README one short table
-a device and what has no figure of a GPU yet, in the docs every row, one table per group. `--check` changes nothing and
+What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README one short
+table per device, in the docs every row, one table per group. `--check` changes nothing and
 exits with 1 if a file does not agree with the results.
 """
 
@@ -10,10 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.cases.adam_cases import adam_cases
-from benchmarks.cases.network_cases import network_cases
-from benchmarks.cases.pipeline_cases import pipeline_cases
-from benchmarks.cases.training_cases import training_cases
 from benchmarks.harness.results import FOLDER, Results, Row, format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +35,7 @@ def readme(records: Sequence[Results]) -> str:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
         if cases:
             parts += [_machine_line(record), _short_table(cases)]
-    return "\n\n".join([*parts, *_without_gpu(records)])
+    return "\n\n".join(parts)
 
 
 def docs(records: Sequence[Results]) -> str:
@@ -67,24 +63,6 @@ def _groups(record: Results) -> dict[str, list[list[Row]]]:
             found.setdefault(case[0].group, []).append(case)
     operators = list(dict.fromkeys(group.split(" forward")[0] for group in found))
     return {group: found[group] for group in sorted(found, key=lambda g: operators.index(g.split(" forward")[0]))}
-
-
-def gpu_cases() -> list[tuple[str, str]]:
-    """Group and name of everything of `HEADLINES` that is measured on a GPU."""
-    cases = [*network_cases(True), *training_cases(True), *pipeline_cases(True), *adam_cases()]
-    return list(dict.fromkeys((case.group, case.name) for case in cases if case.group in HEADLINES))
-
-
-def _without_gpu(records: Sequence[Results]) -> list[str]:
-    """What no GPU has a time of, a line a group."""
-    timed = {row.key[:2] for r in records if r.machine["type"] == "cuda" for row in r.rows if row.seconds is not None}
-    missing: dict[str, list[str]] = {}
-    for group, name in gpu_cases():
-        if (group, name) not in timed:
-            missing.setdefault(group, []).append(name)
-    if not missing:
-        return []
-    return ["Without a figure of a GPU yet:", "\n".join(f"- {group}: {'; '.join(n)}" for group, n in missing.items())]
 
 
 def _cases(record: Results) -> list[list[Row]]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from gdd_fast.backend import Backend
 from gdd_fast.config import checks
 from gdd_fast.config.ablation import AblationConfig
 from gdd_fast.errors import ConfigError
-from gdd_fast.settings import Count, Limit, NotNegative, Positive, Settings
+from gdd_fast.settings import Limit, LoopSettings, NotNegative, Positive, Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
@@ -106,13 +105,11 @@ class LossConfig(Settings):
 
 
 @dataclass(frozen=True)
-class RunConfig(Settings):
+class RunConfig(LoopSettings):
     """Length, size and output of the run."""
 
     run_dir: Path | None = None
     """Output folder; running the same command again resumes what it holds. Default: runs/<preset>."""
-    duration_mimg: float = 5.0
-    """Length of the run, in millions of real images."""
     batch: Annotated[int, Limit(2)] = 256
     """Images per iteration, over all GPUs."""
     lr_decay_kimg: NotNegative = 0.0
@@ -122,32 +119,11 @@ class RunConfig(Settings):
     the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""
     seed: int = 0
     """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
-    device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
-    backend: Backend = "auto"
-    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
-    named one runs the operators that have it, and their definitions for the others."""
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
     after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
     process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
     they differ or a capture fails. Else it is `eager`."""
-    tick_kimg: Positive = 20.0
-    """Thousands of images between metric lines with a sample grid."""
-    checkpoint_ticks: Count = 10
-    """Ticks between checkpoints. One is always written at the end, on SIGINT and on SIGTERM."""
-    keep_checkpoints: Count = 1
-    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
-    async_checkpoints: bool = True
-    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
-    cannot be written ends the run at the next checkpoint."""
-    max_hours: Annotated[float | None, Limit(0, above=True)] = None
-    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
-    debug_finite: bool = False
-    """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
-    its name and the step. Slow: the host waits for each."""
-    max_skipped_steps: Count = 10
-    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
     nonfinite: Nonfinite = "skip"
     """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
     +-1e5 and takes it, as the public code does."""

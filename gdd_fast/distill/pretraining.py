@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gdd_fast.backend import Backend
 from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, load_data
 from gdd_fast.data.fingerprint import dataset_digest
@@ -31,7 +30,7 @@ from gdd_fast.report import report_page
 from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import heun
 from gdd_fast.sampling.seeds import latents
-from gdd_fast.settings import Count, Limit, NotNegative, Positive, Settings
+from gdd_fast.settings import Count, Limit, LoopSettings, NotNegative, Positive
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.ema import Ema
@@ -46,7 +45,7 @@ TEACHER = "teacher"  # the folder in a run's that holds the network
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Settings):
+class PretrainConfig(LoopSettings):
     """Everything a pretraining run can be told. Field names are flag names."""
 
     data: str = "demo"
@@ -87,11 +86,6 @@ class PretrainConfig(Settings):
     """Compute precision of the network."""
     seed: int = 0
     """Seeds the initialisation, the data order and the noise."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    backend: Backend = "auto"
-    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
-    named one runs the operators that have it, and their definitions for the others."""
     workers: Annotated[int, Limit(0)] = 2
     """Processes that decode images when the data set is too large to be held in memory."""
     data_memory_gib: NotNegative = 4.0
@@ -100,18 +94,6 @@ class PretrainConfig(Settings):
     """Thousands of images between metric lines with a sample grid."""
     checkpoint_ticks: Count = 5
     """Ticks between checkpoints."""
-    keep_checkpoints: Count = 1
-    """How many checkpoints to keep: the newest, and those before it as checkpoint-IMAGES.safetensors."""
-    async_checkpoints: bool = True
-    """Go on training while a checkpoint is written; the copy of the state that this takes is in host memory. One that
-    cannot be written ends the run at the next checkpoint."""
-    max_hours: Annotated[float | None, Limit(0, above=True)] = None
-    """Stop, with the state saved, after training for so long; the exit status is then 75. For queues with a limit."""
-    debug_finite: bool = False
-    """Look at every layer's output, every gradient, moment and weight, and end at the first that is not finite, with
-    its name and the step. Slow: the host waits for each."""
-    max_skipped_steps: Count = 10
-    """Stop, with the state saved, after this many steps in a row whose gradients were not finite."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first setting that cannot work. Reads no file; the network checks its own."""

@@ -80,15 +80,7 @@ def distill(config: TrainConfig) -> Result:
 def _distill(config: TrainConfig) -> Result:
     built = preflight(config)
     run = config.run
-    schedule = loop.Schedule.of(
-        run.duration_mimg,
-        run.tick_kimg,
-        run.checkpoint_ticks,
-        at_start=run.evaluate_at_start,
-        keep_checkpoints=run.keep_checkpoints,
-        max_hours=run.max_hours,
-        async_checkpoints=run.async_checkpoints,
-    )
+    schedule = loop.Schedule.of(run, at_start=run.evaluate_at_start)
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)

@@ -12,7 +12,7 @@ from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import DTYPES, compute_dtype, evenly_spaced
 
-OPERATOR = Operator("to_uint8", fused=frozenset({"triton", "cuda", "cpp"}))
+OPERATOR = Operator("to_uint8", fused=frozenset({"triton"}))
 _choose = chooser(OPERATOR)
 
 
@@ -29,7 +29,7 @@ def to_uint8(x: Tensor, backend: Backend = "auto") -> Tensor:
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory (and any other in
             which the rows of an image are evenly spaced) is read where it lies; anything else is copied once first.
-        backend: "auto", "torch", "triton", "cuda" or "cpp"; see gdd_fast.backend.
+        backend: "auto", "torch" or "triton"; see gdd_fast.backend.
 
     Returns:
         uint8 (N, H, W, C), contiguous, on x's device. Values outside [-1, 1] are clipped; NaN, for which EDM's cast is
@@ -51,15 +51,11 @@ torch.library.define("gdd_fast::to_uint8", "(Tensor x, str implementation) -> Te
 
 @torch.library.impl("gdd_fast::to_uint8", "CompositeExplicitAutograd")
 def _to_uint8(x: Tensor, implementation: str) -> Tensor:
-    match implementation:
-        case "triton":
-            from gdd_fast.kernels import to_uint8 as kernels
+    if implementation == "torch":
+        return to_uint8_ref(x)
+    from gdd_fast.kernels import to_uint8 as kernels
 
-            return kernels.to_uint8(evenly_spaced(x))
-        case "cuda" | "cpp":
-            return torch.ops.gdd_fast_C.to_uint8(evenly_spaced(x))
-        case _:
-            return to_uint8_ref(x)
+    return kernels.to_uint8(evenly_spaced(x))
 
 
 @torch.library.register_fake("gdd_fast::to_uint8")

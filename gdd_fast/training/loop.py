@@ -18,6 +18,7 @@ from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
 from gdd_fast.errors import CheckpointError, DivergedError
 from gdd_fast.files import atomic_write, remove_leftovers
 from gdd_fast.ranks import World
+from gdd_fast.settings import LoopSettings
 from gdd_fast.signals import StopRequest
 from gdd_fast.training import checkpoint
 from gdd_fast.training.behind import Behind
@@ -78,21 +79,12 @@ class Schedule:
     """Whether training goes on while a checkpoint is written."""
 
     @classmethod
-    def of(
-        cls,
-        duration_mimg: float,
-        tick_kimg: float,
-        checkpoint_ticks: int,
-        *,
-        at_start: bool = False,
-        keep_checkpoints: int = 1,
-        max_hours: float | None = None,
-        async_checkpoints: bool = True,
-    ) -> "Schedule":
-        tick = max(1, round(tick_kimg * 1e3))
-        seconds = math.inf if max_hours is None else 3600 * max_hours
-        total = round(duration_mimg * 1e6)
-        return cls(total, tick, tick * checkpoint_ticks, at_start, keep_checkpoints, seconds, async_checkpoints)
+    def of(cls, run: LoopSettings, *, at_start: bool = False) -> "Schedule":
+        tick = max(1, round(run.tick_kimg * 1e3))
+        seconds = math.inf if run.max_hours is None else 3600 * run.max_hours
+        total = round(run.duration_mimg * 1e6)
+        every = tick * run.checkpoint_ticks
+        return cls(total, tick, every, at_start, run.keep_checkpoints, seconds, run.async_checkpoints)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import asdict, replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,28 +205,6 @@ def test_an_iteration_is_both_steps_and_a_sixteenth_of_r1(monkeypatch):
     assert list(first) == ["G", "D", "R1"] and call() is None
     bench.checks["graph"](first)
     assert len(graphs) == 2 and all(list(graph()) == ["G", "D"] for graph in graphs)
-
-
-def test_a_run_of_the_demo_has_r1_in_one_iteration_of_sixteen(monkeypatch):
-    ran = []
-
-    class Task:
-        r1_interval, batch = 16, 32
-
-        def __init__(self, *_):
-            self.averages = SimpleNamespace(take=lambda: {"loss": 1.0})
-
-        def iteration(self, images):
-            ran.append(images / self.batch % self.r1_interval == 0)
-
-    monkeypatch.setattr("benchmarks.cases.pipeline_cases.package", lambda name: None)
-    monkeypatch.setattr("gdd_fast.distill.components.build", lambda config: None)
-    monkeypatch.setattr("gdd_fast.distill.gdd.Distillation", Task)
-    (case,) = [c for c in pipeline_cases(False) if c.group == "training run"]
-    call = case.build(CPU).peers["gdd_fast"]()
-    for _ in range(2):
-        call()
-    assert ran == [False, True] * 2 and [share for _, share in call.parts] == [15 / 16, 1 / 16]
 
 
 class FakeCuda:

@@ -232,17 +232,6 @@ def test_tables_show_every_row_and_how_ours_compares():
     assert "No GPU has been measured" in short and "No GPU has been measured" in long
 
 
-def test_the_readme_names_what_has_no_figure_of_a_gpu():
-    (group, name), *others = tables.gpu_cases()
-    assert {"generator", "iteration", "adam and average"} <= {group for group, _ in others}
-    gpu = Results({**MACHINE, "device": "g", "type": "cuda"}, RATES)
-    gpu.add([Row(group, name, "stock", wall=[1, 1, 1]), Row(*others[0], "stock", failure=OUT_OF_MEMORY)])
-    missing = tables.readme([gpu]).split("Without a figure of a GPU yet")[1]
-    assert name not in missing and others[0][1] in missing
-    gpu.add([Row(*case, "stock", wall=[1, 1, 1]) for case in others])
-    assert "Without a figure" not in tables.readme([gpu])
-
-
 def test_rows_of_the_roofline_stay_on_its_page():
     record = results(row(), *(Row(group, "c", "gdd_fast", wall=[1, 1, 1]) for group in tables.ELSEWHERE))
     assert not any(group in tables.docs([record]) for group in tables.ELSEWHERE)
@@ -350,7 +339,7 @@ def test_pytest_run_keeps_its_rows(tmp_path):
         "--benchmark-only",
         "-q",
         "-k",
-        "statistics",
+        "distance",
         f"--record-to={out}",
         "--bench-device=cpu",
         "-p",
@@ -362,4 +351,4 @@ def test_pytest_run_keeps_its_rows(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     kept = Results.load(out)
     assert {r.peer for r in kept.rows} == {"official", "gdd_fast"} and all(r.wall for r in kept.rows)
-    assert kept.rates["copy"] > 0 and "Frechet statistics" in done.stdout
+    assert kept.rates["copy"] > 0 and "Frechet distance" in done.stdout

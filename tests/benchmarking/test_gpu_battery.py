@@ -57,7 +57,7 @@ def test_a_part_goes_on_after_a_case_that_fails_and_never_repeats_one(tmp_path, 
 
 def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engines():
     pipelines = {c.group for c in cases_of("pipelines", False)}
-    assert {"Frechet distance", "data path", "import"} <= pipelines
+    assert {"Frechet distance", "data path", "Inception features"} <= pipelines
     checked = {c.group for c in cases_of("correctness", False)}
     assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
     assert "attention forward" not in checked

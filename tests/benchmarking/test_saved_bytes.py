@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from plain_network import plain_pytorch
 from torch import nn
 
-from benchmarks.counts.plain import plain_pytorch
 from benchmarks.counts.saved_bytes import CASES, measure, saved_bytes
 from gdd_fast.backend import obstacle
 from gdd_fast.layers.frozen_conv import FrozenConv2d

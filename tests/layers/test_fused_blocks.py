@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
+from plain_network import plain_pytorch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.counts.plain import plain_pytorch
 from gdd_fast.backend import obstacle
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty

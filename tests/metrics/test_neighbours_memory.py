@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from peak_memory import PeakMemory
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from benchmarks.counts.peak_memory import PeakMemory
 from gdd_fast.metrics.neighbours import density_coverage, nearest, precision_recall
 
 

@@ -10,13 +10,9 @@ import torch
 from benchmarks.counts.offline import ARCHITECTURES, ROOT, compile_cuda
 
 CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
-SIZES = ", ".join(["int64_t"] * 6)
 
 # What to instantiate of each header; a header missing here fails test_every_header_is_listed.
 INSTANTIATIONS = {
-    "to_uint8.cuh": [
-        f"template cudaError_t launch_to_uint8<{t}>(const {t}*, uint8_t*, {SIZES}, cudaStream_t);" for t in CUDA_TYPES
-    ],
     "resample2d.cuh": [
         f"template cudaError_t launch_resample2d<{t}>(const {t}*, const Real<{t}>*, const {t}*, {t}*, "
         "const Resample&, cudaStream_t);"
