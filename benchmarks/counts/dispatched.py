@@ -114,6 +114,7 @@ def fake_engine(name: str, channels: int) -> Iterator[tuple[Preconditioned, Fold
     target = dataclasses.replace(
         make_target(torch.device("cpu"), torch.bfloat16),
         convolve="plain",
+        winograd=False,
         layout=torch.channels_last,
         late_bias=True,
         norm="triton",

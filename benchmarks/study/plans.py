@@ -133,6 +133,8 @@ FASHION16 = replace(
     train=Source(("demo",)),
     test=Source(("demo-test",)),
     teacher=None,
+    # its runs were made before rates could fall
+    base={**CIFAR16.base, "lr_decay_kimg": 0, "ema_halflife_mimg": 0.01},
     runs=tuple(replace(run, seeds=1) for run in CIFAR16.runs[:4]),
     images=5_000,
 )

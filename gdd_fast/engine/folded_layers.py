@@ -83,14 +83,17 @@ class PackedWeight:
 
 
 class WinogradWeight:
-    """A 3x3 weight as `winograd_conv2d` reads it, made for the first call and kept: four times the size in float32."""
+    """A 3x3 weight and its bias as `winograd_conv2d` reads them, made for the first call and kept.
+
+    They take four times the memory of the weight in float32.
+    """
 
     def __init__(self) -> None:
-        self._made: Tensor | None = None
+        self._made: tuple[Tensor, Tensor | None] | None = None
 
-    def __call__(self, weight: Tensor) -> Tensor:
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self._made is None:
-            self._made = winograd_weight(weight)
+            self._made = winograd_weight(weight), None if bias is None else bias.float()
         return self._made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,8 +124,7 @@ class Convolution(nn.Module):
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
         if self.winograd is not None and tiles(x.shape) >= LEAST_TILES:  # type: ignore[union-attr]
-            bias = None if self.bias is None else self.bias.float()
-            return winograd_conv2d(x, self.winograd(self.weight), bias)  # type: ignore[arg-type]
+            return winograd_conv2d(x, *self.winograd(self.weight, self.bias))  # type: ignore[arg-type]
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
         geometry = [self.padding] * 2, [1, 1], [1, 1], 1

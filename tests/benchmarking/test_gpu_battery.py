@@ -243,27 +243,31 @@ def test_a_stale_extension_is_in_the_record_and_costs_its_own_rows_alone(tmp_pat
 def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(monkeypatch):
     from gdd_fast.kernels import _launch
 
-    before = {k: dict(v) for k, v in _launch._table().items()}
+    before = {k: dict(v) for k, v in _launch.table().items()}
+    slow = before["residual"]["default"]["num_warps"]
+    wrong = 2 * slow
 
     def current():
-        return _launch._table()["residual"]["sm_90"]
+        return _launch.table()["residual"]["sm_90"]
 
     def bench(device):
         def check(outputs):
-            if current()["num_warps"] == 2:
+            if current()["num_warps"] == wrong:
                 raise tune.MismatchError("wrong")
 
         return Bench({"gdd_fast:triton": lambda: lambda: None}, check)
 
     def seconds(found, device):
         found.check(None)
-        return 1.0 if current()["num_warps"] == 4 else 0.5
+        return 1.0 if current()["num_warps"] == slow else 0.5
 
     monkeypatch.setattr(tune, "_time", seconds)
     outcome = tune.tune_entry("residual", [Case("g", "c", bench)], "sm_90", CPU, lambda: 1.0)
-    assert outcome["candidate"]["sm_90"]["num_warps"] not in (2, 4) and outcome["gain"] == pytest.approx(2.0)
-    assert {"failed": "wrong"}.items() <= next(t for t in outcome["tried"] if t["options"]["num_warps"] == 2).items()
-    assert {k: dict(v) for k, v in _launch._table().items()} == before
+    assert outcome["candidate"]["sm_90"]["num_warps"] not in (slow, wrong) and outcome["gain"] == pytest.approx(2.0)
+    assert {"failed": "wrong"}.items() <= next(
+        t for t in outcome["tried"] if t["options"]["num_warps"] == wrong
+    ).items()
+    assert {k: dict(v) for k, v in _launch.table().items()} == before
 
 
 def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
