@@ -51,8 +51,8 @@ const CudaDriver& cuda_driver() {
 
 void check(int error, const char* what) { TORCH_CHECK(error == 0, "CUDA error ", error, " at ", what); }
 
-// A thread that has not called CUDA's runtime, such as autograd's where the first kernel is one of these, has no context
-// to launch in; to be told its device, as a guard does, gives it none.
+// A thread that has not called CUDA's runtime, such as autograd's where the first kernel is one of these, has no
+// context to launch in; to be told its device, as a guard does, gives it none.
 void ensure_context(at::Device device) {
   const CudaDriver& driver = cuda_driver();
   void* context = nullptr;

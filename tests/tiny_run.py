@@ -93,4 +93,4 @@ def tiny_task(config: TrainConfig, world: World = ALONE) -> Distillation:
 
 
 def schedule_of(config: TrainConfig) -> loop.Schedule:
-    return loop.Schedule.of(config.run.duration_mimg, config.run.tick_kimg, config.run.checkpoint_ticks)
+    return loop.Schedule.of(config.run)

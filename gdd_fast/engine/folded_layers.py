@@ -180,6 +180,8 @@ class Norm(nn.Module):
         add = self.add if add is None else add
         if self.direct:  # the operator's checks take longer than a map of 8x8 pixels
             first, skip = x if isinstance(x, tuple) else (x, None)
+            first = first.contiguous(memory_format=torch.channels_last)
+            skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
             norm = torch.ops.gdd_fast_C.group_norm_silu.default
             constants = self.groups, self.weight, self.bias, self.eps
             return norm(first, skip, *constants, add, scale, shift, self.activation == "silu", True)[0]

@@ -106,11 +106,11 @@ def test_weights_of_winograds_method_are_made_once_and_do_not_travel() -> None:
     unet = fold(wide_network(), make_target(CPU, torch.float32))[0]
     layer = next(m for m in unet.modules() if isinstance(m, Convolution) and m.winograd is not None)
     before = len(pickle.dumps(layer))
-    made = layer.winograd(layer.weight)
-    assert layer.winograd(layer.weight) is made
+    made = layer.winograd(layer.weight, layer.bias)
+    assert layer.winograd(layer.weight, layer.bias) is made
     assert len(pickle.dumps(layer)) == before
     twin = copy.deepcopy(layer)
-    assert torch.equal(twin.winograd(twin.weight), made)
+    assert torch.equal(twin.winograd(twin.weight, twin.bias)[0], made[0])
 
 
 def test_a_backend_asked_for_by_name_runs_no_kernel_of_ours() -> None:

@@ -296,7 +296,7 @@ def test_the_layer_runs_it_and_the_reference_is_a_switch_away(taps, up, monkeypa
     monkeypatch.setattr(operator, "_runs", lambda *arguments: ran.append(runs(*arguments)) or ran[-1])
     torch.manual_seed(0)
     layer = Conv2d(4, 6, 3, resample_filter=taps, up=up, down=not up)
-    x = torch.randn(2, 4, 8, 8)
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
     y = layer(x)
     assert set(ran) == {"cpp" if has_extension() else "torch"}
     ran.clear()
