@@ -85,6 +85,8 @@ _SMALL_TEACHER = {
 }
 _EARLY = (10_000, 20_000)
 _LONG = (*_EARLY, 50_000, 100_000, 200_000)
+# decomposing 1,280 x 1,280 numbers takes a second here, so not at every batch of 32
+_FRECHET = {"frechet_loss": ("lite0",), "frechet_population": 10_000, "frechet_refresh": 20}
 
 CIFAR16 = Study(
     name="cifar16",
@@ -123,6 +125,24 @@ CIFAR16 = Study(
         Run("heads", "GDD-I, logits reduced by heads", {"logit_reduction": "heads"}, milestones=_LONG),
         Run("at-64", "GDD-I, discriminator at 64", {"disc_resolution": 64}, milestones=_LONG),
         Run("random-i", "level 1 frozen, random weights", {}, "random", _LONG),
+        Run(
+            "two-backbones",
+            "GDD-I, backbones lite0 and VGG-16",
+            # VGG-16 without batch norm is the one whose weights the assets hold
+            {
+                "backbones": ("tf_efficientnet_lite0", "vgg16"),
+                "backbone_weights": ("vgg16={assets}/vgg16-features-fp16.safetensors",),
+            },
+            milestones=_LONG,
+        ),
+        Run(
+            "consistency",
+            "consistency distillation, no GAN, nothing frozen",
+            {"teacher_loss": "cd", "gan": "off", "freeze": 0},
+            milestones=_LONG,
+        ),
+        Run("frechet", "Frechet loss of lite0, no GAN, level 1 frozen", {**_FRECHET, "gan": "off"}, milestones=_LONG),
+        Run("frechet-gan", "GDD-I and the Frechet loss of lite0", _FRECHET, milestones=_LONG),
     ),
 )
 
