@@ -23,6 +23,7 @@ CASES = {
     "network_case": ("benchmarks.cases.network_cases", "network_cases"),
     "training_case": ("benchmarks.cases.training_cases", "training_cases"),
     "pipeline_case": ("benchmarks.cases.pipeline_cases", "pipeline_cases"),
+    "waterfall_case": ("benchmarks.cases.waterfall_cases", "waterfall_cases"),
 }
 """Fixture names, and where the cases behind them come from: imported only by the run that wants them."""
 

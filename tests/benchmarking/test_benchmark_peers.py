@@ -19,15 +19,14 @@ from benchmarks.cases.operator_inputs import conv_problem, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
 from benchmarks.cases.training_cases import compiled_cases as compiled_training
 from benchmarks.cases.training_cases import settings_bench, settings_for, training_cases
+from benchmarks.cases.waterfall_cases import sampling_case, training_steps
 from benchmarks.counts.flops import count_flops
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
-from benchmarks.harness.results import Results, Row
 from benchmarks.harness.training_checks import FLOAT32, Reference, Types, in_types, step_parts
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
-from benchmarks.reports import roofline, waterfall
 from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.models import discriminator
 from gdd_fast.models.edm import adm, ncsnpp
@@ -96,23 +95,11 @@ def test_operator_cases_take_turns_and_name_each_case_once():
 
 
 def test_settings_of_the_waterfall_add_one_technique_each():
-    steps = list(waterfall.training_steps(CPU).values())
+    steps = list(training_steps(CPU).values())
     changed = [[k for k in asdict(a) if asdict(a)[k] != asdict(b)[k]] for a, b in itertools.pairwise(steps)]
     assert all(changed) and steps[0].optimizer == "loop" and not steps[0].channels_last
     ours = next(s for s in steps if s.optimizer == "adam_ema")
     assert (ours.unet, ours.features) == (OUR_SETTINGS.unet, OUR_SETTINGS.features)
-
-
-def test_parts_of_the_roofline_have_flops_and_bytes():
-    setup = Setup("demo", 2)
-    training, batch = roofline.on_meta(setup, Settings(generator_dtype=torch.float32))
-    counted = {name: count_flops(call) for name, call in roofline.parts(training, batch).items()}
-    assert all(counted.values())
-    assert 1.5 < counted["generator forward+backward"] / counted["generator forward"] < 3.1
-    assert 1.9 < counted["backbones forward+input gradient"] / counted["backbones forward"] < 2.1
-    assert counted["R1"] > counted["backbones forward+input gradient"]
-    moved = roofline.least_bytes(training, batch)
-    assert moved.keys() == counted.keys() and all(size > 0 for size in moved.values())
 
 
 def test_a_training_step_applies_its_gradients_once():
@@ -296,19 +283,6 @@ def test_compiled_losses_are_the_losses(monkeypatch):
     assert len(steps) == 2
 
 
-def test_roofline_page_and_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    record = Results({"device": "d", "type": "cpu", "cores": 2}, {"copy": 1e9, "fp32": 1e12})
-    record.add([Row(roofline.GROUP, "R1", "gdd_fast", wall=[2, 2, 2], flops=10**12, bytes=10**8)])
-    record.add(
-        [Row(waterfall.TRAINING, "demo", peer, wall=[t, t, t]) for peer, t in (("a", 2.0), ("gdd_fast: b", 1.0))]
-    )
-    page = roofline.page([record])
-    assert "| R1 | 1000 | 100 | 1 s | 2 s | 2.00 |" in page and "| gdd_fast: b | 1 s | 2.00 x |" in page
-    roofline.draw(record, tmp_path / "w.png")
-    assert (tmp_path / "w.png").stat().st_size > 5000
-
-
 def test_stock_adam_leaves_everything_as_it_was_for_a_gradient_that_is_not_finite():
     weight = torch.ones(3, requires_grad=True)
     adam = torch.optim.Adam([weight], fused=True)
@@ -369,7 +343,7 @@ def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, mon
         "backbone": network_cases.backbone_case("tf_efficientnet_lite0", 1, torch.bfloat16, resolution=32),
         "block": network_cases.block_case("ncsnpp-32", "enc.16x16_block1", 1, torch.bfloat16),
         "generator": network_cases.generator_case("ncsnpp-32", 1, torch.bfloat16),
-        "sampling": waterfall.waterfall_cases(CPU, smoke=True)[1],
+        "sampling": sampling_case("demo", 1),
     }[kind]
     trials = Trials()
     with trials:
