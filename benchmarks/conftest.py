@@ -114,7 +114,7 @@ def run_case(benchmark: Any, device: torch.device, record: Callable[[Row], None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `operator_case`, `network_case`, ... run once a case."""
+    """Tests that take `operator_case`, `network_case`, ... run once per case."""
     for name in CASES.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(name, cases_for(name, metafunc.config), ids=str)
 

@@ -58,8 +58,8 @@ DEFAULT = tuple(name for name in PARTS if name not in ("compiled", "waterfall"))
 """The parts of a run that names none."""
 
 PROCESS_BYTES = 12 << 30
-"""Of a GPU's memory, for one of several checking processes. The largest shapes in float64 take 14 GB: where they meet,
-those that get none are checked again alone."""
+"""How much of a GPU's memory one of several checking processes gets. The largest shapes in float64 take 14 GB: where
+they meet, those that get none are checked again alone."""
 
 _BF16 = torch.bfloat16
 

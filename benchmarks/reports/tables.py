@@ -27,7 +27,7 @@ def load_all(folder: Path = FOLDER) -> list[Results]:
 
 
 def readme(records: Sequence[Results]) -> str:
-    """The short tables: one line a case, its peers side by side, and how many times faster ours is than `stock`."""
+    """The short tables: one line per case, its peers side by side, and how many times faster ours is than `stock`."""
     parts = _preface(records)
     for record in records:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
