@@ -1,35 +1,42 @@
 """What the benchmarks compare with is the same function, and the battery survives what it measures."""
 
 import itertools
+import sys
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import network_cases
-from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
+from benchmarks.cases.layer_calls import NETWORKS, ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.operator_inputs import conv_problem, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
 from benchmarks.cases.training_cases import compiled_cases as compiled_training
-from benchmarks.cases.training_cases import settings_bench, settings_for, training_cases
+from benchmarks.cases.training_cases import settings_bench, settings_for, training_case, training_cases
 from benchmarks.counts.flops import count_flops
+from benchmarks.harness.case import Effort, UnavailableError, measure_case
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.harness.results import Results, Row
 from benchmarks.harness.training_checks import FLOAT32, Reference, Types, in_types, step_parts
 from benchmarks.peers import networks as peers
+from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
 from benchmarks.reports import roofline, waterfall
+from gdd_fast.config import PRESETS, override
 from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.models import discriminator
+from gdd_fast.models.backbones import deit
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.ops import group_norm_silu, residual
@@ -402,3 +409,54 @@ def test_switches_of_peers_are_put_back():
         assert switches() == ("highest", False, before[2])
     assert peers.under_tf32(switches, None)() == (*before[:2], True)
     assert switches() == before
+
+
+def test_the_norm_of_cudnn_frontend_is_differentiated_by_its_own_kernels(monkeypatch):
+    """Its functions as PyTorch's, in the place of a package that runs on one kind of GPU."""
+    shape, groups = (2, 8, 4, 4), 2
+
+    def norm_fprop(variant, x, gamma, beta, *, eps, num_groups):
+        assert variant == "group" and gamma.dtype == beta.dtype == x.dtype
+        return torch.ops.aten.native_group_norm(x, gamma, beta, *x.shape[:2], 16, num_groups, eps)
+
+    def norm_bprop(variant, dy, x, gamma, mean, rstd, *, num_groups):
+        sizes = (*x.shape[:2], 16, num_groups, [True] * 3)
+        found = torch.ops.aten.native_group_norm_backward(dy.contiguous(), x, mean, rstd, gamma, *sizes)
+        return tuple(t.float() for t in found)
+
+    for name, members in {
+        "cudnn.norm": {"NormVariant": SimpleNamespace(GROUP_NORM="group")},
+        "cudnn.norm.fprop.api": {"norm_fprop": norm_fprop},
+        "cudnn.norm.bprop.api": {"norm_bprop": norm_bprop},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    norm, dy = cudnn_group_norm(groups, 1e-6, CPU), torch.randn(shape, dtype=torch.float64)
+    y, want = norm(x, weight, bias), F.group_norm(x, groups, weight, bias, 1e-6)
+    assert_close(y, want)
+    for a, b in zip(*(torch.autograd.grad(t, (x, weight, bias), dy) for t in (y, want)), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(UnavailableError, match="sm_100"):
+        cudnn_group_norm(groups, 1e-6, CPU)
+
+
+_KINDS = dict.fromkeys((case.build.args[0], case.build.args[1].preset) for case in training_cases(True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "preset"), _KINDS)
+def test_every_kind_of_training_case_is_right_at_batch_2(step, preset, monkeypatch):
+    """Every layer of the networks and the backbones; fewer channels in generator, DeiT and heads, smaller images."""
+    small = {name: (side, {**given, "model_channels": 64}) for name, (side, given) in NETWORKS.items()}
+    monkeypatch.setattr(peers, "NETWORKS", small)
+    monkeypatch.setattr(deit, "_WIDTH", 96)
+    monkeypatch.setattr(deit.DeitBase, "tap_channels", (96,) * 4)
+    config, judges = PRESETS[preset], PRESETS[preset].discriminator.backbones
+    resolution = 64 if "vgg16_bn" in judges else 224  # DeiT takes no other
+    config = override(config, disc_resolution=resolution, head_width=0.125)
+    monkeypatch.setattr(Setup, "config", config)
+    rows = list(measure_case(training_case(step, Setup(preset, 2)), CPU, Effort(0.0)))
+    assert [(row.peer, row.failure) for row in rows] == [(peer, None) for peer in ("official", "stock", "gdd_fast")]
