@@ -24,7 +24,7 @@ from benchmarks.cases.battery_parts import PARTS, cases_of
 from benchmarks.peers.training import Setup
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.models.precond import GDDPrecond
-import benchmarks.reports.compare, benchmarks.reports.roofline, benchmarks.reports.tables, benchmarks.reports.tune
+import benchmarks.reports.compare, benchmarks.reports.tables, benchmarks.reports.tune
 
 assert all(cases_of(part, False) for part in PARTS if part != "tune")
 assert len(benchmarks.reports.tune.entries(False)) > 3
