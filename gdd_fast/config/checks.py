@@ -72,6 +72,8 @@ def check_run(run: "RunConfig") -> None:
     require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
     check_seed(run.seed)
     require(not run.debug_finite or run.engine != "graph", "--debug-finite cannot look into --engine graph; use eager")
+    require(not run.fsdp or run.engine != "graph", "--engine graph cannot hold weights that --fsdp has spread")
+    require(not run.fsdp or not run.debug_finite, "--debug-finite cannot look into weights that --fsdp has spread")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
     require(
         not run.measures or run.evaluate_images > 0,
@@ -102,6 +104,7 @@ def check_together(config: "TrainConfig") -> None:
     require(
         run.engine != "graph" or not ablation.adds_losses, "--engine graph does not capture the losses of ablations"
     )
+    require(not run.fsdp or not ablation.adds_losses, "--fsdp is for the paper's loss, without those of ablations")
     steps, kimg = ablation.pd_steps, ablation.pd_stage_kimg
     stages = (steps.bit_length() - 1) * round(kimg * 1e3)
     require(

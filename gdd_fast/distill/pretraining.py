@@ -201,7 +201,7 @@ class Pretraining:
         report_page.refresh(run_dir)
 
     def exported(self, run_dir: Path) -> bool:
-        return holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        return self.world.is_main and holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

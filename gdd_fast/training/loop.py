@@ -58,7 +58,7 @@ class Task(Protocol):
         """
 
     def exported(self, run_dir: Path) -> bool:
-        """Whether what `export` would write is there; main rank only."""
+        """Whether what `export` would write is there. Called on every rank; what the main one says counts."""
 
     def close(self) -> None:
         """End the processes that belong to the task."""
@@ -130,7 +130,7 @@ def run(
     """
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
-    if images and world.is_main and not task.exported(run_dir):
+    if images and not task.exported(run_dir) and world.is_main:
         task.export(run_dir, checkpoint.load(run_dir / CHECKPOINT).sections())
     if images >= schedule.total:
         task.close()
