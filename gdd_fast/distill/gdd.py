@@ -72,9 +72,10 @@ class Distillation:
         self._form: Preconditioned | None = None
         """What `ema.net` is like before it is sharded, if it is."""
         if run.fsdp:
-            self._form = form_of(self.ema.net)
-            for net in (self.generator, self.ema.net):
-                shard(net, world)
+            averaged: Any = self.ema.net
+            self._form = form_of(averaged)
+            shard(self.generator, world)
+            shard(averaged, world)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
