@@ -26,7 +26,7 @@ from gdd_fast.engine.engines import MAX_GRAPHS, Capture
 from gdd_fast.errors import InputError
 
 CALLS = 3
-"""Of a kind, before it is captured."""
+"""How many calls of a kind there are before it is captured."""
 MOST_KINDS = 256
 
 

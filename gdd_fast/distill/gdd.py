@@ -5,6 +5,7 @@ nothing else: it is not in the loop. An iteration is a generator step, a discrim
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout, gpu_arithmetic
-from gdd_fast.distill.additional_losses import build_additional
+from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
+from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
@@ -33,6 +34,7 @@ from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
+from gdd_fast.training.compiled_losses import compiled
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
@@ -104,6 +106,12 @@ class Distillation:
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,
         )
+        self.loss_g, self.loss_d = self._loss_g, self._loss_d
+        if engine == "compile":
+            self.loss_g, self.loss_d = compiled("G", self._loss_g), compiled("D", self._loss_d)
+            if world.is_main and self.r1_interval:
+                said = "G and D steps are compiled; R1 steps run eagerly, as second derivatives do not compile"
+                print(said, file=sys.stderr)
         self.watch = FiniteWatch(self._networks()) if run.debug_finite else None
         self._images = 0
         self.averages = Averages()
@@ -169,36 +177,42 @@ class Distillation:
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
-        reduction = self.config.loss.logit_reduction
         parts = [images.split(self.micro_batch) for images in real]
         for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
-            fakes = self._fakes(label) if self.judges_fakes else None
-            losses: list[Tensor] = []
-            if self.gan and fakes is not None:
-                losses.append(generator_loss(self._discriminate(fakes, label), reduction, self.local_batch))
-            if self.additional is not None:
-                more = self.additional(self.generator, fakes, parts[0][i], label, self.random.generator)
-                # as many times a mean over images as the GAN's is
-                losses.append(more.sum() if reduction == "rows" else more.sum() / self.local_batch)
-            loss = torch.stack(losses).sum()
+            if self.additional is None:
+                loss = self.loss_g(self._draw(), label)
+            else:
+                loss = self._loss_with(self.additional, parts[0][i], label)
             loss.backward()
             total += loss.detach()
         return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
+
+    def _loss_g(self, z: Tensor, label: Tensor | None) -> Tensor:
+        """The GAN's loss of G for a micro-batch."""
+        return self._judged(one_step(self.generator, z, label), label)
+
+    def _judged(self, fakes: Tensor, label: Tensor | None) -> Tensor:
+        logits = self.heads(self.features(fakes), label)
+        return generator_loss(logits, self.config.loss.logit_reduction, self.local_batch)
+
+    def _loss_with(self, additional: AdditionalLosses, real: Tensor, label: Tensor | None) -> Tensor:
+        """The GAN's, where there is one, and those that an ablation adds."""
+        fakes = one_step(self.generator, self._draw(), label) if self.judges_fakes else None
+        losses = [self._judged(fakes, label)] if self.gan and fakes is not None else []
+        more = additional(self.generator, fakes, real, label, self.random.generator)
+        # as many times a mean over images as the GAN's is
+        losses.append(more.sum() if self.config.loss.logit_reduction == "rows" else more.sum() / self.local_batch)
+        return torch.stack(losses).sum()
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
         for part, label in self._micro_batches(real, labels):
-            with torch.no_grad():
-                fake_features = self.features(self._fakes(label))
-                real_features = self.features(part)
-            # one after the other, as batch norm must not mix them
-            fake, true = self.heads(fake_features, label), self.heads(real_features, label)
-            loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
+            loss, logits = self.loss_d(self._draw(), part, label)
             loss.backward()
             total += loss.detach()
-            seen.append(torch.stack([*mean_and_positive(fake), *mean_and_positive(true)]))
+            seen.append(logits)
         norm = self.d_guard.apply()
         fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
         return {
@@ -209,6 +223,16 @@ class Distillation:
             "sign_accuracy_fake": 1 - fake_positive,
             "sign_accuracy_real": real_positive,
         }
+
+    def _loss_d(self, z: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of D for a micro-batch, and `mean_and_positive` of its logits of fakes and of real images."""
+        with torch.no_grad():
+            fake_features = self.features(one_step(self.generator, z, label))
+            real_features = self.features(real)
+        # one after the other, as batch norm must not mix them
+        fake, true = self.heads(fake_features, label), self.heads(real_features, label)
+        loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
+        return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
@@ -246,12 +270,6 @@ class Distillation:
         """Where gradients are not wanted, autograd computes none."""
         for weight in self._head_weights:
             weight.requires_grad_(train)
-
-    def _discriminate(self, images: Tensor, labels: Tensor | None) -> Logits:
-        return self.heads(self.features(images), labels)
-
-    def _fakes(self, labels: Tensor | None) -> Tensor:
-        return one_step(self.generator, self._draw(), labels)
 
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""

@@ -149,6 +149,7 @@ def test_one_process_goes_on_and_two_again(tmp_path):
     [
         ({}, "--fsdp .* there is one: start it with torchrun"),
         ({"engine": "graph"}, "--engine graph cannot"),
+        ({"engine": "compile"}, "--engine compile cannot"),
         ({"debug_finite": True}, "--debug-finite cannot"),
         ({"teacher_loss": "cd"}, "without those of ablations"),
     ],
