@@ -361,8 +361,9 @@ class Distillation:
 
     def export(self, run_dir: Path, sections: Sections) -> None:
         net: Any = self._form or self.ema.net
-        save_network(net, run_dir / RUN_GENERATOR, weights=sections["ema"])
+        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
         report_page.refresh(run_dir)
+        save_network(net, run_dir / RUN_GENERATOR, weights=sections["ema"])
 
     def exported(self, run_dir: Path) -> bool:
         net = self.averaged()
