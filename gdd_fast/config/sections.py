@@ -125,6 +125,9 @@ class RunConfig(LoopSettings):
     process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
     they differ or a capture fails. Else it is `eager`. `compile`, on any device: the losses of the G and D steps by
     torch.compile, forward and backward, which takes minutes at the start; R1 steps stay eager."""
+    fsdp: bool = False
+    """Spread the generator, its average and its optimizer's moments over the processes of torchrun (FSDP2), for a
+    network that one GPU does not hold. Checkpoints are those of any other run."""
     nonfinite: Nonfinite = "skip"
     """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
     +-1e5 and takes it, as the public code does."""

@@ -24,6 +24,7 @@ from gdd_fast.distill.measuring import Evaluation
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.ranks import World
 from gdd_fast.report import report_page
@@ -40,6 +41,7 @@ from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
 from gdd_fast.training.rates import RateDecay
+from gdd_fast.training.sharding import assembled, form_of, gathered, shard
 from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
@@ -58,7 +60,10 @@ class Distillation:
         self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
-        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()  # type: ignore[call-overload]
+        self.layout = layouts[0]
+        self.generator = parts.generator.train()
+        if not run.fsdp:
+            self.generator.to(device, memory_format=self.layout)  # type: ignore[call-overload]
         accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
         self.r1_features = parts.r1_features.to(device)
@@ -66,6 +71,13 @@ class Distillation:
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # what is sampled and exported: published distances are float32's
         self.ema.net.dtype = torch.float32  # type: ignore[assignment]
+        self._form: Preconditioned | None = None
+        """What `ema.net` is like before it is sharded, if it is."""
+        if run.fsdp:
+            averaged: Any = self.ema.net
+            self._form = form_of(averaged)
+            shard(self.generator, world)
+            shard(averaged, world)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
@@ -261,7 +273,9 @@ class Distillation:
 
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""
-        return torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
+        z = torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
+        # sharded weights have lost the layout that maps take from them
+        return z if self._form is None else z.contiguous(memory_format=self.layout)
 
     def _shape(self, images: int) -> tuple[int, int, int, int]:
         net = self.generator
@@ -273,19 +287,29 @@ class Distillation:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
-        if self.world.is_main:
-            self.save_sheet(images)
+        self.save_sheet(images)
         skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
         if self.evaluation is None or not self.evaluation.is_due(images):
             return skipped
-        return {**skipped, **self.evaluation(self.ema.net, images)}  # type: ignore[arg-type]
+        return {**skipped, **self.evaluation(self.averaged(), images)}
+
+    def averaged(self) -> Preconditioned:
+        """The averaged generator, whole: itself, or a copy that is assembled of its parts. Every rank calls it."""
+        net: Any = self.ema.net
+        return net if self._form is None else assembled(self._form, net)
 
     def save_sheet(self, images: int) -> None:
-        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen."""
+        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen.
+
+        The main rank makes them; every rank calls it.
+        """
+        net = self.averaged()
+        if not self.world.is_main:
+            return
         path = self.config.run_dir / "samples" / f"{images:09d}.png"
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
-            samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
+            samples = torch.cat([one_step(net, *part) for part in self._micro_batches(z, labels)])
         save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
 
     def _networks(self) -> dict[str, nn.Module]:
@@ -317,7 +341,7 @@ class Distillation:
             "stream": self.stream.state_dict(),
             "skipped": {name: guard.skipped for name, guard in self._guards().items()},
         }
-        return sections, values
+        return {name: gathered(tensors, self.world) for name, tensors in sections.items()}, values
 
     def restore(self, saved: Checkpoint) -> None:
         self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
@@ -336,11 +360,14 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path, sections: Sections) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR, weights=sections["ema"])  # type: ignore[arg-type]
+        net: Any = self._form or self.ema.net
+        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
         report_page.refresh(run_dir)
+        save_network(net, run_dir / RUN_GENERATOR, weights=sections["ema"])
 
     def exported(self, run_dir: Path) -> bool:
-        return holds_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+        net = self.averaged()
+        return self.world.is_main and holds_network(net, run_dir / RUN_GENERATOR)
 
     def close(self) -> None:
         self.stream.close()

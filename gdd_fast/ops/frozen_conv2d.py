@@ -2,9 +2,9 @@
 
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
 weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
-as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend for a run. On a CPU
-the extension, where it is built, does autograd's part: in Python that costs 0.1 ms per call, forward and backward,
-which is more than many small convolutions take.
+as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend for a run. The
+extension, where it is built, does autograd's part: in Python that costs 0.1 ms per call, forward and backward, which is
+more than many small convolutions take.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.
@@ -58,8 +58,8 @@ def frozen_conv2d(
             every call if it has another.
         bias: (K,) or None, trainable or not, cast likewise.
         stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
-        backend: that of the layer. "torch" keeps autograd's part in Python; with any other the extension does it on a
-            CPU, if it is built. The results are the same bits.
+        backend: that of the layer. "torch" keeps autograd's part in Python; with any other the extension does it, if it
+            is built. The results are the same bits.
 
     Returns:
         (N, K, H', W') in the compute type.
