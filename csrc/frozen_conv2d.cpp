@@ -139,8 +139,15 @@ auto make_node() {
   }
 }
 
+// A GPU's convolution adds its bias in a pass of its own: Triton's kernel does on the way.
 at::Tensor convolve_and_clamp(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
-                              double ceiling) {
+                              double ceiling, const Plans& plans) {
+  if (plans) {
+    at::Tensor y = convolve(x, weight, Bias(), g);
+    y = y.contiguous(memory_format(y));
+    clamp_(plans, y, ceiling, bias.value_or(at::Tensor()));
+    return y;
+  }
   at::Tensor y = convolve(x, weight, bias, g);
   return std::isinf(ceiling) ? y.relu_() : y.clamp_(0, ceiling);
 }
@@ -153,10 +160,10 @@ at::Tensor differentiable(const at::Tensor& x, const at::Tensor& weight, const B
   const auto held = c10::make_intrusive<Held>(x, bias, g, plans);
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    y = convolve(x, weight, bias, g);
+    y = convolve(x, weight, plans ? Bias() : bias, g);
     held->out_format = memory_format(y);
     y = y.contiguous(held->out_format);
-    bits = pack_bits(plans, y, ceiling);
+    bits = pack_bits(plans, y, ceiling, plans ? bias.value_or(at::Tensor()) : at::Tensor());
   }
   const auto node = make_node<ConvolutionReluBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(x, bias.value_or(at::Tensor())));
@@ -182,7 +189,7 @@ at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, con
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
   const Geometry g = geometry(stride, padding, dilation, groups);
   return differentiated(x, bias) ? differentiable(x, weight, bias, g, ceiling, Plans())
-                                 : convolve_and_clamp(x, weight, bias, g, ceiling);
+                                 : convolve_and_clamp(x, weight, bias, g, ceiling, Plans());
 }
 
 // Whether frozen_conv2d_relu's checks in Python find nothing, and nothing is to be cast.
@@ -216,7 +223,7 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const
   g.push_back(groups);
   if (differentiated(x, bias)) return differentiable(x, weight, bias, g, ceiling, plans);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return convolve_and_clamp(x, weight, bias, g, ceiling);
+  return convolve_and_clamp(x, weight, bias, g, ceiling, plans);
 }
 
 }  // namespace
