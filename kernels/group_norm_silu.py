@@ -20,10 +20,9 @@ from ._group_norm_forward import forward_kernel, statistics_kernel
 from ._launch import configuration, launch, on_its_device, pixel_stride, programs_wanted, workspace
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
-
 _WIDEST = 128
-"""Channels of a block up to which the backward kernels keep a tile of the usual size: with more, what they have for each
-channel takes the registers that the tile needs, and they spill."""
+"""Channels of a block up to which the backward kernels keep a tile of the usual size. With more, what they have for
+each channel takes the registers that the tile needs, and they spill."""
 
 
 class Partition:

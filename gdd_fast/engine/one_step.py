@@ -68,7 +68,7 @@ class OneStepGenerator:
         winograd_memory: float = DEFAULT_MEMORY,
     ) -> None:
         """As `from_network`."""
-        if not 0 <= winograd_memory:
+        if not winograd_memory >= 0:
             raise ConfigError(f"winograd_memory must be 0 or more, not {winograd_memory}")
         if not isinstance(network, Preconditioned):
             raise InputError(

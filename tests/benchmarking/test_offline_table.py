@@ -112,6 +112,8 @@ INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.755e9 / (0.85 * 4.8e12)
 
 KB_IN_FLIGHT = 16
 """What a multiprocessor has asked for at once."""
+KB_WITHOUT_SPILLS = 13
+"""Of the backward kernels in blocks of 256 channels, whose tiles are half as large lest they spill."""
 
 
 def test_memory_bound_kernels_keep_memory_busy():
@@ -128,7 +130,8 @@ def test_memory_bound_kernels_keep_memory_busy():
         if row.kernel in MEMORY_BOUND and " contiguous" not in row.layer and not row.layer.endswith("batch 1"):
             width, moved = MEMORY_BOUND[row.kernel]
             assert min(row.load) >= width, row
-            assert min(row.in_flight) >= KB_IN_FLIGHT, row
+            wide = "backward" in row.kernel and "BLOCK_C 256" in row.constants
+            assert min(row.in_flight) >= (KB_WITHOUT_SPILLS if wide else KB_IN_FLIGHT), row
             assert max(row.per_result) <= moved * INSTRUCTIONS_PER_BYTE, row
 
 

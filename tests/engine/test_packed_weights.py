@@ -138,7 +138,7 @@ def test_transformed_weights_keep_to_their_memory(name: str) -> None:
         layers = [m for m in generator.folded.modules() if isinstance(m, Convolution) and takes(m.weight)]
         sizes = {}
         for layer in layers:
-            layer.register_forward_pre_hook(lambda m, x: sizes.__setitem__(m, x[0].shape[-1]))
+            layer.register_forward_pre_hook(lambda m, x, sizes=sizes: sizes.__setitem__(m, x[0].shape[-1]))
         generator(2, labels, latents=z)
         used = [sizes[m] for m in layers if m.winograd is not None]
         unused = [
