@@ -23,6 +23,7 @@ CASES = {
     "network_case": ("benchmarks.cases.network_cases", "network_cases"),
     "training_case": ("benchmarks.cases.training_cases", "training_cases"),
     "pipeline_case": ("benchmarks.cases.pipeline_cases", "pipeline_cases"),
+    "waterfall_case": ("benchmarks.cases.waterfall_cases", "waterfall_cases"),
 }
 """Fixture names, and where the cases behind them come from: imported only by the run that wants them."""
 
@@ -113,7 +114,7 @@ def run_case(benchmark: Any, device: torch.device, record: Callable[[Row], None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `operator_case`, `network_case`, ... run once a case."""
+    """Tests that take `operator_case`, `network_case`, ... run once per case."""
     for name in CASES.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(name, cases_for(name, metafunc.config), ids=str)
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu_battery`: everything worth knowing of one GPU machine, in a given time.
 
-    python -m benchmarks.gpu_battery                            build, check, then all the parts but "compiled"
+    python -m benchmarks.gpu_battery                            build, check, then the parts of a first run (`DEFAULT`)
     python -m benchmarks.gpu_battery --only tune,compiled       some parts; rows of the others are kept
     python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
 

@@ -3,6 +3,7 @@
 Flags are field names, help texts are the docstrings under the fields.
 """
 
+import argparse
 import contextlib
 import functools
 import io
@@ -47,20 +48,13 @@ def parse(
 
 def pop_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
     """The value of `--name VALUE` or `--name=VALUE`, the last one given, and the other arguments."""
-    value, rest, position = default, [], 0
-    while position < len(arguments):
-        argument = arguments[position]
-        if argument == f"--{name}":
-            if position + 1 == len(arguments):
-                raise ConfigError(f"--{name} takes a value")
-            position += 1
-            value = arguments[position]
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-        position += 1
-    return value, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", dest="value", default=default)
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        raise ConfigError(f"--{name} takes a value") from None
+    return found.value, rest
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

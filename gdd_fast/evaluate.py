@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.backend import Backend
@@ -34,11 +33,11 @@ from gdd_fast.files import check_destination
 from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.metrics.features import FeatureExtractor
+from gdd_fast.metrics.make_reference import ReferenceConfig, image_bar, write_reference
 from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.names import deviation_key, label
 from gdd_fast.metrics.population import Needs, Population
-from gdd_fast.metrics.reference import save_reference
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
@@ -148,62 +147,6 @@ class EvaluateConfig(Settings):
         require(self.held_out is None or "nn" in metrics, "--held-out is for --metrics nn")
 
 
-@dataclass(frozen=True)
-class ReferenceConfig(Settings):
-    """What `evaluate ref` keeps of a data set."""
-
-    data: str
-    """The real images: EDM-style zip, folder or npz."""
-    out: Path
-    """The .npz to write: mu and sigma in EDM's form, with the number of images, their size and the network's name."""
-    features: str = "inception"
-    """The feature network."""
-    with_features: bool = False
-    """Keep the features of every image too, which kid, pr and dc need: 4 bytes times images times features."""
-    feature_resolution: int | None = None
-    """Resolution at which features are computed; by default the network's own."""
-    feature_weights: tuple[str, ...] = ()
-    """Local weight file of the network, `name=path`."""
-    data_images: int | None = None
-    """At most how many images to use; by default all."""
-    batch: int = 64
-    """Images through the network at once."""
-    device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
-
-    def validate(self) -> None:
-        """Raise `ConfigError` for the first option that cannot work. Reads no file."""
-        require("," not in self.features, f"a reference holds the features of one network, not of {self.features}")
-        require(self.out.suffix.lower() == ".npz", f"--out is an .npz, not {self.out}")
-        require(not self.out.exists(), f"--out {self.out} exists; name another file or move it")
-        check_destination(self.out)
-        require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
-        require(self.batch >= 1, f"--batch must be at least 1, not {self.batch}")
-        named_paths("--feature-weights", self.feature_weights)
-
-
-@full_float32()
-def reference(config: ReferenceConfig) -> int:
-    """Write the statistics that `config` asks for; the number of images. Raises a `GddFastError` before any work."""
-    config.validate()
-    with join(config.device) as world:
-        dataset = load_data(config.data)
-        measurement = Measurement(
-            parse_metrics(f"fd@{config.features}"),
-            weights=named_paths("--feature-weights", config.feature_weights),
-            resolution=config.feature_resolution,
-            device=world.device,
-        )
-        needs = [Needs(statistics=True, rows=config.with_features)]
-        total = min(len(dataset), config.data_images or len(dataset))
-        with _bar(total, "real", world) as bar:
-            options = {"batch": config.batch, "max_images": config.data_images, "progress": bar.update, "world": world}
-            found = dataset_populations(dataset, measurement.extractors, needs, **options)
-        if world.is_main:
-            save_reference(found[0], config.out, rows=config.with_features)
-    return total
-
-
 @full_float32()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of `config`, as plain JSON types; writes the sheet of `nn`.
@@ -254,7 +197,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         needs: Sequence[Needs] = measurement.needs,
         world: World = world,
     ) -> list[Population]:
-        with _bar(min(len(images), max_images or len(images)), what, world) as bar:
+        with image_bar(min(len(images), max_images or len(images)), what, world) as bar:
             options = {"batch": config.batch, "max_images": max_images, "progress": bar.update, "world": world}
             return dataset_populations(images, extractors, needs, **options)
 
@@ -276,7 +219,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         if samples is not None:
             generated = of_dataset(samples, "generated", config.images)
         else:
-            with _bar(len(seeds), "generated" if config.rounds == 1 else f"round {number + 1}", world) as bar:
+            with image_bar(len(seeds), "generated" if config.rounds == 1 else f"round {number + 1}", world) as bar:
                 generated = generator_populations(
                     net,
                     measurement.extractors,
@@ -392,16 +335,12 @@ def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) ->
         )
 
 
-def _bar(total: int, what: str, world: World) -> tqdm:
-    return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True, disable=not world.is_main)
-
-
 @command
 def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["ref"]:
         config = parse(ReferenceConfig, name="evaluate ref", args=args[1:], description=__doc__)
-        count = reference(config)
+        count = write_reference(config)
         if is_main():
             print(f"statistics of {count} real images -> {config.out}")
         return

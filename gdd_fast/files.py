@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,10 +105,19 @@ def leftovers(path: Path) -> list[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """Delete what processes killed while they wrote `path` have left. What others are writing now stays."""
-    for leftover in leftovers(path):
-        with _locked(leftover) as lock:
+    _remove(leftovers(path))
+
+
+def remove_leftovers_within(folder: Path) -> None:
+    """`remove_leftovers` of every file that was ever written in `folder` and the folders in it."""
+    _remove(path for path in folder.rglob(".*") if re.search(r"\.[0-9a-f]{8}$", path.name) and path.is_dir())
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        with _locked(folder) as lock:
             if lock:
-                shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:

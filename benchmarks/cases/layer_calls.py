@@ -52,7 +52,7 @@ class MapCall:
 
     @property
     def elements(self) -> int:
-        """Of the input, for one image."""
+        """Elements of the input for one image."""
         return self.channels * self.resolution**2
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases.layer_calls import AttentionCall, ConvCall, MapCall, NormCall, ResampleCall
 from benchmarks.harness.operator_case import Problem, package
+from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import (
     attention,
@@ -64,6 +65,15 @@ def norm_problem(layer: NormCall, batch: int, dtype: torch.dtype, device: torch.
 
         return run
 
+    def cudnn() -> Any:
+        norm = cudnn_group_norm(groups, EPS, device)
+
+        def run(x, skip, weight, bias, add, scale, shift) -> Tensor:
+            y = norm(_added(x, skip, add).contiguous(memory_format=torch.channels_last), weight, bias)
+            return F.silu(y) if activation else y
+
+        return run
+
     return Problem(
         group_norm_silu.OPERATOR,
         inputs,
@@ -72,7 +82,8 @@ def norm_problem(layer: NormCall, batch: int, dtype: torch.dtype, device: torch.
         official=partial(stock, wide=True),
         definition=partial(ours, function=group_norm_silu.group_norm_silu_ref),
         differentiable=tuple(name for name, t in inputs.items() if t is not None),
-        extra={"apex": apex} if device.type == "cuda" and not layer.scale else {},
+        # neither scales and shifts, and cudnn-frontend's rule refuses the sizes of the norms that do, ADM's
+        extra={"apex": apex, "cudnn-frontend": cudnn} if device.type == "cuda" and not layer.scale else {},
     )
 
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.counts.saved_bytes`: bytes that a forward pass keeps for backward, PyTorch's layers and ours.
 
 Counted on the CPU in float32 with saved-tensor hooks: every storage once, parameters and buffers left out. The figures
-are what a second image adds to the first: what is kept once a batch, reordered weights, is no image's. The
+are what a second image adds to the first: what is kept once per batch, such as reordered weights, is no image's. The
 generators, without dropout as in GDD, are frozen as in GDD-I (level 1) and run as in a generator step; the backbones
 are the frozen halves of the discriminator, with the gradient of their input wanted; timm's and torchvision's networks
 likewise, by `gdd_fast.accelerate`, where these libraries are installed. "stock" runs the same networks on plain PyTorch

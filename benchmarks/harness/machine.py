@@ -17,7 +17,18 @@ import torch
 from benchmarks.harness.timing import measure
 
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "triton", "numpy", "torchvision", "timm", "diffusers", "apex", "xformers", "flash_attn")
+_PACKAGES = [
+    "torch",
+    "triton",
+    "numpy",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "apex",
+    "xformers",
+    "flash_attn",
+    "nvidia-cudnn-frontend",
+]
 # Records and pages made of them are no part of what they tell of.
 _WRITTEN_BY_RUNS = (":(exclude,top)benchmarks/results", ":(exclude,top)docs", ":(exclude,top)README.md")
 _VECTOR_SETS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")

@@ -69,7 +69,7 @@ class Results:
     def __init__(self, machine: dict[str, Any], rates: dict[str, float], rows: Iterable[Row] = ()) -> None:
         self.machine, self.rates = machine, rates
         self._rows: dict[tuple[str, str, str], Row] = {}
-        self._lines: dict[tuple[str, str, str], str] = {}  # written once a row, as all are saved after each
+        self._lines: dict[tuple[str, str, str], str] = {}  # written once per row, as all are saved after each
         self.add(rows)
         self.notes: dict[str, Any] = {}
         """Whatever else a command wants to keep: parts that failed, candidates of the tuning."""

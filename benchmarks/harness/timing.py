@@ -4,7 +4,7 @@
 
 `call()` does the work once and returns its outputs. On a GPU a round has two parts: one from an idle device (host and
 wall time), one with the queue filled beforehand (device time between two events, without launch latency). Calls of more
-than `_LONG` seconds are timed once a round; launch latency does not matter there.
+than `_LONG` seconds are timed once per round; launch latency does not matter there.
 
 A call with `parts`, as `WithParts` makes it, stands for work of which some is done more rarely, such as the R1 step of
 every sixteenth iteration. Every round times each part once, and a part's time counts by its share.

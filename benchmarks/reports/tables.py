@@ -16,8 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADLINES = ("generator", "iteration", "G step", "D step", "R1 step", "sampling to disk", "adam and average")
 """Groups that the README shows."""
-ELSEWHERE = ("roofline", "waterfall training", "waterfall sampling")
-"""Groups that docs/roofline.md shows."""
 _NO_RECORD = "No figure has been recorded yet."
 _NO_GPU = "No GPU has been measured yet: every figure here is of a CPU."
 
@@ -29,7 +27,7 @@ def load_all(folder: Path = FOLDER) -> list[Results]:
 
 
 def readme(records: Sequence[Results]) -> str:
-    """The short tables: one line a case, its peers side by side, and how many times faster ours is than `stock`."""
+    """The short tables: one line per case, its peers side by side, and how many times faster ours is than `stock`."""
     parts = _preface(records)
     for record in records:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
@@ -39,7 +37,7 @@ def readme(records: Sequence[Results]) -> str:
 
 
 def docs(records: Sequence[Results]) -> str:
-    """Every row of every record but those of docs/roofline.md: one table per group, one case after the other."""
+    """Every row of every record: one table per group, one case after the other."""
     parts = _preface(records)
     for record in records:
         parts += [f"### {record.machine['device']}", _machine_line(record), _rates_line(record)]
@@ -56,11 +54,10 @@ def _preface(records: Sequence[Results]) -> list[str]:
 
 
 def _groups(record: Results) -> dict[str, list[list[Row]]]:
-    """The cases of each group that is not shown elsewhere, both directions of an operator beside each other."""
+    """The cases of each group, both directions of an operator beside each other."""
     found: dict[str, list[list[Row]]] = {}
     for case in _cases(record):
-        if case[0].group not in ELSEWHERE:
-            found.setdefault(case[0].group, []).append(case)
+        found.setdefault(case[0].group, []).append(case)
     operators = list(dict.fromkeys(group.split(" forward")[0] for group in found))
     return {group: found[group] for group in sorted(found, key=lambda g: operators.index(g.split(" forward")[0]))}
 
@@ -124,11 +121,11 @@ def _stock(rows: list[Row]) -> Row | None:
     return _best(rows, lambda p: p == "stock")
 
 
-def _ratio(stock: Row | None, row: Row | None) -> str:
-    """How many times faster than `stock` a row is; nothing if one is missing or they are of different commits."""
-    if stock is None or row is None or stock.extra.get("commit", ...) != row.extra.get("commit", ...):
+def _ratio(base: Row | None, row: Row | None) -> str:
+    """How many times faster than `base` a row is; nothing if one has no time or they are of different commits."""
+    if base is None or row is None or base.extra.get("commit", ...) != row.extra.get("commit", ...):
         return ""
-    return f"{stock.seconds / row.seconds:.2f} x"
+    return f"{base.seconds / row.seconds:.2f} x" if base.seconds and row.seconds else ""
 
 
 def _short_time(row: Row | None) -> str:
@@ -146,7 +143,7 @@ def _long_table(cases: list[list[Row]], rates: dict[str, float], busy: bool) -> 
         {
             "case": "" if index else row.case,
             "peer": row.peer + _other_commit(row),
-            **_cells(row, _stock(rows), rates, busy),
+            **_cells(row, rows[0] if row.group.startswith("waterfall") else _stock(rows), rates, busy),
         }
         for rows in cases
         for index, row in enumerate(rows)
@@ -156,7 +153,7 @@ def _long_table(cases: list[list[Row]], rates: dict[str, float], busy: bool) -> 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
-def _cells(row: Row, stock: Row | None, rates: dict[str, float], busy: bool) -> dict[str, str]:
+def _cells(row: Row, base: Row | None, rates: dict[str, float], busy: bool) -> dict[str, str]:
     """The columns behind case and peer; CPU time where wall time is not to be trusted."""
     if row.failure:
         return dict.fromkeys(_COLUMNS, "") | {"median": row.failure.replace("|", "/")}
@@ -167,7 +164,7 @@ def _cells(row: Row, stock: Row | None, rates: dict[str, float], busy: bool) -> 
         format_seconds(row.seconds),
         f"{format_seconds(low)} to {format_seconds(high)}",
         format_seconds(row.cpu[1]) if busy and row.cpu else "",
-        "" if row is stock else _ratio(stock, row),
+        "" if row is base else _ratio(base, row),
         format_seconds(row.host[1]) if row.host else "",
         *map(_percent, shares),
         f"{row.images / row.seconds:.4g}" if row.images and row.seconds else "",
@@ -176,7 +173,7 @@ def _cells(row: Row, stock: Row | None, rates: dict[str, float], busy: bool) -> 
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
-_COLUMNS = ("median", "20 % to 80 %", "CPU", "against stock", "host", "copy", "products", "images/s", "peak MB")
+_COLUMNS = ("median", "20 % to 80 %", "CPU", "times faster", "host", "copy", "products", "images/s", "peak MB")
 
 
 def _percent(fraction: float | None) -> str:

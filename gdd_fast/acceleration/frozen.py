@@ -1,12 +1,12 @@
 """Frozen networks, such as the feature networks of timm and torchvision: what gradients pass through and do not enter.
 
-    convolution     frozen: keeps nothing for backward, and takes in the batch norm that follows it
-    batch norm      in evaluation mode and frozen: done by the convolution before it
+    convolution     frozen: keeps nothing for backward
+    batch norm      frozen and in evaluation mode: keeps nothing for backward
     ReLU, ReLU6     keep one bit per element in place of their result
     max pooling     of 2x2 windows keeps one byte per output in place of its input and an int64 index per output
 
-These save memory in backward, and the folded norms time. What a module may save is decided at every call: a network
-that is trained or unfrozen after all runs PyTorch's own layers.
+These save memory in backward. What a module may save is decided at every call: a network that is trained or unfrozen
+after all runs PyTorch's own layers.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.acceleration.batch_norm import (
-    FastBatchNorm,
-    FastBatchNormAct,
-    FastParent,
-    Fold,
-    Gate,
-    Untraceable,
-    frozen,
-    sequence,
-)
-from gdd_fast.acceleration.class_exchange import Fast, library_class, obstacle
+from gdd_fast.acceleration.class_exchange import Fast, library_class
 from gdd_fast.acceleration.replacements import Decisions
 from gdd_fast.backend import Backend
 from gdd_fast.ops import max_pool2x2 as pooling
@@ -39,12 +29,13 @@ TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep it
 
 def decide(decisions: Decisions) -> None:
     """Decide about every convolution, batch norm, ReLU and pooling of the network."""
-    folds = _decide_batch_norms(decisions)
     for module in decisions.names:
         if not decisions.undecided(module):
             continue
         if isinstance(module, nn.Conv2d):
-            _decide_conv(decisions, module, folds.get(module))
+            _decide_conv(decisions, module)
+        elif isinstance(module, nn.BatchNorm2d):
+            _decide_batch_norm(decisions, module)
         elif isinstance(module, nn.ReLU | nn.ReLU6):
             _decide_relu(decisions, module)
         elif isinstance(module, nn.MaxPool2d):
@@ -54,34 +45,19 @@ def decide(decisions: Decisions) -> None:
 # --- convolutions
 
 
-@dataclass
-class ConvState:
-    """What a frozen convolution has besides its parameters."""
-
-    padding: tuple[int, int]
-    fold: Fold | None
-
-
 class FastConv(Fast):
-    """nn.Conv2d that keeps no input for backward while it is frozen, and does a batch norm's work if it may."""
+    """nn.Conv2d that keeps no input for backward while it is frozen."""
 
-    _gdd_fast: ConvState
+    _gdd_fast: tuple[int, int]  # the padding, in numbers
 
     def fast_forward(self, x: Tensor) -> Tensor:
-        state = self._gdd_fast
-        fold = state.fold if state.fold is not None and state.fold.active(x) else None
-        if fold is None and not _saves(x, self):
+        if not _saves(x, self):
             return super().forward(x)
         x = self._padded(x)
-        dtype, layout = autocast_dtype(x), memory_format(x)
-        if fold is not None:
-            weight, bias = fold.weight_and_bias(dtype, layout)
-        else:
-            weight, bias = converted(self.weight, dtype, layout), None if self.bias is None else self.bias.to(dtype)
-        y = frozen_conv2d(x, weight, bias, self.stride, state.padding, self.dilation, self.groups)
-        if fold is not None:
-            fold.finish()
-        return y
+        dtype = autocast_dtype(x)
+        weight = converted(self.weight, dtype, memory_format(x))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return frozen_conv2d(x, weight, bias, self.stride, self._gdd_fast, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> Tensor:
         return x
@@ -106,29 +82,18 @@ def _saves(x: Tensor, conv: nn.Conv2d) -> bool:
     return fits and x.requires_grad and torch.is_grad_enabled() and not conv.weight.requires_grad
 
 
-def _decide_conv(decisions: Decisions, conv: nn.Conv2d, fold: Fold | None) -> None:
-    mixin, reason = _conv_mixin(conv)
-    if reason is not None:
-        decisions.leave(conv, reason)
-        return
-    note = "frozen: keeps no input for backward"
-    if fold is not None:
-        note += "; in eval mode does the work of the batch norm after it on maps larger than its weight"
-    decisions.replace(conv, mixin, ConvState(_padding(conv), fold), note)
-
-
-def _conv_mixin(conv: nn.Conv2d) -> tuple[type[FastConv], str | None]:
-    """The mixin for a convolution, and why it has to be left, or None."""
+def _decide_conv(decisions: Decisions, conv: nn.Conv2d) -> None:
     kind = type(conv)
     same = library_class("timm.layers.conv2d_same", "Conv2dSame")
     mixin = FastConvSame if same is not None and kind.forward is same.forward else FastConv
     if mixin is FastConv and not (kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward):
-        return mixin, "its class has a forward of its own"
-    if conv.weight.requires_grad:
-        return mixin, TRAINED
-    if conv.padding_mode != "zeros" or _padding(conv) is None:
-        return mixin, f"pads unlike a frozen convolution here can ({conv.padding_mode}, {conv.padding})"
-    return mixin, obstacle(conv)
+        decisions.leave(conv, "its class has a forward of its own")
+    elif conv.weight.requires_grad:
+        decisions.leave(conv, TRAINED)
+    elif conv.padding_mode != "zeros" or (padding := _padding(conv)) is None:
+        decisions.leave(conv, f"pads unlike a frozen convolution here can ({conv.padding_mode}, {conv.padding})")
+    else:
+        decisions.replace(conv, mixin, padding, "frozen: keeps no input for backward")
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
@@ -143,65 +108,82 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 # --- batch norms
 
 
-def _decide_batch_norms(decisions: Decisions) -> dict[nn.Module, Fold]:
-    """The folds by convolution; every batch norm is decided about."""
-    norms: dict[nn.Module, type[Fast]] = {}
-    for module in decisions.names:
-        if isinstance(module, nn.BatchNorm2d):
-            mixin = _norm_mixin(module)
-            if mixin is None:
-                decisions.leave(module, "its class has a forward of its own")
-            elif not frozen(module):
-                decisions.leave(module, "its parameters are trained (requires_grad)")
-            elif module.running_mean is None:
-                decisions.leave(module, "it has no running statistics: it normalises by those of the batch")
-            else:
-                norms[module] = mixin
+class FastBatchNorm(Fast):
+    """nn.BatchNorm2d that keeps no map for backward while it is frozen and normalises by its running statistics."""
 
-    folds: dict[nn.Module, Fold] = {}
-    why: dict[nn.Module, str] = {}
-    for parent in decisions.names:
-        inside = [child for child in parent.children() if child in norms]
-        if not inside:
-            continue
-        reason = obstacle(parent) if decisions.undecided(parent) else "its holder is decided about otherwise"
-        try:
-            arity, pairs = (0, []) if reason is not None else sequence(parent)
-        except Untraceable as error:
-            reason, pairs = str(error), []
-        gate = None
-        before = {then: first for first, then in pairs}
-        for norm in inside:
-            conv = before.get(norm)
-            why[norm] = reason or _unfoldable(conv, norm) or ""
-            if not why[norm] and decisions.undecided(norm) and conv not in folds:
-                gate = gate or Gate(arity)
-                fold = folds[conv] = Fold(conv, norm, gate)
-                decisions.replace(norm, norms[norm], fold, "in eval mode done by the convolution before it")
-        if gate is not None:
-            decisions.replace(
-                parent, FastParent, gate, "holds convolutions and batch norms that are folded while it runs"
-            )
-    for norm in norms:
-        if decisions.undecided(norm):
-            decisions.leave(norm, why.get(norm) or "it is held by a module that does not call it")
-    return folds
+    def fast_forward(self, x: Tensor) -> Tensor:
+        if not _keeps_for_nothing(self, x):
+            return super().forward(x)
+        y = _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return self._finished(y)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        return y
 
 
-def _norm_mixin(norm: nn.BatchNorm2d) -> type[Fast] | None:
+class FastBatchNormAct(FastBatchNorm):
+    """timm's batch norm, which goes on with a dropout and an activation."""
+
+    def _finished(self, y: Tensor) -> Tensor:
+        return self.act(self.drop(y))
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """PyTorch's batch norm by given statistics, all of them constants: its gradient takes no map to compute."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        ctx.save_for_backward(mean, var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return _FrozenBatchNormGradient.apply(dy, *ctx.saved_tensors, ctx.eps), *[None] * 5
+
+
+class _FrozenBatchNormGradient(torch.autograd.Function):
+    """dy times a constant for each channel, by PyTorch's own operator; linear in dy, and so its own gradient."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float):
+        ctx.save_for_backward(mean, var, weight)
+        ctx.eps = eps
+        # the operator takes the norm's input, which only the gradients of weight and bias are computed from
+        statistics = mean, var, None, None
+        wanted = [True, False, False]
+        return torch.ops.aten.native_batch_norm_backward(dy, dy, weight, *statistics, False, eps, wanted)[0]
+
+    @staticmethod
+    def backward(ctx, ddx: Tensor):
+        return _FrozenBatchNormGradient.apply(ddx, *ctx.saved_tensors, ctx.eps), *[None] * 4
+
+
+def _keeps_for_nothing(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether PyTorch's norm would keep x for the gradients of parameters and statistics that have none."""
+    keeps = not torch.compiler.is_compiling() and x.dim() == 4 and x.requires_grad and torch.is_grad_enabled()
+    return keeps and not norm.training and norm.running_mean is not None and not _is_trained(norm)
+
+
+def _is_trained(norm: nn.BatchNorm2d) -> bool:
+    return any(t is not None and t.requires_grad for t in (norm.weight, norm.bias))
+
+
+def _decide_batch_norm(decisions: Decisions, norm: nn.BatchNorm2d) -> None:
     with_activation = library_class("timm.layers.norm_act", "BatchNormAct2d")
     if type(norm).forward is nn.BatchNorm2d.forward:
-        return FastBatchNorm
-    if with_activation is not None and type(norm).forward is with_activation.forward:
-        return FastBatchNormAct
-    return None
-
-
-def _unfoldable(conv: nn.Module | None, norm: nn.BatchNorm2d) -> str | None:
-    if not isinstance(conv, nn.Conv2d) or conv.out_channels != norm.num_features:
-        return "no convolution comes right before it whose result goes nowhere else"
-    reason = _conv_mixin(conv)[1] or obstacle(norm)
-    return None if reason is None else f"the convolution before it is left: {reason}"
+        mixin: type[Fast] = FastBatchNorm
+    elif with_activation is not None and type(norm).forward is with_activation.forward:
+        mixin = FastBatchNormAct
+    else:
+        decisions.leave(norm, "its class has a forward of its own")
+        return
+    if _is_trained(norm):
+        decisions.leave(norm, "its parameters are trained (requires_grad)")
+    elif norm.running_mean is None:
+        decisions.leave(norm, "it has no running statistics: it normalises by those of the batch")
+    else:
+        decisions.replace(norm, mixin, None, "frozen: in eval mode keeps no input for backward")
 
 
 # --- activations and pooling

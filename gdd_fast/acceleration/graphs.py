@@ -26,7 +26,7 @@ from gdd_fast.engine.engines import MAX_GRAPHS, Capture
 from gdd_fast.errors import InputError
 
 CALLS = 3
-"""Of a kind, before it is captured."""
+"""How many calls of a kind there are before it is captured."""
 MOST_KINDS = 256
 
 
@@ -142,7 +142,7 @@ class Forwards:
 class FastNetwork(Fast):
     """A network whose forward is replayed where it can be."""
 
-    state_name = "_gdd_graphs"  # beside the state of a network that is a block itself
+    state_name = "_gdd_graphs"  # beside the state of a network that is a replaced layer itself
     _gdd_graphs: Forwards
 
     def fast_forward(self, *args: Any, **kwargs: Any) -> Any:

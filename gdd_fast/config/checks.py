@@ -71,7 +71,10 @@ def check_run(run: "RunConfig") -> None:
     require(not few, f"--batch-gpu must be at least 2, not {run.batch_gpu}")
     require(round(run.duration_mimg * 1e6) >= 1, f"--duration-mimg must be positive, not {run.duration_mimg}")
     check_seed(run.seed)
-    require(not run.debug_finite or run.engine != "graph", "--debug-finite cannot look into --engine graph; use eager")
+    closed = run.engine in ("graph", "compile")
+    require(not (run.debug_finite and closed), f"--debug-finite cannot look into --engine {run.engine}; use eager")
+    require(not (run.fsdp and closed), f"--engine {run.engine} cannot hold weights that --fsdp has spread; use eager")
+    require(not run.fsdp or not run.debug_finite, "--debug-finite cannot look into weights that --fsdp has spread")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
     require(
         not run.measures or run.evaluate_images > 0,
@@ -100,8 +103,10 @@ def check_together(config: "TrainConfig") -> None:
         "--feature-weights: nothing is measured, and no loss looks through a feature network",
     )
     require(
-        run.engine != "graph" or not ablation.adds_losses, "--engine graph does not capture the losses of ablations"
+        run.engine in ("auto", "eager") or not ablation.adds_losses,
+        f"--engine {run.engine} does not take the losses of ablations; use eager, or auto",
     )
+    require(not run.fsdp or not ablation.adds_losses, "--fsdp is for the paper's loss, without those of ablations")
     steps, kimg = ablation.pd_steps, ablation.pd_stage_kimg
     stages = (steps.bit_length() - 1) * round(kimg * 1e3)
     require(

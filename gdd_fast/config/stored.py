@@ -31,7 +31,7 @@ RESUMABLE = frozenset(
     {"preset", "run_dir", "duration_mimg", "batch_gpu", "device", "backend", "engine", "tick_kimg", "checkpoint_ticks"}
     | {"max_skipped_steps", "evaluate_images", "evaluate_data", "workers", "data_memory_gib", "backbone_weights"}
     | {"evaluate_ticks", "evaluate_metrics", "evaluate_at_start", "evaluate_ref", "feature_weights", "log"}
-    | {"data", "teacher", "keep_checkpoints", "max_hours", "async_checkpoints", "debug_finite"}
+    | {"data", "teacher", "fsdp", "keep_checkpoints", "max_hours", "async_checkpoints", "debug_finite"}
 )
 # What may also change while a run is not finished: one that diverges needs other values to go on. It is recorded.
 ADJUSTABLE = frozenset(

@@ -52,17 +52,20 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
 
 
 def begin(config: TrainConfig, task: Distillation) -> None:
-    """Before the first iteration: what the report compares with. Overwrites what a run left that never was saved.
+    """Before the first iteration: what the report compares with. Overwrites what a run left that never was saved. Every
+    rank calls it.
 
     samples/teacher.png and samples/000000000.png are the teacher's images and those of its weights in one step, from
     the noise of every later sheet; unet.json says what trains.
     """
+    task.save_sheet(0)
+    if not task.world.is_main:
+        return
     backend, device = task.operators["to_uint8"], task.world.device
     teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
     set_backend(teacher, config.run.backend)
     images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
     save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
-    task.save_sheet(0)
     with atomic_write(config.run_dir / UNET) as temporary:
         temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
 

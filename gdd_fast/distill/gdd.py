@@ -5,6 +5,7 @@ nothing else: it is not in the loop. An iteration is a generator step, a discrim
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout, gpu_arithmetic
-from gdd_fast.distill.additional_losses import build_additional
+from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import Logits, discriminator_loss, generator_loss, mean_and_positive, r1_penalty
+from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
+from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.ranks import World
 from gdd_fast.report import report_page
@@ -32,12 +34,14 @@ from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
+from gdd_fast.training.compiled_losses import compiled
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.output import Averages, reading_bar
 from gdd_fast.training.random_state import RandomState
 from gdd_fast.training.rates import RateDecay
+from gdd_fast.training.sharding import assembled, form_of, gathered, shard
 from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
@@ -56,7 +60,10 @@ class Distillation:
         self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
         layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
-        self.generator = parts.generator.to(device, memory_format=layouts[0]).train()  # type: ignore[call-overload]
+        self.layout = layouts[0]
+        self.generator = parts.generator.train()
+        if not run.fsdp:
+            self.generator.to(device, memory_format=self.layout)  # type: ignore[call-overload]
         accelerate_foreign(self.generator, run.backend)
         self.features = parts.features.to(device)
         self.r1_features = parts.r1_features.to(device)
@@ -64,6 +71,13 @@ class Distillation:
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # what is sampled and exported: published distances are float32's
         self.ema.net.dtype = torch.float32  # type: ignore[assignment]
+        self._form: Preconditioned | None = None
+        """What `ema.net` is like before it is sharded, if it is."""
+        if run.fsdp:
+            averaged: Any = self.ema.net
+            self._form = form_of(averaged)
+            shard(self.generator, world)
+            shard(averaged, world)
         # the class table of conditional heads may be frozen for good
         self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
@@ -92,6 +106,12 @@ class Distillation:
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,
         )
+        self.loss_g, self.loss_d = self._loss_g, self._loss_d
+        if engine == "compile":
+            self.loss_g, self.loss_d = compiled("G", self._loss_g), compiled("D", self._loss_d)
+            if world.is_main and self.r1_interval:
+                said = "G and D steps are compiled; R1 steps run eagerly, as second derivatives do not compile"
+                print(said, file=sys.stderr)
         self.watch = FiniteWatch(self._networks()) if run.debug_finite else None
         self._images = 0
         self.averages = Averages()
@@ -157,36 +177,42 @@ class Distillation:
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
-        reduction = self.config.loss.logit_reduction
         parts = [images.split(self.micro_batch) for images in real]
         for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
-            fakes = self._fakes(label) if self.judges_fakes else None
-            losses: list[Tensor] = []
-            if self.gan and fakes is not None:
-                losses.append(generator_loss(self._discriminate(fakes, label), reduction, self.local_batch))
-            if self.additional is not None:
-                more = self.additional(self.generator, fakes, parts[0][i], label, self.random.generator)
-                # as many times a mean over images as the GAN's is
-                losses.append(more.sum() if reduction == "rows" else more.sum() / self.local_batch)
-            loss = torch.stack(losses).sum()
+            if self.additional is None:
+                loss = self.loss_g(self._draw(), label)
+            else:
+                loss = self._loss_with(self.additional, parts[0][i], label)
             loss.backward()
             total += loss.detach()
         return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
+
+    def _loss_g(self, z: Tensor, label: Tensor | None) -> Tensor:
+        """The GAN's loss of G for a micro-batch."""
+        return self._judged(one_step(self.generator, z, label), label)
+
+    def _judged(self, fakes: Tensor, label: Tensor | None) -> Tensor:
+        logits = self.heads(self.features(fakes), label)
+        return generator_loss(logits, self.config.loss.logit_reduction, self.local_batch)
+
+    def _loss_with(self, additional: AdditionalLosses, real: Tensor, label: Tensor | None) -> Tensor:
+        """The GAN's, where there is one, and those that an ablation adds."""
+        fakes = one_step(self.generator, self._draw(), label) if self.judges_fakes else None
+        losses = [self._judged(fakes, label)] if self.gan and fakes is not None else []
+        more = additional(self.generator, fakes, real, label, self.random.generator)
+        # as many times a mean over images as the GAN's is
+        losses.append(more.sum() if self.config.loss.logit_reduction == "rows" else more.sum() / self.local_batch)
+        return torch.stack(losses).sum()
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
         for part, label in self._micro_batches(real, labels):
-            with torch.no_grad():
-                fake_features = self.features(self._fakes(label))
-                real_features = self.features(part)
-            # one after the other, as batch norm must not mix them
-            fake, true = self.heads(fake_features, label), self.heads(real_features, label)
-            loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
+            loss, logits = self.loss_d(self._draw(), part, label)
             loss.backward()
             total += loss.detach()
-            seen.append(torch.stack([*mean_and_positive(fake), *mean_and_positive(true)]))
+            seen.append(logits)
         norm = self.d_guard.apply()
         fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
         return {
@@ -197,6 +223,16 @@ class Distillation:
             "sign_accuracy_fake": 1 - fake_positive,
             "sign_accuracy_real": real_positive,
         }
+
+    def _loss_d(self, z: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of D for a micro-batch, and `mean_and_positive` of its logits of fakes and of real images."""
+        with torch.no_grad():
+            fake_features = self.features(one_step(self.generator, z, label))
+            real_features = self.features(real)
+        # one after the other, as batch norm must not mix them
+        fake, true = self.heads(fake_features, label), self.heads(real_features, label)
+        loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
+        return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
@@ -235,15 +271,11 @@ class Distillation:
         for weight in self._head_weights:
             weight.requires_grad_(train)
 
-    def _discriminate(self, images: Tensor, labels: Tensor | None) -> Logits:
-        return self.heads(self.features(images), labels)
-
-    def _fakes(self, labels: Tensor | None) -> Tensor:
-        return one_step(self.generator, self._draw(), labels)
-
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""
-        return torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
+        z = torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
+        # sharded weights have lost the layout that maps take from them
+        return z if self._form is None else z.contiguous(memory_format=self.layout)
 
     def _shape(self, images: int) -> tuple[int, int, int, int]:
         net = self.generator
@@ -255,19 +287,29 @@ class Distillation:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
-        if self.world.is_main:
-            self.save_sheet(images)
+        self.save_sheet(images)
         skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
         if self.evaluation is None or not self.evaluation.is_due(images):
             return skipped
-        return {**skipped, **self.evaluation(self.ema.net, images)}  # type: ignore[arg-type]
+        return {**skipped, **self.evaluation(self.averaged(), images)}
+
+    def averaged(self) -> Preconditioned:
+        """The averaged generator, whole: itself, or a copy that is assembled of its parts. Every rank calls it."""
+        net: Any = self.ema.net
+        return net if self._form is None else assembled(self._form, net)
 
     def save_sheet(self, images: int) -> None:
-        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen."""
+        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen.
+
+        The main rank makes them; every rank calls it.
+        """
+        net = self.averaged()
+        if not self.world.is_main:
+            return
         path = self.config.run_dir / "samples" / f"{images:09d}.png"
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
-            samples = torch.cat([one_step(self.ema.net, *part) for part in self._micro_batches(z, labels)])
+            samples = torch.cat([one_step(net, *part) for part in self._micro_batches(z, labels)])
         save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
 
     def _networks(self) -> dict[str, nn.Module]:
@@ -299,7 +341,7 @@ class Distillation:
             "stream": self.stream.state_dict(),
             "skipped": {name: guard.skipped for name, guard in self._guards().items()},
         }
-        return sections, values
+        return {name: gathered(tensors, self.world) for name, tensors in sections.items()}, values
 
     def restore(self, saved: Checkpoint) -> None:
         self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
@@ -318,11 +360,14 @@ class Distillation:
             guard.restore(saved.values["skipped"][name])
 
     def export(self, run_dir: Path, sections: Sections) -> None:
-        save_network(self.ema.net, run_dir / RUN_GENERATOR, weights=sections["ema"])  # type: ignore[arg-type]
+        net: Any = self._form or self.ema.net
+        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
         report_page.refresh(run_dir)
+        save_network(net, run_dir / RUN_GENERATOR, weights=sections["ema"])
 
     def exported(self, run_dir: Path) -> bool:
-        return holds_network(self.ema.net, run_dir / RUN_GENERATOR)  # type: ignore[arg-type]
+        net = self.averaged()
+        return self.world.is_main and holds_network(net, run_dir / RUN_GENERATOR)
 
     def close(self) -> None:
         self.stream.close()

@@ -27,6 +27,8 @@ from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penal
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.unet_block import UNetBlock
+from gdd_fast.ranks import world_size
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.training.batches import split_batch
 
@@ -137,10 +139,13 @@ def forecast(
             weight.requires_grad_(False)
         steps = {"G": _kept(generator_step, own), **steps}
     held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
-    trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) + sum(map(_size, trained))
+    ranks = world_size() if config.run.fsdp else 1
+    trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) // ranks
+    trains += sum(map(_size, trained))
     frozen = {id(net): _weights(net) for net in (features, r1_features)}
     fixed = {
-        "generator and its moving average": 2 * _weights(generator),
+        "generator and its moving average": 2 * _weights(generator) // ranks,
+        **({"its blocks that --fsdp gathers": _gathered(generator)} if ranks > 1 else {}),
         "backbones, projections and heads": sum(frozen.values()) + _weights(heads),
         "gradients": trains,
         "optimizers": 2 * trains,
@@ -195,6 +200,11 @@ def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
             f"{memory / GB:.1f}: use --d-precision bf16, fewer --backbones, or give --batch-gpu a number to try it"
         )
     return images
+
+
+def _gathered(generator: nn.Module) -> int:
+    """At most at a time: a block, the next one, and the gradients of a third."""
+    return 3 * max((_weights(module) for module in generator.modules() if isinstance(module, UNetBlock)), default=0)
 
 
 def saved_bytes(run: Callable[[], object], own: set[int]) -> int:

@@ -197,11 +197,12 @@ class Pretraining:
         self.guard.restore(saved.values["skipped"])
 
     def export(self, run_dir: Path, sections: Sections) -> None:
-        save_network(self.ema.net, run_dir / TEACHER, weights=sections["ema"])  # type: ignore[arg-type]
+        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
         report_page.refresh(run_dir)
+        save_network(self.ema.net, run_dir / TEACHER, weights=sections["ema"])  # type: ignore[arg-type]
 
     def exported(self, run_dir: Path) -> bool:
-        return holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        return self.world.is_main and holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.stream.close()

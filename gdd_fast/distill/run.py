@@ -19,6 +19,7 @@ from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.loggers import check_loggers
 from gdd_fast.training.run_lock import only_process
+from gdd_fast.training.sharding import check_sharding
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def preflight(config: TrainConfig) -> Components:
     check_writable(config.run_dir)
     split_batch(config.run.batch, config.run.batch_gpu, world_size())
     built = components.build(config)
+    if config.run.fsdp:
+        check_sharding(built.generator, world_size())
     if config.run.evaluate_images:
         comparison.check(config, built.generator)
     if config.run.measures:
@@ -92,7 +95,7 @@ def _distill(config: TrainConfig) -> Result:
                 for line in shared_judges(config.discriminator.backbones, measurement.extractors):
                     print(line, file=sys.stderr)
         task = Distillation(config, built, world, evaluation)
-        if world.is_main and not (config.run_dir / loop.CHECKPOINT).exists():
+        if not world.largest(int((config.run_dir / loop.CHECKPOINT).exists())):
             comparison.begin(config, task)
         defaults, log = default_settings(config), loggers(run.log)
         outcome = loop.run(task, config.run_dir, to_dict(config), schedule, world, defaults, log)

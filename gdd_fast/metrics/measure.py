@@ -71,7 +71,7 @@ METRICS: dict[str, Metric] = {
 """`nn`, nearest neighbours, needs images and is `gdd_fast.metrics.memorisation`'s."""
 
 DEFAULT_NETWORKS = {"fd": ("lite0", "pixels")}
-"""Of metrics that are not Inception's by default."""
+"""By metric; the others are Inception's by default."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Measurement:
     def references(
         self, paths: Sequence[str | Path], image_shape: tuple[int, ...], *, complete: bool
     ) -> list[Population | None]:
-        """Of statistics in files, what stands for real images, for each extractor; None where they have nothing.
+        """For each extractor, the statistics in files that stand for real images; None where there are none.
 
         `complete`: what they lack comes from real images. Raises `ConfigError` or `DataError` for files that do not fit
         the networks or the (C, H, W) of the images, and without `complete` for what they lack.

@@ -153,7 +153,7 @@ def _population(arrays: dict[str, np.ndarray], path: Path) -> Population:
 
 
 def _of_features(feats: np.ndarray, path: Path) -> Population:
-    """Of features (N, F) alone, which do not say what network they are of."""
+    """The population of features (N, F) alone, which do not say what network they are of."""
     if feats.ndim != 2 or feats.dtype.kind != "f" or len(feats) < 2:
         raise DataError(f"{path}: feats {feats.dtype} {feats.shape} are no features (N, F) of at least 2 images")
     rows = torch.from_numpy(feats.astype(np.float32))

@@ -19,7 +19,8 @@ def shared_judges(backbones: Sequence[str], extractors: Sequence[FeatureExtracto
 
 
 def backbones_of(net: Path) -> list[str]:
-    """Of the discriminator that trained a generator: `net` is its run's folder, or one of those in `best` there.
+    """The backbones of the discriminator that a generator was trained with; `net` is its run's folder, or one in `best`
+    there.
 
     Empty for a network that does not lie in its run.
     """

@@ -1,8 +1,8 @@
 """Convolution with a weight that is not trained: the input is not kept for backward.
 
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
-weight and the input's shape. On a CPU the extension, where it is built, does autograd's part: in Python that costs
-0.1 ms per call, forward and backward, which is more than many small convolutions take.
+weight and the input's shape. The extension, where it is built, does autograd's part: in Python that costs 0.1 ms per
+call, forward and backward, which is more than many small convolutions take.
 
 Forward and the input's gradient are the library's convolution and its backward, called as PyTorch calls them, equal in
 every bit; but for float32 in channels_last memory on a CPU (csrc/constant_convolution.cpp decides, by shape):

@@ -8,7 +8,7 @@ others may be there, or `{str: form}` for any names.
 from typing import Any
 
 LARGEST = 1e100
-"""Of numbers: far more than a run comes to, and little enough for what a page computes with them."""
+"""The largest number: far more than a run comes to, and little enough for what a page computes with it."""
 
 _PLAIN = (None, bool, float, str)
 _SETTING = (*_PLAIN, [_PLAIN])

@@ -19,7 +19,7 @@ from gdd_fast.report.run_record import RunRecord, read_run
 
 PAGE = "report.html"
 MAX_SHEETS = 40
-"""Of one run, evenly over its length; with the first and the last they tell what more would."""
+"""The most sheets of one run, evenly over its length, the first and the last among them."""
 LOSSLESS_BYTES = 60_000  # a sheet that is larger without loss is compressed with some
 
 

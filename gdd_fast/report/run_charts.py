@@ -115,7 +115,7 @@ def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
         place = _best(data[name], higher_is_better(name))
         if place is not None:
             value, deviations = data[name][place], data.get(deviation_key(name))
-            spread = f" ± {number(deviations[place])}" if deviations else ""
+            spread = f" ± {deviations[place]:.2g}" if deviations else ""
             shown = f"{number(value)}{spread} at {run.lines[place]['images']:,}"
             rows[f"{name}, best"] = (shown, -value if higher_is_better(name) else value)
             rows[f"{name}, last"] = (number(last(data, name)), None)

@@ -124,7 +124,7 @@ def _layers(path: Path) -> dict[str, Any]:
         for measure in ("output_change", "relative_norm") if network else ():
             rows = [len(row) for row in network[measure]]
             if rows != [len(network["sigmas"])] * len(layers["layers"]) or not rows or not rows[0]:
-                raise DataError(f"{path}: {who}.{measure} has not one value a layer and level; make it again")
+                raise DataError(f"{path}: {who}.{measure} has not one value for each layer and level; make it again")
     return layers
 
 

@@ -136,6 +136,8 @@ class CudaGraphs:
 def choose_step_engine(engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True) -> StepEngine:
     """What "auto" is: "graph" on a GPU for one process whose steps are `fixed`, on trial; else "eager".
 
+    "compile" runs anywhere, and its steps are not captured: see `compiled_losses`.
+
     The exchange of several processes has not been captured yet on any machine.
 
     Raises ConfigError for an unknown name, BackendError for graphs on another device than a GPU.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gdd_fast.errors import CheckpointError
 from gdd_fast.files import write_tensors
+from gdd_fast.training.sharding import is_sharded, laid_out_as
 
 FORMAT = "gdd_fast.checkpoint"
 VERSION = 1
@@ -40,10 +41,12 @@ class Checkpoint:
         return {name: self.section(name) for name in names}
 
     def load_module(self, name: str, module: nn.Module) -> None:
-        """Copy a section into a module; raises `CheckpointError` if names or shapes differ."""
+        """Copy a section into a module, sharded or not; raises `CheckpointError` if names or shapes differ."""
+        section, own = self.section(name), module.state_dict()
         try:
-            module.load_state_dict(self.section(name))
-        except RuntimeError as error:
+            parts = {key: laid_out_as(t, section[key]) for key, t in own.items() if key in section and is_sharded(t)}
+            module.load_state_dict({**section, **parts})
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
 
     def load_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
@@ -59,19 +62,12 @@ class Checkpoint:
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
             for index, entries in state.items():
-                entries.update({entry: _laid_out_as(params[index], t) for entry, t in entries.items() if t.ndim})
+                entries.update({entry: laid_out_as(params[index], t) for entry, t in entries.items() if t.ndim})
             optimizer.load_state_dict({"state": state, "param_groups": self.values[name]})
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
-    """A moment in the memory format of its parameter, which files do not keep and the fused optimizer needs."""
-    if saved.shape != parameter.shape:
-        raise ValueError(f"a moment of shape {tuple(saved.shape)} for a parameter of shape {tuple(parameter.shape)}")
-    return torch.empty_like(parameter, requires_grad=False).copy_(saved)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -21,9 +21,13 @@ class Ema:
     def __init__(self, net: nn.Module, halflife: float, rampup: float) -> None:
         self.halflife, self.rampup = halflife, rampup
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        pairs = [(a, p) for a, p in zip(self.net.parameters(), net.parameters(), strict=True) if p.requires_grad]
-        self.averages: dict[nn.Parameter, Tensor] = {p: a for a, p in pairs}
-        """By trained parameter, as `AdamEma` takes them."""
+        self._trained = net
+
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """By trained parameter, as `AdamEma` takes them; of the parameters that the two networks have now."""
+        pairs = zip(self._trained.parameters(), self.net.parameters(), strict=True)
+        return {p: a for p, a in pairs if p.requires_grad}
 
     def decay(self, images: int, batch: int) -> float:
         """Weight of the old average in the update that follows `images` images."""

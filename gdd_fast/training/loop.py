@@ -16,7 +16,7 @@ import torch
 
 from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
 from gdd_fast.errors import CheckpointError, DivergedError
-from gdd_fast.files import atomic_write, remove_leftovers
+from gdd_fast.files import atomic_write, remove_leftovers_within
 from gdd_fast.ranks import World
 from gdd_fast.settings import LoopSettings
 from gdd_fast.signals import StopRequest
@@ -58,7 +58,7 @@ class Task(Protocol):
         """
 
     def exported(self, run_dir: Path) -> bool:
-        """Whether what `export` would write is there; main rank only."""
+        """Whether what `export` would write is there. Called on every rank; what the main one says counts."""
 
     def close(self) -> None:
         """End the processes that belong to the task."""
@@ -128,17 +128,17 @@ def run(
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
         DivergedError: see `StepGuard`.
     """
+    if world.is_main:
+        remove_leftovers_within(run_dir)  # of a finished run too: killed behind its last rename
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
-    if images and world.is_main and not task.exported(run_dir):
+    if images and not task.exported(run_dir) and world.is_main:
         task.export(run_dir, checkpoint.load(run_dir / CHECKPOINT).sections())
     if images >= schedule.total:
         task.close()
         return Outcome(images, 0)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, DIVERGED):
-            remove_leftovers(run_dir / name)
         with atomic_write(run_dir / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
     output = RunOutput(run_dir, schedule.total, images, enabled=world.is_main, log=log, config=config)

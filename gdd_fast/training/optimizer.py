@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdd_fast.backend import Backend
@@ -11,6 +12,7 @@ from gdd_fast.config import Nonfinite
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
 from gdd_fast.ranks import World
+from gdd_fast.training.sharding import is_sharded, laid_out_as, own_part
 
 _MISSING = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 """What torch.optim.Adam can be told to do and this one cannot."""
@@ -23,6 +25,9 @@ class AdamEma(torch.optim.Optimizer):
     rates and the averages' weight are tensors on the parameters' device; nothing waits for the device.
     The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
     counts, and averages of its own unless it is copied together with the network that they belong to.
+
+    Of parameters that FSDP2 has spread over processes each steps its parts, and all of them take a step or leave it out
+    together: every process calls `step`. The moments are spread alike, in `state_dict()` too; it loads whole ones.
 
     Args:
         params: float32 parameters of one device, or groups of them with learning rates and options of their own.
@@ -96,21 +101,24 @@ class AdamEma(torch.optim.Optimizer):
         averaged = [p in self._averages for p in params]
         if any(averaged) and not all(averaged):
             raise ConfigError("AdamEma averages all parameters that have gradients, or none")
-        groups = [
-            Group(len(members), tuple(group["betas"]), group["eps"], group["weight_decay"])
-            for members, group in zip(trained, self.param_groups, strict=True)
-        ]
+        moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        averages = [self._averages[p] for p in params] if any(averaged) else []
+        lists = [[own_part(t) for t in tensors] for tensors in (params, [p.grad for p in params], *moments, averages)]
+        sizes = [len(members) for members in trained]
+        if is_sharded(params[0]):
+            sizes[-1] += 1
+            _add_verdict(params[0], lists)
         adam_ema_(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            *lists[:4],
             self._step,
             self.skipped if skipped is None else skipped,
             self._rates,
-            averages=[self._averages[p] for p in params] if any(averaged) else [],
+            averages=lists[4],
             average_weight=self.average_weight,
-            groups=groups,
+            groups=[
+                Group(size, tuple(group["betas"]), group["eps"], group["weight_decay"])
+                for size, group in zip(sizes, self.param_groups, strict=True)
+            ],
             backend=self.backend,
         )
         return loss
@@ -165,7 +173,7 @@ class AdamEma(torch.optim.Optimizer):
         for p, state in self.state.items():
             state["step"] = self._step
             for name in ("exp_avg", "exp_avg_sq"):  # in memory like the parameter, which a saved tensor need not be
-                state[name] = torch.empty_like(p).copy_(state[name])
+                state[name] = laid_out_as(p, state[name])
         self._rates_filled = [None] * len(self._rates_filled)
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
@@ -176,6 +184,20 @@ class AdamEma(torch.optim.Optimizer):
             for name, moment in state_dict["state"].get(number, {}).items():
                 if name != "step" and moment.shape != p.shape:
                     raise ConfigError(f"{name} of parameter {number} is {tuple(moment.shape)}, it is {tuple(p.shape)}")
+
+
+def _add_verdict(sharded: Any, lists: list[list[Tensor]]) -> None:
+    """Put one number more behind parameters, gradients, moments and averages: its gradient is NaN on every rank if any
+    rank's part of a gradient is not finite, else 0. So all of them leave out the same steps."""
+    parts = [g for g in lists[1] if g.numel()]
+    nothing = torch.zeros(1, device=sharded.device)
+    largest = torch.nn.utils.get_total_norm(parts, float("inf")) if parts else nothing
+    failed = largest.isfinite().logical_not().float().view(1)
+    dist.all_reduce(failed, group=sharded.device_mesh.get_group())
+    for tensors in lists:
+        if tensors:
+            tensors.append(nothing.clone())
+    lists[1][-1] = torch.where(failed > 0, torch.nan, 0.0)
 
 
 def make_adam(
@@ -262,11 +284,12 @@ class StepGuard:
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in params]
-        self._world.average_(gradients)
+        self._world.average_(g for g in gradients if not is_sharded(g))  # FSDP2 has averaged those that are
         if self.nonfinite == "replace":
-            for gradient in gradients:
+            for gradient in map(own_part, gradients):
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         self.optimizer.step(skipped=self.count)
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import edm_style
 from benchmarks.counts.saved_bytes import saved_bytes
-from gdd_fast import accelerate, restore
-from gdd_fast.acceleration.batch_norm import MARGIN
+from gdd_fast import accelerate
 from gdd_fast.backend import obstacle
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import frozen_conv2d_relu
@@ -24,12 +23,6 @@ CALL = lambda net, x: net(x)
 needs_bits = pytest.mark.skipif(
     obstacle(frozen_conv2d_relu.OPERATOR, "cpp", "cpu") is not None, reason="the extension is not built"
 )
-
-
-@pytest.fixture(autouse=True)
-def small_maps_count(monkeypatch):
-    """Norms are folded on the maps of these tests too, where that is slower than not."""
-    monkeypatch.setitem(MARGIN, "cpu", 0)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +92,7 @@ def test_backbones_of_timm_and_torchvision(libraries, name):
     report = assert_accelerates(net, CALL, (x,))
     left = {entry.kind for entry in report.left}
     assert not left & {"Conv2d", "Conv2dSame", "BatchNorm2d", "BatchNormAct2d", "ReLU", "ReLU6"}, str(report)
-    copies = sum(4 * m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
-    biases = sum(4 * m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
-    assert saved_bytes(net, (x,)) - copies - biases < 0.25 * before
+    assert saved_bytes(net, (x,)) < 0.25 * before  # of resnet18 most is its 3x3 pooling's
     assert_restores(net, CALL, (x.detach(),))
 
 
@@ -127,11 +118,11 @@ def test_large_backbones(libraries, name):
 def test_output_and_gradients(layout, backend):
     net = small().to(memory_format=layout)
     report = assert_accelerates(net, CALL, (image(*X).contiguous(memory_format=layout),), backend=backend)
-    assert report.counts["replaced"] >= Counter(Conv2d=6, BatchNorm2d=5, Block=2, Sequential=1)
+    assert report.counts["replaced"] >= Counter(Conv2d=6, BatchNorm2d=5)
     assert_restores(net, CALL, (image(*X),))
 
 
-def test_state_dict_loads_saves_and_is_seen_by_the_folded_weights():
+def test_state_dict_loads_and_saves():
     net, other = accelerate(small()), small()
     x = image(*X, grad=False)
     net(x)
@@ -196,20 +187,15 @@ def test_hooks_see_what_they_saw():
         torch.testing.assert_close(seen["fast", layer], seen["stock", layer])
 
 
-def test_a_convolution_used_twice_or_tapped_is_not_folded():
-    class Tapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            h = self.conv(x)
-            return self.norm(h) + h
-
-    net, report = accelerate(randomise(Tapped()), report=True)
-    assert any(entry.kind == "BatchNorm2d" and "nowhere else" in entry.note for entry in report.left)
-    x = image(*X)
-    torch.testing.assert_close(net(x), restore(copy.deepcopy(net))(x))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_batch_norm_keeps_no_map_and_computes_the_same_bits(dtype):
+    """Anywhere: here before its convolution, as in DenseNet, and its parameters in float32 whatever the map is."""
+    net = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))).append(nn.BatchNorm2d(3, affine=False).eval())
+    stock, x = copy.deepcopy(net), image(*X).detach().to(dtype).requires_grad_()
+    accelerate(net)
+    assert saved_bytes(net, (x,)) == 0 < saved_bytes(stock, (x,))
+    results = [(n(x), *torch.autograd.grad(n(x).sin().sum(), x)) for n in (net, stock)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_what_cannot_be_replaced_is_left_with_a_reason():

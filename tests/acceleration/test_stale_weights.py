@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 
 import edm_style
 from gdd_fast import accelerate
-from gdd_fast.acceleration.batch_norm import MARGIN
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.layers.self_attention import QkvConv2d
 from gdd_fast.models.edm import ncsnpp
@@ -27,17 +26,11 @@ from gdd_fast.models.precond import EDMPrecond
 Change = Callable[[nn.Module], None]
 
 
-@pytest.fixture(autouse=True)
-def small_maps_count(monkeypatch):
-    """Norms are folded on the maps of these tests too, where that is slower than not."""
-    monkeypatch.setitem(MARGIN, "cpu", 0)
-
-
 # --- networks
 
 
 class Block(nn.Module):
-    """Convolution, norm and activation, of which the norm is folded."""
+    """Convolution, norm and activation."""
 
     def __init__(self) -> None:
         super().__init__()

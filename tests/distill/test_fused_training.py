@@ -98,7 +98,7 @@ class Race:
         own = in_float64(self.built) if wide else copy.deepcopy(self.built)
         nets = [own.generator, own.features, own.heads]
         own.operators = choose_backend("torch" if wide else backend, DEVICE.type, nets, OPERATORS)
-        losses, sheets = [], []
+        sheets: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             stack.enter_context(gpu_arithmetic(self.config.generator.g_precision))
@@ -108,13 +108,19 @@ class Race:
             if wide:
                 patch.setattr(ops_adam_ema, "_check_like", lambda *_: None)  # it asks for float32
                 stack.enter_context(InFloat64())
-            for number in range(self.steps):
-                task.iteration(number * self.config.run.batch)
-                losses += task.averages.take().values()
+            losses = self.train(task)
             task.tick(self.steps * self.config.run.batch)
-        assert not any(guard.skipped for guard in (task.g_guard, task.d_guard, task.r1_guard))
         functions = self._functions(task.generator, task.ema.net, task.heads)
         return {"losses": torch.tensor(losses, dtype=torch.float64), "bytes": sheets[0].double().cpu(), **functions}
+
+    def train(self, task: Distillation) -> list[float]:
+        """All steps; what they log."""
+        losses: list[float] = []
+        for number in range(self.steps):
+            task.iteration(number * self.config.run.batch)
+            losses += task.averages.take().values()
+        assert not any(guard.skipped for guard in (task.g_guard, task.d_guard, task.r1_guard))
+        return losses
 
     def distances(self, found: dict[str, Tensor]) -> dict[str, float]:
         """How far from the run in float64, as a share of the way that one went."""

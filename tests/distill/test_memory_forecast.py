@@ -54,6 +54,19 @@ def test_fixed_bytes_are_counted_from_the_parameters(inputs):
     assert of_components(override(config, data_memory_gib=0.0), components.build(config)).fixed["data set"] == 0
 
 
+def test_fsdp_divides_what_belongs_to_the_generator(inputs, monkeypatch):
+    config = tiny_config(inputs)
+    whole = of_components(config, components.build(config)).fixed
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    part = of_components(override(config, fsdp=True), components.build(config)).fixed
+    net = "generator and its moving average"
+    assert part[net] == whole[net] // 2 and part["backbones, projections and heads"] > 0
+    trained = sum(4 * p.numel() for p in components.build(config).generator.parameters() if p.requires_grad)
+    assert whole["gradients"] - part["gradients"] == trained // 2
+    assert 0 < part["its blocks that --fsdp gathers"] < 3 * whole[net]
+
+
 def test_captured_steps_need_room_for_r1_beside_the_graphs():
     found = Forecast({"weights": GB}, {"G": Kept(0, GB), "D": Kept(0, 2 * GB), "R1": Kept(0, 4 * GB)})
     assert (found.bytes(1), found.captured_bytes(1)) == (6 * GB, int(8.5 * GB))

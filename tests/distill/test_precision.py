@@ -2,13 +2,15 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import BATCH, tiny_config, tiny_task
 from torch import nn
 
-from gdd_fast.config import RECIPES, preset
+from gdd_fast.config import RECIPES, differences, preset, to_dict
 from gdd_fast.device import fast_layout
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm, probe_batch_norm
@@ -34,6 +36,19 @@ def test_flags_stand_above_the_recipe_and_that_above_the_preset():
     assert preset("demo", "fast").discriminator.d_precision == "bf16"
     with pytest.raises(ConfigError, match="--precision is one of fast, public, not 'quick'"):
         preset("demo", "quick")
+
+
+def test_the_page_names_all_that_the_recipes_differ_in():
+    page = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    name = "cifar10-cond-gdd-i"
+    fast, public = (to_dict(preset(name, precision)) for precision in RECIPES)
+    for flag in RECIPES["public"]:
+        (row,) = [row for row in rows if f"(`--{flag.replace('_', '-')}`)" in row[0]]
+        for recipe, cell in zip((fast, public), row[1:], strict=True):
+            value = next(section[flag] for section in recipe.values() if flag in section)
+            assert value == re.findall(r"[\w-]+", cell.lower())[0], (flag, cell)
+    assert {d.partition(":")[0].partition(".")[2] for d in differences(fast, public)} <= RECIPES["public"].keys()
 
 
 def test_layouts():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from edm_reference import SIZE, SMALL, fill
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdd_fast
 from benchmarks.counts import exactness
@@ -20,6 +22,7 @@ from gdd_fast.ops.to_uint8 import to_uint8_ref
 from gdd_fast.sampling.generate import generate
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
+from rehearsal import forbid_waiting
 
 TINY = {"model_type": "SongUNet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
 
@@ -287,3 +290,31 @@ def test_classes_of_its_own_are_not_looked_at(conditional, monkeypatch) -> None:
     list(generate(conditional, [0, 1], class_index=2))
     conditional(2, 3)
     assert checked == [False, False, True]
+
+
+def test_without_seeds_latents_and_classes_are_drawn_where_the_network_is(conditional, monkeypatch) -> None:
+    monkeypatch.setattr(conditional, "device", torch.device("cuda", 0))
+    with FakeTensorMode(), forbid_waiting():
+        drawn = conditional.draw(3)
+    assert [t.device.type for t in drawn] == ["cuda", "cuda"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the questions for a value that a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("output", ["uint8", "float"])
+def test_a_call_waits_once(conditional, output: str) -> None:
+    """For the answer whether all values are finite."""
+    with Waits() as waits:
+        conditional(2, output=output)
+    assert len(waits.asked) == 1

@@ -229,7 +229,8 @@ def test_engines_by_name():
     assert choose_step_engine("auto", CPU, 1) == choose_step_engine("eager", CPU, 1) == "eager"
     assert choose_step_engine("graph", gpu, 2) == choose_step_engine("auto", gpu, 1) == "graph"
     assert choose_step_engine("auto", gpu, 2) == choose_step_engine("auto", gpu, 1, fixed=False) == "eager"
+    assert choose_step_engine("compile", CPU, 1) == choose_step_engine("compile", gpu, 2, fixed=False) == "compile"
     with pytest.raises(BackendError, match="CUDA graphs"):
         choose_step_engine("graph", CPU, 1)
-    with pytest.raises(ConfigError, match="one of auto, eager, graph"):
+    with pytest.raises(ConfigError, match="one of auto, eager, graph, compile"):
         choose_step_engine("fast", CPU, 1)

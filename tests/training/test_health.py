@@ -136,6 +136,7 @@ def test_a_distillation_names_the_layer(inputs, network, path, message, plain):
         task.iteration(4)
 
 
-def test_graphs_cannot_be_looked_into(inputs):
-    with pytest.raises(ConfigError, match="--debug-finite"):
-        tiny_config(inputs, debug_finite=True, engine="graph").validate()
+@pytest.mark.parametrize("engine", ["graph", "compile"])
+def test_captured_and_compiled_steps_cannot_be_looked_into(inputs, engine):
+    with pytest.raises(ConfigError, match=f"--debug-finite cannot look into --engine {engine}"):
+        tiny_config(inputs, debug_finite=True, engine=engine).validate()

@@ -320,6 +320,10 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     (half / CHECKPOINT).write_bytes(b"half")
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     assert not list(tmp_path.glob(".*"))
+    for name in (f".{CHECKPOINT}.89abcdef", "generator_ema/.config.json.89abcdef"):  # behind its last rename
+        (tmp_path / name).mkdir(parents=True)
+    run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):

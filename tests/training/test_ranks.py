@@ -61,7 +61,7 @@ with join("cpu") as world:
     }
     task = tiny_task(tiny_config(folder, batch=4), world)
     take, seen = type(task.stream).__next__, []
-    latents = task._fakes(None)
+    latents = task._draw()
     found["latents"] = float(latents.sum())
     start = task.stream.state_dict()
     for _ in range(6):

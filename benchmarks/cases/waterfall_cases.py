@@ -1,4 +1,4 @@
-"""One technique switched on after another, for an iteration with R1's share, and for sampling: behind the waterfalls.
+"""Waterfalls: one technique switched on after another, for an iteration with R1's share, and for sampling.
 
 Each step keeps what the ones before it brought. All are compared with the public code's settings in float32 before
 they are timed, like any peer.
@@ -23,20 +23,18 @@ from benchmarks.peers.training import OFFICIAL_SETTINGS, Settings, Setup
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.sampling.sampler import one_step
 
-TRAINING, SAMPLING = "waterfall training", "waterfall sampling"
+
+def waterfall_cases(full: bool) -> list[Case]:
+    """Training of the demo, `full` of the CIFAR-10 preset; sampling of NCSN++ 32."""
+    setup, batch = (Setup("cifar10-uncond-gdd-i", 128), 16) if full else (Setup("demo", 16), 1)
+    training = lambda device: settings_bench("iteration", setup, training_steps(device), device)
+    title = f"{setup.preset} batch {setup.batch}"
+    return [Case("waterfall training", title, training, larger=True), sampling_case("ncsnpp-32", batch)]
 
 
-def waterfall_cases(device: torch.device, *, smoke: bool = False) -> list[Case]:
-    """Training: the CIFAR-10 preset on a GPU, the demo on a CPU. Sampling: NCSN++ 32."""
-    gpu = device.type == "cuda"
-    setup = Setup("cifar10-uncond-gdd-i", 128) if gpu else Setup("demo", 4 if smoke else 16)
-    batch = 16 if gpu else 1
-    name = "demo" if smoke else "ncsnpp-32"
-    build = partial(settings_bench, "iteration", setup, training_steps(device))
-    return [
-        Case(TRAINING, f"{setup.preset} batch {setup.batch}", build),
-        Case(SAMPLING, f"{name} batch {batch}", partial(_sampling, name, batch)),
-    ]
+def sampling_case(name: str, batch: int) -> Case:
+    """One step of a generator of peers/networks.py."""
+    return Case("waterfall sampling", f"{name} batch {batch}", partial(_sampling, name, batch), larger=True)
 
 
 def training_steps(device: torch.device) -> dict[str, Settings]:
