@@ -68,7 +68,8 @@ def _recipe_of(teacher: str) -> TrainConfig:
     from gdd_fast.distill.components import load_teacher
 
     net = load_teacher(teacher)
-    recipe = recipe_for(net.img_resolution, sum(p.numel() for p in net.parameters()), net.label_dim)
+    size = sum(p.numel() for p in net.parameters())
+    recipe = recipe_for(net.img_resolution, size, net.label_dim, net.predicts_noise)
     run_dir = Path("runs") / Path(teacher).stem
     return override(recipe, run_dir=run_dir)
 

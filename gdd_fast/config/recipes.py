@@ -96,13 +96,14 @@ def _presets() -> dict[str, TrainConfig]:
 PRESETS: dict[str, TrainConfig] = _presets()
 
 
-def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
+def recipe_for(resolution: int, parameters: int, classes: int, predicts_noise: bool = False) -> TrainConfig:
     """The recipe for a teacher that has no preset, from the preset whose network is most like it.
 
     `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
     small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Networks of less than
-    half a million parameters are GDD, and learn slower: the demo's settings broke one (docs/teachers.md). Data, teacher
-    and the data to evaluate with are left unset.
+    half a million parameters are GDD, and learn slower: the demo's settings broke one. So they did one that
+    `predicts_noise`, whose images a step of the optimizer moves further (docs/teachers.md). Data, teacher and the data
+    to evaluate with are left unset.
     """
     if parameters >= 150_000_000:
         like = "imagenet-64"
@@ -113,6 +114,8 @@ def recipe_for(resolution: int, parameters: int, classes: int) -> TrainConfig:
     recipe = _freeze_variant(AUTO, _BY_TEACHER[like], 1)
     if parameters < 500_000:
         recipe = override(recipe, freeze=0, g_lr=3e-4)
+    if predicts_noise:
+        recipe = override(recipe, g_lr=min(recipe.generator.g_lr, 1e-4))
     return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
 
 

@@ -22,6 +22,7 @@ class Preconditioned(nn.Module):
         sigma_min, sigma_max: noise levels it supports; samplers clamp to them.
         sigma_init: the noise level at which a generator of one step is evaluated.
         dtype: what it computes in.
+        predicts_noise: whether the image is x minus noise that it predicts, as in many networks of other libraries.
         foreign: whether its layers are another library's, which `gdd_fast.accelerate` makes fast.
     """
 
@@ -32,6 +33,7 @@ class Preconditioned(nn.Module):
     sigma_max: float
     sigma_init: float
     dtype: torch.dtype
+    predicts_noise: bool = False
     foreign: ClassVar[bool] = False
 
     @abstractmethod

@@ -65,6 +65,8 @@ def test_without_a_preset_the_settings_are_the_teachers(folder):
     assert recipe_for(256, 10**8, 0).discriminator.backbones != small.discriminator.backbones
     tiny = recipe_for(16, 180_000, 0).generator
     assert small.generator.freeze == 1 and tiny.freeze == 0 and tiny.g_lr < small.generator.g_lr
+    assert recipe_for(16, 10**6, 0, predicts_noise=True).generator.g_lr < tiny.g_lr
+    assert config.generator.g_lr == recipe_for(16, 10**6, 0, predicts_noise=True).generator.g_lr  # DDPM's epsilon
 
 
 def test_distilled_sampled_and_handed_on(folder):

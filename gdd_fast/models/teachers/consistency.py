@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError
-from gdd_fast.models.preconditioned import SIGMA_INIT
 from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisation
 
 
@@ -22,7 +21,6 @@ class Consistency(Parametrisation):
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
             raise ConfigError("sigma_min, sigma_max and sigma_data must be positive, and sigma_min below sigma_max.")
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.sigma_init = min(SIGMA_INIT, sigma_max)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         variance = self.sigma_data**2

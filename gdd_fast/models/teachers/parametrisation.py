@@ -15,6 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError
+from gdd_fast.models.preconditioned import SIGMA_INIT
+
+NOISE_SIGMA_INIT = 2.5
 
 
 class Coefficients(NamedTuple):
@@ -32,13 +35,22 @@ class Parametrisation(ABC):
 
     Attributes:
         sigma_min, sigma_max: lowest and highest noise level of the training.
-        sigma_init: the noise level from which a generator of one step starts, unless another is asked for.
+        predicts_noise: whether the image is x minus noise that the network predicts, so that all its errors are sigma
+            times larger there.
     """
 
     kind: ClassVar[str]
     sigma_min: float
     sigma_max: float
-    sigma_init: float
+    predicts_noise: bool = False
+
+    @property
+    def sigma_init(self) -> float:
+        """The noise level from which a generator of one step starts, unless another is asked for; docs/teachers.md.
+
+        Lower where noise is predicted: every error of F, by rounding or an update, is sigma times larger in the image.
+        """
+        return min(NOISE_SIGMA_INIT if self.predicts_noise else SIGMA_INIT, self.sigma_max)
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:

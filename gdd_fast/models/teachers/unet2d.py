@@ -50,6 +50,7 @@ class UNet2DPrecond(Preconditioned):
         super().__init__()
         self.unet_config = check_unet(unet)
         self.parametrisation = make_parametrisation(parametrisation)
+        self.predicts_noise = self.parametrisation.predicts_noise
         self.img_resolution: int = self.unet_config["sample_size"]
         self.img_channels: int = self.unet_config["in_channels"]
         self.label_dim: int = self.unet_config["num_class_embeds"] or 0

@@ -19,6 +19,7 @@ class VarianceExploding(Parametrisation):
     """Args: lowest and highest noise level, as of the scheduler, for images from 0 to 1."""
 
     kind = "ve"
+    predicts_noise = True
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 1348.0) -> None:
         if not 0 < sigma_min < sigma_max < float("inf"):
@@ -27,7 +28,6 @@ class VarianceExploding(Parametrisation):
             )
         self._options = {"sigma_min": sigma_min, "sigma_max": sigma_max}
         self.sigma_min, self.sigma_max = 2 * sigma_min, 2 * sigma_max
-        self.sigma_init = min(2.5, self.sigma_max)  # it predicts noise, as `variance_preserving` has it
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         half = torch.full_like(sigma, 0.5)

@@ -64,7 +64,7 @@ class VariancePreserving(Parametrisation):
             raise ConfigError("the betas do not give noise levels that rise from one time to the next.")
         self._tables = {sigmas.device: sigmas.log()}
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
-        self.sigma_init = min(default_sigma_init(prediction_type), self.sigma_max)
+        self.predicts_noise = prediction_type == "epsilon"
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         norm = (1 + sigma.square()).sqrt()
@@ -108,12 +108,3 @@ class VariancePreserving(Parametrisation):
         if found.get("trained_betas") is None:
             choose("beta_schedule", found["beta_schedule"], SCHEDULES)
         return found
-
-
-def default_sigma_init(prediction_type: str) -> float:
-    """Where a generator of one step starts, as measured in docs/teachers.md.
-
-    A network that predicts noise gives an image as x - sigma F, so that every error of F, of rounding or of an update,
-    is sigma times larger in the image: it starts lower. The others give the image itself.
-    """
-    return 2.5 if prediction_type == "epsilon" else 80.0
