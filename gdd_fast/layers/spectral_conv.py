@@ -69,7 +69,7 @@ class SpectralConv2d(nn.Conv2d):
         return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and result <= 2 * weight.numel()
 
     def _sizes(self, x: Tensor):
-        return zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)  # type: ignore[arg-type]
+        return zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
 
     def _norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The weight, its rows (K, C * R * S) as they lie in memory, and u, v and u^T rows v, which are constants.
