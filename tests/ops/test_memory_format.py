@@ -99,7 +99,8 @@ def test_strides_of_a_frozen_convolution_are_torchs(shape, layout, python, monke
     got, want = frozen_conv2d(x, weight), torch.nn.functional.conv2d(x, weight)
     assert got.stride() == want.stride()
     (dx,), (want_dx,) = (torch.autograd.grad(y.square().sum(), x) for y in (got, want))
-    assert torch.equal(dx, want_dx) and dx.stride() == want_dx.stride()
+    torch.testing.assert_close(dx, want_dx, rtol=1e-5, atol=1e-4)  # few pixels in channels_last are a matrix product
+    assert dx.stride() == want_dx.stride()
 
 
 def test_bits_follow_the_format_of_one_pixel():
