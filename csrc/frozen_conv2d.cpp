@@ -1,11 +1,8 @@
 // gdd_fast_C::frozen_conv2d and frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
-// frozen_conv2d_relu.py in C++. The numbers are the library's convolution and its backward, in both alike. What is
-// gained is what surrounds them: autograd through Python costs 0.1 ms a layer and step, as much as a small depthwise
-// convolution. planned_frozen_conv2d_relu is the same with the bits packed by Triton's kernels.
+// frozen_conv2d_relu.py in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms a
+// layer and step, as much as a small depthwise convolution. planned_frozen_conv2d_relu is the same with the bits packed
+// by Triton's kernels.
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -21,6 +18,7 @@
 #include <vector>
 
 #include "binders.h"
+#include "constant_convolution.h"
 #include "relu_bits_autograd.h"
 #include "strides.h"
 
@@ -31,18 +29,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// Of a convolution all but the tensors: stride, padding and dilation, two numbers each, and groups.
-using Geometry = std::vector<int64_t>;
-using Bias = std::optional<at::Tensor>;
-
-at::IntArrayRef pair(const Geometry& g, int64_t which) { return at::IntArrayRef(g).slice(2 * which, 2); }
-
 Geometry geometry(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   return {stride.front(), stride.back(), padding.front(), padding.back(), dilation.front(), dilation.back(), groups};
-}
-
-at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {
-  return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
 }
 
 // What backward needs beside tensors; in one piece, as every entry of a context's map costs as much as a small
@@ -95,11 +83,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
 struct InputGradient : torch::autograd::Function<InputGradient> {
   static at::Tensor compute(const at::Tensor& dy, const at::Tensor& weight, const Held& held) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Geometry& g = held.geometry;
-    // Its values are not read, its strides choose the algorithm.
-    const at::Tensor x = at::empty(held.shape, dy.options().memory_format(held.format));
-    return std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), pair(g, 0), pair(g, 1),
-                                                pair(g, 2), false, {0, 0}, g[6], {true, false, false}));
+    return convolve_gradient(dy, weight, held.shape, held.format, held.geometry);
   }
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& weight, const Holder& held) {
@@ -155,8 +139,15 @@ auto make_node() {
   }
 }
 
+// A GPU's convolution adds its bias in a pass of its own: Triton's kernel does on the way.
 at::Tensor convolve_and_clamp(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
-                              double ceiling) {
+                              double ceiling, const Plans& plans) {
+  if (plans) {
+    at::Tensor y = convolve(x, weight, Bias(), g);
+    y = y.contiguous(memory_format(y));
+    clamp_(plans, y, ceiling, bias.value_or(at::Tensor()));
+    return y;
+  }
   at::Tensor y = convolve(x, weight, bias, g);
   return std::isinf(ceiling) ? y.relu_() : y.clamp_(0, ceiling);
 }
@@ -169,10 +160,10 @@ at::Tensor differentiable(const at::Tensor& x, const at::Tensor& weight, const B
   const auto held = c10::make_intrusive<Held>(x, bias, g, plans);
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    y = convolve(x, weight, bias, g);
+    y = convolve(x, weight, plans ? Bias() : bias, g);
     held->out_format = memory_format(y);
     y = y.contiguous(held->out_format);
-    bits = pack_bits(plans, y, ceiling);
+    bits = pack_bits(plans, y, ceiling, plans ? bias.value_or(at::Tensor()) : at::Tensor());
   }
   const auto node = make_node<ConvolutionReluBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(x, bias.value_or(at::Tensor())));
@@ -198,7 +189,7 @@ at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, con
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
   const Geometry g = geometry(stride, padding, dilation, groups);
   return differentiated(x, bias) ? differentiable(x, weight, bias, g, ceiling, Plans())
-                                 : convolve_and_clamp(x, weight, bias, g, ceiling);
+                                 : convolve_and_clamp(x, weight, bias, g, ceiling, Plans());
 }
 
 // Whether frozen_conv2d_relu's checks in Python find nothing, and nothing is to be cast.
@@ -232,7 +223,7 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const
   g.push_back(groups);
   if (differentiated(x, bias)) return differentiable(x, weight, bias, g, ceiling, plans);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return convolve_and_clamp(x, weight, bias, g, ceiling);
+  return convolve_and_clamp(x, weight, bias, g, ceiling, plans);
 }
 
 }  // namespace

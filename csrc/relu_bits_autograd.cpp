@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "binders.h"
 #include "relu_bits.h"
@@ -40,6 +41,15 @@ at::Tensor mask(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits
   return (*plan)(inputs)[0];
 }
 
+// What the kernel returns that clamps y in place: its bits, if they are kept.
+std::vector<at::Tensor> clamped(const Plans& plans, const at::Tensor& y, double ceiling, const at::Tensor& bias,
+                                bool bits) {
+  const at::Tensor inputs[] = {y, bias.defined() ? bias.contiguous() : bias};
+  const Plan plan = plans->find(Direction::kForward, kTriton, inputs, {ceiling, bits ? 1.0 : 0.0});
+  TORCH_INTERNAL_ASSERT(plan != nullptr);
+  return (*plan)(inputs);
+}
+
 // Its own derivative.
 struct Masked : torch::autograd::Function<Masked> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits,
@@ -64,7 +74,7 @@ struct Relu : torch::autograd::Function<Relu> {
     } else {
       y = at::empty_like(x).copy_(x);
     }
-    ctx->save_for_backward({pack_bits(of->plans, y, ceiling)});
+    ctx->save_for_backward({pack_bits(of->plans, y, ceiling, at::Tensor())});
     ctx->saved_data["of"] = c10::IValue::make_capsule(of);
     return y;
   }
@@ -84,11 +94,14 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, doubl
 
 }  // namespace
 
-at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling) {
-  if (!plans) return relu_bits_(y, ceiling);
-  const Plan plan = plans->find(Direction::kForward, kTriton, y, {ceiling});
-  TORCH_INTERNAL_ASSERT(plan != nullptr);
-  return (*plan)(y)[0];
+at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling, const at::Tensor& bias) {
+  if (plans) return clamped(plans, y, ceiling, bias, true)[0];
+  TORCH_INTERNAL_ASSERT(!bias.defined());
+  return relu_bits_(y, ceiling);
+}
+
+void clamp_(const Plans& plans, at::Tensor& y, double ceiling, const at::Tensor& bias) {
+  clamped(plans, y, ceiling, bias, false);
 }
 
 at::Tensor masked(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits, at::MemoryFormat format) {

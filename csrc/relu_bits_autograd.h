@@ -6,9 +6,12 @@
 
 namespace gdd_fast {
 
-// Clamps dense y to [0, ceiling] in place -> its bits; and dy, zero where its bit is 1. By Triton's kernels if there
-// are plans of them, else by the CPU's.
-at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling);
+// Clamps dense y to [0, ceiling] in place -> its bits. By Triton's kernels if there are plans of them, which add a bias
+// (channels) on the way if it is defined, else by the CPU's, without one.
+at::Tensor pack_bits(const Plans& plans, at::Tensor& y, double ceiling, const at::Tensor& bias);
+
+// The same without bits, by Triton's kernels alone.
+void clamp_(const Plans& plans, at::Tensor& y, double ceiling, const at::Tensor& bias);
 
 // dy in `format`, zero where the bits say so; differentiable any number of times.
 at::Tensor masked(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits, at::MemoryFormat format);

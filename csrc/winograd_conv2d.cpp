@@ -10,16 +10,16 @@ namespace gdd_fast {
 
 int64_t winograd_conv2d_panel() { return cpu::winograd_conv2d_panel(); }
 
-at::Tensor winograd_conv2d_weight(const at::Tensor& weight) {
+at::Tensor winograd_conv2d_weight(const at::Tensor& weight, bool transposed) {
   const int64_t panel = winograd_conv2d_panel();
   TORCH_CHECK_NOT_IMPLEMENTED(panel > 0, "winograd_conv2d: this processor has neither AVX2 nor AVX-512");
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) > 0 &&
-                        weight.size(0) % panel == 0 && weight.size(1) > 0 && weight.size(1) % 16 == 0,
-                    "winograd_conv2d: the weight must be (a multiple of ", panel, ", a multiple of 16, 3, 3), not ",
-                    weight.sizes());
-  at::Tensor packed =
-      at::empty({36, weight.size(0) / panel, weight.size(1), panel}, weight.options().dtype(at::kFloat));
-  cpu::winograd_conv2d_weight(weight.to(at::kFloat).contiguous(), packed);
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                    "winograd_conv2d: the weight must be (out, in, 3, 3), not ", weight.sizes());
+  const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1);
+  TORCH_CHECK_VALUE(out > 0 && out % panel == 0 && in > 0 && in % 16 == 0,
+                    "winograd_conv2d: out must be a multiple of ", panel, " and in of 16, not ", out, " and ", in);
+  at::Tensor packed = at::empty({36, out / panel, in, panel}, weight.options().dtype(at::kFloat));
+  cpu::winograd_conv2d_weight(weight.to(at::kFloat), transposed, packed);
   return packed;
 }
 
@@ -46,5 +46,5 @@ at::Tensor winograd_conv2d(const at::Tensor& x, const at::Tensor& weight, const 
 }  // namespace gdd_fast
 
 TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) { m.def("winograd_conv2d_panel() -> int", &gdd_fast::winograd_conv2d_panel); }
-GDD_FAST_CPU_OPERATOR(winograd_conv2d_weight, "(Tensor weight) -> Tensor")
+GDD_FAST_CPU_OPERATOR(winograd_conv2d_weight, "(Tensor weight, bool transposed=False) -> Tensor")
 GDD_FAST_CPU_OPERATOR(winograd_conv2d, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")

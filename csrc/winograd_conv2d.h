@@ -11,14 +11,16 @@ struct WinogradConv2d {
 };
 
 int64_t winograd_conv2d_panel();
-at::Tensor winograd_conv2d_weight(const at::Tensor& weight);
+// With `transposed` that of the input's gradient, which is a convolution of dy: in and out exchanged, rows and columns
+// reversed.
+at::Tensor winograd_conv2d_weight(const at::Tensor& weight, bool transposed);
 at::Tensor winograd_conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 namespace cpu {
 // Output channels that are computed together, 0 where this processor has no such kernel.
 int64_t winograd_conv2d_panel();
-// `weight` float32 (out, in, 3, 3) contiguous -> `packed` float32 (36, out / panel, in, panel).
-void winograd_conv2d_weight(const at::Tensor& weight, at::Tensor& packed);
+// `weight` float32 (out, in, 3, 3), of any strides -> `packed` float32 (36, out / panel, in, panel).
+void winograd_conv2d_weight(const at::Tensor& weight, bool transposed, at::Tensor& packed);
 // x and y dense channels_last of one type.
 void winograd_conv2d(const WinogradConv2d& c, const at::Tensor& x, const at::Tensor& weight, const float* bias,
                      at::Tensor& y);

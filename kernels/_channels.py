@@ -124,6 +124,17 @@ def sigmoids(t, dtype: tl.constexpr):
 
 
 @triton.jit
+def silu(t, dtype: tl.constexpr):
+    """t / (1 + exp(-t)); NaN at minus infinity, as PyTorch's. Half types as in `sigmoids`."""
+    e = tl.exp2(t * -1.4426950408889634)
+    if dtype == tl.float32:
+        return t * (1.0 / (1.0 + e))
+    else:
+        root = tl.rsqrt(1.0 + e)
+        return t * (root * root)
+
+
+@triton.jit
 def row_values(row, n, row_n, channel, inside):
     """Values (N, C) of sample n as float32 [BLOCK_C]; zero without."""
     if row is None:

@@ -20,6 +20,10 @@ from ._group_norm_forward import forward_kernel, statistics_kernel
 from ._launch import configuration, launch, on_its_device, pixel_stride, programs_wanted, workspace
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
+_WIDEST = 128
+"""Channels of a block up to which the backward kernels keep a tile of the usual size. With more, what they have for
+each channel takes the registers that the tile needs, and they spill."""
+
 
 class Partition:
     """How one call is cut: the tile, the parts that pixels are split into, and whether one kernel does it all."""
@@ -28,7 +32,11 @@ class Partition:
         n, _, h, w = x.shape
         self.pixels = h * w
         options = dict(configuration(f"group_norm_silu.{kind}", x.device, (n, channels, self.pixels)))
-        self.tile: Tile = tile(channels, channels // groups, self.pixels, x.stride(1) == 1, options.pop("elements"))
+        elements = options.pop("elements")
+        cut = channels, channels // groups, self.pixels, x.stride(1) == 1
+        self.tile: Tile = tile(*cut, elements)
+        if kind == "backward" and self.tile.block_c > _WIDEST:
+            self.tile = tile(*cut, elements // 2)
         self.options = options
         self.blocks = n * self.tile.blocks
         self.parts, self.chunk = split(self.blocks, self.pixels, self.tile.block_s, programs_wanted(x.device))

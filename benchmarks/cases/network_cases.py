@@ -33,6 +33,7 @@ def network_cases(full: bool) -> list[Case]:
         return [
             generator_case("ncsnpp-32", 1, torch.float32),
             generator_case("ncsnpp-32", 1, torch.bfloat16),
+            generator_case("ncsnpp-32", 4, torch.float32),
             block_case(*_BLOCKS[1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
             generator_case("ncsnpp-32", 4, torch.bfloat16, compiled=("compile",)),

@@ -172,7 +172,9 @@ def _attention(module: ModuleType, call: AttentionCall, batch: int, maps: Maps) 
 
 def _relu(module: ModuleType, call: ReluCall, batch: int, maps: Maps) -> None:
     y = maps(batch, call.channels, call.resolution)
-    module.mask_bits(y, module.relu_bits_(y, call.ceiling))
+    bias = torch.empty(call.channels, dtype=maps.dtype, device="meta")
+    module.clamp_(y, call.ceiling, bias)
+    module.mask_bits(y, module.relu_bits_(y, call.ceiling, bias))
 
 
 def _pool(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:

@@ -20,6 +20,7 @@ from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from gdd_fast.config import PRESETS, TrainConfig
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
+from gdd_fast.layers.spectral_conv import SpectralConv2d
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.sampling.sampler import one_step
@@ -245,6 +246,9 @@ def _discriminator(
     if settings.features == "gdd_fast":
         features = features.to(dtype)
     else:
+        for head in heads.modules():
+            if isinstance(head, SpectralConv2d):
+                head.divide_result = False  # PyTorch's own spectral norm
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         projections = [features.projections[b.name] for b in backbones]
         features = peers.StockFeatures(backbones, projections, size, dtype).to(device=device, memory_format=layout)

@@ -58,6 +58,7 @@ namespace avx2 {
 template <typename T>
 struct Loops {
   int64_t panel;
+  void (*transform_weight)(const float*, int64_t, const int64_t*, float*, int64_t);
   void (*transform_tile)(const T* const*, int64_t, float*, int64_t);
   void (*multiply_panel)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
   void (*finish_tile)(const float*, int64_t, const float*, T*, int64_t, int64_t, int64_t, int64_t);
@@ -69,9 +70,9 @@ Loops<T> loops() {
 #ifdef GDD_FAST_WINOGRAD
   const std::string processor = at::get_cpu_capability();
   if (processor == "AVX512") {
-    return {avx512::kPanel, avx512::transform_tile<T>, avx512::multiply_panel, avx512::finish_tile<T>};
+    return {avx512::kPanel, avx512::transform_weight, avx512::transform_tile<T>, avx512::multiply_panel, avx512::finish_tile<T>};
   }
-  if (processor == "AVX2") return {avx2::kPanel, avx2::transform_tile<T>, avx2::multiply_panel, avx2::finish_tile<T>};
+  if (processor == "AVX2") return {avx2::kPanel, avx2::transform_weight, avx2::transform_tile<T>, avx2::multiply_panel, avx2::finish_tile<T>};
 #endif
   return {};
 }
@@ -121,18 +122,6 @@ void convolve(const WinogradConv2d& c, const T* x, const float* weight, const fl
   }
 }
 
-// w (3 values, `step` apart) at the six points, over what the other points make of each.
-void weight_at_points(const double* w, int64_t step, double* g) {
-  const double a = kA, b = kB, a2 = kA2, b2 = kB2, at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
-  const double w0 = w[0], w1 = w[step], w2 = w[2 * step];
-  g[0] = w0 / (a2 * b2);
-  g[1] = (w0 + a * w1 + a2 * w2) * at_a;
-  g[2] = (w0 - a * w1 + a2 * w2) * at_a;
-  g[3] = (w0 + b * w1 + b2 * w2) * at_b;
-  g[4] = (w0 - b * w1 + b2 * w2) * at_b;
-  g[5] = w2;
-}
-
 }  // namespace
 
 int64_t winograd_conv2d_panel() {
@@ -140,23 +129,21 @@ int64_t winograd_conv2d_panel() {
   return panel;
 }
 
-void winograd_conv2d_weight(const at::Tensor& weight, at::Tensor& packed) {
-  const int64_t out = weight.size(0), in = weight.size(1), panel = packed.size(3);
+void winograd_conv2d_weight(const at::Tensor& weight, bool transposed, at::Tensor& packed) {
+  static const Loops<float> loops = cpu::loops<float>();
+  const int64_t panels = packed.size(1), in = packed.size(2), panel = packed.size(3), point = panels * in * panel;
+  const int64_t out_step = weight.stride(transposed ? 1 : 0), in_step = weight.stride(transposed ? 0 : 1);
+  int64_t taps[9];
+  for (int64_t i = 0; i < 9; i++) {
+    const int64_t tap = transposed ? 8 - i : i;
+    taps[i] = tap / 3 * weight.stride(2) + tap % 3 * weight.stride(3);
+  }
   const float* from = weight.const_data_ptr<float>();
   float* to = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++) {
-      for (int64_t i = 0; i < in; i++) {
-        double w[9], columns[18], points[6];  // columns[6 x + i]: column x of w at point i
-        std::copy_n(from + (o * in + i) * 9, 9, w);
-        for (int64_t x = 0; x < 3; x++) weight_at_points(w + x, 3, columns + 6 * x);
-        for (int64_t y = 0; y < 6; y++) {
-          weight_at_points(columns + y, 6, points);
-          for (int64_t x = 0; x < 6; x++) {
-            to[(((6 * y + x) * (out / panel) + o / panel) * in + i) * panel + o % panel] = float(points[x]);
-          }
-        }
-      }
+  at::parallel_for(0, panels * in, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const float* w = from + i / in * panel * out_step + i % in * in_step;
+      loops.transform_weight(w, out_step, taps, to + i * panel, point);
     }
   });
 }

@@ -34,6 +34,41 @@ GDD_FAST_STEP void store(at::BFloat16* to, Vector v) {
   for (int64_t i = 0; i < kVector; i++) to[i] = narrow<at::BFloat16>(values[i]);
 }
 
+// Three values of a weight, each `step` after the last -> at the six points, over what the other points make of each.
+GDD_FAST_STEP void weight_to_points(const Vector* w, int64_t step, Vector* g) {
+  constexpr double a = kA, b = kB, at_a = 1 / (2 * a * a * (a * a - b * b)), at_b = 1 / (2 * b * b * (b * b - a * a));
+  const Vector w0 = w[0], w1 = w[step], w2 = w[2 * step];
+  g[0] = multiply(w0, float(1 / (a * a * b * b)));
+  Vector even = fma(w2, float(a * a * at_a), multiply(w0, float(at_a))), odd = multiply(w1, float(a * at_a));
+  g[1] = add(even, odd);
+  g[2] = subtract(even, odd);
+  even = fma(w2, float(b * b * at_b), multiply(w0, float(at_b))), odd = multiply(w1, float(b * at_b));
+  g[3] = add(even, odd);
+  g[4] = subtract(even, odd);
+  g[5] = w2;
+}
+
+// The 3x3 kernels of kPanel output channels, `out_step` apart, their values at `taps` -> 36 rows of `points`.
+GDD_FAST_ISA void transform_weight(const float* w, int64_t out_step, const int64_t* taps, float* points,
+                                   int64_t stride) {
+  alignas(sizeof(Vector)) float values[9][kPanel];
+  for (int64_t i = 0; i < 9; i++) {
+    for (int64_t o = 0; o < kPanel; o++) values[i][o] = w[o * out_step + taps[i]];
+  }
+  for (int64_t o = 0; o < kPanel; o += kVector) {
+    Vector rows[9], columns[18], row[6];
+    for (int i = 0; i < 9; i++) rows[i] = load(values[i] + o);
+    for (int x = 0; x < 3; x++) {
+      weight_to_points(rows + x, 3, row);
+      for (int i = 0; i < 6; i++) columns[3 * i + x] = row[i];
+    }
+    for (int i = 0; i < 6; i++) {
+      weight_to_points(columns + 3 * i, 1, row);
+      for (int j = 0; j < 6; j++) store(points + (6 * i + j) * stride + o, row[j]);
+    }
+  }
+}
+
 // Six values of the image, each `step` after the last -> their values at the six points.
 GDD_FAST_STEP void to_points(const Vector* d, int64_t step, Vector* t) {
   const Vector d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];

@@ -142,7 +142,7 @@ class Forwards:
 class FastNetwork(Fast):
     """A network whose forward is replayed where it can be."""
 
-    state_name = "_gdd_graphs"  # beside the state of a network that is a block itself
+    state_name = "_gdd_graphs"  # beside the state of a network that is a replaced layer itself
     _gdd_graphs: Forwards
 
     def fast_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ from torch import Tensor
 from gdd_fast.backend import Backend
 from gdd_fast.engine.engines import Engine, Finish, choose_engine, make_engine
 from gdd_fast.engine.fold import fold, make_target
+from gdd_fast.engine.winograd_memory import DEFAULT_MEMORY, limit_winograd
 from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.interop import hub
 from gdd_fast.models.precond import compute_dtype
@@ -64,8 +65,11 @@ class OneStepGenerator:
         engine: Engine = "auto",
         backend: Backend = "auto",
         sigma: float | None = None,
+        winograd_memory: float = DEFAULT_MEMORY,
     ) -> None:
         """As `from_network`."""
+        if not winograd_memory >= 0:
+            raise ConfigError(f"winograd_memory must be 0 or more, not {winograd_memory}")
         if not isinstance(network, Preconditioned):
             raise InputError(
                 f"a OneStepGenerator is made of a network of gdd_fast, not {type(network).__name__}: load one with "
@@ -82,6 +86,8 @@ class OneStepGenerator:
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
         with torch.autocast("cpu", enabled=False):
             self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)
+            if target.winograd:
+                limit_winograd(self.folded, self.img_channels, self.img_resolution, winograd_memory)
         own_backend = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
         self._as_bytes = functools.partial(_as_bytes, own_backend)
         self._run = make_engine(self.engine, self.folded, self.device)
@@ -103,6 +109,7 @@ class OneStepGenerator:
         dtype: torch.dtype | str | None = None,
         engine: Engine = "auto",
         backend: Backend = "auto",
+        winograd_memory: float = DEFAULT_MEMORY,
         **hub_options: Any,
     ) -> "OneStepGenerator":
         """A generator from an EDM or GDD .pkl, a network folder, a training run folder (its EMA generator), or a
@@ -117,18 +124,20 @@ class OneStepGenerator:
                 network either (counted on a CPU, docs/one_step.md).
             engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
             backend: of the fused operators, see gdd_fast.backend.
+            winograd_memory: on a CPU, the most memory that weights transformed for Winograd's method take, in times
+                its convolutions' weights in float32. More is faster, up to 4; 0 does without the method.
             hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.
 
         Raises:
             WeightsError: there is no network at `path` or in the repository, the Hub cannot be reached, or the network
                 is broken.
-            ConfigError: an unknown dtype, device or engine.
+            ConfigError: an unknown dtype, device or engine, or a negative winograd_memory.
             BackendError: an engine or backend asked for by name cannot run here.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         net = hub.from_pretrained(path, **hub_options)
-        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend)
+        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, winograd_memory=winograd_memory)
 
     @classmethod
     def from_network(
@@ -140,6 +149,7 @@ class OneStepGenerator:
         engine: Engine = "auto",
         backend: Backend = "auto",
         sigma: float | None = None,
+        winograd_memory: float = DEFAULT_MEMORY,
     ) -> "OneStepGenerator":
         """A generator with the weights `net` has now; `net` is read, not changed, and kept as `.network`.
 
@@ -147,7 +157,15 @@ class OneStepGenerator:
         default the network's own `sigma_init`.
         The rest, and what it raises, as `from_pretrained`; InputError if `net` is none of gdd_fast's networks.
         """
-        return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, sigma=sigma)
+        return cls(
+            net,
+            device=device,
+            dtype=dtype,
+            engine=engine,
+            backend=backend,
+            sigma=sigma,
+            winograd_memory=winograd_memory,
+        )
 
     def __call__(
         self,

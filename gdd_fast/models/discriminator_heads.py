@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
 from gdd_fast.errors import ConfigError
+from gdd_fast.layers.spectral_conv import SpectralConv2d
 
 CHANNELS = {1: 2048, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 64, 256: 32, 512: 16}
 CLASS_MAP_CHANNELS = 64
@@ -101,7 +101,7 @@ class Head(nn.Module):
         for level in range(start.bit_length() - 1, end.bit_length() - 1, -1):
             out_channels = max(1, round(CHANNELS[1 << level - 1] * width))
             layers += [
-                _normed(Conv2d(channels, out_channels, 4, stride=2, padding=1), spectral_random),
+                SpectralConv2d.make(channels, out_channels, 4, stride=2, padding=1, random=spectral_random),
                 nn.BatchNorm2d(out_channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
@@ -109,7 +109,7 @@ class Head(nn.Module):
         self.main = nn.Sequential(*layers)
         kernel = 4 if end >= 8 else max(1, end // 2)
         out_channels = 1 if embedding_dim is None else CLASS_MAP_CHANNELS
-        self.out = _normed(Conv2d(channels, out_channels, kernel, bias=False), spectral_random)
+        self.out = SpectralConv2d.make(channels, out_channels, kernel, bias=False, random=spectral_random)
         self.embedding = nn.Embedding(own_rows, embedding_dim) if own_rows and embedding_dim else None
         if self.embedding is not None and own_table is not None:
             self.embedding.weight.data.copy_(own_table)
@@ -126,14 +126,6 @@ class Head(nn.Module):
         return (x * self.class_map(embedded).unsqueeze(2)).sum(1) / math.sqrt(CLASS_MAP_CHANNELS)
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution that computes in the type of its input, so that spectral norms are taken in the weight's own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
-
-
 class ClassMap(nn.Module):
     """A linear layer as in StyleGAN2: unit-normal weight scaled by 1/sqrt(fan-in), leaky ReLU with gain sqrt(2)."""
 
@@ -145,16 +137,6 @@ class ClassMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.weight / math.sqrt(self.weight.shape[1]), self.bias)
         return F.leaky_relu(x, 0.2) * math.sqrt(2)
-
-
-def _normed(conv: Conv2d, random: bool) -> nn.Module:
-    """Under a spectral norm, of one power iteration per forward in training, from vectors iterated or random."""
-    normed = spectral_norm(conv)
-    if random:
-        for name, vector in normed.named_buffers():
-            if name.endswith(("._u", "._v")):
-                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
-    return normed
 
 
 def _class_table(label_dim: int, embedding: Tensor | None) -> nn.Embedding | None:

@@ -1,10 +1,15 @@
 """Convolution with a weight that is not trained: the input is not kept for backward.
 
 PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
-weight and the input's shape. Forward and the input's gradient are the library's convolution and its backward, called
-as PyTorch calls them, so both are equal in every bit; nothing is fused, hence no choice of backend for a run. The
-extension, where it is built, does autograd's part: in Python that costs 0.1 ms per call, forward and backward, which is
-more than many small convolutions take.
+weight and the input's shape. The extension, where it is built, does autograd's part: in Python that costs 0.1 ms per
+call, forward and backward, which is more than many small convolutions take.
+
+Forward and the input's gradient are the library's convolution and its backward, called as PyTorch calls them, equal in
+every bit; but for float32 in channels_last memory on a CPU (csrc/constant_convolution.cpp decides, by shape):
+
+- 1x1 convolutions of maps of up to 1024 pixels in all are matrix products. oneDNN reorders the weight at every call.
+- 3x3 convolutions go through Winograd's method, as `winograd_conv2d`, whose rounding error is five times a direct
+  convolution's. The weight is transformed anew at every call.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.
@@ -58,8 +63,8 @@ def frozen_conv2d(
             every call if it has another.
         bias: (K,) or None, trainable or not, cast likewise.
         stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
-        backend: that of the layer. "torch" keeps autograd's part in Python; with any other the extension does it, if it
-            is built. The results are the same bits.
+        backend: that of the layer. "torch" is the library's convolution, with autograd's part in Python; with any other
+            the extension computes, if it is built, as said above.
 
     Returns:
         (N, K, H', W') in the compute type.
@@ -69,10 +74,11 @@ def frozen_conv2d(
             the weight requires a gradient, which it would not get.
     """
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
-    if backend != "torch" and (x.is_cpu or x.is_cuda) and runs_eagerly(x) and has_extension():
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if backend != "torch" and (x.is_cpu or (x.is_cuda and recorded)) and runs_eagerly(x) and has_extension():
         return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
+    if not recorded:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))
 
 

@@ -63,8 +63,8 @@ def frozen_conv2d_relu(
         x, weight, bias, stride, padding, dilation, groups: as of `frozen_conv2d`; fold a frozen batch norm into weight
             and bias first.
         activation: "relu" or "relu6", the clamp to [0, 6].
-        backend: "auto", "torch", "triton" or "cpp": who packs the bits; "cpp" does autograd's part too. The convolution
-            is always the library's.
+        backend: "auto", "torch", "triton" or "cpp": who packs the bits; "cpp" does autograd's part too. Who
+            convolves is as of `frozen_conv2d`.
 
     Returns:
         (N, K, H', W') in the compute type.
@@ -87,12 +87,12 @@ def frozen_conv2d_relu(
     if implementation == "torch":
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
     if implementation == "cpp" and runs_eagerly(x):
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
         y = extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling)  # now that all is of one type
@@ -106,12 +106,14 @@ class _ConvolutionRelu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, ceiling: float, implementation: str
     ) -> Tensor:
-        y = convolve(x, weight, bias, g)
+        # Triton's kernel adds the bias on the way; a GPU's convolution would in a pass of its own
+        late = bias if implementation == "triton" else None
+        y = convolve(x, weight, None if late is not None else bias, g)
         ctx.out_format = memory_format(y)
         if not y.is_contiguous(memory_format=ctx.out_format):
             # not at every call: where that is y itself, torch 2.11 compiles what changes it below to a wrong gradient
             y = y.contiguous(memory_format=ctx.out_format)
-        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, implementation)
+        bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, implementation, late)
         ctx.save_for_backward(weight, bits)
         ctx.shape, ctx.format, ctx.geometry, ctx.implementation = x.shape, memory_format(x), g, implementation
         return y

@@ -74,7 +74,8 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
 
 
 def plan_bits(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
-    """What the Triton kernels launch to pack the bits of y, or to mask dy by them (see gdd_fast.ops._planned)."""
+    """What the Triton kernels launch (see gdd_fast.ops._planned): forward of (y, its bias or None) with the numbers
+    (ceiling, whether bits are kept), backward of (dy, bits)."""
     from gdd_fast.kernels import relu_bits as kernels
     from gdd_fast.kernels._plans import plan
 
@@ -82,7 +83,9 @@ def plan_bits(direction: str, backend: Backend, tensors: Sequence[Any], numbers:
         return None
     if direction == "backward":
         return plan(lambda: [kernels.mask_bits(*tensors)], tensors)
-    return plan(lambda: [kernels.relu_bits_(tensors[0], *numbers)], tensors)
+    (y, bias), (ceiling, kept) = tensors, numbers
+    clamp = kernels.relu_bits_ if kept else kernels.clamp_
+    return plan(lambda: [clamp(y, ceiling, bias)], tensors)
 
 
 def dense(x: Tensor) -> bool:
@@ -126,26 +129,27 @@ class _Masked(torch.autograd.Function):
         return masked(ddy, ctx.saved_tensors[0], ctx.layout, ctx.implementation), None, None, None
 
 
-# y and dy are dense, contiguous or channels_last; elements are counted as they lie in memory.
-torch.library.define("gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation) -> Tensor")
+# y and dy are dense, contiguous or channels_last; elements are counted as they lie in memory. A bias (C,) is added to y
+# before it is clamped.
+torch.library.define(
+    "gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation, Tensor? bias=None) -> Tensor"
+)
 torch.library.define("gdd_fast::mask_bits", "(Tensor dy, Tensor bits, str implementation) -> Tensor")
 
 
 @torch.library.impl("gdd_fast::relu_bits_", "CompositeExplicitAutograd")
-def _relu_bits_(y: Tensor, ceiling: float, implementation: str) -> Tensor:
-    match implementation:
-        case "triton":
-            from gdd_fast.kernels import relu_bits as kernels
+def _relu_bits_(y: Tensor, ceiling: float, implementation: str, bias: Tensor | None = None) -> Tensor:
+    if implementation == "triton":
+        from gdd_fast.kernels import relu_bits as kernels
 
-            return kernels.relu_bits_(y, ceiling)
-        case "cpp":
-            return torch.ops.gdd_fast_C.relu_bits_(y, ceiling)
-        case _:
-            return relu_bits_ref_(y, ceiling)
+        return kernels.relu_bits_(y, ceiling, bias)
+    if bias is not None:
+        y.add_(bias[:, None, None])
+    return torch.ops.gdd_fast_C.relu_bits_(y, ceiling) if implementation == "cpp" else relu_bits_ref_(y, ceiling)
 
 
 @torch.library.register_fake("gdd_fast::relu_bits_")
-def _(y: Tensor, ceiling: float, implementation: str) -> Tensor:
+def _(y: Tensor, ceiling: float, implementation: str, bias: Tensor | None = None) -> Tensor:
     return y.new_empty(((y.numel() + 7) // 8,), dtype=torch.uint8)
 
 

@@ -82,14 +82,8 @@ def test_digests_tell_code_from_comments(monkeypatch, tmp_path):
     assert {name for name in after if after[name] != tuned_after[name]} == {"group_norm_silu"}
 
 
-# Bytes per thread that one form of the backward kernel keeps in local memory: 576 channels of ADM 64 in tiles of 256.
-SPILLED = 64
-
-
-def test_hardly_any_kernel_spills():
-    spilling = {row.kernel for row in ROWS.values() if row.spills}
-    assert spilling <= {"group_norm_silu.backward_kernel"}
-    assert max(max(row.spilled) for row in ROWS.values()) <= SPILLED
+def test_no_kernel_spills():
+    assert not [row for row in ROWS.values() if row.spills]
     for row in ROWS.values():
         assert len(row.registers) == len(row.spilled) == len(row.shared) == len(ARCHITECTURES), row
         assert all(row.registers) and all(n <= 160 * 1024 for n in row.shared), row  # of an A100's 163 KiB
@@ -116,9 +110,10 @@ MEMORY_BOUND = {
 INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.755e9 / (0.85 * 4.8e12)
 
 
-# KB that a multiprocessor has asked for at once; 16 are wanted, and the forward kernels have three quarters of that for
-# some shapes.
-IN_FLIGHT = {"group_norm_silu.forward_kernel": 12}
+KB_IN_FLIGHT = 16
+"""What a multiprocessor has asked for at once."""
+KB_WITHOUT_SPILLS = 13
+"""Of the backward kernels in blocks of 256 channels, whose tiles are half as large lest they spill."""
 
 
 def test_memory_bound_kernels_keep_memory_busy():
@@ -135,7 +130,8 @@ def test_memory_bound_kernels_keep_memory_busy():
         if row.kernel in MEMORY_BOUND and " contiguous" not in row.layer and not row.layer.endswith("batch 1"):
             width, moved = MEMORY_BOUND[row.kernel]
             assert min(row.load) >= width, row
-            assert min(row.in_flight) >= IN_FLIGHT.get(row.kernel, 16), row
+            wide = "backward" in row.kernel and "BLOCK_C 256" in row.constants
+            assert min(row.in_flight) >= (KB_WITHOUT_SPILLS if wide else KB_IN_FLIGHT), row
             assert max(row.per_result) <= moved * INSTRUCTIONS_PER_BYTE, row
 
 

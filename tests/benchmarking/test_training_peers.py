@@ -7,19 +7,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.cases.training_cases import compiled_cases as compiled_training
-from benchmarks.cases.training_cases import settings_bench, settings_for, training_case, training_cases
+from benchmarks.cases.training_cases import settings_bench, settings_for, training_cases
 from benchmarks.cases.waterfall_cases import training_steps
-from benchmarks.harness.case import Effort, measure_case
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.training_checks import FLOAT32, Reference, Types, in_types, step_parts
 from benchmarks.peers import networks as peers
 from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
-from gdd_fast.config import PRESETS, override
 from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.models import discriminator
-from gdd_fast.models.backbones import deit
 from gdd_fast.ops import group_norm_silu, residual
 
 CPU = torch.device("cpu")
@@ -232,22 +228,3 @@ def test_a_training_that_is_not_timed_tries_no_algorithms():
         with pytest.raises(AttributeError):
             training.step("G", Batch(None, None, None))
         assert seen == [trials]
-
-
-_KINDS = dict.fromkeys((case.build.args[0], case.build.args[1].preset) for case in training_cases(True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "preset"), _KINDS)
-def test_every_kind_of_training_case_is_right_at_batch_2(step, preset, monkeypatch):
-    """Every layer of the networks and the backbones; fewer channels in generator, DeiT and heads, smaller images."""
-    small = {name: (side, {**given, "model_channels": 64}) for name, (side, given) in NETWORKS.items()}
-    monkeypatch.setattr(peers, "NETWORKS", small)
-    monkeypatch.setattr(deit, "_WIDTH", 96)
-    monkeypatch.setattr(deit.DeitBase, "tap_channels", (96,) * 4)
-    config, judges = PRESETS[preset], PRESETS[preset].discriminator.backbones
-    resolution = 64 if "vgg16_bn" in judges else 224  # DeiT takes no other
-    config = override(config, disc_resolution=resolution, head_width=0.125)
-    monkeypatch.setattr(Setup, "config", config)
-    rows = list(measure_case(training_case(step, Setup(preset, 2)), CPU, Effort(0.0)))
-    assert [(row.peer, row.failure) for row in rows] == [(peer, None) for peer in ("official", "stock", "gdd_fast")]

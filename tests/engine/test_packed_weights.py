@@ -13,6 +13,8 @@ from edm_reference import SMALL, fill
 
 from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.engine.folded_layers import Convolution
+from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.errors import ConfigError
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.ops.winograd_conv2d import takes
 
@@ -111,6 +113,43 @@ def test_weights_of_winograds_method_are_made_once_and_do_not_travel() -> None:
     assert len(pickle.dumps(layer)) == before
     twin = copy.deepcopy(layer)
     assert torch.equal(twin.winograd(twin.weight, twin.bias)[0], made[0])
+
+
+def transformed(folded) -> int:
+    """Bytes of the weights that are made for Winograd's method, once all are."""
+    layers = [m for m in folded.modules() if isinstance(m, Convolution) and m.winograd is not None]
+    return sum(layer.winograd(layer.weight, layer.bias)[0].numel() * 4 for layer in layers)
+
+
+@NEEDS_WINOGRAD
+@pytest.mark.parametrize("name", ["ncsnpp", "adm"])
+def test_transformed_weights_keep_to_their_memory(name: str) -> None:
+    """More memory for more layers, those of the largest maps first, and the same images."""
+    options = SMALL[name] | {"model_channels": 32}
+    net = fill(GDDPrecond(16, 3, **options)).requires_grad_(False)
+    weights = 4 * sum(p.numel() for p in net.parameters() if p.ndim == 4)
+    z, labels = torch.randn(2, 3, 16, 16), None if not net.label_dim else torch.tensor([0, 1])
+    images, taken = [], []
+    for times in (0.0, 0.5, 1.0, 4.0):
+        generator = OneStepGenerator(net, winograd_memory=times)
+        images.append(generator(2, labels, latents=z, output="float"))
+        taken.append(transformed(generator.folded))
+        assert taken[-1] <= times * weights
+        layers = [m for m in generator.folded.modules() if isinstance(m, Convolution) and takes(m.weight)]
+        sizes = {}
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda m, x, sizes=sizes: sizes.__setitem__(m, x[0].shape[-1]))
+        generator(2, labels, latents=z)
+        used = [sizes[m] for m in layers if m.winograd is not None]
+        unused = [
+            sizes[m] for m in layers if m.winograd is None and 16 * m.weight.numel() <= times * weights - taken[-1]
+        ]
+        assert not (used and unused) or min(used) >= max(unused)
+    assert taken[0] == 0 and taken == sorted(set(taken))
+    for other in images[1:]:
+        torch.testing.assert_close(other, images[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="winograd_memory"):
+        OneStepGenerator(net, winograd_memory=-1.0)
 
 
 def test_a_backend_asked_for_by_name_runs_no_kernel_of_ours() -> None:

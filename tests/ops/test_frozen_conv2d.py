@@ -1,4 +1,9 @@
-"""frozen_conv2d: PyTorch's convolution to the bit, without keeping the input, differentiable any number of times."""
+"""frozen_conv2d: PyTorch's convolution without keeping the input, differentiable any number of times.
+
+It is PyTorch's to the bit, but where a processor has something faster; those cases stand at the end.
+"""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +14,9 @@ from gdd_fast.errors import InputError
 from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d, frozen_conv2d_ref
+from gdd_fast.ops.frozen_conv2d_relu import frozen_conv2d_relu, frozen_conv2d_relu_ref
+from gdd_fast.ops.winograd_conv2d import takes
+from parity import assert_as_accurate_as_torch
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 # input shape, weight shape, stride, padding, dilation, groups
@@ -28,6 +36,7 @@ def autograd(request, monkeypatch):
         monkeypatch.setattr("gdd_fast.ops.frozen_conv2d.has_extension", lambda: False)
     elif not has_extension():
         pytest.skip("the extension gdd_fast._C is not built")
+    return request.param
 
 
 def operands(shape, weight_shape, dtype=torch.float32, layout=CONTIGUOUS):
@@ -51,7 +60,9 @@ def saved(function):
 def test_equals_pytorch_in_every_bit(case, dtype, layout):
     shape, weight_shape, *geometry = case
     x, weight, bias = operands(shape, weight_shape, dtype, layout)
-    want, got = frozen_conv2d_ref(x, weight, bias, *geometry), frozen_conv2d(x, weight, bias, *geometry)
+    backend = "torch" if weight_shape[2:] == (1, 1) and layout == CHANNELS_LAST else "auto"  # see the end of this file
+    want = frozen_conv2d_ref(x, weight, bias, *geometry)
+    got = frozen_conv2d(x, weight, bias, *geometry, backend=backend)
     assert torch.equal(got, want) and got.stride() == want.stride()
     # a slice, as most gradients in a U-Net are
     dy = torch.cat([torch.randn_like(want)] * 2, 1)[:, : want.shape[1]]
@@ -173,3 +184,131 @@ def test_layer_with_a_frozen_weight_equals_the_trainable_one(dtype):
     assert torch.equal(got, want) and torch.equal(dx, want_dx) and dx.stride() == want_dx.stride()
     torch.testing.assert_close(db, want_db, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
     assert layer.weight.grad is None
+
+
+# --- what is not the library's: float32, channels_last, on a CPU with the extension ---
+
+# maps, weight: 1x1 convolutions of few pixels, and 3x3 ones of many tiles with channels of whole vectors
+PRODUCTS = [((2, 48, 1, 1), (20, 48, 1, 1)), ((3, 12, 5, 7), (9, 12, 1, 1)), ((1, 1, 4, 4), (3, 1, 1, 1))]
+WINOGRAD = [((1, 32, 16, 16), (64, 32, 3, 3)), ((4, 64, 7, 9), (32, 64, 3, 3)), ((16, 32, 3, 2), (32, 32, 3, 3))]
+METHODS = pytest.mark.parametrize("case", [*PRODUCTS, *WINOGRAD], ids=str)
+HAS_KERNELS = pytest.mark.skipif(
+    not (has_extension() and takes(torch.empty(32, 32, 3, 3))), reason="there are no kernels for this processor"
+)
+
+
+def case_operands(case, layout=CHANNELS_LAST):
+    x, weight, bias = operands(*case, layout=layout)
+    if layout == CHANNELS_LAST:  # in its strides too where a map has one pixel
+        x = torch.empty(x.shape, memory_format=layout).copy_(x.detach()).requires_grad_()
+    return x, weight / weight[0].numel() ** 0.5, bias, weight.shape[-1] // 2
+
+
+@HAS_KERNELS
+@pytest.mark.parametrize("weights", ["channels_last", "contiguous", "a slice"])
+@METHODS
+def test_is_as_accurate_as_pytorch(case, weights):
+    """A product as parity asks; Winograd's method, as test_winograd_conv2d.py does, within five times in norm."""
+    x, weight, bias, padding = case_operands(case)
+    if weights == "contiguous":
+        weight = weight.contiguous()
+    elif weights == "a slice":
+        weight = torch.cat([weight, weight], 1)[:, : weight.shape[1]]
+    for ours, definition in ((frozen_conv2d, frozen_conv2d_ref), (frozen_conv2d_relu, frozen_conv2d_relu_ref)):
+        function, ref = (partial(f, padding=padding) for f in (ours, definition))
+        if case in PRODUCTS:
+            assert_as_accurate_as_torch(function, ref, (x, weight, bias))
+            continue
+        exact, eager, got = ([], [], [])
+        for f, dtype, found in (
+            (ref, torch.float64, exact),
+            (ref, torch.float32, eager),
+            (function, torch.float32, got),
+        ):
+            leaf = x.detach().to(dtype).requires_grad_()
+            y = f(leaf, weight.to(dtype), bias.to(dtype))
+            found += [y, *torch.autograd.grad(y, leaf, torch.cat([y.detach(), y.detach()], 1)[:, : y.shape[1]])]
+        for e, t, g in zip(exact, eager, got, strict=True):
+            error, allowed = ((v - e).norm() / e.norm() for v in (g, t))
+            assert error <= 5 * max(allowed, 1e-7)
+
+
+@HAS_KERNELS
+@METHODS
+def test_strides_are_the_librarys(case):
+    x, weight, bias, padding = case_operands(case)
+    results = []
+    for function in (frozen_conv2d_ref, frozen_conv2d):
+        y = function(x, weight, bias, padding=padding)
+        dy = torch.cat([torch.ones_like(y)] * 2, 1)[:, : y.shape[1]]
+        (dx,) = torch.autograd.grad(y, x, dy)
+        with torch.no_grad():
+            results.append([t.stride() for t in (y, dx, function(x, weight, bias, padding=padding))])
+    assert results[0] == results[1]
+
+
+@METHODS
+def test_second_derivatives_of_every_method(case):
+    """What R1 takes: the norm of the input's gradient, differentiated by the input; against the library's."""
+    x, weight, bias, padding = case_operands(case)
+    found = []
+    for function in (frozen_conv2d_ref, frozen_conv2d):
+        y = function(x, weight, bias, padding=padding)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), (x, bias)))
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@METHODS
+def test_nothing_is_remembered_of_a_weight(case):
+    """A write that autograd does not see is in the next forward and in the next gradient."""
+    x, weight, _, padding = case_operands(case)
+    before = frozen_conv2d(x, weight, padding=padding)
+    (dx,) = torch.autograd.grad(before.sum(), x)
+    weight.data.mul_(2)
+    after = frozen_conv2d(x, weight, padding=padding)
+    assert torch.equal(after, 2 * before) and torch.equal(torch.autograd.grad(after.sum(), x)[0], 2 * dx)
+
+
+@HAS_KERNELS
+def test_which_method_runs(autograd):
+    """Other shapes, types, layouts and `backend="torch"` are the library's, to the bit."""
+    if autograd == "python":
+        pytest.skip("without the extension all are the library's")
+
+    def library(x, weight, padding, **options) -> bool:
+        """Whether the library convolves, forward, backward and without gradients."""
+        with torch.profiler.profile() as profile:
+            frozen_conv2d(x, weight, padding=padding, **options).sum().backward()
+            frozen_conv2d(x.detach(), weight, padding=padding, **options)
+        counts = {e.key: e.count for e in profile.key_averages()}
+        found = counts.get("aten::convolution", 0), counts.get("aten::convolution_backward", 0)
+        assert found in ((2, 1), (0, 0)), found
+        return found == (2, 1)
+
+    for case in (PRODUCTS[1], WINOGRAD[0]):
+        x, weight, _, padding = case_operands(case)
+        assert not library(x, weight, padding) and library(x, weight, padding, backend="torch")
+        for dtype, layout in (
+            (torch.bfloat16, CHANNELS_LAST),
+            (torch.float64, CHANNELS_LAST),
+            (torch.float32, CONTIGUOUS),
+        ):
+            other, w = (t.detach().to(dtype).contiguous(memory_format=layout) for t in (x, weight))
+            assert library(other.requires_grad_(), w, padding)
+    few_tiles, tiles = (case_operands(((1, 32, size, size), (32, 32, 3, 3)))[:2] for size in (12, 13))
+    assert library(*few_tiles, 1) and not library(*tiles, 1)
+    few_pixels, pixels = (case_operands(((1, 32, size, 32), (32, 32, 1, 1)))[:2] for size in (32, 33))
+    assert library(*pixels, 0) and not library(*few_pixels, 0)
+
+
+@HAS_KERNELS
+def test_transforms_and_forward_mode_see_the_library():
+    x, weight, _, padding = case_operands(WINOGRAD[0])
+    stack = torch.stack([x.detach()] * 2)
+    with torch.no_grad():
+        mapped = torch.vmap(lambda t: frozen_conv2d(t, weight, padding=padding))(stack)
+        torch.testing.assert_close(mapped[1], F.conv2d(x, weight, padding=padding))
+        _, tangent = torch.func.jvp(lambda t: frozen_conv2d(t, weight, padding=padding), (x.detach(),), (x.detach(),))
+    torch.testing.assert_close(tangent, F.conv2d(x.detach(), weight, padding=padding))

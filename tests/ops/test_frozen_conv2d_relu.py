@@ -115,3 +115,26 @@ def test_autocast_computes_in_its_type(backend):
         y = frozen_conv2d_relu(x, weight, bias, padding=1, backend=backend)
     assert y.dtype == torch.bfloat16
     assert [g.dtype for g in torch.autograd.grad(y.float().sum(), (x, bias))] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(OPERATOR) if b.values == ("triton",)])
+@ACTIVATIONS
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("extension", [True, False])
+def test_triton_adds_the_bias_and_the_convolution_does_not(extension, recorded, activation, backend, monkeypatch):
+    """One pass over the result in place of two or three, by plans and without them: no operator of PyTorch reads the
+    bias or writes the result after the convolution."""
+    if not extension:
+        monkeypatch.setattr("gdd_fast.ops.frozen_conv2d_relu.wanted", lambda x, backend: False)
+    x, weight, bias = operands((2, 3, 8, 8), (16, 3, 3, 3), torch.bfloat16, backend)
+    run = lambda: frozen_conv2d_relu(x, weight, bias, padding=1, activation=activation, backend=backend)
+    want = frozen_conv2d_relu_ref(x, weight, bias, padding=1, activation=activation)
+    with torch.set_grad_enabled(recorded):
+        run()  # makes the plan
+        with torch.profiler.profile(record_shapes=True) as profile:
+            y = run()
+    calls = {e.key: e.input_shapes for e in profile.key_averages(group_by_input_shape=True)}
+    if recorded or extension:
+        assert calls["aten::convolution"][2] == []
+        assert not {"aten::add_", "aten::relu_", "aten::clamp_", "aten::hardtanh_"} & calls.keys()
+    torch.testing.assert_close(y, want, rtol=1e-2, atol=5e-2)  # the bias is added to what is rounded, as on a GPU

@@ -58,6 +58,17 @@ def test_equals_the_definition(shape, layout):
 
 
 @KERNEL
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_the_transposed_weight_gives_the_inputs_gradient(layout):
+    _, weight, _ = inputs(1, 96, 64, 4, 4)
+    weight = weight.contiguous(memory_format=layout)
+    dy = torch.randn(2, 64, 9, 6, generator=torch.Generator().manual_seed(1))
+    want = torch.nn.grad.conv2d_input((2, 96, 9, 6), weight.double(), dy.double(), padding=1)
+    packed = torch.ops.gdd_fast_C.winograd_conv2d_weight(weight, True)
+    assert error(winograd_conv2d(dy, packed), want) < 2e-6
+
+
+@KERNEL
 def test_bfloat16_is_rounded_once():
     """Summed in float32, so that it is as close as the nearest bfloat16 is, which plain PyTorch's weights are not."""
     x, weight, bias = inputs(3, 48, 96, 18, 18, dtype=torch.bfloat16)

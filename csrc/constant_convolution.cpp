@@ -1,0 +1,90 @@
+// Who computes a convolution of a constant weight. On a CPU the library brings a weight to an order of its own at every
+// call, which for small maps takes as long as the products; and 3x3 convolutions have Winograd's method. Nothing made
+// of a weight outlives the call: see `converted` in gdd_fast/ops/frozen_conv2d.py. docs/cpu_operators.md has the times
+// that the limits are from.
+#include "constant_convolution.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "launch_plan.h"
+#include "strides.h"
+#include "winograd_conv2d.h"
+
+namespace gdd_fast {
+namespace {
+
+constexpr int64_t kMostPixels = 1024;  // of a 1x1 convolution that is a plain matrix product
+constexpr int64_t kLeastTiles = 16;    // of a 3x3 convolution, to pay for its weight's transformation
+
+enum class Method { kLibrary, kProduct, kWinograd };
+
+// For maps `x` of the input's size and layout, or the output's gradient (`backward`), whose spatial size is the same.
+Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::MemoryFormat format,
+              const Geometry& g, bool backward) {
+  const auto float32 = [](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == at::kFloat; };
+  const bool unit = g[0] == 1 && g[1] == 1 && g[4] == 1 && g[5] == 1 && g[6] == 1;
+  if (!unit || format != at::MemoryFormat::ChannelsLast || x.dim() != 4 || weight.dim() != 4 || !float32(x) ||
+      !float32(weight) || (bias.has_value() && !float32(*bias)) || x.numel() == 0 || weight.numel() == 0 ||
+      x.size(1) != weight.size(backward ? 0 : 1) ||
+      !unobserved({x, weight, bias.value_or(at::Tensor())}) || x._fw_grad(0).defined()) {
+    return Method::kLibrary;
+  }
+  const auto window = [&](int64_t size, int64_t border) {
+    return weight.size(2) == size && weight.size(3) == size && g[2] == border && g[3] == border;
+  };
+  if (window(1, 0)) return x.size(0) * x.size(2) * x.size(3) <= kMostPixels ? Method::kProduct : Method::kLibrary;
+  const int64_t panel = winograd_conv2d_panel();
+  const int64_t in = weight.size(backward ? 0 : 1), out = weight.size(backward ? 1 : 0);
+  const int64_t tiles = x.size(0) * ((x.size(2) + 3) / 4) * ((x.size(3) + 3) / 4);
+  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0 && tiles >= kLeastTiles;
+  return fits ? Method::kWinograd : Method::kLibrary;
+}
+
+at::IntArrayRef pair(const Geometry& g, int64_t which) { return at::IntArrayRef(g).slice(2 * which, 2); }
+
+// x (N, C, H, W) as (N * H * W, C), and back.
+at::Tensor rows(const at::Tensor& x) {
+  return x.contiguous(at::MemoryFormat::ChannelsLast).permute({0, 2, 3, 1}).reshape({-1, x.size(1)});
+}
+at::Tensor map(const at::Tensor& rows, const at::Tensor& like) {
+  return rows.view({like.size(0), like.size(2), like.size(3), rows.size(1)}).permute({0, 3, 1, 2});
+}
+
+}  // namespace
+
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {
+  const auto format = x.dim() == 4 ? memory_format(x) : at::MemoryFormat::Contiguous;
+  switch (method(x, weight, bias, format, g, false)) {
+    case Method::kProduct: {
+      const at::Tensor w = weight.flatten(1).t(), from = rows(x);
+      return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x);
+    }
+    case Method::kWinograd:
+      return winograd_conv2d(x, winograd_conv2d_weight(weight, false),
+                             bias.has_value() ? Bias(bias->contiguous()) : bias);
+    default:
+      return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
+  }
+}
+
+at::Tensor convolve_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef shape,
+                             at::MemoryFormat format, const Geometry& g) {
+  switch (method(dy, weight, Bias(), format, g, true)) {
+    case Method::kProduct:
+      return map(at::mm(rows(dy), weight.flatten(1)), dy);
+    case Method::kWinograd:
+      return winograd_conv2d(dy, winograd_conv2d_weight(weight, true), Bias());
+    default:
+      break;
+  }
+  // Its values are not read, its strides choose the algorithm.
+  const at::Tensor x = at::empty(shape, dy.options().memory_format(format));
+  return std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), pair(g, 0), pair(g, 1),
+                                              pair(g, 2), false, {0, 0}, g[6], {true, false, false}));
+}
+
+}  // namespace gdd_fast

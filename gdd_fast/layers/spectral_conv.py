@@ -1,0 +1,156 @@
+"""A convolution under a spectral norm (Miyato et al., arXiv 1802.05957) that divides its result, not its weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from gdd_fast.ops._memory_format import runs_eagerly
+
+_MOST_PIXELS = 128
+"""Of a result that is computed as a matrix product."""
+
+
+class SpectralConv2d(nn.Conv2d):
+    """`spectral_norm(nn.Conv2d(...))`: same state_dict and buffers, vectors that start iterated or `random`.
+
+    It computes in the type of its input, and takes the norm in the weight's own.
+
+    A convolution is linear, so W / sigma convolved with x is W convolved with x, over sigma. With few images the result
+    is smaller than the weight, and so float32 on a CPU divides the result: PyTorch's parametrization passes over the
+    weight some twenty times, forward and backward, where this one does five times. Both are the same function and can
+    be differentiated twice, except through the power iteration, which is a constant in both.
+    """
+
+    divide_result = True
+    """False: as PyTorch's parametrization, whatever the type and device."""
+
+    @classmethod
+    def make(cls, *args: Any, random: bool = False, **kwargs: Any) -> nn.Module:
+        """The module with its parametrization; arguments as of `nn.Conv2d`.
+
+        `random` starts the power iteration from random vectors, not from those that torch has iterated 15 times.
+        """
+        normed = spectral_norm(cls(*args, **kwargs))
+        if random:
+            for name, vector in normed.named_buffers():
+                if name.endswith(("._u", "._v")):
+                    vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
+        return normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, H', W') in x's dtype."""
+        if self._divides_result(x):
+            weight, rows, u, v, sigma = self._norm()
+            y = self._convolved(x, weight, rows)
+            factor = _Sigma.apply(rows, u, v, sigma).reciprocal()
+            return y * factor if self.bias is None else torch.addcmul(self.bias[:, None, None], y, factor)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+    def _convolved(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        size = [(s + 2 * p - k) // t + 1 for s, p, k, t in self._sizes(x)]
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        if plain and last and len(x) * size[0] * size[1] <= _MOST_PIXELS and runs_eagerly(x):
+            return _Product.apply(x, weight, rows, self.stride, self.padding)
+        return self._conv_forward(x, weight, None)
+
+    def _divides_result(self, x: Tensor) -> bool:
+        if not (self.divide_result and x.is_cpu and parametrize.is_parametrized(self, "weight")):
+            return False
+        weight: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr,assignment]
+        rows, columns = ((s + 2 * p - k) // t + 1 for s, p, k, t in self._sizes(x))
+        result = len(x) * self.out_channels * rows * columns
+        return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and result <= 2 * weight.numel()
+
+    def _sizes(self, x: Tensor):
+        return zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
+
+    def _norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The weight, its rows (K, C * R * S) as they lie in memory, and u, v and u^T rows v, which are constants.
+
+        In training one power iteration is done, and kept in the buffers, whose v is in the order C, R, S.
+        """
+        norm: Any = self.parametrizations.weight[0]  # type: ignore[index,union-attr]
+        weight: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr,assignment]
+        window = weight.shape[1:]
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+        rows = (weight.permute(0, 2, 3, 1) if channels_last else weight).flatten(1)
+        with torch.no_grad():
+            u = norm._u.clone()
+            v = norm._v.view(window).permute(1, 2, 0).flatten() if channels_last else norm._v.clone()
+            if not norm.training:
+                return weight, rows, u, v, torch.dot(u, torch.mv(rows, v))
+            for _ in range(norm.n_power_iterations):
+                u = F.normalize(torch.mv(rows, v), dim=0, eps=norm.eps)
+                product = torch.mv(rows.t(), u)
+                v = F.normalize(product, dim=0, eps=norm.eps)
+            norm._u.copy_(u)
+            norm._v.copy_(v.view(*window[1:], window[0]).permute(2, 0, 1).flatten() if channels_last else v)
+            return weight, rows, u, v, torch.dot(product, v)
+
+
+class _Product(torch.autograd.Function):
+    """The convolution of few pixels as a matrix product of their windows, read in the weight's own order.
+
+    oneDNN brings the weight to an order of its own, and its gradient back from it, which takes as long as multiplying.
+    The input's gradient is the library's, and so is whatever is differentiated twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding
+        windows, (n, height, width) = _windows(x, weight.shape[2:], stride, padding)
+        return (windows @ rows.detach().t()).view(n, height, width, len(rows)).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.geometry
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            wanted = [t for t, needed in ((x, for_x), (weight, for_weight)) if needed]
+            found = iter(torch.autograd.grad(F.conv2d(x, weight, None, stride, padding), wanted, dy, create_graph=True))
+            return next(found) if for_x else None, next(found) if for_weight else None, None, None, None
+        dx = dweight = None
+        if for_x:
+            geometry = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            dx = torch.ops.aten.convolution_backward.default(dy, x, weight, None, *geometry)[0]
+        if for_weight:
+            out, channels, *window = weight.shape
+            windows, _ = _windows(x, window, stride, padding)
+            product = dy.permute(0, 2, 3, 1).reshape(-1, out).t() @ windows
+            dweight = product.view(out, *window, channels).permute(0, 3, 1, 2)
+        return dx, dweight, None, None, None
+
+
+def _windows(
+    x: Tensor, window: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """What each pixel of a convolution's result sees of channels_last x, (pixels, R * S * C), and (N, H', W')."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    seen = padded.unfold(1, window[0], stride[0]).unfold(2, window[1], stride[1])  # (N, H', W', C, R, S)
+    n, height, width = seen.shape[:3]
+    return seen.permute(0, 1, 2, 4, 5, 3).reshape(n * height * width, -1), (n, height, width)
+
+
+class _Sigma(torch.autograd.Function):
+    """u^T W v, whose value is known, as a function of W."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v)
+        return sigma.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dsigma: Tensor) -> tuple[Tensor | None, ...]:
+        u, v = ctx.saved_tensors
+        return torch.outer(u * dsigma, v), None, None, None
