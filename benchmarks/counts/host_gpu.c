@@ -62,6 +62,12 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
   return CUDA_SUCCESS;
 }
 
+// This one and cuModuleUnload: Triton 3.8's.
+CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuCtxSetCurrent(CUcontext context) {
   current_context = context;
   return CUDA_SUCCESS;
@@ -84,5 +90,6 @@ SUCCEEDS(cuFuncSetCacheConfig, CUfunction f, CUfunc_cache config)
 SUCCEEDS(cuFuncSetAttribute, CUfunction f, CUfunction_attribute which, int value)
 SUCCEEDS(cuCtxGetLimit, size_t* value, CUlimit limit)
 SUCCEEDS(cuCtxSetLimit, CUlimit limit, size_t value)
+SUCCEEDS(cuModuleUnload, CUmodule module)
 SUCCEEDS(cuDriverGetVersion, int* version)
 SUCCEEDS(cuPointerGetAttributes, unsigned count, CUpointer_attribute* which, void** data, CUdeviceptr pointer)

@@ -96,7 +96,7 @@ with join("cpu") as world:
 def test_two_processes_hold_parts(tmp_path):
     write_inputs(tmp_path)
     (tmp_path / "worker.py").write_text(WORKER)
-    code, _, err = finished(torchrun(tmp_path / "worker.py", tmp_path))
+    code, _, err = finished(torchrun(tmp_path / "worker.py", tmp_path), timeout=600)
     assert code == 0, err
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
