@@ -29,8 +29,8 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   const bool unit = g[0] == 1 && g[1] == 1 && g[4] == 1 && g[5] == 1 && g[6] == 1;
   if (!unit || format != at::MemoryFormat::ChannelsLast || x.dim() != 4 || weight.dim() != 4 || !float32(x) ||
       !float32(weight) || (bias.has_value() && !float32(*bias)) || x.numel() == 0 || weight.numel() == 0 ||
-      x.size(1) != weight.size(backward ? 0 : 1) ||
-      !unobserved({x, weight, bias.value_or(at::Tensor())}) || x._fw_grad(0).defined()) {
+      x.size(1) != weight.size(backward ? 0 : 1) || !unobserved({x, weight, bias.value_or(at::Tensor())}) ||
+      x._fw_grad(0).defined()) {
     return Method::kLibrary;
   }
   const auto window = [&](int64_t size, int64_t border) {

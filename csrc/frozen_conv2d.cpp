@@ -1,7 +1,7 @@
 // gdd_fast_C::frozen_conv2d and frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
-// frozen_conv2d_relu.py in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms a
-// layer and step, as much as a small depthwise convolution. planned_frozen_conv2d_relu is the same with the bits packed
-// by Triton's kernels.
+// frozen_conv2d_relu.py in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms
+// a layer and step, as much as a small depthwise convolution. planned_frozen_conv2d_relu is the same with the bits
+// packed by Triton's kernels.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>

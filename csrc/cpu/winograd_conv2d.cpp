@@ -70,9 +70,11 @@ Loops<T> loops() {
 #ifdef GDD_FAST_WINOGRAD
   const std::string processor = at::get_cpu_capability();
   if (processor == "AVX512") {
-    return {avx512::kPanel, avx512::transform_weight, avx512::transform_tile<T>, avx512::multiply_panel, avx512::finish_tile<T>};
+    return {avx512::kPanel, avx512::transform_weight, avx512::transform_tile<T>, avx512::multiply_panel,
+            avx512::finish_tile<T>};
   }
-  if (processor == "AVX2") return {avx2::kPanel, avx2::transform_weight, avx2::transform_tile<T>, avx2::multiply_panel, avx2::finish_tile<T>};
+  if (processor == "AVX2")
+    return {avx2::kPanel, avx2::transform_weight, avx2::transform_tile<T>, avx2::multiply_panel, avx2::finish_tile<T>};
 #endif
   return {};
 }

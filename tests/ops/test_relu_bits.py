@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from benchmarks.counts.offline import TritonCase, compile_triton
+from benchmarks.counts.offline import ARCHITECTURES, TritonCase, compile_triton
 from gdd_fast.errors import ConfigError, InputError
 from gdd_fast.ops.relu_bits import CEILING, OPERATOR, mask_bits_ref, relu_bits, relu_bits_ref, relu_bits_ref_
 from parity import backends, device_for
@@ -130,6 +130,7 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
             of = {**constants, "CEILING": ceiling, "OCTET": octet}
             cases.append(TritonCase("relu_bits_kernel", clamp, of, options))
         cases.append(TritonCase("mask_bits_kernel", mask, constants, options))
-    for resources in compile_triton("gdd_fast.kernels.relu_bits", cases):
+    doubles = ["*fp64" in case.signature.values() for case in cases for _ in ARCHITECTURES]
+    for resources, double in zip(compile_triton("gdd_fast.kernels.relu_bits", cases), doubles, strict=True):
         resources.assert_no_spills()
-        assert resources.registers <= 128, resources  # float64's, of channels in no octets
+        assert resources.registers <= (160 if double else 128), resources  # of channels in no octets
