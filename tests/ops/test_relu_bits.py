@@ -133,4 +133,4 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
     doubles = ["*fp64" in case.signature.values() for case in cases for _ in ARCHITECTURES]
     for resources, double in zip(compile_triton("gdd_fast.kernels.relu_bits", cases), doubles, strict=True):
         resources.assert_no_spills()
-        assert resources.registers <= (160 if double else 128), resources  # of channels in no octets
+        assert resources.registers <= (168 if double else 128), resources  # of channels in no octets
