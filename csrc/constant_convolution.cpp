@@ -26,11 +26,14 @@ enum class Method { kLibrary, kProduct, kWinograd };
 Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::MemoryFormat format,
               const Geometry& g, bool backward) {
   const auto float32 = [](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == at::kFloat; };
+  const auto dual = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };  // has a forward-mode derivative
   const bool unit = g[0] == 1 && g[1] == 1 && g[4] == 1 && g[5] == 1 && g[6] == 1;
   if (!unit || format != at::MemoryFormat::ChannelsLast || x.dim() != 4 || weight.dim() != 4 || !float32(x) ||
-      !float32(weight) || (bias.has_value() && !float32(*bias)) || x.numel() == 0 || weight.numel() == 0 ||
-      x.size(1) != weight.size(backward ? 0 : 1) || !unobserved({x, weight, bias.value_or(at::Tensor())}) ||
-      x._fw_grad(0).defined()) {
+      !float32(weight) ||
+      (bias.has_value() && (!float32(*bias) || bias->dim() != 1 || bias->size(0) != weight.size(0))) ||
+      x.numel() == 0 || weight.numel() == 0 || x.size(1) != weight.size(backward ? 0 : 1) ||
+      !unobserved({x, weight, bias.value_or(at::Tensor())}) || dual(x) || dual(weight) ||
+      (bias.has_value() && dual(*bias))) {
     return Method::kLibrary;
   }
   const auto window = [&](int64_t size, int64_t border) {
@@ -60,6 +63,7 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
   const auto format = x.dim() == 4 ? memory_format(x) : at::MemoryFormat::Contiguous;
   switch (method(x, weight, bias, format, g, false)) {
     case Method::kProduct: {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;  // to autograd the result is no view
       const at::Tensor w = weight.flatten(1).t(), from = rows(x);
       return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x);
     }

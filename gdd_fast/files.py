@@ -109,8 +109,9 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove_leftovers_within(folder: Path) -> None:
-    """`remove_leftovers` of every file that was ever written in `folder` and the folders in it."""
-    _remove(path for path in folder.rglob(".*") if re.search(r"\.[0-9a-f]{8}$", path.name) and path.is_dir())
+    """`remove_leftovers` of whatever was written in `folder`, or in a folder that is there in it."""
+    found = (path for pattern in (".*", "*/.*") for path in folder.glob(pattern))
+    _remove(path for path in found if re.search(r"\.[0-9a-f]{8}$", path.name) and path.is_dir())
 
 
 def _remove(folders: Iterable[Path]) -> None:

@@ -2,7 +2,7 @@
 
 `Training(setup, settings, device)` has the three steps of an iteration, the last of which, R1, only every sixteenth one
 has (`r1_interval` of the preset). Networks, losses and random numbers are the same whatever the settings, so that the
-gradients of a step can be compared. Fields of `Settings` are the techniques that the waterfall of roofline.py switches
+gradients of a step can be compared. Fields of `Settings` are the techniques that `cases/waterfall_cases.py` switches
 on one after the other.
 """
 

@@ -101,7 +101,7 @@ def recipe_for(resolution: int, parameters: int, classes: int, predicts_noise: b
 
     `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
     small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Networks of less than
-    half a million parameters are GDD, and learn slower: the demo's settings broke one. So they did one that
+    half a million parameters are GDD, and learn slower: the demo's settings broke one. They also broke one that
     `predicts_noise`, whose images a step of the optimizer moves further (docs/teachers.md). Data, teacher and the data
     to evaluate with are left unset.
     """

@@ -27,7 +27,7 @@ def limit_winograd(folded: nn.Module, img_channels: int, img_resolution: int, ti
     maps. `folded` is a `FoldedUNet` or `FoldedUNet2D` on a CPU.
     """
     layers = [m for m in folded.modules() if isinstance(m, Convolution) and m.winograd is not None]
-    left = int(times * 4 * sum(m.weight.numel() for m in folded.modules() if isinstance(m, Convolution)))
+    left = int(min(times, 4) * 4 * sum(m.weight.numel() for m in folded.modules() if isinstance(m, Convolution)))
     if sum(map(transformed_bytes, layers)) <= left:
         return
     methods = [layer.winograd for layer in layers]
@@ -41,7 +41,8 @@ def limit_winograd(folded: nn.Module, img_channels: int, img_resolution: int, ti
         if size <= left:
             left -= size
             layers[i].winograd = methods[i]
-            layers[i].packed = PackedWeight() if layers[i].packed is not None else None  # made to see the sizes
+            if layers[i].packed is not None:
+                layers[i].packed = PackedWeight()  # without what was packed to see the sizes
 
 
 def _pixels(folded: nn.Module, layers: list[Convolution], shape: tuple[int, ...]) -> list[int]:

@@ -56,12 +56,13 @@ class SpectralConv2d(nn.Conv2d):
         size = [(s + 2 * p - k) // t + 1 for s, p, k, t in self._sizes(x)]
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        if plain and last and len(x) * size[0] * size[1] <= _MOST_PIXELS and runs_eagerly(x):
+        if plain and last and 0 < len(x) * size[0] * size[1] <= _MOST_PIXELS and runs_eagerly(x):
             return _Product.apply(x, weight, rows, self.stride, self.padding)
         return self._conv_forward(x, weight, None)
 
     def _divides_result(self, x: Tensor) -> bool:
-        if not (self.divide_result and x.is_cpu and parametrize.is_parametrized(self, "weight")):
+        usual = x.is_cpu and x.dim() == 4 and not isinstance(self.padding, str) and not torch.is_autocast_enabled("cpu")
+        if not (self.divide_result and usual and parametrize.is_parametrized(self, "weight")):
             return False
         weight: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr,assignment]
         rows, columns = ((s + 2 * p - k) // t + 1 for s, p, k, t in self._sizes(x))
@@ -83,7 +84,8 @@ class SpectralConv2d(nn.Conv2d):
         rows = (weight.permute(0, 2, 3, 1) if channels_last else weight).flatten(1)
         with torch.no_grad():
             u = norm._u.clone()
-            v = norm._v.view(window).permute(1, 2, 0).flatten() if channels_last else norm._v.clone()
+            v = norm._v.clone()  # what is saved for backward must not be the buffer, which the next iteration writes
+            v = v.view(window).permute(1, 2, 0).flatten() if channels_last else v
             if not norm.training:
                 return weight, rows, u, v, torch.dot(u, torch.mv(rows, v))
             for _ in range(norm.n_power_iterations):

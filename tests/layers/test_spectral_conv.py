@@ -102,3 +102,18 @@ def test_random_vectors_are_not_iterated():
         norm = conv.parametrizations.weight[0]
         ratio = torch.dot(norm._u, weight @ norm._v) / torch.linalg.matrix_norm(weight, 2)
         assert (ratio < 0.5) == random
+
+
+def test_what_pytorch_takes_is_taken():
+    """Autocast, no images, an image without a batch, padding in words, backward of a call before a training one."""
+    ours, theirs, x = pair(FEW)
+    with torch.autocast("cpu", torch.bfloat16):
+        for net in (ours, theirs):
+            net(x).float().sum().backward()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert ours(x[:0]).shape == theirs(x[:0]).shape and ours(x[0]).shape == theirs(x[0]).shape
+    assert SpectralConv2d.make(4, 4, 3, padding="same")(torch.randn(1, 4, 8, 8)).shape == (1, 4, 8, 8)
+    pixel, _, x = pair(((2, 8, 4, 4), 8, 1, 1, 0))
+    kept = pixel.eval()(x)
+    pixel.train()(x)
+    kept.sum().backward()

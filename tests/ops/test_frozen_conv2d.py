@@ -312,3 +312,25 @@ def test_transforms_and_forward_mode_see_the_library():
         torch.testing.assert_close(mapped[1], F.conv2d(x, weight, padding=padding))
         _, tangent = torch.func.jvp(lambda t: frozen_conv2d(t, weight, padding=padding), (x.detach(),), (x.detach(),))
     torch.testing.assert_close(tangent, F.conv2d(x.detach(), weight, padding=padding))
+
+
+@HAS_KERNELS
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_result_is_nobodys_view_and_a_bias_is_checked(size):
+    """Of 1x1 windows, computed as a matrix product, and of Winograd's."""
+    x, weight, bias = torch.randn(2, 16, 16, 16), torch.randn(16, 16, size, size), torch.randn(16)
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    y = frozen_conv2d(x.requires_grad_(), weight, bias, padding=size // 2)
+    y.relu_()
+    y.sum().backward()
+    assert x.grad is not None
+    with pytest.raises((InputError, RuntimeError), match=r"bias|size"):
+        frozen_conv2d(x.detach(), weight, torch.randn(1), padding=size // 2)
+    for moved in (1, 2):
+        with torch.autograd.forward_ad.dual_level():
+            inputs = [x.detach(), weight, bias]
+            inputs[moved] = torch.autograd.forward_ad.make_dual(inputs[moved], torch.ones_like(inputs[moved]))
+            y = frozen_conv2d(*inputs, padding=size // 2)
+            want = F.conv2d(*inputs, padding=size // 2)
+            tangents = [torch.autograd.forward_ad.unpack_dual(t).tangent for t in (y, want)]
+            torch.testing.assert_close(*tangents)
