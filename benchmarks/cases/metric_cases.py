@@ -71,7 +71,8 @@ def _weights() -> dict[str, Tensor]:
     from gdd_fast.metrics.features.inception import FILE, InceptionV3, canonical
 
     try:
-        return canonical(FILE.read(None))
+        # torch-fidelity takes whole networks alone, and files may lack the classifier, which no feature depends on
+        return {**InceptionV3().state_dict(), **canonical(FILE.read(None))}
     except WeightsError:
         torch.manual_seed(0)
         network = InceptionV3()
