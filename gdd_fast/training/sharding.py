@@ -73,7 +73,7 @@ def own_part(t: Any) -> Tensor:
 
 
 def laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
-    """A copy of `saved`, whole or in parts, that lies in memory, and over the ranks, as `parameter` does.
+    """A copy of `saved`, whole or spread as `parameter` is, that lies in memory, and over the ranks, as that does.
 
     Raises ValueError if the shapes differ.
     """
