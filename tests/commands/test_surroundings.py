@@ -115,8 +115,8 @@ def test_no_memory_for_a_thread(inputs, tmp_path):
     assert "Traceback" not in said and os.listdir(tmp_path) == ["said"]
 
 
-ABORTED = (-signal.SIGABRT, 127)
-"""C libraries that end the process themselves if they get no memory: safetensors' and glibc's way."""
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV, 127)
+"""C libraries that end the process themselves if they get no memory: safetensors', oneDNN's and glibc's way."""
 
 
 @needs_proc
