@@ -111,7 +111,7 @@ def _distill(config: TrainConfig) -> Result:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
         if distances is None:
             distances = comparison.write(config, built.contents, world.device, outcome.images)
-            report_page.refresh(config.run_dir)  # with what has just been measured
+        report_page.refresh(config.run_dir)  # with what has just been measured; or by a process killed before this
     generator = config.run_dir / RUN_GENERATOR
     return Result(
         outcome.images, outcome.new_images, outcome.signal, outcome.exit_status, world.is_main, generator, distances
