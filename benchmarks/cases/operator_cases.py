@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import operator_inputs as inputs
 from benchmarks.cases.adam_cases import adam_cases
-from benchmarks.cases.layer_calls import MapCall, ResampleCall, layers
+from benchmarks.cases.layer_calls import ResampleCall, layers
 from benchmarks.harness.case import Case
 from benchmarks.harness.operator_case import Problem, operator_case
 
@@ -30,7 +30,6 @@ def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Proble
         ("attention", found.attentions, inputs.attention_problem, batch, both),
         ("frozen_conv2d_relu", found.convolutions, inputs.conv_problem, small, both),
         ("max_pool2x2", found.pools, inputs.pool_problem, small, both),
-        ("discriminator_input", found.images, inputs.input_problem, small, both),
         ("to_uint8", found.images, inputs.bytes_problem, 16 * batch, (False,)),
     ]
 
@@ -68,13 +67,11 @@ def compiled_cases(full: bool = True) -> list[Case]:
 
 def stated_cases() -> list[Case]:
     """The extension's operators on a CPU, in every type that they have code of their own for."""
-    problem, both = partial(inputs.resample_problem, diffusers=False), (torch.float32, torch.bfloat16)
-    cases = []
-    for dtype, up, taps in itertools.product(both, (True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))):
+    problem, cases = partial(inputs.resample_problem, diffusers=False), []
+    kinds = (torch.float32, torch.bfloat16), (True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))
+    for dtype, up, taps in itertools.product(*kinds):
         call = ResampleCall(256, 32, up, taps, len(taps) // 2 - 1)
         cases.append(replace(_case("resample2d", problem, call, 8, dtype, False), larger=True))
-    for dtype, backward in itertools.product(both, (False, True)):
-        cases.append(_case("discriminator_input", inputs.input_problem, MapCall(3, 32), 8, dtype, backward))
     return cases
 
 

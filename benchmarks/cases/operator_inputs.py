@@ -20,7 +20,6 @@ from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import (
     attention,
-    discriminator_input,
     frozen_conv2d_relu,
     group_norm_silu,
     max_pool2x2,
@@ -205,32 +204,6 @@ def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.d
     # backward needs the place of each maximum, one byte per output
     options = {"differentiable": ("x",), "saved_bytes": 2 * (x.numel() // 4)}
     return Problem(max_pool2x2.OPERATOR, {"x": x}, max_pool2x2.max_pool2x2, stock, **options)
-
-
-def input_problem(images: MapCall, batch: int, dtype: torch.dtype, device: torch.device, size: int = 224) -> Problem:
-    """Generated images to the inputs of two backbones."""
-    x = _map(batch, images.channels, images.resolution, torch.float32, device)
-    means, stds = ((0.485, 0.456, 0.406), (0.5,) * 3), ((0.229, 0.224, 0.225), (0.5,) * 3)
-    scale = [[0.5 / s for s in std] for std in stds]
-    shift = [[(0.5 - m) / s for m, s in zip(mean, std, strict=True)] for mean, std in zip(means, stds, strict=True)]
-
-    def official(x) -> list[Tensor]:
-        """Enlarged for each backbone anew, then normalised."""
-        results = []
-        for factors, offsets in zip(scale, shift, strict=True):
-            large = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-            parts = [torch.tensor(row, dtype=x.dtype, device=device)[:, None, None] for row in (factors, offsets)]
-            results.append((large * parts[0] + parts[1]).to(dtype))
-        return results
-
-    def stock(x) -> list[Tensor]:
-        wanted = torch.float64 if x.dtype == torch.float64 else dtype
-        return discriminator_input.discriminator_input_ref(x, scale, shift, size, wanted)
-
-    options = {"scale": scale, "shift": shift, "size": size, "dtype": dtype}
-    ours = partial(discriminator_input.discriminator_input, **options)
-    settings = {"official": official, "differentiable": ("x",), "saved_bytes": 0}
-    return Problem(discriminator_input.OPERATOR, {"x": x}, ours, stock, **settings)
 
 
 def bytes_problem(images: MapCall, batch: int, _dtype: torch.dtype, device: torch.device) -> Problem:

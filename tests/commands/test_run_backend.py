@@ -93,8 +93,7 @@ def test_every_operator_of_a_run_runs_what_the_dry_run_shows(inputs, tmp_path, m
     assert called == {name: {chosen} for name, chosen in built.operators.items()}
     assert summary(built.operators) in dry_run.describe(config, built)
     assert built.operators.keys() >= {
-        "adam_ema", "attention", "discriminator_input", "frozen_conv2d_relu", "group_norm_silu", "resample2d",
-        "residual", "to_uint8",
+        "adam_ema", "attention", "frozen_conv2d_relu", "group_norm_silu", "resample2d", "residual", "to_uint8",
     }  # fmt: skip
     if backend == "torch":
         assert set(built.operators.values()) == {"torch"}

@@ -16,7 +16,7 @@ from gdd_fast.extension_sources import digest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OPERATORS = ("adam_ema", "discriminator_input", "resample2d")
+OPERATORS = ("adam_ema", "resample2d")
 HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h")
 TORCH_HEADERS = ("c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h")
 SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
