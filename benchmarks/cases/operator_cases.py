@@ -1,11 +1,7 @@
-"""Which operator is measured on what: the distinct layers of the real networks, by batch and type.
-
-On a CPU, moreover, what docs/cpu_operators.md speaks of: the extension's operators at the shapes stated there.
-"""
+"""Which operator is measured on what: the distinct layers of the real networks, by batch and type."""
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +9,7 @@ import torch
 
 from benchmarks.cases import operator_inputs as inputs
 from benchmarks.cases.adam_cases import adam_cases
-from benchmarks.cases.layer_calls import ResampleCall, layers
+from benchmarks.cases.layer_calls import layers
 from benchmarks.harness.case import Case
 from benchmarks.harness.operator_case import Problem, operator_case
 
@@ -49,8 +45,7 @@ def operator_cases(full: bool) -> list[Case]:
         for group, calls, problem, images, directions in operators(batch)
     ]
     turns = itertools.zip_longest(*groups, adam_cases())
-    cases = [case for turn in turns for case in turn if case is not None]
-    return cases if full else cases + stated_cases()
+    return [case for turn in turns for case in turn if case is not None]
 
 
 def compiled_cases(full: bool = True) -> list[Case]:
@@ -63,16 +58,6 @@ def compiled_cases(full: bool = True) -> list[Case]:
         for group, calls, problem, images, directions in operators(64)
         for backward in directions
     ]
-
-
-def stated_cases() -> list[Case]:
-    """The extension's operators on a CPU, in every type that they have code of their own for."""
-    problem, cases = partial(inputs.resample_problem, diffusers=False), []
-    kinds = (torch.float32, torch.bfloat16), (True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))
-    for dtype, up, taps in itertools.product(*kinds):
-        call = ResampleCall(256, 32, up, taps, len(taps) // 2 - 1)
-        cases.append(replace(_case("resample2d", problem, call, 8, dtype, False), larger=True))
-    return cases
 
 
 def _case(

@@ -101,13 +101,7 @@ def residual_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: tor
     return Problem(residual.OPERATOR, {"h": h, "skip": skip}, ours, stock, differentiable=names, saved_bytes=0)
 
 
-def resample_problem(
-    layer: ResampleCall,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    diffusers: bool = True,
-) -> Problem:
+def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Up- and downsampling by two with the networks' filters, beside a copy of the input."""
     x = _map(batch, layer.channels, layer.resolution, dtype, device)
     kernel = resample_kernel(layer.taps).to(device)
@@ -132,7 +126,7 @@ def resample_problem(
         official=partial(stock, box=False),
         differentiable=("x",),
         saved_bytes=0,
-        extra={"diffusers": upfirdn} if diffusers else {},
+        extra={"diffusers": upfirdn},
         bounds={"copy of x": lambda x: x.clone()},
     )
 

@@ -110,7 +110,7 @@ def test_pretraining_has_the_same_switch(inputs, tmp_path, monkeypatch, backend)
     task.iteration(0)
     task.tick(4)
     assert called == {name: {chosen} for name, chosen in task.operators.items()}
-    assert task.operators["adam_ema"] == task.operators["resample2d"] == backend
+    assert task.operators["adam_ema"] == task.operators["group_norm_silu"] == backend
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_extension)])
@@ -118,11 +118,11 @@ def test_sampling_and_evaluation_have_the_same_switch(inputs, tmp_path, monkeypa
     called = spy(monkeypatch)
     common = ["--net", str(inputs / "teacher"), "--device", "cpu", "--backend", backend]
     sample([*common, "--seeds", "0-1", "--out", str(tmp_path / "a.npz")])
-    assert called["resample2d"] == called["group_norm_silu"] == {backend}
-    assert called["attention"] == called["to_uint8"] == {"torch"}  # which have no C++
+    assert called["group_norm_silu"] == {backend}
+    assert called["attention"] == called["resample2d"] == called["to_uint8"] == {"torch"}  # which have no C++
     called.clear()
     evaluate([*common, "--data", str(inputs / "data.zip"), "--images", "2", "--features", "lite0"])
-    assert called["resample2d"] == called["frozen_conv2d_relu"] == {backend}
+    assert called["frozen_conv2d_relu"] == {backend}
 
 
 @pytest.mark.parametrize("command", [sample, evaluate], ids=["sample", "evaluate"])
