@@ -16,17 +16,16 @@ from benchmarks.harness.operator_case import Problem, operator_case
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Problem], int, tuple[bool, ...]]]:
-    """By operator: its calls in the networks, what makes a `Problem` of one, images, and whether with gradients."""
-    found, small, both = layers(), min(batch, 32), (False, True)
+def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Problem], int]]:
+    """By operator: its calls in the networks, what makes a `Problem` of one, and images."""
+    found, small = layers(), min(batch, 32)
     return [
-        ("group_norm_silu", found.norms, inputs.norm_problem, batch, both),
-        ("residual", found.residuals, inputs.residual_problem, batch, both),
-        ("resample2d", found.resamples, inputs.resample_problem, batch, both),
-        ("attention", found.attentions, inputs.attention_problem, batch, both),
-        ("frozen_conv2d_relu", found.convolutions, inputs.conv_problem, small, both),
-        ("max_pool2x2", found.pools, inputs.pool_problem, small, both),
-        ("to_uint8", found.images, inputs.bytes_problem, 16 * batch, (False,)),
+        ("group_norm_silu", found.norms, inputs.norm_problem, batch),
+        ("residual", found.residuals, inputs.residual_problem, batch),
+        ("resample2d", found.resamples, inputs.resample_problem, batch),
+        ("attention", found.attentions, inputs.attention_problem, batch),
+        ("frozen_conv2d_relu", found.convolutions, inputs.conv_problem, small),
+        ("max_pool2x2", found.pools, inputs.pool_problem, small),
     ]
 
 
@@ -40,9 +39,9 @@ def operator_cases(full: bool) -> list[Case]:
         [
             _case(group, problem, call, images, dtype, backward)
             for call in (calls if full else moderate(calls))
-            for backward in directions
+            for backward in (False, True)
         ]
-        for group, calls, problem, images, directions in operators(batch)
+        for group, calls, problem, images in operators(batch)
     ]
     turns = itertools.zip_longest(*groups, adam_cases())
     return [case for turn in turns for case in turn if case is not None]
@@ -51,12 +50,12 @@ def operator_cases(full: bool) -> list[Case]:
 def compiled_cases(full: bool = True) -> list[Case]:
     """The peer torch.compile alone, at the first of the `full` shapes of each operator; on a CPU one small case."""
     if not full:
-        group, calls, problem, images, _ = operators(2)[1]
+        group, calls, problem, images = operators(2)[1]
         return [_case(group, problem, moderate(calls)[0], images, torch.float32, False, compiled=True)]
     return [
         _case(group, problem, calls[0], images, torch.bfloat16, backward, compiled=True)
-        for group, calls, problem, images, directions in operators(64)
-        for backward in directions
+        for group, calls, problem, images in operators(64)
+        for backward in (False, True)
     ]
 
 
@@ -69,7 +68,7 @@ def _case(
     backward: bool,
     compiled: bool = False,
 ) -> Case:
-    name = f"{batch}x{call.title} {_NAMES[torch.float32 if group == 'to_uint8' else dtype]}"
+    name = f"{batch}x{call.title} {_NAMES[dtype]}"
     return operator_case(group, name, partial(problem, call, batch, dtype), backward=backward, compiled=compiled)
 
 

@@ -25,7 +25,6 @@ from gdd_fast.ops import (
     max_pool2x2,
     resample2d,
     residual,
-    to_uint8,
 )
 
 EPS = 1e-6
@@ -198,14 +197,6 @@ def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.d
     # backward needs the place of each maximum, one byte per output
     options = {"differentiable": ("x",), "saved_bytes": 2 * (x.numel() // 4)}
     return Problem(max_pool2x2.OPERATOR, {"x": x}, max_pool2x2.max_pool2x2, stock, **options)
-
-
-def bytes_problem(images: MapCall, batch: int, _dtype: torch.dtype, device: torch.device) -> Problem:
-    """float32 images to bytes; the same bits from all."""
-    x = _map(batch, images.channels, images.resolution, torch.float32, device)
-    stock = lambda x: (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    definition = lambda x: to_uint8.to_uint8_ref(x.float())  # bytes have no rounding to compare
-    return Problem(to_uint8.OPERATOR, {"x": x}, to_uint8.to_uint8, stock, definition=definition)
 
 
 def by_definition(name: str, parameters: Sequence[str] = ()) -> Callable[..., Problem]:
