@@ -41,7 +41,6 @@ from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ranks import ALONE, World, is_main, join
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.seeds import check_class, parse_seeds
@@ -181,9 +180,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
     known = measurement.references(config.ref, shape, complete=dataset is not None)
     _check_counts(config, measurement, samples, dataset, held_out, known)
-    operators = choose_backend(
-        config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None], [TO_UINT8]
-    )
+    choose_backend(config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None])
     if net is not None:
         accelerate_foreign(net, config.backend)
         for line in shared_judges(backbones_of(Path(config.net)), measurement.extractors):
@@ -210,7 +207,6 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "batch": config.batch,
         "class_index": config.class_index,
         "generator_device": config.generator_device,
-        "backend": operators["to_uint8"],
     }
     rounds = []
     for number in range(config.rounds):

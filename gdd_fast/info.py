@@ -96,11 +96,12 @@ def _device_types() -> list[str]:
 
 
 def _operators() -> list[Any]:
-    """Every operator of the package, by name."""
+    """Every operator of the package that has more than its definition, by name."""
     import gdd_fast.ops
 
     names = sorted(module.name for module in pkgutil.iter_modules(gdd_fast.ops.__path__))
-    return [importlib.import_module(f"gdd_fast.ops.{name}").OPERATOR for name in names if name[0] != "_"]
+    modules = [importlib.import_module(f"gdd_fast.ops.{name}") for name in names if name[0] != "_"]
+    return [module.OPERATOR for module in modules if hasattr(module, "OPERATOR")]
 
 
 def weights() -> dict[str, str | None]:

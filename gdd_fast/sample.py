@@ -33,7 +33,6 @@ from gdd_fast.interop.hub import network_path
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.layers.convolution import hold_frozen_weights
 from gdd_fast.models.files.load import load_generator, network_digest
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ranks import World, join
 from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
 from gdd_fast.sampling.grid import save_grid
@@ -116,7 +115,7 @@ def sample(config: SampleConfig) -> None:
 def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: Engine, output: Reserved | None) -> None:
     device = world.device
     net = load_generator(network_path(config.net), dtype=config.dtype)
-    operators = choose_backend(config.backend, device.type, [net], [TO_UINT8])
+    choose_backend(config.backend, device.type, [net])
     check_class(config.class_index, net.label_dim)
     if net.img_channels not in (1, 3):
         raise ConfigError(
@@ -141,7 +140,6 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
             batch=config.batch,
             class_index=config.class_index,
             generator_device=config.generator_device,
-            backend=operators["to_uint8"],
         )
         return to_host(batches)
 

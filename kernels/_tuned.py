@@ -25,7 +25,6 @@ _LIMITS = {
 }
 # What each kernel must be told; num_stages and maxnreg may be left to Triton.
 _TILED = {
-    "to_uint8": {"BLOCK"},
     "relu_bits": {"BLOCK"},
     "max_pool2x2": {"BLOCK"},
     "attention": {"BLOCK_Q", "BLOCK_K"},

@@ -183,7 +183,7 @@ class _LaunchTable:
 
     @staticmethod
     def read(path: Path) -> None:
-        from gdd_fast.kernels import _launch, attention, group_norm_silu, max_pool2x2, relu_bits, residual, to_uint8
+        from gdd_fast.kernels import _launch, attention, group_norm_silu, max_pool2x2, relu_bits, residual
 
         x, channel = torch.zeros(2, 12, 4, 4), torch.ones(12)
         for cached in (_launch.table, _launch.configuration, backend._check_launch_table):
@@ -196,7 +196,6 @@ class _LaunchTable:
             _launch.noting() as noted,
         ):
             assert backend.obstacle(backend.Operator("any", frozenset({"triton"})), "triton", "cuda") is None
-            to_uint8.to_uint8(x)
             relu_bits.mask_bits(x, relu_bits.relu_bits_(x, 6.0))
             max_pool2x2.max_pool2x2(x)
             residual.residual(x, x, channel, 1.0, torch.empty_like(x), None)

@@ -30,12 +30,12 @@ from pathlib import Path
 import gdd_fast
 import gdd_fast.kernels
 
-spec = util.find_spec("gdd_fast.kernels.to_uint8")
+spec = util.find_spec("gdd_fast.kernels.residual")
 assert spec, "no kernels"
 assert Path(spec.origin).with_name("tuned.json").is_file(), "no launch configurations"
 if util.find_spec("triton"):
-    from gdd_fast.kernels import to_uint8 as kernels
-    assert kernels.configuration("to_uint8", kernels.torch.device("cpu"))["BLOCK"]
+    from gdd_fast.kernels import residual as kernels
+    assert kernels.configuration("residual", kernels.torch.device("cpu"), (1, 4, 16))["elements"]
 PACKAGED = ("assets", "data/assets", "report/assets", "webpage/assets", "py.typed")
 for name in (f"gdd_fast/{kept}" for kept in PACKAGED):
     expected = Path(sys.argv[1], name)
@@ -44,10 +44,10 @@ for name in (f"gdd_fast/{kept}" for kept in PACKAGED):
     assert not missing and (found.is_file() or found.is_dir() or not expected.exists()), f"missing of {name}: {missing}"
 import torch
 from gdd_fast.backend import has_extension
-from gdd_fast.ops.to_uint8 import to_uint8, to_uint8_ref
+from gdd_fast.ops.residual import residual
 assert has_extension() == (sys.argv[2] == "yes"), "extension"
 x = torch.randn(1, 3, 4, 4)
-assert torch.equal(to_uint8(x), to_uint8_ref(x))
+assert torch.equal(residual(x, x), x + x)
 print(gdd_fast.__version__, Path(gdd_fast.__file__).parent)
 """
 

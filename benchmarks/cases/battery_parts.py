@@ -93,10 +93,10 @@ def cases_of(part: str, smoke: bool) -> list[Case]:
 def _correctness() -> list[Case]:
     """Operators at every full shape, and whole networks, whose operators hand each other statistics.
 
-    Both directions cover a forward alone; bytes have no backward. The networks take longest and come early, but for the
+    Both directions cover a forward alone. The networks take longest and come early, but for the
     first operators: what is wrong with one of those is better read there.
     """
-    operators = [c for c in operator_cases(True) if not c.group.endswith(" forward") or "to_uint8" in c.group]
+    operators = [c for c in operator_cases(True) if not c.group.endswith(" forward")]
     first = 2 * PARTS["correctness"].processes
     # the largest batch of the largest network is checked where it is timed, alone on the GPU
     batches = (("ncsnpp-32", 256), ("ncsnpp-32", 16), ("ncsnpp-32", 1), ("adm-64", 16), ("ncsnpp-64", 16))

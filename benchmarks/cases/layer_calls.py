@@ -35,7 +35,7 @@ BACKBONES = ("vgg16_bn", "tf_efficientnet_lite0")
 
 @dataclass(frozen=True)
 class MapCall:
-    """One call of an operator on a square map (residual, max_pool2x2, to_uint8), less the batch.
+    """One call of an operator on a square map (residual, max_pool2x2), less the batch.
 
     `str` names it in docs/kernels_table.md, `title` in the record.
     """
@@ -146,7 +146,6 @@ class Layers:
     convolutions: tuple[ConvCall, ...] = ()
     relus: tuple[ReluCall, ...] = ()
     pools: tuple[MapCall, ...] = ()
-    images: tuple[MapCall, ...] = ()
 
 
 @functools.cache
@@ -167,7 +166,7 @@ def layers() -> Layers:
         for name in NETWORKS:
             net = build(name)
             _watch(net, found)
-            found["images"].append(MapCall(*call(net).shape[1:3]))
+            call(net)
         for name in BACKBONES:
             net = fold_batch_norm(build_backbone(name, None, 224))
             _watch(net, found)

@@ -1,11 +1,7 @@
-"""Which operator is measured on what: the distinct layers of the real networks, by batch and type.
-
-On a CPU, moreover, what docs/cpu_operators.md speaks of: the extension's operators at the shapes stated there.
-"""
+"""Which operator is measured on what: the distinct layers of the real networks, by batch and type."""
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,25 +9,23 @@ import torch
 
 from benchmarks.cases import operator_inputs as inputs
 from benchmarks.cases.adam_cases import adam_cases
-from benchmarks.cases.layer_calls import MapCall, ResampleCall, layers
+from benchmarks.cases.layer_calls import layers
 from benchmarks.harness.case import Case
 from benchmarks.harness.operator_case import Problem, operator_case
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Problem], int, tuple[bool, ...]]]:
-    """By operator: its calls in the networks, what makes a `Problem` of one, images, and whether with gradients."""
-    found, small, both = layers(), min(batch, 32), (False, True)
+def operators(batch: int) -> list[tuple[str, Sequence[Any], Callable[..., Problem], int]]:
+    """By operator: its calls in the networks, what makes a `Problem` of one, and images."""
+    found, small = layers(), min(batch, 32)
     return [
-        ("group_norm_silu", found.norms, inputs.norm_problem, batch, both),
-        ("residual", found.residuals, inputs.residual_problem, batch, both),
-        ("resample2d", found.resamples, inputs.resample_problem, batch, both),
-        ("attention", found.attentions, inputs.attention_problem, batch, both),
-        ("frozen_conv2d_relu", found.convolutions, inputs.conv_problem, small, both),
-        ("max_pool2x2", found.pools, inputs.pool_problem, small, both),
-        ("discriminator_input", found.images, inputs.input_problem, small, both),
-        ("to_uint8", found.images, inputs.bytes_problem, 16 * batch, (False,)),
+        ("group_norm_silu", found.norms, inputs.norm_problem, batch),
+        ("residual", found.residuals, inputs.residual_problem, batch),
+        ("resample2d", found.resamples, inputs.resample_problem, batch),
+        ("attention", found.attentions, inputs.attention_problem, batch),
+        ("frozen_conv2d_relu", found.convolutions, inputs.conv_problem, small),
+        ("max_pool2x2", found.pools, inputs.pool_problem, small),
     ]
 
 
@@ -45,37 +39,24 @@ def operator_cases(full: bool) -> list[Case]:
         [
             _case(group, problem, call, images, dtype, backward)
             for call in (calls if full else moderate(calls))
-            for backward in directions
+            for backward in (False, True)
         ]
-        for group, calls, problem, images, directions in operators(batch)
+        for group, calls, problem, images in operators(batch)
     ]
     turns = itertools.zip_longest(*groups, adam_cases())
-    cases = [case for turn in turns for case in turn if case is not None]
-    return cases if full else cases + stated_cases()
+    return [case for turn in turns for case in turn if case is not None]
 
 
 def compiled_cases(full: bool = True) -> list[Case]:
     """The peer torch.compile alone, at the first of the `full` shapes of each operator; on a CPU one small case."""
     if not full:
-        group, calls, problem, images, _ = operators(2)[1]
+        group, calls, problem, images = operators(2)[1]
         return [_case(group, problem, moderate(calls)[0], images, torch.float32, False, compiled=True)]
     return [
         _case(group, problem, calls[0], images, torch.bfloat16, backward, compiled=True)
-        for group, calls, problem, images, directions in operators(64)
-        for backward in directions
+        for group, calls, problem, images in operators(64)
+        for backward in (False, True)
     ]
-
-
-def stated_cases() -> list[Case]:
-    """The extension's operators on a CPU, in every type that they have code of their own for."""
-    problem, both = partial(inputs.resample_problem, diffusers=False), (torch.float32, torch.bfloat16)
-    cases = []
-    for dtype, up, taps in itertools.product(both, (True, False), ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0))):
-        call = ResampleCall(256, 32, up, taps, len(taps) // 2 - 1)
-        cases.append(replace(_case("resample2d", problem, call, 8, dtype, False), larger=True))
-    for dtype, backward in itertools.product(both, (False, True)):
-        cases.append(_case("discriminator_input", inputs.input_problem, MapCall(3, 32), 8, dtype, backward))
-    return cases
 
 
 def _case(
@@ -87,7 +68,7 @@ def _case(
     backward: bool,
     compiled: bool = False,
 ) -> Case:
-    name = f"{batch}x{call.title} {_NAMES[torch.float32 if group == 'to_uint8' else dtype]}"
+    name = f"{batch}x{call.title} {_NAMES[dtype]}"
     return operator_case(group, name, partial(problem, call, batch, dtype), backward=backward, compiled=compiled)
 
 

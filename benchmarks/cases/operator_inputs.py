@@ -20,13 +20,11 @@ from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import (
     attention,
-    discriminator_input,
     frozen_conv2d_relu,
     group_norm_silu,
     max_pool2x2,
     resample2d,
     residual,
-    to_uint8,
 )
 
 EPS = 1e-6
@@ -102,13 +100,7 @@ def residual_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: tor
     return Problem(residual.OPERATOR, {"h": h, "skip": skip}, ours, stock, differentiable=names, saved_bytes=0)
 
 
-def resample_problem(
-    layer: ResampleCall,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    diffusers: bool = True,
-) -> Problem:
+def resample_problem(layer: ResampleCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Up- and downsampling by two with the networks' filters, beside a copy of the input."""
     x = _map(batch, layer.channels, layer.resolution, dtype, device)
     kernel = resample_kernel(layer.taps).to(device)
@@ -133,7 +125,7 @@ def resample_problem(
         official=partial(stock, box=False),
         differentiable=("x",),
         saved_bytes=0,
-        extra={"diffusers": upfirdn} if diffusers else {},
+        extra={"diffusers": upfirdn},
         bounds={"copy of x": lambda x: x.clone()},
     )
 
@@ -205,40 +197,6 @@ def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.d
     # backward needs the place of each maximum, one byte per output
     options = {"differentiable": ("x",), "saved_bytes": 2 * (x.numel() // 4)}
     return Problem(max_pool2x2.OPERATOR, {"x": x}, max_pool2x2.max_pool2x2, stock, **options)
-
-
-def input_problem(images: MapCall, batch: int, dtype: torch.dtype, device: torch.device, size: int = 224) -> Problem:
-    """Generated images to the inputs of two backbones."""
-    x = _map(batch, images.channels, images.resolution, torch.float32, device)
-    means, stds = ((0.485, 0.456, 0.406), (0.5,) * 3), ((0.229, 0.224, 0.225), (0.5,) * 3)
-    scale = [[0.5 / s for s in std] for std in stds]
-    shift = [[(0.5 - m) / s for m, s in zip(mean, std, strict=True)] for mean, std in zip(means, stds, strict=True)]
-
-    def official(x) -> list[Tensor]:
-        """Enlarged for each backbone anew, then normalised."""
-        results = []
-        for factors, offsets in zip(scale, shift, strict=True):
-            large = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-            parts = [torch.tensor(row, dtype=x.dtype, device=device)[:, None, None] for row in (factors, offsets)]
-            results.append((large * parts[0] + parts[1]).to(dtype))
-        return results
-
-    def stock(x) -> list[Tensor]:
-        wanted = torch.float64 if x.dtype == torch.float64 else dtype
-        return discriminator_input.discriminator_input_ref(x, scale, shift, size, wanted)
-
-    options = {"scale": scale, "shift": shift, "size": size, "dtype": dtype}
-    ours = partial(discriminator_input.discriminator_input, **options)
-    settings = {"official": official, "differentiable": ("x",), "saved_bytes": 0}
-    return Problem(discriminator_input.OPERATOR, {"x": x}, ours, stock, **settings)
-
-
-def bytes_problem(images: MapCall, batch: int, _dtype: torch.dtype, device: torch.device) -> Problem:
-    """float32 images to bytes; the same bits from all."""
-    x = _map(batch, images.channels, images.resolution, torch.float32, device)
-    stock = lambda x: (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    definition = lambda x: to_uint8.to_uint8_ref(x.float())  # bytes have no rounding to compare
-    return Problem(to_uint8.OPERATOR, {"x": x}, to_uint8.to_uint8, stock, definition=definition)
 
 
 def by_definition(name: str, parameters: Sequence[str] = ()) -> Callable[..., Problem]:

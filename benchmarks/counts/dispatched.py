@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.counts.saved_bytes import DDPM_CIFAR10
+from benchmarks.counts.step_kernels import on_a_gpu
 from benchmarks.peers.stock_unet import BEST, StockGenerator
 from gdd_fast.engine.fold import SIGMA, Conditioning, fold, make_target
 from gdd_fast.engine.folded_unet import FoldedUNet
@@ -124,7 +125,7 @@ def fake_engine(name: str, channels: int) -> Iterator[tuple[Preconditioned, Fold
     )
     net = build(name, channels)
     unet, conditioning = fold(net, target)
-    with FakeTensorMode():
+    with FakeTensorMode(), on_a_gpu():
         for module in (unet, conditioning):
             if module is not None:
                 module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))

@@ -16,7 +16,6 @@ layers, few channels and pixels), as it is and accelerated, at batch 1.
 import argparse
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
@@ -86,14 +85,6 @@ def rows(size: int = 4, batch: int = 1) -> list[Row]:
     ]  # fmt: skip
 
 
-def keep_memory() -> None:
-    """Freed memory stays with the process, as a GPU's stays in PyTorch's cache: no trim, no page to map again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc's
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
 def least(*functions: Callable[[], object], rounds: int = 30, calls: int = 100) -> list[float]:
     """Microseconds of CPU time per call of each, the least of `rounds` means over `calls`; the functions take turns."""
     best = [math.inf] * len(functions)
@@ -125,9 +116,10 @@ def measure(rounds: int = 30) -> list[dict]:
     import torch
 
     from benchmarks.counts.host_gpu import stubbed
+    from benchmarks.harness.timing import reuse_memory
 
     torch.set_num_threads(1)
-    keep_memory()
+    reuse_memory()  # as a GPU's stays in PyTorch's cache: no page to map again
     found = []
     with stubbed():
         for row in rows():
@@ -162,9 +154,10 @@ def network(rounds: int = 10) -> tuple[float, float, int, int]:
     import gdd_fast
     from benchmarks.counts.host_gpu import stubbed
     from benchmarks.counts.saved_bytes import DDPM_CIFAR10
+    from benchmarks.harness.timing import reuse_memory
 
     torch.set_num_threads(1)
-    keep_memory()
+    reuse_memory()  # as a GPU's stays in PyTorch's cache: no page to map again
     few = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "sample_size": 8}
     net = UNet2DModel(**DDPM_CIFAR10 | few).eval().requires_grad_(False)
     x, time_step = torch.randn(1, 3, 8, 8), torch.tensor(10)

@@ -26,7 +26,7 @@ from benchmarks.cases.layer_calls import AttentionCall, Layers, NormCall, ReluCa
 from benchmarks.counts.offline import TritonCase
 from gdd_fast.ops._memory_format import statistics_parts
 
-OPERATORS = ("group_norm_silu", "residual", "attention", "relu_bits", "max_pool2x2", "to_uint8")
+OPERATORS = ("group_norm_silu", "residual", "attention", "relu_bits", "max_pool2x2")
 BATCHES = (1, 16, 256)
 DTYPES = (torch.bfloat16, torch.float32)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -112,8 +112,8 @@ def launches(layers: Layers, architecture: int) -> dict[str, Launch]:
     Triton must not be interpreting: set TRITON_INTERPRET=0 before it is imported.
     """
     found: dict[str, Launch] = {}
-    of = (layers.norms, layers.residuals, layers.attentions, layers.relus, layers.pools, layers.images)
-    runs = (_norm, _residual, _attention, _relu, _pool, _to_uint8)
+    of = (layers.norms, layers.residuals, layers.attentions, layers.relus, layers.pools)
+    runs = (_norm, _residual, _attention, _relu, _pool)
     for operator, calls, run in zip(OPERATORS, of, runs, strict=True):
         module = importlib.import_module(f"gdd_fast.kernels.{operator}")
         for layout, dtype, call, batch in itertools.product(LAYOUTS, DTYPES, calls, BATCHES):
@@ -181,10 +181,6 @@ def _pool(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
     x = maps(batch, call.channels, call.resolution)
     y, places = module.max_pool2x2(x)
     module.max_pool2x2_backward(y, places, x, maps.layout is torch.channels_last)
-
-
-def _to_uint8(module: ModuleType, call: Any, batch: int, maps: Maps) -> None:
-    module.to_uint8(dataclasses.replace(maps, dtype=torch.float32)(batch, call.channels, call.resolution))
 
 
 def _rows(n: int, c: int) -> Tensor:

@@ -56,7 +56,7 @@ class TritonCase:
 
 
 def compile_triton(module: str, cases: Sequence[TritonCase], architectures: Sequence[int] = ARCHITECTURES):
-    """Resources of every case on every architecture; `module` is an import name such as gdd_fast.kernels.to_uint8."""
+    """Resources of every case on every architecture; `module` is an import name such as gdd_fast.kernels.residual."""
     pytest.importorskip("triton")
     request = {"module": module, "cases": [asdict(case) for case in cases], "architectures": list(architectures)}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}

@@ -80,7 +80,6 @@ def entries(smoke: bool) -> dict[str, list[Case]]:
             Case("relu_bits", str(call), partial(_bits, call, batch, dtype)) for call in some(found.convolutions)
         ],
         "max_pool2x2": cases("max_pool2x2", found.pools, operator_inputs.pool_problem, True),
-        "to_uint8": cases("to_uint8", found.images, operator_inputs.bytes_problem, False),
     }
 
 

@@ -15,13 +15,11 @@ from gdd_fast.bundled import teacher_path
 from gdd_fast.data import load_data
 from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.device import full_float32, pick_device
-from gdd_fast.layers.backends import choose_backend
 from gdd_fast.metrics.features import FeatureExtractor, build_extractor
 from gdd_fast.metrics.frechet import Statistics, frechet_distance
 from gdd_fast.metrics.kid import kernel_distance
 from gdd_fast.metrics.neighbours import precision_recall
 from gdd_fast.models.files.load import load_generator
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.sampling.generate import SamplerConfig, generate
 
 FLOOR, TEACHER, UNTRAINED = "floor", "teacher", "untrained"
@@ -115,9 +113,8 @@ class Court:
         if subject.net is None:
             return _real_images(load_data(self.folders.data("train")), count)
         net = load_generator(teacher_path(subject.net), self.device, "float32").to(memory_format=torch.channels_last)
-        backend = choose_backend("auto", self.device.type, [net], [TO_UINT8])["to_uint8"]
         seeds = range(subject.seed_set * count, (subject.seed_set + 1) * count)
-        parts = generate(net, seeds, subject.sampler, batch=_BATCH, backend=backend)
+        parts = generate(net, seeds, subject.sampler, batch=_BATCH)
         return (part.images.permute(0, 3, 1, 2) for part in parts)
 
     def _features(self, batches: Iterable[Tensor]) -> list[Tensor]:

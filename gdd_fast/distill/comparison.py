@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gdd_fast.acceleration import accelerate_foreign
-from gdd_fast.backend import Backend
 from gdd_fast.bundled import teacher_path
 from gdd_fast.config import TrainConfig, given
 from gdd_fast.data import load_data
@@ -24,7 +23,6 @@ from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.report import unet_picture
 from gdd_fast.report.run_record import COMPARISON, SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
@@ -61,10 +59,9 @@ def begin(config: TrainConfig, task: Distillation) -> None:
     task.save_sheet(0)
     if not task.world.is_main:
         return
-    backend, device = task.operators["to_uint8"], task.world.device
-    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(device)
+    teacher = load_teacher(given(config.generator.teacher, "--teacher")).to(task.world.device)
     set_backend(teacher, config.run.backend)
-    images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch, backend=backend)]
+    images = [part.images for part in generate(teacher, GRID_SEEDS, HEUN, batch=task.micro_batch)]
     save_grid(torch.cat(images), config.run_dir / SAMPLES / TEACHER_SHEET)
     with atomic_write(config.run_dir / UNET) as temporary:
         temporary.write_text(json.dumps(unet_picture.record(task.generator)) + "\n")
@@ -99,7 +96,7 @@ def write(
     untrained = as_generator(teacher, config.generator.sigma_init).eval().requires_grad_(False)
     distilled = load_generator(config.run_dir, device)
     networks = [net for net in (teacher, untrained, distilled, *(e.network for e in extractors)) if net is not None]
-    backend = choose_backend(config.run.backend, device.type, networks, [TO_UINT8])["to_uint8"]
+    choose_backend(config.run.backend, device.type, networks)
     for net in (teacher, untrained, distilled):
         accelerate_foreign(net, config.run.backend)
     stored = _stored_figures(config, images, [e.name for e in extractors], len(reference_set))
@@ -111,7 +108,7 @@ def write(
 
         def distances(net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
             seeds = range(images)
-            found = generator_statistics(net, extractors, seeds, sampler, backend=backend, progress=bar.update)
+            found = generator_statistics(net, extractors, seeds, sampler, progress=bar.update)
             return {
                 e.name: round(frechet_distance(own, ref), 4)
                 for e, own, ref in zip(extractors, found, reference, strict=True)
@@ -131,9 +128,9 @@ def write(
         "measured": _measured(config, contents, trained_images),
     }
     panel = [
-        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN, backend)),
-        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP, backend)),
-        ("Distilled, one step", _samples(distilled, ONE_STEP, backend)),
+        (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN)),
+        ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP)),
+        ("Distilled, one step", _samples(distilled, ONE_STEP)),
     ]
     save_panel(panel, config.run_dir / COMPARISON, cols=12)
     # last, as it says that all is there
@@ -181,8 +178,8 @@ def _options(config: TrainConfig, name: str) -> dict[str, Any]:
     return {"weights": weights} if name == "lite0" and weights else {}
 
 
-def _samples(net: nn.Module, sampler: SamplerConfig, backend: Backend) -> torch.Tensor:
-    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler, backend=backend)])
+def _samples(net: nn.Module, sampler: SamplerConfig) -> torch.Tensor:
+    return torch.cat([batch.images for batch in generate(net, range(PANEL_IMAGES), sampler)])
 
 
 def _stored_figures(

@@ -24,10 +24,10 @@ from gdd_fast.models.files.class_table import read_class_table
 from gdd_fast.models.files.load import as_generator, load_generator, network_digest
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
+from gdd_fast.ops.group_norm_silu import OPERATOR as GROUP_NORM_SILU
 
-# What a run calls beside its networks: in the optimizer's steps and for sample grids.
-OPERATORS = (ADAM_EMA, TO_UINT8)
+# What a run calls beside its networks, in the optimizer's steps.
+OPERATORS = (ADAM_EMA,)
 
 
 @dataclass
@@ -61,9 +61,8 @@ def build(config: TrainConfig, start: Path | None = None) -> Components:
     """
     config.validate()
     device = pick_device(config.run.device).type
-    resolve_all(
-        config.run.backend, OPERATORS, device
-    )  # a backend that cannot run here is refused before anything is read
+    # a backend that cannot run here is refused before anything is read: every one has one of these operators
+    resolve_all(config.run.backend, (ADAM_EMA, GROUP_NORM_SILU), device)
     dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
     teacher = load_teacher(given(config.generator.teacher, "--teacher"))
     broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)

@@ -310,7 +310,7 @@ class Distillation:
         z, labels = latents(GRID_SEEDS, self._shape(1)[1:], self.generator.label_dim, self.world.device)
         with torch.no_grad():
             samples = torch.cat([one_step(net, *part) for part in self._micro_batches(z, labels)])
-        save_grid(to_uint8(samples, self.operators["to_uint8"]), path)
+        save_grid(to_uint8(samples), path)
 
     def _networks(self) -> dict[str, nn.Module]:
         found = {"generator": self.generator, "features": self.features, "heads": self.heads}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from gdd_fast.backend import Backend
 from gdd_fast.config import TrainConfig, given
 from gdd_fast.data import load_data
 from gdd_fast.device import full_float32
@@ -65,8 +64,8 @@ class Evaluation:
     the real ones between two ticks.
     """
 
-    def __init__(self, config: TrainConfig, measurement: Measurement, world: World, backend: Backend) -> None:
-        self.config, self.measurement, self.world, self.backend = config, measurement, world, backend
+    def __init__(self, config: TrainConfig, measurement: Measurement, world: World) -> None:
+        self.config, self.measurement, self.world = config, measurement, world
         self.tick_images = max(1, round(config.run.tick_kimg * 1e3))
         self._real: list[Population] | None = None
         if config.run.evaluate_images < world.size:
@@ -97,9 +96,7 @@ class Evaluation:
         if self._real is None:
             self._real = self._real_images(net)
         seeds = range(world.rank, self.config.run.evaluate_images, world.size)
-        found = generator_populations(
-            net, measurement.extractors, seeds, sampler, measurement.needs, backend=self.backend
-        )
+        found = generator_populations(net, measurement.extractors, seeds, sampler, measurement.needs)
         self._together(found)
         return measurement.values(found, self._real) if world.is_main else {}
 

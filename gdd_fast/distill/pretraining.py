@@ -182,9 +182,7 @@ class Pretraining:
             z, labels = latents(GRID_SEEDS, shape, net.label_dim, self.world.device)  # type: ignore[arg-type]
             with torch.no_grad():
                 samples = heun(net, z, labels)
-            save_grid(
-                to_uint8(samples, self.operators["to_uint8"]), self.config.run_dir / "samples" / f"{images:09d}.png"
-            )
+            save_grid(to_uint8(samples), self.config.run_dir / "samples" / f"{images:09d}.png")
         return {"skipped_steps": float(self.guard.skipped)}
 
     def state(self) -> tuple[Sections, dict[str, Any]]:

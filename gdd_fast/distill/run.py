@@ -97,7 +97,7 @@ def _distill(config: TrainConfig) -> Result:
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)
-            evaluation = Evaluation(config, measurement, world, built.operators["to_uint8"])
+            evaluation = Evaluation(config, measurement, world)
             if world.is_main:
                 for line in shared_judges(config.discriminator.backbones, measurement.extractors):
                     print(line, file=sys.stderr)

@@ -15,7 +15,6 @@ split over processes changes it. The order of draws is EDM's (Karras et al., arX
 the latent before the label.
 """
 
-import functools
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,6 @@ from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.interop import hub
 from gdd_fast.models.precond import compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned
-from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.seeds import SeedStreams
 
@@ -88,8 +86,6 @@ class OneStepGenerator:
             self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)
             if target.winograd:
                 limit_winograd(self.folded, self.img_channels, self.img_resolution, winograd_memory)
-        own_backend = backend if backend == "auto" or backend in TO_UINT8.fused else "torch"
-        self._as_bytes = functools.partial(_as_bytes, own_backend)
         self._run = make_engine(self.engine, self.folded, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,7 +200,7 @@ class OneStepGenerator:
             labels = drawn if own else labels
         elif seeds is not None or generator is not None or len(latents) != n or (own and self.label_dim):
             raise InputError(f"give {n} latents, with labels if there are classes, in place of seeds or a generator")
-        finish = self._as_bytes if output == "uint8" else _as_floats
+        finish = _as_bytes if output == "uint8" else _as_floats
         images, finite = self._run_on(latents, labels, not own, finish)
         require_finite(finite)
         return images
@@ -293,9 +289,9 @@ class OneStepGenerator:
         return labels.to(self.device).long()
 
 
-def _as_bytes(backend: Backend, images: Tensor) -> tuple[Tensor, Tensor]:
+def _as_bytes(images: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 (N, H, W, C), and whether all values were finite, which bytes cannot say."""
-    return to_uint8(images, backend), images.isfinite().all()
+    return to_uint8(images), images.isfinite().all()
 
 
 def _as_floats(images: Tensor) -> tuple[Tensor, Tensor]:

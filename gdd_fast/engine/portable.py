@@ -149,7 +149,7 @@ def _shapes(batch: torch.export.Dim, inputs: int) -> dict[str, dict[int, torch.e
     return {"latents": {0: batch}, **({"classes": {0: batch}} if inputs == 2 else {})}
 
 
-def _resample2d(x, kernel, add, up, padding, height, width, gain, scale, box, backend) -> Tensor:
+def _resample2d(x, kernel, add, up, padding, height, width, gain, scale, box, implementation) -> Tensor:
     return resample2d_ref(x, kernel, up=up, padding=padding, add=add, scale=scale, box=box)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend
 from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
 from gdd_fast.metrics.features import FeatureExtractor
@@ -48,7 +47,6 @@ def generator_populations(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
-    backend: Backend = "auto",
     progress: Progress | None = None,
     world: World = ALONE,
 ) -> list[Population]:
@@ -56,7 +54,7 @@ def generator_populations(
 
     From the generator to the features images stay on the device. With several ranks, each may be given its share.
     """
-    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device, "backend": backend}
+    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device}
     batches = generate(net, world.share(seeds, batch), sampler, **options)
     return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress, world)
 

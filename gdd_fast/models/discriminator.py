@@ -4,17 +4,40 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gdd_fast.backend import Backend
 from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.backbones import Backbone, check_resolution
 from gdd_fast.models.discriminator_heads import DiscriminatorHeads
 from gdd_fast.models.random_projection import OUT_CHANNELS, RandomProjection
-from gdd_fast.ops.discriminator_input import OPERATOR, discriminator_input
 
-__all__ = ["DiscriminatorHeads", "ProjectedFeatures"]
+__all__ = ["DiscriminatorHeads", "ProjectedFeatures", "backbone_input"]
 
 _LEVEL_STRIDES = (4, 8, 16, 32)
+
+
+def backbone_input(
+    images: Tensor, scale: Sequence[float], shift: Sequence[float], size: int, dtype: torch.dtype
+) -> Tensor:
+    """What a backbone takes of images: normalised, resized bilinearly (align_corners=False), cast.
+
+    `images` are floating, (N, 1 or 3, H, W); a grey channel counts three times. `scale` and `shift` have three numbers,
+    `0.5 / std` and `(0.5 - mean) / std` for images in [-1, 1]. Returns (N, 3, size, size) in `dtype`, channels_last.
+    It is rounded once, after all else in float32 (float64 for float64), and differentiable any number of times.
+
+    The weights of the resizing add up to one, so that normalising first, on the few pixels that there are, is the same.
+    """
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    factor, offset = (_per_channel(numbers, wide) for numbers in (scale, shift))
+    y = torch.addcmul(offset, wide, factor).contiguous()  # in which PyTorch resizes three channels
+    if y.shape[2:] != (size, size):
+        y = F.interpolate(y, (size, size), mode="bilinear", align_corners=False)
+    return y.to(dtype, memory_format=torch.channels_last)
+
+
+def _per_channel(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """(1, 3, 1, 1) made on the device by fills: a copy from host memory could not be captured in a CUDA graph."""
+    return torch.stack([like.new_full((), number) for number in numbers]).view(1, 3, 1, 1)
 
 
 class ProjectedFeatures(nn.Module):
@@ -23,7 +46,6 @@ class ProjectedFeatures(nn.Module):
     `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to `layout`. Images
     are normalised for each backbone and resized bilinearly to `resolution`. The projections are drawn from `seed`;
     `projection_state()` is what a checkpoint has to keep of this module, the backbones being published weights.
-    `backend` is that of the resizing; see gdd_fast.backend.
 
     `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
     coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`
@@ -32,19 +54,15 @@ class ProjectedFeatures(nn.Module):
     Raises `ConfigError` for no backbone, one given twice, and a resolution that one of them cannot take.
     """
 
-    operator = OPERATOR
-
     def __init__(
         self,
         backbones: Sequence[Backbone],
         resolution: int = 224,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
         layout: torch.memory_format = torch.channels_last,
     ):
         super().__init__()
-        self.backend = backend
         self.layout = layout
         names = [backbone.name for backbone in backbones]
         if not names or len(set(names)) < len(names):
@@ -95,8 +113,8 @@ class ProjectedFeatures(nn.Module):
         """Images in [-1, 1], float `(N, 1 or 3, H, W)` -> for each backbone four maps, fine to coarse."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
-        inputs = discriminator_input(images, self.scale, self.shift, self.resolution, self.dtype, self.backend)
-        return [
-            self.projections[name](backbone(x.contiguous(memory_format=self.layout)))
-            for (name, backbone), x in zip(self.backbones.items(), inputs, strict=True)
-        ]
+        features = []
+        for (name, backbone), scale, shift in zip(self.backbones.items(), self.scale, self.shift, strict=True):
+            x = backbone_input(images, scale, shift, self.resolution, self.dtype)
+            features.append(self.projections[name](backbone(x.contiguous(memory_format=self.layout))))
+        return features

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, resolve
-from gdd_fast.errors import BackendError, InputError
-from gdd_fast.ops._memory_format import DTYPES, memory_format, runs_eagerly
+from gdd_fast.backend import Backend, Operator, chooser
+from gdd_fast.errors import InputError
+from gdd_fast.ops._memory_format import DTYPES, memory_format
 
-OPERATOR = Operator("resample2d", fused=frozenset({"cuda", "cpp"}))
+OPERATOR = Operator("resample2d", fused=frozenset({"cuda"}))
+_choose = chooser(OPERATOR)
 
 
 def resample2d_ref(
@@ -51,18 +52,14 @@ def resample2d(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
-            either along the batch or the channels, are read where they lie; anything else is copied once first. On a
-            CPU contiguous images are converted to channels_last and back by "cpp"; "auto" takes it for them where it is
-            faster even so, in half precision going up.
-        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even. The CPU operator ("cpp")
-            takes filters of 2 or 4 taps that are a column times a row, as EDM's are, to within the rounding of
-            their numbers; "auto" runs the definition for any other.
+            either along the batch or the channels, are read where they lie; anything else is copied once first.
+        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even.
         up: double the resolution instead of halving it.
         padding: width p of the border of zeros, in pixels of the larger image; K / 2 - 1 doubles or halves exactly.
         add: like the result; copied first if its memory format is another.
         scale: factor of the sum.
         box: promises that `kernel` is the mean of 2 x 2 pixels, which the definition then computes without convolution.
-        backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend.
+        backend: "auto", "torch" or "cuda"; see gdd_fast.backend.
 
     Returns:
         (N, C, 2 (H - 1) + K - 2 p, ...) or (N, C, (H + 2 p - K) // 2 + 1, ...) in the dtype and memory format of x.
@@ -70,7 +67,7 @@ def resample2d(
 
     Raises:
         InputError: shapes or dtypes that do not fit, an image smaller than the filter, a filter that wants a gradient.
-        BackendError: the backend asked for cannot run here, or not with this filter.
+        BackendError: the backend asked for cannot run here.
     """
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise InputError(f"resample2d: x must be (N, C, H, W) and floating, not {x.dtype} {tuple(x.shape)}")
@@ -95,16 +92,17 @@ def resample2d(
     for name, t in (("the filter", kernel), ("add", add)):
         if t is not None and t.device != x.device:
             raise InputError(f"resample2d: {name} is on {t.device}, x on {x.device}")
-    geometry = (x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale)
-    if runs_eagerly(x) and _runs(backend, x, kernel, up) != "torch":
-        return torch.ops.gdd_fast_C.resample2d_differentiable.default(*geometry)  # the same with autograd in C++
-    return torch.ops.gdd_fast.resample2d.default(*geometry, box, backend)
+    implementation = _choose(backend, x.device.type)
+    gain = 4.0 if up else 1.0
+    return torch.ops.gdd_fast.resample2d.default(
+        x, kernel, add, up, padding, height, width, gain, scale, box, implementation
+    )
 
 
 torch.library.define(
     "gdd_fast::resample2d",
     "(Tensor x, Tensor kernel, Tensor? add, bool up, int padding, SymInt height, SymInt width, float gain, "
-    "float scale, bool box, str backend) -> Tensor",
+    "float scale, bool box, str implementation) -> Tensor",
 )
 
 
@@ -120,10 +118,10 @@ def _resample2d(
     gain: float,
     scale: float,
     box: bool,
-    backend: Backend,
+    implementation: str,
 ) -> Tensor:
     layout = memory_format(x)
-    if _runs(backend, x, kernel, up) == "torch":
+    if implementation == "torch":
         y = _ref(x, kernel, add, up, padding, (height, width), gain, scale, box)
         return y.contiguous(memory_format=layout)
     dense = 1 if layout == torch.channels_last else 3
@@ -136,7 +134,7 @@ def _resample2d(
 
 
 @torch.library.register_fake("gdd_fast::resample2d")
-def _(x, kernel, add, up, padding, height, width, gain, scale, box, backend) -> Tensor:
+def _(x, kernel, add, up, padding, height, width, gain, scale, box, implementation) -> Tensor:
     return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
@@ -149,36 +147,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor):
     (kernel,) = ctx.saved_tensors
-    up, padding, _, _, gain, scale, box, backend = ctx.options
+    up, padding, _, _, gain, scale, box, implementation = ctx.options
     dx = dadd = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.gdd_fast.resample2d(dy, kernel, None, not up, padding, *ctx.size, gain, scale, box, backend)
+        dx = torch.ops.gdd_fast.resample2d(
+            dy, kernel, None, not up, padding, *ctx.size, gain, scale, box, implementation
+        )
     if ctx.needs_input_grad[2]:
         dadd = dy if scale == 1 else dy * scale
     return (dx, None, dadd, *[None] * 8)
 
 
 torch.library.register_autograd("gdd_fast::resample2d", _backward, setup_context=_setup_context)
-
-
-def _runs(backend: Backend, x: Tensor, kernel: Tensor, up: bool) -> str:
-    """What runs: as of every operator, but that "cpp" depends on the filter's numbers, which a compiler does not see.
-
-    So compiled code leaves the choice to the operator. "cpp" works in channels_last; contiguous images pay for two
-    conversions, with which it is the faster one only for half precision going up.
-    """
-    chosen = resolve(backend, OPERATOR, x.device.type)
-    converts = chosen == "cpp" and memory_format(x) is not torch.channels_last
-    if converts and backend == "auto" and not (up and x.itemsize == 2):
-        return "torch"
-    if chosen != "cpp" or torch.ops.gdd_fast_C.resample2d_takes(kernel):
-        return chosen
-    if backend == "auto":
-        return "torch"
-    raise BackendError(
-        "resample2d: backend 'cpp' takes filters of 2 x 2 or 4 x 4 taps that are a column times a row, and this "
-        f"{kernel.shape[2]} x {kernel.shape[3]} filter is not one: use backend 'auto' or 'torch'"
-    )
 
 
 def _size(x: Tensor, kernel: Tensor, up: bool, padding: int) -> tuple[int, int]:
@@ -201,6 +181,9 @@ def _ref(
 ) -> Tensor:
     """`(gain * R(x) + add) * scale`; going up from a size that was halved with a remainder, `size` restores it."""
     channels, k = x.shape[1], kernel.shape[-1]
+    if up and not box and x.is_cpu and x.itemsize == 2:  # PyTorch's transposed convolution takes 30 times as long there
+        wide = None if add is None else add.float()
+        return _ref(x.float(), kernel, wide, up, padding, size, gain, scale, box).to(x.dtype)
     if up:
         natural = _size(x, kernel, up, padding)
         missing = size[0] - natural[0], size[1] - natural[1]

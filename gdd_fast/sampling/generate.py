@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 
-from gdd_fast.backend import Backend
 from gdd_fast.errors import ConfigError, WeightsError, require
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling import sampler
@@ -129,18 +128,14 @@ def generate(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
-    backend: Backend = "auto",
 ) -> Iterator[Batch]:
     """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
 
     `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
-    `OneStepFunction`, for the sampler one-step at its own noise level. `backend` is that of the conversion to bytes;
-    `layers.backends.set_backend` chooses the network's own. Options are checked here, before the first batch is asked
-    for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
+    `OneStepFunction`, for the sampler one-step at its own noise level. Options are checked here, before the first batch
+    is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
-    batches = launch(
-        net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device, backend=backend
-    )
+    batches = launch(net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device)
     return (part.check() for part in batches)
 
 
@@ -152,7 +147,6 @@ def launch(
     batch: int = 64,
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
-    backend: Backend = "auto",
 ) -> Iterator[Batch]:
     """As `generate`, but a GPU may still be computing what it yields: nothing waits, and nothing is checked."""
     sampler = sampler or SamplerConfig()
@@ -162,10 +156,10 @@ def launch(
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)
-    return _batches(net, list(seeds), sampler, batch, class_index, generator_device, backend)
+    return _batches(net, list(seeds), sampler, batch, class_index, generator_device)
 
 
-def _batches(net, seeds, sampler, batch, class_index, generator_device, backend) -> Iterator[Batch]:
+def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Iterator[Batch]:
     if not isinstance(net, torch.nn.Module):
         device = net.device
     else:
@@ -178,7 +172,7 @@ def _batches(net, seeds, sampler, batch, class_index, generator_device, backend)
             latents, labels = streams.start(shape, net.label_dim, class_index)
             images = sampler(net, streams, latents, labels)
             finite = images.isfinite().all()
-        yield Batch(part, to_uint8(images, backend), None if labels is None else labels.argmax(1), finite)
+        yield Batch(part, to_uint8(images), None if labels is None else labels.argmax(1), finite)
 
 
 def to_host(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:

@@ -164,7 +164,9 @@ def test_unet2d_outputs_and_gradients(diffusers, name, backend):
     net = unet(diffusers, CONFIGS[name])
     report = assert_accelerates(net, DENOISE, INPUTS, backend=backend)
     replaced, left = report.counts["replaced"], report.counts["left"]
-    assert replaced["Attention"] >= 3 and (name != "filters" or replaced["FirUpsample2D"] == 2)
+    assert replaced["Attention"] >= 3
+    if name == "filters":  # which have a fused implementation on a GPU alone
+        assert (left if backend == "auto" else replaced)["FirUpsample2D"] == 2
     assert backend == "auto" or not left["ResnetBlock2D"]
     assert_restores(net, DENOISE, INPUTS)
 

@@ -59,7 +59,7 @@ def test_the_battery_has_what_surrounds_the_networks_and_checks_bytes_and_engine
     pipelines = {c.group for c in cases_of("pipelines", False)}
     assert {"Frechet distance", "data path", "Inception features"} <= pipelines
     checked = {c.group for c in cases_of("correctness", False)}
-    assert {"to_uint8 forward", "generator", "iteration", "adam and average", "attention forward+backward"} <= checked
+    assert {"generator", "iteration", "adam and average", "attention forward+backward"} <= checked
     assert "attention forward" not in checked
     first = next(iter(PARTS))
     assert [c.group for c in cases_of(first, False)] == ["train", "train", "sampling to disk"]
@@ -272,14 +272,14 @@ def test_tuning_names_the_fastest_right_setting_and_leaves_the_table_as_it_was(m
 
 def test_tuning_goes_on_behind_an_entry_that_lost_the_device(tmp_path, monkeypatch):
     path, tried = battery_file(tmp_path), []
-    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "to_uint8": [], "no such": []})
+    monkeypatch.setattr(tune, "entries", lambda smoke: {"residual": [], "relu_bits": [], "no such": []})
     monkeypatch.setattr(tune, "tune_entry", lambda entry, *rest: tried.append(entry) or {"tried": []})
     monkeypatch.setattr(tune, "computes", lambda device: len(tried) > 1)
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
     assert not tune.tune(Results.load(path), path, gpu, lambda: 1.0)
     assert tune.tune(Results.load(path), path, gpu, lambda: 1.0)
-    assert tried == ["residual", "to_uint8"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
+    assert tried == ["residual", "relu_bits"] and set(Results.load(path).notes["tuning"]) == {*tried, "no such"}
 
 
 def test_a_case_that_one_process_has_begun_is_no_other_ones(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ OPERATORS = [
     (group_norm_silu, "group_norm_silu"),
     (residual, "residual"),
     (frozen_conv, "frozen_conv2d_relu"),
-    (discriminator, "discriminator_input"),
+    (discriminator, "backbone_input"),
 ]
 
 

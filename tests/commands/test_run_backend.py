@@ -93,8 +93,7 @@ def test_every_operator_of_a_run_runs_what_the_dry_run_shows(inputs, tmp_path, m
     assert called == {name: {chosen} for name, chosen in built.operators.items()}
     assert summary(built.operators) in dry_run.describe(config, built)
     assert built.operators.keys() >= {
-        "adam_ema", "attention", "discriminator_input", "frozen_conv2d_relu", "group_norm_silu", "resample2d",
-        "residual", "to_uint8",
+        "adam_ema", "attention", "frozen_conv2d_relu", "group_norm_silu", "resample2d", "residual",
     }  # fmt: skip
     if backend == "torch":
         assert set(built.operators.values()) == {"torch"}
@@ -111,7 +110,7 @@ def test_pretraining_has_the_same_switch(inputs, tmp_path, monkeypatch, backend)
     task.iteration(0)
     task.tick(4)
     assert called == {name: {chosen} for name, chosen in task.operators.items()}
-    assert task.operators["adam_ema"] == task.operators["resample2d"] == backend
+    assert task.operators["adam_ema"] == task.operators["group_norm_silu"] == backend
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_extension)])
@@ -119,11 +118,11 @@ def test_sampling_and_evaluation_have_the_same_switch(inputs, tmp_path, monkeypa
     called = spy(monkeypatch)
     common = ["--net", str(inputs / "teacher"), "--device", "cpu", "--backend", backend]
     sample([*common, "--seeds", "0-1", "--out", str(tmp_path / "a.npz")])
-    assert called["resample2d"] == called["group_norm_silu"] == {backend}
-    assert called["attention"] == called["to_uint8"] == {"torch"}  # which have no C++
+    assert called["group_norm_silu"] == {backend}
+    assert called["attention"] == called["resample2d"] == {"torch"}  # which have no C++
     called.clear()
     evaluate([*common, "--data", str(inputs / "data.zip"), "--images", "2", "--features", "lite0"])
-    assert called["resample2d"] == called["frozen_conv2d_relu"] == {backend}
+    assert called["frozen_conv2d_relu"] == {backend}
 
 
 @pytest.mark.parametrize("command", [sample, evaluate], ids=["sample", "evaluate"])

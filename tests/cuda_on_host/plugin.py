@@ -7,16 +7,19 @@ import re
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
+from gdd_fast.backend import chooser
 from gdd_fast.extension_sources import digest
+from gdd_fast.ops import resample2d
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OPERATORS = ("adam_ema", "discriminator_input", "resample2d")
+OPERATORS = ("adam_ema", "resample2d")
 HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h")
 TORCH_HEADERS = ("c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h")
 SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
@@ -50,8 +53,7 @@ def build(compiler: str, folder: Path, *, sanitize: bool) -> Path:
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text('#include "shim.h"\n')
     (folder / "gdd_fast_sources.h").write_text(f'#define GDD_FAST_SOURCES "{digest(CSRC)}"\n')
-    units = ["module.cpp", *(f"{name}.cpp" for name in OPERATORS), "resample2d_autograd.cpp"]
-    units += [f"cuda/{name}.cu" for name in OPERATORS]
+    units = ["module.cpp", "adam_ema.cpp", *(f"cuda/{name}.cu" for name in OPERATORS)]
     includes = "".join(f'#include "{unit}"\n' for unit in units)
     (folder / "all.cpp").write_text(includes)
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": "", "CUDA_ARCHITECTURES": "host", "NVCC_FLAGS": ""}
@@ -68,10 +70,12 @@ def build(compiler: str, folder: Path, *, sanitize: bool) -> Path:
 
 
 def install(path: str) -> None:
-    """Let `gdd_fast._C` be the module at `path`, in this process."""
+    """Let `gdd_fast._C` be the module at `path`, in this process, and operators without one of their own have "cpp"."""
     spec = importlib.util.spec_from_file_location("gdd_fast._C", path)
     sys.modules["gdd_fast._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["gdd_fast._C"])
+    resample2d.OPERATOR = replace(resample2d.OPERATOR, fused=resample2d.OPERATOR.fused | {"cpp"})
+    resample2d._choose = chooser(resample2d.OPERATOR)
 
 
 if "ON_HOST_MODULE" in os.environ:

@@ -205,7 +205,7 @@ MISTAKES = {
     "resample2d": (convolution, "resample2d", wrong_result),
     "residual": (residual, "residual", wrong_result),
     "attention": (self_attention, "attention", wrong_result),
-    "discriminator_input": (discriminator, "discriminator_input", wrong_result),
+    "backbone_input": (discriminator, "backbone_input", wrong_result),
     "frozen_conv2d_relu": (frozen_conv, "frozen_conv2d_relu", wrong_result),
     "learning rate of adam_ema": (optimizer, "adam_ema_", wrong_argument(6)),
     "to_uint8": (gdd, "to_uint8", wrong_argument(0)),

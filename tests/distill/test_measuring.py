@@ -92,7 +92,7 @@ def test_the_best_generator_of_each_value_is_kept(measured):
 
 def test_a_worse_value_or_none_replaces_nothing(measured, tmp_path):
     config = override(tiny_config(measured, **SETTINGS), run_dir=tmp_path)
-    evaluation = Evaluation(config, Measurement(parse_metrics("fd@pixels")), World(0, 1, torch.device("cpu")), "torch")
+    evaluation = Evaluation(config, Measurement(parse_metrics("fd@pixels")), World(0, 1, torch.device("cpu")))
     for images, value in ((8, 5.0), (16, 6.0), (24, float("nan")), (32, 4.0)):
         evaluation._keep_best(tiny_network(), images, {"fd-pixels-16": value, "kid_std": value})
     assert read_best(tmp_path) == {"fd-pixels-16": {"value": 4.0, "images": 32, "metric": "FD-pixels-16"}}
@@ -103,7 +103,7 @@ def _rank(rank: int, folder, store: str, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     config = tiny_config(folder, **SETTINGS)
     measurement = Measurement(parse_metrics("fd@pixels,pr@pixels,kid@pixels"))
-    evaluation = Evaluation(config, measurement, World(rank, 2, torch.device("cpu")), "torch")
+    evaluation = Evaluation(config, measurement, World(rank, 2, torch.device("cpu")))
     results.put(evaluation._measure(tiny_network().eval(), comparison.ONE_STEP))
     torch.distributed.destroy_process_group()
 
@@ -118,7 +118,6 @@ def test_two_ranks_measure_what_one_does(measured, tmp_path):
         tiny_config(measured, **SETTINGS),
         Measurement(parse_metrics("fd@pixels,pr@pixels,kid@pixels")),
         World(0, 1, torch.device("cpu")),
-        "torch",
     )._measure(tiny_network().eval(), comparison.ONE_STEP)
     assert len(together) == 1, "the main rank alone computes"
     assert together[0] == pytest.approx(alone, rel=1e-5, abs=1e-7)

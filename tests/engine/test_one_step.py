@@ -18,7 +18,7 @@ from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import GDDPrecond
-from gdd_fast.ops.to_uint8 import to_uint8_ref
+from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.generate import generate
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
@@ -79,7 +79,7 @@ def test_images_are_those_of_the_network(tmp_path) -> None:
     torch.testing.assert_close(floats.permute(0, 3, 1, 2), want, rtol=1e-4, atol=1e-4)
     images = generator(4, seeds=range(4))
     assert (images.dtype, images.shape) == (torch.uint8, (4, SIZE, SIZE, 3))
-    assert levels(images, to_uint8_ref(want)) <= 1
+    assert levels(images, to_uint8(want)) <= 1
     assert (generator.img_resolution, generator.img_channels, generator.label_dim) == (SIZE, 3, 0)
     assert (generator.device.type, generator.dtype, generator.engine) == ("cpu", torch.float32, "eager")
 

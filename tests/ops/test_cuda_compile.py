@@ -18,13 +18,6 @@ INSTANTIATIONS = {
         "const Resample&, cudaStream_t);"
         for t in CUDA_TYPES
     ],
-    "discriminator_input.cuh": [
-        f"template cudaError_t launch_discriminator_input<{x}, {y}>(const {x}*, const Pointers<{y}>&, "
-        "const DiscriminatorInput&, cudaStream_t);\n"
-        f"template cudaError_t launch_discriminator_input_backward<{x}, {y}>(const Pointers<const {y}>&, {x}*, "
-        "const DiscriminatorInput&, cudaStream_t);"
-        for x, y in (("float", "float"), ("float", "__nv_bfloat16"), ("__half", "__half"))
-    ],
     "adam_ema.cuh": [
         "auto* const launcher = &launch_adam_ema;",
     ],

@@ -89,9 +89,9 @@ def test_every_kernel_has_a_rule_and_measurements_are_well_formed():
     ("old", "new", "said"),
     [
         (
-            '"BLOCK": 1024, "num_warps": 4',
+            '"BLOCK": 256, "num_warps": 4',
             '"BLOCK": 1000, "num_warps": 4',
-            "to_uint8, default, BLOCK: a power of two .*1000",
+            "relu_bits, default, BLOCK: a power of two .*1000",
         ),
         ('"elements": 4096, ', "", "group_norm_silu.forward, default: elements missing"),
         ('"num_warps"', '"num_wraps"', "num_warps missing"),
@@ -118,7 +118,6 @@ LAUNCHERS = {
     "max_pool2x2": ("max_pool2x2", "max_pool2x2_backward"),
     "relu_bits": ("relu_bits_", "mask_bits"),
     "residual": ("residual",),
-    "to_uint8": ("to_uint8",),
 }
 
 
