@@ -134,6 +134,7 @@ class _Masked(torch.autograd.Function):
 torch.library.define(
     "gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation, Tensor? bias=None) -> Tensor"
 )
+torch.library.define("gdd_fast::clamp_", "(Tensor(a!) y, float ceiling, Tensor? bias) -> ()")  # without bits, by Triton
 torch.library.define("gdd_fast::mask_bits", "(Tensor dy, Tensor bits, str implementation) -> Tensor")
 
 
@@ -151,6 +152,18 @@ def _relu_bits_(y: Tensor, ceiling: float, implementation: str, bias: Tensor | N
 @torch.library.register_fake("gdd_fast::relu_bits_")
 def _(y: Tensor, ceiling: float, implementation: str, bias: Tensor | None = None) -> Tensor:
     return y.new_empty(((y.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@torch.library.impl("gdd_fast::clamp_", "CompositeExplicitAutograd")
+def _clamp_(y: Tensor, ceiling: float, bias: Tensor | None) -> None:
+    from gdd_fast.kernels import relu_bits as kernels
+
+    kernels.clamp_(y, ceiling, bias)
+
+
+@torch.library.register_fake("gdd_fast::clamp_")
+def _(y: Tensor, ceiling: float, bias: Tensor | None) -> None:
+    return None
 
 
 @torch.library.impl("gdd_fast::mask_bits", "CompositeExplicitAutograd")
