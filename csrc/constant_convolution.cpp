@@ -31,8 +31,7 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   const auto float32 = [](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == at::kFloat; };
   const auto dual = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };  // has a forward-mode derivative
   const bool unit = g[0] == 1 && g[1] == 1 && g[4] == 1 && g[5] == 1 && g[6] == 1;
-  if (!unit || x.dim() != 4 || weight.dim() != 4 || !float32(x) ||
-      !float32(weight) ||
+  if (!unit || x.dim() != 4 || weight.dim() != 4 || !float32(x) || !float32(weight) ||
       (bias.has_value() && (!float32(*bias) || bias->dim() != 1 || bias->size(0) != weight.size(0))) ||
       x.numel() == 0 || weight.numel() == 0 || x.size(1) != weight.size(backward ? 0 : 1) ||
       !unobserved({x, weight, bias.value_or(at::Tensor())}) || dual(x) || dual(weight) ||

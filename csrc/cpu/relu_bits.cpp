@@ -158,7 +158,8 @@ static void mask_words(const at::Tensor& dy, const uint8_t* bits, at::Tensor& dx
   for_runs(dy.numel(), [&](int64_t first, int64_t count, int64_t byte) {
 #ifdef GDD_FAST_MOVEMASK
     if (dy.scalar_type() == at::kFloat && has_movemask() && count % 8 == 0) {
-      return mask_bytes(dy.const_data_ptr<float>() + first, bits + byte, dx.mutable_data_ptr<float>() + first, count / 8);
+      return mask_bytes(dy.const_data_ptr<float>() + first, bits + byte, dx.mutable_data_ptr<float>() + first,
+                        count / 8);
     }
 #endif
     Bytes blocked;
