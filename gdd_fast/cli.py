@@ -5,10 +5,12 @@ Flags are field names, help texts are the docstrings under the fields.
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -133,18 +135,11 @@ def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
             print(f"error: {error}", file=sys.stderr)
         time.sleep(_LET_THE_OTHER_SPEAK)
         raise SystemExit(2) from None
-    except GddFastError as error:
-        _end(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (GddFastError, MemoryError, RuntimeError, SystemError, ImportError, OSError) as error:
+        line = _line_for(error)
+        if line is None:
             raise
-        detail = str(error).strip().partition("\n")[0]
-        _end(f"not enough memory{f' ({detail})' if detail else ''}: ask for less at once")
-    except OSError as error:
-        reason = _what_the_system_refuses(error)
-        if reason is None:
-            raise
-        _end(reason)
+        _end(line)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -158,10 +153,45 @@ def _check_working_directory() -> None:
         raise ConfigError("the working directory is gone: cd to one that is there") from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's allocators raise RuntimeError, on a GPU a subclass; that one is known by its name, without torch."""
-    named = {kind.__name__ for kind in type(error).__mro__} & {"MemoryError", "OutOfMemoryError"}
-    return bool(named) or any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
+def _line_for(error: Exception) -> str | None:
+    """What to say of an error that is not the program's fault; None for any other."""
+    detail = str(error).strip().partition("\n")[0]
+    if "can't start new thread" in detail:
+        return "the system starts no more threads: too little memory, or too many processes (ulimit -v, ulimit -u)"
+    if _is_out_of_memory(error):
+        return f"not enough memory{f' ({detail})' if detail else ''}: ask for less at once"
+    if isinstance(error, GddFastError):
+        return str(error)
+    return _what_the_system_refuses(error) if isinstance(error, OSError) else None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what it was made of, is for want of memory: a file that cannot be read is not damaged then.
+
+    PyTorch's allocators raise RuntimeError, on a GPU a subclass; that one is known by its name, without torch. oneDNN
+    ("could not create a primitive"), the loader of libraries ("failed to map segment") and Python itself ("error return
+    without exception set") have errors that may mean anything else as well: here it depends on what memory is left.
+    """
+    named = getattr(error, "errno", None) == errno.ENOMEM or {kind.__name__ for kind in type(error).__mro__} & {
+        "MemoryError",
+        "OutOfMemoryError",
+    }
+    said = any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
+    ambiguous = isinstance(error, RuntimeError | SystemError | ImportError) and not isinstance(error, GddFastError)
+    if named or said or (ambiguous and _memory_is_used_up()):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_out_of_memory(before)
+
+
+def _memory_is_used_up() -> bool:
+    """Whether less than an eighth is left of what `ulimit -v` allows this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or not os.path.exists("/proc/self/statm"):
+        return False
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    return used > limit * 7 / 8
 
 
 def _end(message: str) -> None:

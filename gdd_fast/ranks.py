@@ -125,9 +125,19 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError(
-            f"another process of this run has ended, and its own message says why ({str(error).splitlines()[0]})"
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> LostProcessError:
+    reason = str(error).splitlines()[0]
+    return LostProcessError(
+        f"another process of this run has ended; its own message, or torchrun's, says which and why ({reason})"
+    )
+
+
+def _is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL says in an exchange that was not ours, FSDP's, that the other side is not there any more."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def world_size() -> int:
@@ -157,7 +167,8 @@ def _launched() -> tuple[int, int, int] | None:
 def join(option: str) -> Iterator[World]:
     """Enter the world torchrun started this process in, or a world of one; leave it at the end.
 
-    Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's.
+    Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's, and
+    `LostProcessError` if the block ends because another process of the world has.
     """
     device = pick_device(option)
     launched = _launched()
@@ -175,6 +186,11 @@ def join(option: str) -> Iterator[World]:
     number = (store.add("gdd_fast.joined", 1) - 1) // size
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(f"gdd_fast.{number}", store), rank=rank, world_size=size)
-    yield World(rank, size, device)
+    try:
+        yield World(rank, size, device)
+    except RuntimeError as error:
+        if not _is_of_a_lost_process(error):
+            raise
+        raise _lost(error) from error
     # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
     dist.destroy_process_group()

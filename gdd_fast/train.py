@@ -69,7 +69,8 @@ def _recipe_of(teacher: str) -> TrainConfig:
 
     net = load_teacher(teacher)
     size = sum(p.numel() for p in net.parameters())
-    recipe = recipe_for(net.img_resolution, size, net.label_dim, net.predicts_noise)
+    kind = {"predicts_noise": net.predicts_noise, "learns_velocity": net.learns_velocity}
+    recipe = recipe_for(net.img_resolution, size, net.label_dim, **kind)
     run_dir = Path("runs") / Path(teacher).stem
     return override(recipe, run_dir=run_dir)
 

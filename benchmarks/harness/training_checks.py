@@ -5,8 +5,9 @@ plain PyTorch in the same types. Single layers are the business of tests/distill
 would let a mistake pass or make a fault of rounding, in float32 already:
 
 Rounding opens and closes ReLUs of the frozen networks. The gradient that plain PyTorch brings back through them to the
-images differs from the definition's by up to a percent of its norm in float32 and by half of it in bf16. So the G step
-is compared in halves, each given what the other makes of it in float32: the gradient of the images, and for float32's
+images differs from the definition's by up to a percent of its norm in float32, and in bf16 by half of it for the demo's
+64x64 and by all of it at 224x224, with random weights and published ones alike. So the G step is compared
+in halves, each given what the other makes of it in float32: the gradient of the images, and for float32's
 gradient of the images that of every weight, which has no kink behind it.
 
 Adam's first step is the learning rate times a gradient's sign. Where a gradient is nearly 0, that percent turns the

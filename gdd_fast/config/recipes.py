@@ -74,7 +74,14 @@ _BY_TEACHER = {
             backbones=("tf_efficientnet_lite0",), disc_resolution=32, head_width=0.25, d_lr=3e-4
         ),
         loss=LossConfig(r1_gamma=3e-3),
-        run=RunConfig(duration_mimg=0.028, batch=32, tick_kimg=2, evaluate_images=2000, evaluate_data="demo-test"),
+        run=RunConfig(
+            duration_mimg=0.036,
+            batch=32,
+            lr_decay_kimg=5,
+            tick_kimg=2,
+            evaluate_images=2000,
+            evaluate_data="demo-test",
+        ),
     ),
 }
 
@@ -96,14 +103,19 @@ def _presets() -> dict[str, TrainConfig]:
 PRESETS: dict[str, TrainConfig] = _presets()
 
 
-def recipe_for(resolution: int, parameters: int, classes: int, predicts_noise: bool = False) -> TrainConfig:
+VELOCITY_KIMG = 40.0
+
+
+def recipe_for(
+    resolution: int, parameters: int, classes: int, *, predicts_noise: bool = False, learns_velocity: bool = False
+) -> TrainConfig:
     """The recipe for a teacher that has no preset, from the preset whose network is most like it.
 
     `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
     small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Networks of less than
     half a million parameters are GDD, and learn slower: the demo's settings broke one. They also broke one that
-    `predicts_noise`, whose images a step of the optimizer moves further (docs/teachers.md). Data, teacher and the data
-    to evaluate with are left unset.
+    `predicts_noise`: such a network learns to predict v first if it can, and learns slower if not (docs/teachers.md).
+    Data, teacher and the data to evaluate with are left unset.
     """
     if parameters >= 150_000_000:
         like = "imagenet-64"
@@ -112,9 +124,13 @@ def recipe_for(resolution: int, parameters: int, classes: int, predicts_noise: b
     else:
         like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
     recipe = _freeze_variant(AUTO, _BY_TEACHER[like], 1)
+    if like == DEMO:  # whose rates fall as early as a run of minutes needs
+        recipe = override(recipe, lr_decay_kimg=20)
     if parameters < 500_000:
         recipe = override(recipe, freeze=0, g_lr=3e-4)
-    if predicts_noise:
+    if learns_velocity:
+        recipe = override(recipe, velocity_kimg=VELOCITY_KIMG)
+    elif predicts_noise:
         recipe = override(recipe, g_lr=min(recipe.generator.g_lr, 1e-4))
     return override(recipe, cond=classes > 0, data=None, teacher=None, evaluate_images=0, evaluate_data=None)
 

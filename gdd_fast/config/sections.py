@@ -46,6 +46,9 @@ class GeneratorConfig(Settings):
     repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
     sigma_init: Annotated[float | None, Limit(0, above=True)] = None
     """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
+    velocity_kimg: NotNegative = 0.0
+    """Thousands of images for which a teacher of diffusers' that predicts noise first learns to predict v, see
+    docs/teachers.md; 0: it is distilled as it is."""
     freeze: int = 1
     """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
     g_lr: NotNegative = 1e-4

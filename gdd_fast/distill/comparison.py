@@ -26,7 +26,7 @@ from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ops.to_uint8 import OPERATOR as TO_UINT8
 from gdd_fast.report import unet_picture
-from gdd_fast.report.run_record import SAMPLES, TEACHER_SHEET, UNET
+from gdd_fast.report.run_record import COMPARISON, SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.grid import save_grid, save_panel
 
@@ -71,11 +71,14 @@ def begin(config: TrainConfig, task: Distillation) -> None:
 
 
 def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
-    """The distances that `write` has left in the run folder; None if they were measured otherwise."""
+    """The distances that `write` has left in the run folder; None if they were measured otherwise, or it was killed."""
     path = config.run_dir / REPORT
-    if not path.is_file():
+    if not path.is_file() or not (config.run_dir / COMPARISON).is_file():
         return None
-    report = json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_bytes())
+    except ValueError:  # not written by `write`, which leaves a whole file or none
+        return None
     return report["distances"] if report.get("measured") == _measured(config, contents, trained_images) else None
 
 
@@ -127,14 +130,15 @@ def write(
         "teacher_is_stored": bool(stored),
         "measured": _measured(config, contents, trained_images),
     }
-    with atomic_write(config.run_dir / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
     panel = [
         (f"Teacher, {HEUN.steps} steps", _samples(teacher, HEUN, backend)),
         ("Teacher's weights in one step, untrained", _samples(untrained, ONE_STEP, backend)),
         ("Distilled, one step", _samples(distilled, ONE_STEP, backend)),
     ]
-    save_panel(panel, config.run_dir / "comparison.png", cols=12)
+    save_panel(panel, config.run_dir / COMPARISON, cols=12)
+    # last, as it says that all is there
+    with atomic_write(config.run_dir / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
     return rows
 
 

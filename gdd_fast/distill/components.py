@@ -53,8 +53,8 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def build(config: TrainConfig) -> Components:
-    """All parts of a run.
+def build(config: TrainConfig, start: Path | None = None) -> Components:
+    """All parts of a run; the generator's weights are those of the network in `start`, by default the teacher's.
 
     Raises:
         ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
@@ -72,10 +72,11 @@ def build(config: TrainConfig) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    start = start_from(teacher, config.ablation.init, config.generator.freeze, config.run.seed)
-    generator = as_generator(start, config.generator.sigma_init)
+    pretrained = teacher if start is None else load_generator(start)
+    begun = start_from(pretrained, config.ablation.init, config.generator.freeze, config.run.seed)
+    generator = as_generator(begun, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
-    _check_fit(generator, dataset, config)
+    check_fit(generator, dataset, given(config.data.data, "--data"))
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
     # last, as these may have to be downloaded
     weights = {
@@ -145,13 +146,13 @@ def build_heads(
         )
 
 
-def _check_fit(generator: Preconditioned, dataset: ImageDataset, config: TrainConfig) -> None:
-    """Raise WeightsError unless the teacher makes images of the size, channels and classes of the data set."""
+def check_fit(generator: Preconditioned, dataset: ImageDataset, data: str) -> None:
+    """Raise WeightsError unless a teacher's network makes images of the size, channels and classes of `data`."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)
     if ours != teachers:
         raise WeightsError(
-            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {config.data.data} holds {ours[0]} x "
+            f"the teacher makes {teachers[0]} x {teachers[1]}^2 images, {data} holds {ours[0]} x "
             f"{ours[1]}^2; use a matching pair, or python -m gdd_fast.prepare to resize the images"
         )
     if generator.label_dim != dataset.label_dim:

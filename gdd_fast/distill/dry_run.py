@@ -7,6 +7,7 @@ import torch
 
 from gdd_fast.backend import summary
 from gdd_fast.config import AUTO, DiscriminatorConfig, TrainConfig, override, to_dict
+from gdd_fast.distill import first_stage
 from gdd_fast.distill.components import Components, dtype_of
 from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.distill.memory_forecast import Forecast, forecast, of_components
@@ -100,6 +101,7 @@ def describe(config: TrainConfig, parts: Components) -> str:
             f"Data: {dataset.name}, {len(dataset):,} images, {dataset.channels} x {dataset.resolution}^2, "
             f"{dataset.label_dim} classes",
             f"Generator: {generator.img_channels} x {generator.img_resolution}^2, {generator.label_dim} classes",
+            *([f"First: {stage}"] if (stage := first_stage.description(config, generator)) else []),
             f"Operators: {summary(parts.operators)}",
             *_networks(parts.frozen, parts.features, parts.heads),
             "",

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.config import check_seed, check_values
-from gdd_fast.data import BatchStream, load_data
+from gdd_fast.data import BatchStream, ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.device import fast_layout
-from gdd_fast.distill.components import OPERATORS
+from gdd_fast.distill.components import OPERATORS, check_fit, load_teacher
+from gdd_fast.distill.velocity import velocity_loss, with_velocity
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.backends import choose_backend
 from gdd_fast.models.edm import adm, ddpmpp, ncsnpp
-from gdd_fast.models.files.load import holds_network
+from gdd_fast.models.files.load import holds_network, network_digest
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.ranks import World
 from gdd_fast.report import report_page
@@ -52,6 +54,10 @@ class PretrainConfig(LoopSettings):
     """EDM-style zip, folder or npz of images; `demo` is the bundled set."""
     run_dir: Path = Path("runs/teacher")
     """Output folder; running the same command again resumes what it holds."""
+    teacher: str | None = None
+    """Go on from this network in place of a new one: a pipeline of diffusers' under a schedule by betas, as a folder or
+    the name of a Hub repository. It learns to predict v at the times of its schedule, and the network's other settings
+    are its own."""
     arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
     """Network architecture."""
     model_channels: Count = 32
@@ -124,7 +130,10 @@ class Pretraining:
         self.contents = {"data": dataset_digest(dataset)}
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)
-        net = _network(config, dataset.resolution, dataset.channels, dataset.label_dim)
+        net = _network(config, dataset)
+        if config.teacher:
+            self.contents["teacher"] = network_digest(net)
+        self.loss = velocity_loss if isinstance(net, UNet2DPrecond) else denoising_loss
         self.operators = choose_backend(config.backend, world.device.type, [net], OPERATORS)
         with reading_bar(world.is_main) as progress:
             self.stream = BatchStream(
@@ -160,7 +169,7 @@ class Pretraining:
         watched = self.watch.step("training", images, self.optimizer) if self.watch else contextlib.nullcontext()
         with watched, self.random.for_layers(images):
             for part, label in zip(real.split(self.micro_batch), label_parts, strict=True):
-                loss = denoising_loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
+                loss = self.loss(self.net, part.float() / 127.5 - 1, label, self.random.generator)
                 (loss.sum() / self.local_batch).backward()
                 self.averages.add("loss", loss.mean())
             self.averages.add("grad_norm", self.guard.step())
@@ -208,7 +217,13 @@ class Pretraining:
         self.stream.close()
 
 
-def _network(config: PretrainConfig, resolution: int, channels: int, label_dim: int) -> EDMPrecond:
+def _network(config: PretrainConfig, dataset: ImageDataset) -> EDMPrecond | UNet2DPrecond:
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.teacher:
+        net = with_velocity(load_teacher(config.teacher), config.teacher)
+        check_fit(net, dataset, config.data)
+        net.dtype = dtype
+        return net
     build = {"ncsnpp": ncsnpp, "ddpmpp": ddpmpp, "adm": adm}[config.arch]
     options = build(
         model_channels=config.model_channels,
@@ -217,7 +232,7 @@ def _network(config: PretrainConfig, resolution: int, channels: int, label_dim: 
         attn_resolutions=list(config.attn_resolutions),
         dropout=config.dropout,
     )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    sizes = dataset.resolution, dataset.channels, dataset.label_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return EDMPrecond(resolution, channels, label_dim, sigma_data=SIGMA_DATA, dtype=dtype, **options)
+        return EDMPrecond(*sizes, sigma_data=SIGMA_DATA, dtype=dtype, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic
-from gdd_fast.distill import comparison, components, memory_forecast
+from gdd_fast.distill import comparison, components, first_stage, memory_forecast
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.measuring import Evaluation, build_measurement
@@ -87,6 +87,13 @@ def _distill(config: TrainConfig) -> Result:
     precisions = config.generator.g_precision, config.discriminator.d_precision
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
+        if first_stage.is_wanted(config, built.generator):
+            first, velocity, seconds = first_stage.run(config, built.generator, world)
+            if first.exit_status:
+                generator = config.run_dir / RUN_GENERATOR
+                return Result(0, 0, first.signal, first.exit_status, world.is_main, generator, None)
+            built = components.build(config, velocity)
+            schedule = first_stage.remaining(schedule, seconds)
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)
@@ -104,7 +111,7 @@ def _distill(config: TrainConfig) -> Result:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
         if distances is None:
             distances = comparison.write(config, built.contents, world.device, outcome.images)
-            report_page.refresh(config.run_dir)  # with what has just been measured
+        report_page.refresh(config.run_dir)  # with what has just been measured; or by a process killed before this
     generator = config.run_dir / RUN_GENERATOR
     return Result(
         outcome.images, outcome.new_images, outcome.signal, outcome.exit_status, world.is_main, generator, distances

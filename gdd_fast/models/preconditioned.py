@@ -23,6 +23,8 @@ class Preconditioned(nn.Module):
         sigma_init: the noise level at which a generator of one step is evaluated.
         dtype: what it computes in.
         predicts_noise: whether the image is x minus noise that it predicts, as in many networks of other libraries.
+        learns_velocity: whether it predicts noise under a schedule for which `gdd_fast.pretrain --teacher` has it
+            predict v.
         foreign: whether its layers are another library's, which `gdd_fast.accelerate` makes fast.
     """
 
@@ -34,6 +36,7 @@ class Preconditioned(nn.Module):
     sigma_init: float
     dtype: torch.dtype
     predicts_noise: bool = False
+    learns_velocity: bool = False
     foreign: ClassVar[bool] = False
 
     @abstractmethod

@@ -12,6 +12,7 @@ from gdd_fast.report import forms
 SAMPLES = "samples"
 TEACHER_SHEET = "teacher.png"
 """In the folder of samples: the teacher's images from the noise of every other sheet there."""
+COMPARISON = "comparison.png"
 UNET = "unet.json"
 LAYER_ANALYSIS = "layer_analysis.json"
 
@@ -85,7 +86,7 @@ def read_run(folder: Path) -> RunRecord:
         changes=[(e["images"], e["changed"]) for e in entries if "changed" in e],
         sheets=sheets,
         teacher_sheet=_if_there(folder / SAMPLES / TEACHER_SHEET),
-        comparison=_if_there(folder / "comparison.png"),
+        comparison=_if_there(folder / COMPARISON),
         unet=_if_there(folder / UNET, _unet),
         layers=_if_there(folder / LAYER_ANALYSIS, _layers),
         distances=_if_there(folder / "report.json", lambda path: _json(path, forms.DISTANCES)),

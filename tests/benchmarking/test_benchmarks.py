@@ -93,6 +93,17 @@ def test_closeness_allows_twice_the_error_of_eager():
         Closeness([truth], 1e-3, [truth * 9]).check([truth * 0])  # however bad eager is
 
 
+def test_where_eager_is_rounding_alone_only_the_norm_is_compared():
+    """Two gradients that share nothing but their size, as bf16 brings them back through many ReLUs."""
+    truth, eager, ours = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(0))
+    closeness = Closeness([truth], 0.1, [eager])
+    closeness.check([eager])
+    closeness.check([ours])
+    for wrong in (0 * ours, 0.4 * ours, 2.1 * eager, float("nan") * ours):
+        with pytest.raises(MismatchError):
+            closeness.check([wrong])
+
+
 @pytest.mark.parametrize("stale", ["from the start", "later"])
 def test_a_replay_that_writes_nothing_is_found(stale):
     own = torch.ones(3)

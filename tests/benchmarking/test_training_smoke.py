@@ -64,3 +64,17 @@ def test_a_training_case_is_measured(preset, small_networks):
     case = training_case("iteration", SmallSetup(preset, 8))
     rows = list(measure_case(case, CPU, Effort(0.0)))
     assert [(row.peer, row.failure) for row in rows] == [(peer, None) for peer in ("official", "stock", "gdd_fast")]
+
+
+class LargeImages(SmallSetup):
+    @property
+    def config(self) -> TrainConfig:
+        return override(super().config, disc_resolution=224, backbones=("tf_efficientnet_lite0",))
+
+
+@pytest.mark.slow
+def test_a_case_of_few_images_is_measured_although_bf16_leaves_nothing_of_a_gradient(small_networks):
+    """EfficientNet-lite0 at 224x224: plain PyTorch's gradient of the images is as far from float32's as its norm."""
+    case = training_case("iteration", LargeImages("cifar10-uncond-gdd-i", 2))
+    rows = list(measure_case(case, CPU, Effort(0.0)))
+    assert [(row.peer, row.failure) for row in rows] == [(peer, None) for peer in ("official", "stock", "gdd_fast")]

@@ -1,6 +1,8 @@
 """Command lines: flags from the fields of a dataclass, and the help of every command."""
 
+import errno
 import importlib
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from gdd_fast.cli import command, parse, pop_option
-from gdd_fast.errors import ConfigError, GddFastError
+from gdd_fast.errors import ConfigError, GddFastError, WeightsError
 from gdd_fast.train import read
 
 COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "export", "info")
@@ -83,6 +85,8 @@ def test_flags_of_train_need_no_section(capsys):
             2,
             "error: not enough memory (can't allocate memory: 9 B)",
         ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "error: not enough memory ([Errno 12] "),
+        (RuntimeError("can't start new thread"), 2, "error: the system starts no more threads: "),
     ],
 )
 def test_how_a_command_fails(error, status, text, capsys):
@@ -95,13 +99,42 @@ def test_how_a_command_fails(error, status, text, capsys):
     assert end.value.code == status and capsys.readouterr().err.startswith(text)
 
 
-def test_other_errors_keep_their_traceback():
+def test_a_file_is_not_called_damaged_for_want_of_memory(capsys):
     @command
     def main():
-        raise RuntimeError("shapes do not fit")
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        except RuntimeError:
+            raise WeightsError("x.pt: not a file of plain tensors") from None
 
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(SystemExit) as end:
         main()
+    line = "error: not enough memory (x.pt: not a file of plain tensors): ask for less at once\n"
+    assert end.value.code == 2 and capsys.readouterr().err == line
+
+
+OTHERS = [
+    RuntimeError("could not create a primitive"),
+    SystemError("error return without exception set"),
+    ImportError(),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_other_errors_keep_their_traceback_unless_memory_is_used_up(error, monkeypatch, capsys):
+    @command
+    def main():
+        raise error
+
+    for limit in (-1, 1 << 62):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        with pytest.raises(type(error)) as raised:
+            main()
+        assert raised.value is error
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory")
 
 
 PROGRAM = """

@@ -2,8 +2,10 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -90,6 +92,59 @@ def test_commands_that_lack_something_all_the_same(inputs, tmp_path, command, la
     code, said = in_a_fork(tmp_path, work)
     assert code == 0, said
     assert {path.name for path in tmp_path.iterdir()} > {"said"}
+
+
+def little_memory(mib: float) -> None:
+    """No more than `mib` on top of what the process has; torch and its libraries are there already."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + int(mib * 2**20),) * 2)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+
+@needs_proc
+def test_no_memory_for_a_thread(inputs, tmp_path):
+    def work() -> None:
+        threading.stack_size(256 << 20)
+        little_memory(128)
+        prepare.main(flags_of(prepare, inputs, tmp_path))
+
+    code, said = in_a_fork(tmp_path, work)
+    assert code == 2 and said.splitlines()[-1].startswith("error: the system starts no more threads: ")
+    assert "Traceback" not in said and os.listdir(tmp_path) == ["said"]
+
+
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV, 127)
+"""C libraries that end the process themselves if they get no memory: safetensors', oneDNN's and glibc's way."""
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [prepare, sample, convert, evaluate, pretrain, train], ids=lambda m: m.__name__)
+def test_too_little_memory(inputs, tmp_path, command):
+    """One line, whenever it is not enough; and the same command goes on as soon as there is more."""
+    ends = []
+    for mib in (0, 4, 16, 24, 32, 64, 96, 128, 192, 256, 320, 512):
+        out = tmp_path / str(mib)
+        out.mkdir()
+
+        def work(mib=mib, out=out) -> None:
+            if mib is not None:
+                little_memory(mib)
+            command.main(flags_of(command, inputs, out))
+
+        code, said = in_a_fork(out, work)
+        ends.append(code)
+        assert "Traceback" not in said and code in (0, 2, *ABORTED), (mib, code, said)
+        if code == 2:
+            assert said.splitlines()[-1].startswith(("error: not enough memory", "error: the system starts no more")), (
+                mib
+            )
+        if code:
+            code, said = in_a_fork(out, lambda: work(None))
+            assert code == 0, (mib, said)
+    assert 2 in ends and 0 in ends
 
 
 def test_a_working_directory_that_is_gone(inputs, tmp_path):

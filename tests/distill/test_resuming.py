@@ -137,6 +137,36 @@ def test_the_generator_of_a_finished_run_is_that_of_its_checkpoint(inputs, run, 
     load_generator(run)
 
 
+@pytest.mark.parametrize("lost", ["comparison.png", "report.json", "report.html"])
+def test_what_a_finished_run_lacks_is_made_again(inputs, run, capsys, monkeypatch, lost):
+    """It was killed behind its export, or somebody has removed it."""
+    monkeypatch.setattr(comparison, "PANEL_IMAGES", 4)
+    before = (run / lost).read_bytes()
+    (run / lost).unlink()
+    main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
+    assert "distilled, 1 step" in capsys.readouterr().out
+    again = (run / lost).read_bytes()
+    assert again == before or (lost == "report.html" and len(again) == len(before))  # it shows times
+
+
+def test_a_panel_of_fewer_images_does_not_stay(inputs, run, monkeypatch):
+    """Killed while it writes what a longer run ends with: the next call does not take the old panel for the new."""
+    monkeypatch.setattr(comparison, "PANEL_IMAGES", 4)
+    before = (run / "comparison.png").read_bytes()
+    flags = tiny_flags(inputs, run_dir=run, duration_mimg=12e-6, evaluate_images=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(comparison, "save_panel", lambda *_, **__: (_ for _ in ()).throw(KeyError("killed")))
+        main(flags)
+    main(flags)
+    assert (run / "comparison.png").read_bytes() != before
+
+
+def test_a_report_that_is_no_json_is_measured_again(inputs, run):
+    (run / comparison.REPORT).write_bytes(b"\xff{")
+    main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
+    assert json.loads((run / comparison.REPORT).read_text())["images"] == 4
+
+
 def test_digests_are_of_contents(tmp_path):
     net = tiny_network()
     same = network_digest(net)

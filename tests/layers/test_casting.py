@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers_unets import CONFIGS, unet
 from edm_reference import SIZE, SMALL, fill, inputs
 from torch import nn
 
@@ -118,8 +119,6 @@ def test_an_accelerated_network_of_diffusers(dtype, name) -> None:
     """Its own code casts the embedding with the rest; accelerated, it is as near to float64 as that."""
     pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
     diffusers = pytest.importorskip("diffusers")
-    from test_accelerate_unets import CONFIGS, unet
-
     net = unet(diffusers, CONFIGS[name]).requires_grad_(False)
     x, t = torch.randn(2, 3, 16, 16, dtype=dtype), torch.tensor([3, 700])
     plain = copy.deepcopy(net).to(dtype)

@@ -186,12 +186,15 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "fsdp"])
 @pytest.mark.parametrize(
     ("death", "said"), [("1 / 0", "ZeroDivisionError"), ("os.kill(os.getpid(), signal.SIGKILL)", "exitcode: -9")]
 )
-def test_a_process_that_dies_in_training_ends_them_all(tmp_path, death, said):
+def test_a_process_that_dies_in_training_ends_them_all(tmp_path, death, said, fsdp):
     write_inputs(tmp_path)
-    worker = WORKER.replace("task.iteration(number * 4)", f"{death} if world.rank else task.iteration(number * 4)")
+    worker = WORKER.replace("batch=4)", f"batch=4, fsdp={fsdp})").replace(
+        "task.iteration(number * 4)", f"{death} if world.rank else task.iteration(number * 4)"
+    )
     (tmp_path / "worker.py").write_text("import os, signal" + worker)
     code, _, err = finished(torchrun(tmp_path / "worker.py", tmp_path), timeout=120)
     assert code == 1 and said in " ".join(err.split()).replace(" :", ":")

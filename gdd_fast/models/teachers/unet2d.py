@@ -19,6 +19,7 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.models.precond import compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers import make_parametrisation
+from gdd_fast.models.teachers.variance_preserving import VariancePreserving
 
 MAX_SIZE = 65536
 
@@ -51,6 +52,7 @@ class UNet2DPrecond(Preconditioned):
         self.unet_config = check_unet(unet)
         self.parametrisation = make_parametrisation(parametrisation)
         self.predicts_noise = self.parametrisation.predicts_noise
+        self.learns_velocity = self.predicts_noise and isinstance(self.parametrisation, VariancePreserving)
         self.img_resolution: int = self.unet_config["sample_size"]
         self.img_channels: int = self.unet_config["in_channels"]
         self.label_dim: int = self.unet_config["num_class_embeds"] or 0

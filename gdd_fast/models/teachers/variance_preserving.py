@@ -8,6 +8,7 @@ x / sqrt(1 + sigma^2) = a_t x. Between the times of training, time is linear in 
     sample          D = F
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class VariancePreserving(Parametrisation):
             choose("beta_schedule", beta_schedule, SCHEDULES)
         if not isinstance(num_train_timesteps, int) or not 2 <= num_train_timesteps <= MAX_TIMES:
             raise ConfigError(f"num_train_timesteps must be 2 to {MAX_TIMES}, got {num_train_timesteps!r:.100}.")
-        self._options = {
+        self._options: dict[str, Any] = {
             "num_train_timesteps": num_train_timesteps,
             "beta_start": beta_start,
             "beta_end": beta_end,
@@ -65,6 +66,12 @@ class VariancePreserving(Parametrisation):
         self._tables = {sigmas.device: sigmas.log()}
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self.predicts_noise = prediction_type == "epsilon"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VariancePreserving":
+        """The table is constant, and shared: a copy of it among tensors without values would have none."""
+        twin = copy.copy(self)
+        twin._tables = dict(self._tables)
+        return twin
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         norm = (1 + sigma.square()).sqrt()
@@ -84,9 +91,7 @@ class VariancePreserving(Parametrisation):
         A noise level that float32 has rounded is still that of its time: times within a thousandth of a whole number
         are that number.
         """
-        if sigma.device not in self._tables:
-            self._tables[sigma.device] = self._tables[torch.device("cpu")].to(sigma.device)
-        levels, wanted = self._tables[sigma.device], sigma.log()
+        levels, wanted = self._log_levels(sigma.device), sigma.log()
         above = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]
         time = above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
@@ -95,6 +100,19 @@ class VariancePreserving(Parametrisation):
 
     def options(self) -> dict[str, Any]:
         return {"prediction_type": self.prediction_type, **self._options}
+
+    def with_velocity(self) -> "VariancePreserving":
+        """The same schedule for a network that predicts v."""
+        return VariancePreserving("v_prediction", **self._options)
+
+    def levels(self, device: torch.device) -> Tensor:
+        """The noise levels of the training, float64 (T,), lowest first."""
+        return self._log_levels(device).exp()
+
+    def _log_levels(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
 
     @classmethod
     def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,108 @@
+"""A teacher that predicts noise learns to predict v before it is distilled, or by `pretrain --teacher` alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import FLAGS, write_inputs
+
+pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+pytest.importorskip("diffusers")
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from gdd_fast import pretrain
+from gdd_fast.config import override
+from gdd_fast.distill.run import distill, preflight
+from gdd_fast.distill.velocity import velocity_loss, with_velocity
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.edm import ddpmpp
+from gdd_fast.models.files.load import load_generator
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.train import read
+
+UNET = {
+    "sample_size": 16,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """ddpm/, which predicts noise, and data.zip."""
+    write_inputs(tmp_path)
+    torch.manual_seed(0)
+    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    return tmp_path
+
+
+def config_of(folder: Path, run_dir: str, **changes):
+    asked = read(["--teacher", str(folder / "ddpm"), "--data", str(folder / "data.zip")]).config
+    return override(asked, **{**FLAGS, "freeze": 1, "velocity_kimg": 0.04, "run_dir": folder / run_dir, **changes})
+
+
+def test_the_loss_is_the_squared_error_of_v_at_the_times_of_the_schedule(folder):
+    net = with_velocity(load_generator(folder / "ddpm"), "ddpm").eval()
+    images, random = torch.rand(32, 1, 16, 16) * 2 - 1, torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        loss = velocity_loss(net, images, None, random)
+        random.manual_seed(3)
+        times = torch.randint(1000, (32,), generator=random)
+        noise = torch.randn(images.shape, generator=random)
+        unet, scheduler = UNet2DModel.from_pretrained(folder / "ddpm" / "unet"), DDPMScheduler()
+        predicted = unet(scheduler.add_noise(images, noise, times), times).sample
+        want = (predicted - scheduler.get_velocity(images, noise, times)).square().sum((1, 2, 3))
+    torch.testing.assert_close(loss, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_distillation_begins_with_a_teacher_that_has_learnt_v(folder, capsys):
+    assert distill(config_of(folder, "run")).images >= 20
+    assert "learns to predict v for 40 images" in capsys.readouterr().out
+    taught, student = load_generator(folder / "run" / "velocity" / "teacher"), load_generator(folder / "run")
+    for net in (taught, student):
+        assert not net.predicts_noise and net.sigma_init == 80
+    frozen, trained = "model.mid_block.resnets.0.conv1.weight", "model.mid_block.resnets.0.norm1.weight"
+    weights, teachers = student.state_dict(), load_generator(folder / "ddpm").state_dict()
+    assert torch.equal(weights[frozen], taught.state_dict()[frozen])
+    assert not torch.equal(weights[frozen], teachers[frozen])
+    assert not torch.equal(weights[trained], taught.state_dict()[trained])
+    assert distill(config_of(folder, "run")).new_images == 0
+
+
+def test_stopped_before_and_between_its_stages_a_run_ends_as_if_it_had_not_been(folder):
+    assert distill(config_of(folder, "stopped", max_hours=1e-9)).exit_status == 75
+    assert not (folder / "stopped" / "checkpoint.safetensors").exists()
+    assert distill(config_of(folder, "stopped", max_hours=1e-9)).exit_status == 75
+    for name in ("stopped", "whole"):
+        assert distill(config_of(folder, name)).exit_status == 0
+    stopped, whole = (load_generator(folder / name).state_dict() for name in ("stopped", "whole"))
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+def test_the_first_stage_is_announced_and_can_be_left_out(folder):
+    from gdd_fast.distill.dry_run import describe
+
+    asked = config_of(folder, "run")
+    assert "First: the teacher, which predicts noise, learns to predict v" in describe(asked, preflight(asked))
+    without = override(asked, velocity_kimg=0)
+    assert "First:" not in describe(without, preflight(without))
+
+
+def test_pretrain_goes_on_from_a_teacher(folder):
+    data, out = str(folder / "data.zip"), folder / "pretrained"
+    asked = ["--teacher", str(folder / "ddpm"), "--data", data, "--run-dir", str(out), "--batch", "8"]
+    pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
+    net = load_generator(out / "teacher")
+    assert not net.predicts_noise
+    assert not torch.equal(net.model.conv_in.weight, load_generator(folder / "ddpm").model.conv_in.weight)
+
+
+def test_a_network_of_another_kind_is_refused_by_name():
+    with pytest.raises(ConfigError, match="mine cannot go on by predicting v"):
+        with_velocity(EDMPrecond(16, 1, 0, **ddpmpp(model_channels=8, channel_mult=[1])), "mine")
