@@ -1,4 +1,5 @@
-// The autograd of gdd_fast/ops/relu_bits.py in C++, around Triton's kernels or the extension's own, and what frozen_conv2d.cpp needs of it.
+// The autograd of gdd_fast/ops/relu_bits.py in C++, around Triton's kernels or the extension's own, and what
+// frozen_conv2d.cpp needs of it.
 #include "relu_bits_autograd.h"
 
 #include <ATen/ops/empty_like.h>
