@@ -19,6 +19,9 @@ namespace {
 
 constexpr int64_t kMostPixels = 1024;  // of a 1x1 convolution that is a plain matrix product
 constexpr int64_t kLeastTiles = 16;    // of a 3x3 convolution, to pay for its weight's transformation
+// From this size on glibc maps the transformed weight anew at every call, and its page faults take ten times as long as
+// the transformation: 512 to 512 channels gain from 64 tiles on.
+constexpr int64_t kMapped = 32 << 20, kLeastTilesMapped = 96;
 
 enum class Method { kLibrary, kProduct, kWinograd };
 
@@ -28,8 +31,7 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   const auto float32 = [](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == at::kFloat; };
   const auto dual = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };  // has a forward-mode derivative
   const bool unit = g[0] == 1 && g[1] == 1 && g[4] == 1 && g[5] == 1 && g[6] == 1;
-  if (!unit || format != at::MemoryFormat::ChannelsLast || x.dim() != 4 || weight.dim() != 4 || !float32(x) ||
-      !float32(weight) ||
+  if (!unit || x.dim() != 4 || weight.dim() != 4 || !float32(x) || !float32(weight) ||
       (bias.has_value() && (!float32(*bias) || bias->dim() != 1 || bias->size(0) != weight.size(0))) ||
       x.numel() == 0 || weight.numel() == 0 || x.size(1) != weight.size(backward ? 0 : 1) ||
       !unobserved({x, weight, bias.value_or(at::Tensor())}) || dual(x) || dual(weight) ||
@@ -39,11 +41,15 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   const auto window = [&](int64_t size, int64_t border) {
     return weight.size(2) == size && weight.size(3) == size && g[2] == border && g[3] == border;
   };
-  if (window(1, 0)) return x.size(0) * x.size(2) * x.size(3) <= kMostPixels ? Method::kProduct : Method::kLibrary;
+  if (window(1, 0)) {
+    const bool few = x.size(0) * x.size(2) * x.size(3) <= kMostPixels;
+    return few && format == at::MemoryFormat::ChannelsLast ? Method::kProduct : Method::kLibrary;
+  }
   const int64_t panel = winograd_conv2d_panel();
   const int64_t in = weight.size(backward ? 0 : 1), out = weight.size(backward ? 1 : 0);
   const int64_t tiles = x.size(0) * ((x.size(2) + 3) / 4) * ((x.size(3) + 3) / 4);
-  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0 && tiles >= kLeastTiles;
+  const int64_t least = 36 * in * out * 4 < kMapped ? kLeastTiles : kLeastTilesMapped;
+  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0 && tiles >= least;
   return fits ? Method::kWinograd : Method::kLibrary;
 }
 
@@ -69,7 +75,8 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
     }
     case Method::kWinograd:
       return winograd_conv2d(x, winograd_conv2d_weight(weight, false),
-                             bias.has_value() ? Bias(bias->contiguous()) : bias);
+                             bias.has_value() ? Bias(bias->contiguous()) : bias)
+          .contiguous(format);
     default:
       return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
   }
@@ -81,7 +88,7 @@ at::Tensor convolve_gradient(const at::Tensor& dy, const at::Tensor& weight, at:
     case Method::kProduct:
       return map(at::mm(rows(dy), weight.flatten(1)), dy);
     case Method::kWinograd:
-      return winograd_conv2d(dy, winograd_conv2d_weight(weight, true), Bias());
+      return winograd_conv2d(dy, winograd_conv2d_weight(weight, true), Bias()).contiguous(format);
     default:
       break;
   }

@@ -1,4 +1,5 @@
-// The autograd of gdd_fast/ops/relu_bits.py around Triton's kernels, in C++, and what frozen_conv2d.cpp needs of it.
+// The autograd of gdd_fast/ops/relu_bits.py in C++, around Triton's kernels or the extension's own, and what
+// frozen_conv2d.cpp needs of it.
 #include "relu_bits_autograd.h"
 
 #include <ATen/ops/empty_like.h>
@@ -86,7 +87,7 @@ struct Relu : torch::autograd::Function<Relu> {
   }
 };
 
-// Nothing where the call is another's to make. x is dense.
+// Nothing where the call is another's to make. x is dense; without plans the bits are the extension's own, on a CPU.
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, double ceiling, bool inplace) {
   if (!unobserved(x)) return std::nullopt;
   return Relu::apply(x, ceiling, inplace, c10::make_intrusive<Flat>(plans, memory_format(x)));

@@ -112,15 +112,15 @@ def group_mean(v, member, GROUP: tl.constexpr):
 def sigmoids(t, dtype: tl.constexpr):
     """1 / (1 + exp(-t)) and 1 / (1 + exp(t)); for half types by the root's unit, one instruction where a division is
     five: these kernels have some 40 to 60 for the time that an element's bytes take."""
-    # the second is no difference from 1, and the bound keeps it from being infinity times zero
-    e = tl.exp2(tl.minimum(t * -1.4426950408889634, 126.0))  # log2(e)
+    # The second is no difference from 1, and the bound keeps it from being infinity times zero. At minus infinity it is
+    # 0, and what is multiplied by both NaN, as in PyTorch.
+    e = tl.exp2(t * -1.4426950408889634)  # log2(e)
     if dtype == tl.float32:
         s = 1.0 / (1.0 + e)
-        return s, e * s
     else:
         root = tl.rsqrt(1.0 + e)
         s = root * root
-        return s, e * s
+    return s, tl.minimum(e, 8.507059173023462e37) * s  # 2^126
 
 
 @triton.jit

@@ -184,10 +184,19 @@ def conv_problem(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.
         return F.relu_(y) if layer.activation == "relu" else F.relu6(y, inplace=True)
 
     ours = partial(frozen_conv2d_relu.frozen_conv2d_relu, **geometry, activation=layer.activation)
+
     # backward needs the weight, and of each output whether it was cut off: a bit
     mask = -(-batch * layer.size[0] * layer.output_side**2 // 8)
     saved = weight.numel() * weight.element_size() + 2 * mask
-    return Problem(frozen_conv2d_relu.OPERATOR, inputs, ours, stock, differentiable=("x",), saved_bytes=saved)
+    options = {"differentiable": ("x",), "saved_bytes": saved}
+    if device.type == "cuda" and layer.activation == "relu":
+        options["undifferentiable"] = {"cudnn_convolution_relu": partial(cudnn_convolution_relu, layer)}
+    return Problem(frozen_conv2d_relu.OPERATOR, inputs, ours, stock, **options)
+
+
+def cudnn_convolution_relu(layer: ConvCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """cuDNN's convolution with bias and ReLU in one operation, which has no gradient."""
+    return torch.cudnn_convolution_relu(x, weight, bias, [layer.stride] * 2, [layer.padding] * 2, [1, 1], layer.groups)
 
 
 def pool_problem(layer: MapCall, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -14,11 +14,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from gdd_fast import backend
+from gdd_fast.layers import silent
 
 _NOTHING = ("empty", "detach", "_unsafe_view", "lift")
 _NORMS = ("native_group_norm", "native_batch_norm", "native_layer_norm", "group_norm_silu", "_batch_norm")
@@ -90,9 +92,11 @@ def count_kernels(step: Callable[[], object]) -> Count:
 
 @contextlib.contextmanager
 def on_a_gpu() -> Iterator[None]:
-    """Operators with backend "auto" choose on fake tensors of a CPU what they would on a GPU."""
+    """Operators with backend "auto" choose on fake tensors of a CPU what they would on a GPU. Fake parameters are as
+    plain as any, so their convolutions may leave the bias to what follows."""
     preference = {"cpu": backend.PREFERENCE["cuda"]}
     with (
+        mock.patch.object(silent, "_PLAIN", (*silent._PLAIN, FakeTensor)),
         mock.patch.object(backend, "PREFERENCE", preference),
         mock.patch.object(backend, "obstacle", lambda operator, b, _: None if b in {"torch", *operator.fused} else b),
     ):
@@ -145,7 +149,8 @@ class _Counting(TorchDispatchMode):
 
     def _kernels(self, function, name, args, kwargs, result) -> list[Kernel]:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        changed = [a for a, of in zip(args, function._schema.arguments, strict=False) if of.is_write]
+        results = [t for t in tree_leaves((result, changed)) if isinstance(t, Tensor)]
         reads, writes = (dict(self._memory(t) for t in tensors) for tensors in (inputs, results))
         dtype = (results or inputs)[0].dtype if results or inputs else torch.float32
         one = partial(Kernel, dtype=dtype, growing=frozenset())

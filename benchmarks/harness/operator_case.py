@@ -30,7 +30,8 @@ class Problem:
     the public code, and gets its maps in NCHW memory; by default it is `stock`. `definition` is in plain PyTorch and
     takes any floating type; by default `stock` too. `extra` peers need a package, and raise UnavailableError when they
     are asked for. `saved_bytes` is what backward moves of the forward pass at the least: None for all inputs read
-    again, 0 for linear operators; a mask that forward writes and backward reads counts twice. `bounds` do less than the
+    again, 0 for linear operators; a mask that forward writes and backward reads counts twice. `undifferentiable` are
+    peers that have no gradient: they run where none is wanted. `bounds` do less than the
     work of a forward pass, such as a copy of an input: what no implementation undercuts.
     """
 
@@ -43,6 +44,7 @@ class Problem:
     differentiable: tuple[str, ...] = ()
     saved_bytes: int | None = None
     extra: dict[str, Callable[[], Function]] = field(default_factory=dict)
+    undifferentiable: dict[str, Function] = field(default_factory=dict)
     bounds: dict[str, Function] = field(default_factory=dict)
 
 
@@ -113,7 +115,8 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
     else:
         fused, missing = fused_peers(problem.operator, device, problem.ours)
         peers = {"official": lambda: peer(problem.official or stock, changed(torch.Tensor.contiguous))}
-        peers |= {name: partial(peer, f) for name, f in ({"stock": stock} | fused | bounds).items()}
+        forward = {} if backward else problem.undifferentiable
+        peers |= {name: partial(peer, f) for name, f in ({"stock": stock} | fused | forward | bounds).items()}
         peers |= {name: (lambda make=make: peer(make())) for name, make in problem.extra.items()}
     flops = count_flops(lambda: _run(definition, meta, names, [torch.empty_like(c, device="meta") for c in cotangents]))
     return Bench(

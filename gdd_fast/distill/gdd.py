@@ -34,7 +34,7 @@ from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
 from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
-from gdd_fast.training.compiled_losses import compiled
+from gdd_fast.training.compiled_losses import compiled, compiling
 from gdd_fast.training.ema import Ema
 from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.optimizer import StepGuard, make_adam
@@ -108,7 +108,7 @@ class Distillation:
         )
         self.loss_g, self.loss_d = self._loss_g, self._loss_d
         if engine == "compile":
-            self.loss_g, self.loss_d = compiled("G", self._loss_g), compiled("D", self._loss_d)
+            self.loss_g, self.loss_d = compiled(self._loss_g), compiled(self._loss_d)
             if world.is_main and self.r1_interval:
                 said = "G and D steps are compiled; R1 steps run eagerly, as second derivatives do not compile"
                 print(said, file=sys.stderr)
@@ -169,7 +169,7 @@ class Distillation:
         """One step, as it is or captured: all that differs from one to the next is in tensors, or done here."""
         guard.begin()
         watch = self.watch and self.watch.step(guard.name, self._images, guard.optimizer)
-        with watch or contextlib.nullcontext():
+        with watch or contextlib.nullcontext(), compiling(guard.name):
             for name, value in self.steps(guard.name, step, *inputs).items():
                 self.averages.add(name, value)
         guard.end()

@@ -91,6 +91,10 @@ def frozen_conv2d_relu(
     if implementation == "cpp" and runs_eagerly(x):
         return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        if implementation == "triton" and not torch.compiler.is_compiling():  # a compiler joins bias and clamp itself
+            y = _dense(convolve(x, weight, None, g))
+            torch.ops.gdd_fast.clamp_(y, ceiling, bias)
+            return y
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
@@ -108,11 +112,8 @@ class _ConvolutionRelu(torch.autograd.Function):
     ) -> Tensor:
         # Triton's kernel adds the bias on the way; a GPU's convolution would in a pass of its own
         late = bias if implementation == "triton" else None
-        y = convolve(x, weight, None if late is not None else bias, g)
+        y = _dense(convolve(x, weight, None if late is not None else bias, g))
         ctx.out_format = memory_format(y)
-        if not y.is_contiguous(memory_format=ctx.out_format):
-            # not at every call: where that is y itself, torch 2.11 compiles what changes it below to a wrong gradient
-            y = y.contiguous(memory_format=ctx.out_format)
         bits = torch.ops.gdd_fast.relu_bits_(y, ceiling, implementation, late)
         ctx.save_for_backward(weight, bits)
         ctx.shape, ctx.format, ctx.geometry, ctx.implementation = x.shape, memory_format(x), g, implementation
@@ -124,3 +125,10 @@ class _ConvolutionRelu(torch.autograd.Function):
         dy = masked(dy, bits, ctx.out_format, ctx.implementation)
         dx = input_gradient(dy, weight, ctx.shape, ctx.format, ctx.geometry) if ctx.needs_input_grad[0] else None
         return dx, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def _dense(y: Tensor) -> Tensor:
+    """y in the memory format that it has nearly; not copied at every call: where that is y itself, torch 2.11 compiles
+    what changes it afterwards to a wrong gradient."""
+    layout = memory_format(y)
+    return y if y.is_contiguous(memory_format=layout) else y.contiguous(memory_format=layout)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser
+from gdd_fast.backend import extension as _extension
 from gdd_fast.errors import ConfigError, InputError
-from gdd_fast.ops._memory_format import memory_format
+from gdd_fast.ops._memory_format import memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
 
 OPERATOR = Operator("relu_bits", fused=frozenset({"triton", "cpp"}))
@@ -65,6 +66,10 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
     implementation = _choose(backend, x.device.type)
     if implementation == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
         return relu_bits_ref(x, activation, inplace)
+    if implementation == "cpp" and runs_eagerly(x):
+        y = _extension().planned_relu_bits(None, x, CEILING[activation], inplace)  # type: ignore[union-attr]
+        if y is not None:
+            return y
     if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
         extension, cache = planned
         y = extension.planned_relu_bits(cache, x, CEILING[activation], inplace)
@@ -134,6 +139,7 @@ class _Masked(torch.autograd.Function):
 torch.library.define(
     "gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation, Tensor? bias=None) -> Tensor"
 )
+torch.library.define("gdd_fast::clamp_", "(Tensor(a!) y, float ceiling, Tensor? bias) -> ()")  # without bits, by Triton
 torch.library.define("gdd_fast::mask_bits", "(Tensor dy, Tensor bits, str implementation) -> Tensor")
 
 
@@ -151,6 +157,18 @@ def _relu_bits_(y: Tensor, ceiling: float, implementation: str, bias: Tensor | N
 @torch.library.register_fake("gdd_fast::relu_bits_")
 def _(y: Tensor, ceiling: float, implementation: str, bias: Tensor | None = None) -> Tensor:
     return y.new_empty(((y.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@torch.library.impl("gdd_fast::clamp_", "CompositeExplicitAutograd")
+def _clamp_(y: Tensor, ceiling: float, bias: Tensor | None) -> None:
+    from gdd_fast.kernels import relu_bits as kernels
+
+    kernels.clamp_(y, ceiling, bias)
+
+
+@torch.library.register_fake("gdd_fast::clamp_")
+def _(y: Tensor, ceiling: float, bias: Tensor | None) -> None:
+    return None
 
 
 @torch.library.impl("gdd_fast::mask_bits", "CompositeExplicitAutograd")

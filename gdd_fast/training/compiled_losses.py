@@ -6,7 +6,8 @@ micro-batches, the ranks' exchange, the optimizer. The R1 step differentiates it
 AOTAutograd does not compile, so it runs eagerly under this engine.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,24 +17,26 @@ from gdd_fast.errors import BackendError
 COMPILER = "inductor"
 
 
-def compiled(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`loss` compiled in its first call, which takes from seconds to minutes; `name` is the step's, for messages.
+def compiled(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`loss` compiled in its first call, which takes from seconds to minutes, as its backward pass does in its own.
 
     Other shapes, types, trained weights or TF32 switches than those of a call before are compiled anew.
+    """
+    return torch.compile(loss, fullgraph=True, dynamic=False, backend=COMPILER)
+
+
+@contextlib.contextmanager
+def compiling(step: str) -> Iterator[None]:
+    """What a compiled loss raises inside, forward or backward, becomes one line; `step` is the step's name.
 
     Raises:
-        BackendError: from the first call, if torch.compile cannot take the whole of it or has no compiler here.
+        BackendError: torch.compile cannot take the whole of a loss or of its gradient, or has no compiler here.
     """
-    whole = torch.compile(loss, fullgraph=True, dynamic=False, backend=COMPILER)
-
-    def call(*inputs: Any) -> Any:
-        try:
-            return whole(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise BackendError(
-                f"--engine compile: torch.compile fails at the {name} step ({type(error).__name__}: {reason}); "
-                "use --engine eager, or auto"
-            ) from error
-
-    return call
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackendError(
+            f"--engine compile: torch.compile fails at the {step} step ({type(error).__name__}: {reason}); "
+            "use --engine eager, or auto"
+        ) from error

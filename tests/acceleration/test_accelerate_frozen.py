@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import edm_style
 from benchmarks.counts.saved_bytes import saved_bytes
 from gdd_fast import accelerate
+from gdd_fast.acceleration import frozen
 from gdd_fast.backend import obstacle
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops import frozen_conv2d_relu
@@ -23,6 +24,11 @@ CALL = lambda net, x: net(x)
 needs_bits = pytest.mark.skipif(
     obstacle(frozen_conv2d_relu.OPERATOR, "cpp", "cpu") is not None, reason="the extension is not built"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_maps_count(monkeypatch):
+    monkeypatch.setattr(frozen, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +191,13 @@ def test_hooks_see_what_they_saw():
         module(x)
     for layer in (0, 1, 3):
         torch.testing.assert_close(seen["fast", layer], seen["stock", layer])
+
+
+def test_a_cpus_small_maps_have_pytorchs_batch_norm(monkeypatch):
+    """Which costs less than autograd in Python, and keeps them."""
+    net = accelerate(randomise(nn.Sequential(nn.BatchNorm2d(4))))
+    monkeypatch.setattr(frozen, "SMALL", 2 * 4 * 8 * 8)
+    assert saved_bytes(net, (image(2, 4, 8, 7),)) > 0 == saved_bytes(net, (image(2, 4, 8, 8),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import network_cases
 from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
-from benchmarks.cases.operator_inputs import conv_problem, pool_problem
+from benchmarks.cases.operator_inputs import conv_problem, cudnn_convolution_relu, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
 from benchmarks.cases.waterfall_cases import sampling_case
 from benchmarks.counts.flops import count_flops
@@ -113,6 +113,21 @@ def test_bytes_of_backward_are_what_it_reads():
     assert bench.bytes == (x + weight + bias + y) + (weight + y + x) + 2 * (y // 4 // 8)
     bench = operator_case("p", "p", partial(pool_problem, MapCall(4, 8), 2, torch.float32), backward=True).build(CPU)
     assert bench.bytes == (x + x // 4) + (x // 4 + x) + 2 * (x // 4 // 4)
+
+
+def test_a_peer_without_gradient_is_timed_where_none_is_wanted(monkeypatch):
+    """cuDNN's fused convolution, by the arguments that PyTorch's declaration names."""
+    conv = ConvCall(4, 8, (8, 2, 3, 3), 2, 1, 2, "relu")
+
+    def cudnn(input, weight, bias, stride, padding, dilation, groups):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)
+    problem = conv_problem(conv, 2, torch.float32, CPU)
+    problem.undifferentiable["fused"] = partial(cudnn_convolution_relu, conv)
+    bench = operator_case("c", "c", lambda _: problem, backward=False).build(CPU)
+    bench.check(bench.peers["fused"]()())
+    assert "fused" not in operator_case("c", "c", lambda _: problem, backward=True).build(CPU).peers
 
 
 class Trials(TorchDispatchMode):

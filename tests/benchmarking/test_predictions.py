@@ -12,7 +12,10 @@ from benchmarks.counts.step_kernels import IMAGES, Count, Kernel, count_kernels,
 from benchmarks.peers.training import OUR_SETTINGS
 from benchmarks.reports import predictions
 from benchmarks.reports.predictions import ATTAINED, BEGIN, END, GPUS, HOST, LAUNCH, TILE, Steps, device_seconds, insert
+from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.layers.group_norm import GroupNorm
+from gdd_fast.layers.linear import Init
+from gdd_fast.models.unet_block import UNetBlock
 
 IN, OUT, SIDE = 3, 8, 16
 MAP = IMAGES * SIDE**2 * 4
@@ -85,6 +88,18 @@ def test_fused_operators_are_one_operator_each_as_on_a_gpu():
         ours.kernels[-1].reads[0] == ours.kernels[-1].writes[max(ours.kernels[-1].writes) - 2] == 64 * 64 * IMAGES * 4
     )
     assert plain.kernels[0].operator == "native_group_norm statistics"  # its input is read twice
+
+
+def test_a_gpus_biases_are_added_on_the_way():
+    """By the kernel that clamps, which reads and writes the map, and by a block's norms and residual."""
+    with FakeTensorMode(), torch.no_grad(), on_a_gpu():
+        conv, x = FrozenConv2d(IN, OUT, 3, padding=1), torch.empty(IMAGES, IN, SIDE, SIDE)
+        clamped = count_kernels(lambda: conv(x, "relu"))
+        block = UNetBlock(32, 32, 8, init=Init(), init_zero=Init())
+        whole = count_kernels(lambda: block(torch.empty(IMAGES, 32, 8, 8), torch.empty(IMAGES, 8)))
+    assert [k.operator for k in clamped.kernels] == ["convolution", "clamp_"]
+    assert clamped.kernels[1].bytes == 2 * OUT * MAP + 4 * OUT
+    assert "residual" in named(whole) and "bias" not in named(whole)
 
 
 def test_the_time_of_a_kernel_is_the_longest_of_three():

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from test_fused_training import SLOWLY, Race, config_for, noisy
 from tiny_run import tiny_config
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
+from torch._inductor.exc import InductorError
 
 from gdd_fast.config import override
 from gdd_fast.distill import components
@@ -102,6 +104,10 @@ def check_compiled(race: Race, backend: str, capsys) -> None:
 def test_a_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, capsys):
     """The compiler's front ends, which make the backward pass; the code that it generates is the slow test's."""
     monkeypatch.setattr(compiled_losses, "COMPILER", "aot_eager")
+    check_compiled(small_race(tmp_path), "torch", capsys)
+
+
+def small_race(tmp_path) -> Interrupted:
     sizes = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
     net = noisy(EDMPrecond(4, 1, **ncsnpp(**sizes)))
     config = override(config_for(tmp_path, net), r1_interval=3, batch_gpu=2)
@@ -109,7 +115,7 @@ def test_a_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     built.features = built.r1_features = ProjectedFeatures([FourConvolutions()], 32)
     built.heads = components.build_heads(config, built.features, 0, {})
-    check_compiled(Interrupted(config, built, 6), "torch", capsys)
+    return Interrupted(config, built, 6)
 
 
 @pytest.mark.slow
@@ -119,9 +125,20 @@ def test_a_run_by_inductor_follows_the_eager_one(inputs, capsys):
     check_compiled(Interrupted(config, components.build(config), 6), "auto", capsys)
 
 
-def test_what_does_not_compile_is_an_error_that_names_the_step():
-    def loss(x):
-        return F.softplus(x).sum() if x.sum() > 0 else x.sum()
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_does_not_compile_is_an_error_that_names_the_step(direction, monkeypatch):
+    """The backward pass is compiled when it first runs."""
 
-    with pytest.raises(BackendError, match=r"torch.compile fails at the G step \(Unsupported: .*; use --engine eager"):
-        compiled_losses.compiled("G", loss)(torch.ones(2, requires_grad=True))
+    def refuse(graph, inputs):
+        raise InductorError(RuntimeError("no code for it"), None)
+
+    keep = lambda graph, inputs: make_boxed_func(graph.forward)
+    passes = (refuse, keep) if direction == "forward" else (keep, refuse)
+    compiler = aot_autograd(**dict(zip(("fw_compiler", "bw_compiler"), passes, strict=True)))
+    monkeypatch.setattr(compiled_losses, "COMPILER", compiler)
+    loss = compiled_losses.compiled(lambda x: x.square().sum())
+    with (
+        pytest.raises(BackendError, match=r"fails at the G step \(\w+: .*no code for it.*; use --engine eager"),
+        compiled_losses.compiling("G"),
+    ):
+        loss(torch.ones(2, requires_grad=True)).backward()

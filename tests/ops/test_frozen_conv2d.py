@@ -205,11 +205,12 @@ def case_operands(case, layout=CHANNELS_LAST):
 
 
 @HAS_KERNELS
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("weights", ["channels_last", "contiguous", "a slice"])
 @METHODS
-def test_is_as_accurate_as_pytorch(case, weights):
+def test_is_as_accurate_as_pytorch(case, weights, layout):
     """A product as parity asks; Winograd's method, as test_winograd_conv2d.py does, within five times in norm."""
-    x, weight, bias, padding = case_operands(case)
+    x, weight, bias, padding = case_operands(case, layout)
     if weights == "contiguous":
         weight = weight.contiguous()
     elif weights == "a slice":
@@ -296,8 +297,11 @@ def test_which_method_runs(autograd):
             (torch.float32, CONTIGUOUS),
         ):
             other, w = (t.detach().to(dtype).contiguous(memory_format=layout) for t in (x, weight))
-            assert library(other.requires_grad_(), w, padding)
+            converted = case in WINOGRAD and layout == CONTIGUOUS  # brought to channels_last and back
+            assert library(other.requires_grad_(), w, padding) != converted
     few_tiles, tiles = (case_operands(((1, 32, size, size), (32, 32, 3, 3)))[:2] for size in (12, 13))
+    assert library(*few_tiles, 1) and not library(*tiles, 1)
+    few_tiles, tiles = (case_operands(((n, 512, 4, 4), (512, 512, 3, 3)))[:2] for n in (95, 96))  # 36 MiB transformed
     assert library(*few_tiles, 1) and not library(*tiles, 1)
     few_pixels, pixels = (case_operands(((1, 32, size, 32), (32, 32, 1, 1)))[:2] for size in (32, 33))
     assert library(*pixels, 0) and not library(*few_pixels, 0)

@@ -156,3 +156,20 @@ def test_backend_by_name_is_obeyed_or_refused():
         x, weight = (t.to(device_for("triton")) for t in (x, weight))
         with pytest.raises(BackendError, match="float64"):
             group_norm_silu(x, 2, weight, weight, backend="triton")
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(OPERATOR) if b.values != ("cpp",)])
+@pytest.mark.parametrize("value", [-float("inf"), float("inf"), float("nan"), -1e4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_finite_is_so_in_every_gradient_as_in_pytorch(dtype, value, backend):
+    case = Case((1, 4, 3, 3), 2, dtype=dtype, rows=("shift",), backend=backend)
+    with torch.no_grad():
+        case.inputs[-1][0, 1] = value
+
+    def kinds(function):
+        y = function(*case.inputs)
+        every = (y, *torch.autograd.grad(y.float().sum(), case.inputs))
+        return [(t.isnan(), t.isposinf(), t.isneginf()) for t in every]
+
+    for got, want in zip(kinds(case.fused), kinds(case.ref), strict=True):
+        assert all(map(torch.equal, got, want))
