@@ -167,15 +167,16 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (by_images, by_minutes) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    runs = dict.fromkeys(row["what"] for row in results["rows"] if row["trained"])
-    for name in runs:
+    figure, (by_images, by_minutes) = plt.subplots(1, 2, figsize=(14, 4.5), sharey=True, layout="constrained")
+    runs = list(dict.fromkeys(row["what"] for row in results["rows"] if row["trained"]))
+    styles = [{"color": f"C{i % 10}", "marker": "osD^"[i // 10 % 4], "ms": 4} for i in range(len(runs))]
+    for name, style in zip(runs, styles, strict=True):
         rows = sorted((r for r in results["rows"] if r["what"] == name), key=lambda r: r["trained"])
         distances = [_headline(row)["mean"] for row in rows]
-        by_images.plot([row["trained"] for row in rows], distances, "o-", label=_title_of(folders, name), ms=3)
+        by_images.plot([row["trained"] for row in rows], distances, label=_title_of(folders, name), **style)
         timed = [(row["minutes"], d) for row, d in zip(rows, distances, strict=True) if row["minutes"]]
         if timed:
-            by_minutes.plot(*zip(*timed, strict=True), "o-", ms=3)
+            by_minutes.plot(*zip(*timed, strict=True), **style)
     for row in results["rows"]:
         if row["what"] in (FLOOR, TEACHER) and row["sampler"] in ("real", f"heun{folders.study.teacher_steps[0]}"):
             for axes in (by_images, by_minutes):
@@ -184,11 +185,10 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
                           ha="right", va="bottom", fontsize=7)  # fmt: skip
     by_images.set(xscale="log", yscale="log", xlabel="images", ylabel=f"FD {next(iter(results['rows'][0]['frechet']))}")
     by_minutes.set(xscale="log", xlabel="processor minutes")
-    by_images.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)
     for axes in (by_images, by_minutes):
         axes.grid(alpha=0.3, which="both")
     figure.suptitle(results["title"])
-    figure.tight_layout()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
