@@ -68,7 +68,7 @@ def test_the_demos_presets_name_its_teacher(tmp_path, preset):
 
 def test_the_augmentation_layer_is_as_in_the_file(net, like, tmp_path):
     torch.save(net.state_dict(), tmp_path / "weights.pth")
-    found = network_like(tmp_path / "weights.pth", like)
+    found = network_like(tmp_path / "weights.pth", like).requires_grad_(False)
     assert found.model_kwargs["augment_dim"] == AUGMENT_DIM
     labels = torch.ones(1, AUGMENT_DIM)
     x = torch.ones(1, 3, SIZE, SIZE)
@@ -153,7 +153,7 @@ def test_published_networks_are_the_papers():
 
 
 def test_force_fp32(net):
-    half = GDDPrecond(**{**net.init_config(), "dtype": "bfloat16"})
+    half = GDDPrecond(**{**net.init_config(), "dtype": "bfloat16"}).requires_grad_(False)
     half.load_state_dict(net.state_dict())
     x, sigma = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 3.0])
     with torch.no_grad():
