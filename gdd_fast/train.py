@@ -52,7 +52,8 @@ def read(arguments: Sequence[str]) -> Command:
     name, arguments = pop_option(arguments, "preset", default="")
     precision, arguments = pop_option(arguments, "precision", default="")
     teacher, _ = pop_option(arguments, "teacher", default=DEMO)
-    recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher)
+    velocity, _ = pop_option(arguments, "velocity-kimg", default="")
+    recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher, velocity)
     if precision:
         recipe = in_precision(recipe, precision)
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
@@ -64,12 +65,14 @@ def read(arguments: Sequence[str]) -> Command:
     return asked
 
 
-def _recipe_of(teacher: str) -> TrainConfig:
+def _recipe_of(teacher: str, velocity: str) -> TrainConfig:
+    """`velocity`: what --velocity-kimg was given, without which other rates are borne."""
     from gdd_fast.distill.components import load_teacher
 
     net = load_teacher(teacher)
     size = sum(p.numel() for p in net.parameters())
-    kind = {"predicts_noise": net.predicts_noise, "learns_velocity": net.learns_velocity}
+    learns = net.learns_velocity and velocity.strip("0.") != "" if velocity else net.learns_velocity
+    kind = {"predicts_noise": net.predicts_noise, "learns_velocity": learns}
     recipe = recipe_for(net.img_resolution, size, net.label_dim, **kind)
     run_dir = Path("runs") / Path(teacher).stem
     return override(recipe, run_dir=run_dir)

@@ -53,8 +53,8 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def build(config: TrainConfig, start: Path | None = None) -> Components:
-    """All parts of a run; the generator's weights are those of the network in `start`, by default the teacher's.
+def build(config: TrainConfig, start: Preconditioned | None = None) -> Components:
+    """All parts of a run; the generator begins with the form and the weights of `start`, by default the teacher.
 
     Raises:
         ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
@@ -71,8 +71,7 @@ def build(config: TrainConfig, start: Path | None = None) -> Components:
             f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
             "its checkpoints, or copy the file again"
         )
-    pretrained = teacher if start is None else load_generator(start)
-    begun = start_from(pretrained, config.ablation.init, config.generator.freeze, config.run.seed)
+    begun = start_from(start or teacher, config.ablation.init, config.generator.freeze, config.run.seed)
     generator = as_generator(begun, config.generator.sigma_init)
     generator.dtype = dtype_of(config.generator.g_precision)
     check_fit(generator, dataset, given(config.data.data, "--data"))

@@ -2,29 +2,50 @@
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
-from gdd_fast.config import AUTO, TrainConfig, default_settings, given, to_dict
+from gdd_fast.config import AUTO, TrainConfig, default_settings, given, loggers, to_dict
+from gdd_fast.distill.components import load_teacher
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
+from gdd_fast.distill.velocity import with_velocity
+from gdd_fast.errors import ConfigError
+from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World
-from gdd_fast.training import loop
+from gdd_fast.training import checkpoint, loop
 
 FOLDER = "velocity"
-SMALL = 10_000_000  # parameters up to which the demo's learning rate is borne; DDPM trained larger ones at 2e-4
+SMALL = 10_000_000  # parameters up to which 1e-3 is stable; DDPM trained larger networks at 2e-4
 
 
 def is_wanted(config: TrainConfig, generator: Preconditioned) -> bool:
     """Whether the run begins with this stage: the settings ask for it and the generator's network can learn it."""
-    return config.generator.velocity_kimg > 0 and generator.learns_velocity
+    return _images(config) > 0 and generator.learns_velocity
+
+
+def check(config: TrainConfig, generator: Preconditioned) -> None:
+    """Raise ConfigError if the settings ask for the stage and the teacher has nothing to learn in it."""
+    if _images(config) > 0 and not generator.learns_velocity:
+        raise ConfigError(
+            f"--velocity-kimg: {config.generator.teacher} is no network of diffusers' that predicts noise under a "
+            "schedule by betas; leave it out"
+        )
+
+
+def form(config: TrainConfig) -> Preconditioned:
+    """The network that the stage trains, with the teacher's weights: for a run whose weights come from elsewhere."""
+    name = given(config.generator.teacher, "--teacher")
+    return with_velocity(load_teacher(name), name)
 
 
 def description(config: TrainConfig, generator: Preconditioned) -> str:
     """What the stage does, in a line; empty for a run without it."""
     if not is_wanted(config, generator):
         return ""
-    images = round(config.generator.velocity_kimg * 1e3)
-    return f"the teacher, which predicts noise, learns to predict v for {images:,} images"
+    return f"the teacher, which predicts noise, learns to predict v for {_images(config):,} images"
+
+
+def _images(config: TrainConfig) -> int:
+    return round(config.generator.velocity_kimg * 1e3)
 
 
 def settings(config: TrainConfig, generator: Preconditioned) -> PretrainConfig:
@@ -54,18 +75,33 @@ def settings(config: TrainConfig, generator: Preconditioned) -> PretrainConfig:
     )
 
 
-def run(config: TrainConfig, generator: Preconditioned, world: World) -> tuple[loop.Outcome, Path, float]:
-    """Train, or go on, or find it done: how it ended, the folder of its network, and the seconds that it took.
+def run(config: TrainConfig, generator: Preconditioned, world: World) -> tuple[loop.Outcome, Preconditioned, float]:
+    """Train, or go on, or find it done: how it ended, its network, and the seconds that it took.
 
     Raises what `loop.run` raises.
     """
-    asked = settings(config, generator)
+    asked = _as_finished(settings(config, generator))
     if world.is_main:
         print(f"First, in {asked.run_dir}: {description(config, generator)}.")
     began = time.monotonic()
     task = Pretraining(asked, world)
-    outcome = loop.run(task, asked.run_dir, to_dict(asked), loop.Schedule.of(asked), world, default_settings(asked))
-    return outcome, asked.run_dir / TEACHER, time.monotonic() - began
+    task.remedy = "--g-precision fp32, or with --velocity-kimg 0, which leaves this stage out,"
+    schedule, defaults, log = loop.Schedule.of(asked), default_settings(asked), loggers(config.run.log)
+    outcome = loop.run(task, asked.run_dir, to_dict(asked), schedule, world, defaults, log)
+    world.barrier()  # the main process may have written the network once more
+    start = generator if outcome.exit_status else load_generator(asked.run_dir / TEACHER)
+    return outcome, start, time.monotonic() - began
+
+
+def _as_finished(asked: PretrainConfig) -> PretrainConfig:
+    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type."""
+    path = asked.run_dir / loop.CHECKPOINT
+    if not path.exists():
+        return asked
+    stored = checkpoint.load_values(path)
+    if stored["images"] < round(asked.duration_mimg * 1e6):
+        return asked
+    return replace(asked, batch=stored["config"]["batch"], precision=stored["config"]["precision"], batch_gpu=None)
 
 
 def remaining(schedule: loop.Schedule, seconds: float) -> loop.Schedule:

@@ -56,8 +56,8 @@ class PretrainConfig(LoopSettings):
     """Output folder; running the same command again resumes what it holds."""
     teacher: str | None = None
     """Go on from this network in place of a new one: a pipeline of diffusers' under a schedule by betas, as a folder or
-    the name of a Hub repository. It learns to predict v at the times of its schedule, and the network's other settings
-    are its own."""
+    the name of a Hub repository. It learns to predict v at the times of its schedule; `--arch`, `--model-channels`
+    and the other settings of a new network are then ignored."""
     arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
     """Network architecture."""
     model_channels: Count = 32

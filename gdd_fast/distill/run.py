@@ -52,6 +52,7 @@ def preflight(config: TrainConfig) -> Components:
     check_writable(config.run_dir)
     split_batch(config.run.batch, config.run.batch_gpu, world_size())
     built = components.build(config)
+    first_stage.check(config, built.generator)
     if config.run.fsdp:
         check_sharding(built.generator, world_size())
     if config.run.evaluate_images:
@@ -88,12 +89,15 @@ def _distill(config: TrainConfig) -> Result:
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
         if first_stage.is_wanted(config, built.generator):
-            first, velocity, seconds = first_stage.run(config, built.generator, world)
-            if first.exit_status:
-                generator = config.run_dir / RUN_GENERATOR
-                return Result(0, 0, first.signal, first.exit_status, world.is_main, generator, None)
-            built = components.build(config, velocity)
-            schedule = first_stage.remaining(schedule, seconds)
+            start = first_stage.form(config)
+            weights_follow = world.largest(int((config.run_dir / loop.CHECKPOINT).exists()))  # from the checkpoint
+            if not weights_follow and config.ablation.init != "random":
+                first, start, seconds = first_stage.run(config, built.generator, world)
+                if first.exit_status:
+                    generator = config.run_dir / RUN_GENERATOR
+                    return Result(0, 0, first.signal, first.exit_status, world.is_main, generator, None)
+                schedule = first_stage.remaining(schedule, seconds)
+            built = components.build(config, start)
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)

@@ -1,10 +1,10 @@
 """A network that predicts noise learns to predict v, with its own schedule and from its own weights.
 
-Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), section 4: a network
-that predicts noise has to give back its input but for a small part, the more exactly the more noise there is, and so is
-no generator of one step. v = a n - s x0 is close to the image where noise is strong, and to the noise where it is weak.
-For D(x; sigma) = skip x + out F the loss is the mean squared error of F, at the times of the schedule. docs/teachers.md
-has what this is worth before a distillation.
+Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), section 4: where
+noise is strong, the output of a network that predicts noise must almost equal its input, and so it is no generator of
+one step. Of x_t = a x0 + s n, v = a n - s x0 is close to the image where noise is strong, and to the noise where it
+is weak. For D(x; sigma) = skip x + out F the loss is the mean squared error of F, at the times of the schedule.
+docs/teachers.md has what this is worth before a distillation.
 """
 
 import torch

@@ -20,7 +20,11 @@ LICENSE_OF_DEMO = "mit"
 LICENSE_OF_EDM = "cc-by-nc-sa-4.0"  # of the networks that https://github.com/NVlabs/edm publishes
 _EDM = re.compile(r"edm-\w+-\d+x\d+-(un)?cond-(ve|vp|adm)")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_ROWS = {"distilled": "this generator, 1 step", "teacher": "the teacher, many steps", "untrained": "its start, 1 step"}
+_ROWS = {
+    "distilled": "this generator, 1 step",
+    "teacher": "the teacher, many steps",
+    "untrained": "the teacher's weights, 1 step",
+}
 
 
 @dataclass(frozen=True)

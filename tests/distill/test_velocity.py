@@ -1,5 +1,6 @@
 """A teacher that predicts noise learns to predict v before it is distilled, or by `pretrain --teacher` alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,29 @@ def test_a_distillation_begins_with_a_teacher_that_has_learnt_v(folder, capsys):
     assert not torch.equal(weights[frozen], teachers[frozen])
     assert not torch.equal(weights[trained], taught.state_dict()[trained])
     assert distill(config_of(folder, "run")).new_images == 0
+
+
+def test_what_the_stage_left_is_not_made_again_nor_asked_for(folder):
+    """A distillation may go on with another batch, also before its first checkpoint, and without the stage's folder."""
+    first = config_of(folder, "run", max_hours=1e-9)
+    assert distill(first).exit_status == 75
+    assert distill(override(first, max_hours=None)).exit_status == 0
+    trained = (folder / "run" / "velocity" / "checkpoint.safetensors").stat().st_mtime_ns
+    (folder / "run" / "checkpoint.safetensors").unlink()
+    again = config_of(folder, "run", batch=8)
+    assert distill(again).new_images >= 20
+    assert (folder / "run" / "velocity" / "checkpoint.safetensors").stat().st_mtime_ns == trained
+    shutil.rmtree(folder / "run" / "velocity")
+    assert distill(override(again, duration_mimg=4e-5)).new_images
+    assert not (folder / "run" / "velocity").exists() and not load_generator(folder / "run").predicts_noise
+
+
+def test_without_the_stage_the_rates_are_lower_and_other_teachers_are_refused_it(folder):
+    asked = ["--teacher", str(folder / "ddpm"), "--data", str(folder / "data.zip"), "--velocity-kimg"]
+    assert read([*asked, "0"]).config.generator.g_lr < read([*asked, "3"]).config.generator.g_lr
+    asked[1] = str(folder / "teacher")
+    with pytest.raises(ConfigError, match=r"--velocity-kimg.*predicts noise"):
+        preflight(override(read([*asked, "3"]).config, **FLAGS, run_dir=folder / "run"))
 
 
 def test_stopped_before_and_between_its_stages_a_run_ends_as_if_it_had_not_been(folder):
