@@ -11,7 +11,7 @@ import tyro
 
 from gdd_fast.cli import command
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.files import atomic_write, check_destination, check_writable, write_tensors
+from gdd_fast.files import atomic_folder, atomic_write, check_destination, check_writable, write_tensors
 from gdd_fast.models.files import pickle_reader
 from gdd_fast.models.files.bare_weights import SUFFIXES
 from gdd_fast.models.files.diffusers_folder import is_pipeline
@@ -85,7 +85,12 @@ def convert(config: ConvertConfig) -> Preconditioned:
     else:
         net = _read(config.source, config.key)
     if not config.to_state_dict:
-        save_network(net, config.destination, dtype=getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        if config.destination.exists() and any(config.destination.iterdir()):  # --overwrite
+            save_network(net, config.destination, dtype=dtype)
+        else:
+            with atomic_folder(config.destination) as folder:
+                save_network(net, folder, dtype=dtype)
         return net
     state = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
     if config.destination.suffix.lower() == ".pt":

@@ -49,6 +49,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_write` for a folder, which the body makes; at `path` there is nothing, or an empty folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    with _folder_beside(path) as folder:
+        temporary = folder / path.name
+        try:
+            yield temporary
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            if str(error.filename).startswith(str(temporary)):
+                error.filename = str(path) + str(error.filename).removeprefix(str(temporary))
+            raise
+
+
+@contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """A hidden folder, removed at the end, that is locked as long as this process lives, where the disk has locks."""
     while True:

@@ -66,13 +66,16 @@ def read(arguments: Sequence[str]) -> Command:
 
 
 def _recipe_of(teacher: str, velocity: str) -> TrainConfig:
-    """`velocity`: what --velocity-kimg was given, without which other rates are borne."""
+    """`velocity` is what --velocity-kimg was given, or nothing: at 0 a network that predicts noise stays one."""
     from gdd_fast.distill.components import load_teacher
 
     net = load_teacher(teacher)
     size = sum(p.numel() for p in net.parameters())
-    learns = net.learns_velocity and velocity.strip("0.") != "" if velocity else net.learns_velocity
-    kind = {"predicts_noise": net.predicts_noise, "learns_velocity": learns}
+    try:
+        left_out = float(velocity) == 0
+    except ValueError:  # nothing, or what the parser refuses
+        left_out = False
+    kind = {"predicts_noise": net.predicts_noise, "learns_velocity": net.learns_velocity and not left_out}
     recipe = recipe_for(net.img_resolution, size, net.label_dim, **kind)
     run_dir = Path("runs") / Path(teacher).stem
     return override(recipe, run_dir=run_dir)

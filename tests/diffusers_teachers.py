@@ -1,7 +1,10 @@
 """Small U-Nets of diffusers' with random weights, one of each architecture that people have."""
 
+from pathlib import Path
+
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tiny_run import write_inputs
 
 SIZE = 8
 CLASSES = 4
@@ -65,3 +68,13 @@ def random_unet(name: str) -> UNet2DModel:
             for parameter in unet.parameters():
                 parameter.add_(0.03 * torch.randn_like(parameter))
     return unet.eval().requires_grad_(False)
+
+
+def write_ddpm(folder: Path) -> Path:
+    """`folder` with ddpm/, a pipeline that predicts noise, and data.zip, whose images are 1 x 16^2, as its are."""
+    write_inputs(folder)
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    unet = UNet2DModel(**_BASE | blocks | {"sample_size": 16, "in_channels": 1, "out_channels": 1})
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "ddpm")
+    return folder

@@ -76,6 +76,8 @@ def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> 
         report = json.loads(path.read_bytes())
     except ValueError:  # not written by `write`, which leaves a whole file or none
         return None
+    if not isinstance(report, dict):
+        return None
     return report["distances"] if report.get("measured") == _measured(config, contents, trained_images) else None
 
 

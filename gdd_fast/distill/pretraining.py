@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import check_seed, check_values
 from gdd_fast.data import BatchStream, ImageDataset, load_data
 from gdd_fast.data.fingerprint import dataset_digest
@@ -150,6 +151,7 @@ class Pretraining:
             )
         layout = fast_layout(world.device, config.precision)
         self.net = net.to(world.device, memory_format=layout).train()  # type: ignore[call-overload]
+        accelerate_foreign(self.net, config.backend)
         self.ema = Ema(self.net, config.ema_halflife_mimg * 1e6, config.ema_rampup)
         self.optimizer = AdamEma(
             self.net.parameters(), config.lr, averages=self.ema.averages, backend=self.operators["adam_ema"]

@@ -89,9 +89,10 @@ def _distill(config: TrainConfig) -> Result:
     with join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
         if first_stage.is_wanted(config, built.generator):
-            start = first_stage.form(config)
             weights_follow = world.largest(int((config.run_dir / loop.CHECKPOINT).exists()))  # from the checkpoint
-            if not weights_follow and config.ablation.init != "random":
+            if weights_follow or config.ablation.init == "random":
+                start = first_stage.form(config)
+            else:
                 first, start, seconds = first_stage.run(config, built.generator, world)
                 if first.exit_status:
                     generator = config.run_dir / RUN_GENERATOR

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import FLAGS, write_inputs
+from tiny_run import FLAGS
 
 pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
 pytest.importorskip("diffusers")
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers_teachers import UNETS, random_unet
+from diffusers_teachers import UNETS, random_unet, write_ddpm
 
 from gdd_fast.acceleration import accelerate, restore
 from gdd_fast.config import AUTO, override, recipe_for
@@ -27,25 +26,12 @@ from gdd_fast.sampling.sampler import one_step
 from gdd_fast.train import read, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
-UNET = {
-    "sample_size": 16,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """teacher/ and data.zip."""
-    write_inputs(tmp_path)
-    torch.manual_seed(0)
-    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    return tmp_path
+    """ddpm/ and data.zip."""
+    return write_ddpm(tmp_path)
 
 
 def flags(folder: Path, *more: str) -> list[str]:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import FLAGS, write_inputs
+from tiny_run import FLAGS
 
 pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
 pytest.importorskip("diffusers")
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers_teachers import write_ddpm
 
 from gdd_fast import pretrain
 from gdd_fast.config import override
@@ -22,25 +23,11 @@ from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.train import read
 
-UNET = {
-    "sample_size": 16,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
-
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """ddpm/, which predicts noise, and data.zip."""
-    write_inputs(tmp_path)
-    torch.manual_seed(0)
-    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    return tmp_path
+    return write_ddpm(tmp_path)
 
 
 def config_of(folder: Path, run_dir: str, **changes):
