@@ -161,8 +161,9 @@ def test_a_panel_of_fewer_images_does_not_stay(inputs, run, monkeypatch):
     assert (run / "comparison.png").read_bytes() != before
 
 
-def test_a_report_that_is_no_json_is_measured_again(inputs, run):
-    (run / comparison.REPORT).write_bytes(b"\xff{")
+@pytest.mark.parametrize("damaged", [b"\xff{", b"[]"])
+def test_a_report_that_is_none_is_measured_again(inputs, run, damaged):
+    (run / comparison.REPORT).write_bytes(damaged)
     main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6, evaluate_images=4))
     assert json.loads((run / comparison.REPORT).read_text())["images"] == 4
 
