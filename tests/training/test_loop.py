@@ -218,6 +218,21 @@ def test_a_signal_saves_after_the_iteration(tmp_path, number, capfd):
     assert resumed.sum == 450
 
 
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_signal_while_the_last_state_is_saved_counts_too(tmp_path, monkeypatch, behind):
+    write = checkpoint.save
+
+    def interrupted(path, sections, values):
+        if values["images"] == 100:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, sections, values)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    schedule = Schedule(100, 50, 50, behind=behind)
+    assert run(Counting(), tmp_path, CONFIG, schedule, ALONE) == Outcome(100, 100, signal.SIGTERM)
+    assert run(Counting(), tmp_path, CONFIG, schedule, ALONE) == Outcome(100, 0)
+
+
 def test_a_second_ctrl_c_interrupts_and_one_delivered_twice_does_not(tmp_path, monkeypatch):
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
