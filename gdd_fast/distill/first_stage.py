@@ -11,7 +11,7 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World
-from gdd_fast.training import checkpoint, loop
+from gdd_fast.training import loop
 
 FOLDER = "velocity"
 SMALL = 10_000_000  # parameters up to which 1e-3 is stable; DDPM trained larger networks at 2e-4
@@ -95,13 +95,11 @@ def run(config: TrainConfig, generator: Preconditioned, world: World) -> tuple[l
 
 def _as_finished(asked: PretrainConfig) -> PretrainConfig:
     """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type."""
-    path = asked.run_dir / loop.CHECKPOINT
-    if not path.exists():
+    stored = loop.stored_values(asked.run_dir)
+    if stored is None or stored["images"] < round(asked.duration_mimg * 1e6):
         return asked
-    stored = checkpoint.load_values(path)
-    if stored["images"] < round(asked.duration_mimg * 1e6):
-        return asked
-    return replace(asked, batch=stored["config"]["batch"], precision=stored["config"]["precision"], batch_gpu=None)
+    kept = {name: stored["config"].get(name) for name in ("batch", "precision")}
+    return replace(asked, **kept, batch_gpu=None)
 
 
 def remaining(schedule: loop.Schedule, seconds: float) -> loop.Schedule:

@@ -206,6 +206,23 @@ def run(
     return Outcome(images, images - started_at, signal, out_of_time)
 
 
+def stored_values(run_dir: Path) -> dict[str, Any] | None:
+    """The JSON values of the checkpoint in `run_dir`, among them its `images`, `config` and `contents`; None without.
+
+    Raises `CheckpointError` if it cannot be read, or is none of a run.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    values = checkpoint.load_values(path)
+    kinds = {"images": int, "config": dict, "contents": dict}
+    if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in kinds.items()):
+        raise CheckpointError(
+            f"{path} does not say of which run it is; move it away to start the run from the beginning"
+        )
+    return values
+
+
 def check_same_run(
     run_dir: Path,
     config: dict[str, Any],
@@ -217,10 +234,9 @@ def check_same_run(
 
     Raises `CheckpointError` if it is not of a run to `total` images with these settings and contents.
     """
-    path = run_dir / CHECKPOINT
-    if not path.exists():
+    values = stored_values(run_dir)
+    if values is None:
         return None
-    values = checkpoint.load_values(path)
     elsewhere = "choose another --run-dir or move it away"
     finished = values["images"] >= total  # and what it came to is no result of other settings
     changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE, defaults)
@@ -231,7 +247,7 @@ def check_same_run(
             f"{run_dir} holds {kind} with other settings ({'; '.join(changed[:5])}{more}); {elsewhere}"
         )
     for name, digest in contents.items():
-        if values.get("contents", {}).get(name) != digest:
+        if values["contents"].get(name) != digest:
             raise CheckpointError(
                 f"{run_dir} holds a run with another --{name}: its path may change, its content may not; {elsewhere}"
             )

@@ -319,6 +319,24 @@ def test_metrics_of_lost_work_are_dropped(tmp_path):
     assert "extra" in lines(tmp_path)[4]
 
 
+def test_what_is_no_line_of_metrics_is_dropped(tmp_path):
+    """As a disk leaves a file that was open when the machine went down, or an editor."""
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    damaged = b'\xff\xfe\x00\n[10]\n{"images": 15, "minutes": "x"}\n' + b"[" * 100_000 + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(damaged + (tmp_path / "metrics.jsonl").read_bytes())
+    run(Counting(), tmp_path, CONFIG, Schedule(30, 10, 10), ALONE)
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("harm", [{"images": None}, {"config": 3}, {"contents": []}])
+def test_a_checkpoint_of_no_run_is_refused(tmp_path, harm):
+    run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    saved = checkpoint.load(tmp_path / CHECKPOINT)
+    checkpoint.save(tmp_path / CHECKPOINT, saved.sections(), {**saved.values, **harm})
+    with pytest.raises(CheckpointError, match="does not say of which run it is; move it away"):
+        run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+
+
 def test_a_value_that_is_not_finite_is_null(tmp_path):
     class Bad(Counting):
         def tick(self, images):
