@@ -7,7 +7,7 @@ from gdd_fast.config import AUTO, TrainConfig, default_settings, given, loggers,
 from gdd_fast.distill.components import load_teacher
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.distill.velocity import with_velocity
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World
@@ -94,9 +94,20 @@ def run(config: TrainConfig, generator: Preconditioned, world: World) -> tuple[l
 
 
 def _as_finished(asked: PretrainConfig) -> PretrainConfig:
-    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type."""
+    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type.
+
+    Raises CheckpointError for a stage of another length: its learning rates and average go by that.
+    """
     stored = loop.stored_values(asked.run_dir)
-    if stored is None or stored["images"] < round(asked.duration_mimg * 1e6):
+    if stored is None:
+        return asked
+    length = stored["config"].get("duration_mimg")
+    if isinstance(length, float) and length != asked.duration_mimg:
+        raise CheckpointError(
+            f"{asked.run_dir} was begun with --velocity-kimg {1e3 * length:g}, not {1e3 * asked.duration_mimg:g}: give "
+            "that again, choose another --run-dir or move the folder away"
+        )
+    if stored["images"] < round(asked.duration_mimg * 1e6):
         return asked
     kept = {name: stored["config"].get(name) for name in ("batch", "precision")}
     return replace(asked, **kept, batch_gpu=None)

@@ -22,7 +22,7 @@ from gdd_fast.data import write_edm_zip
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
-from gdd_fast.errors import ConfigError, GddFastError, WeightsError
+from gdd_fast.errors import CheckpointError, ConfigError, GddFastError, WeightsError
 from gdd_fast.models.edm import ddpmpp
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
@@ -116,6 +116,8 @@ def test_a_signal_in_the_last_save_of_the_first_stage_ends_the_run(folder, monke
     assert (result.exit_status, result.images) == (143, 0) and killed[0].parent == folder / "stopped" / "velocity"
     assert not (folder / "stopped" / "checkpoint.safetensors").exists()
     trained = killed[0].stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match=r"begun with --velocity-kimg 0\.04, not 0\.08: give that again"):
+        distill(config_of(folder, "stopped", velocity_kimg=0.08))
     result = distill(config_of(folder, "stopped", max_hours=1e-9))
     assert (result.exit_status, result.images) == (75, 4) and killed[0].stat().st_mtime_ns == trained
 
@@ -146,6 +148,14 @@ def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(fo
     with pytest.raises(GddFastError, match=words):
         distill(config_of(folder, "run", **{"evaluate_metrics": "fd@pixels", **changes, **files}))
     assert not list((folder / "run").glob("*"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_stage(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "generator_ema").write_text("")
+    with pytest.raises(ConfigError, match="generator_ema is a file"):
+        distill(config_of(folder, "run"))
+    assert not (folder / "run" / "velocity").exists()
 
 
 def test_the_first_stage_is_announced_and_can_be_left_out(folder):
