@@ -1,9 +1,9 @@
 """Populations of data sets and of generators, for any number of feature extractors in one pass over the images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
@@ -45,17 +45,15 @@ def generator_populations(
     needs: Sequence[Needs] | None = None,
     *,
     batch: int = 64,
-    class_index: int | None = None,
-    generator_device: torch.device | str = "cpu",
     progress: Progress | None = None,
     world: World = ALONE,
+    **options: Any,
 ) -> list[Population]:
     """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `population.gather`.
 
     From the generator to the features images stay on the device. With several ranks, each may be given its share.
     """
-    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device}
-    batches = generate(net, world.share(seeds, batch), sampler, **options)
+    batches = generate(net, world.share(seeds, batch), sampler, batch=batch, **options)
     return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress, world)
 
 
@@ -74,13 +72,6 @@ def generator_statistics(
     """Statistics of the images of `seeds`; options as of `generator_populations`."""
     found = _enough(generator_populations(net, extractors, seeds, sampler, **options))
     return [population.statistics for population in found]
-
-
-def collect(
-    batches: Iterable[Tensor], extractors: Sequence[FeatureExtractor], progress: Progress | None = None
-) -> list[Statistics]:
-    """Statistics of uint8 image batches `(N, C, H, W)`, one for each feature extractor."""
-    return [population.statistics for population in _enough(gather(batches, extractors, None, progress))]
 
 
 def _enough(populations: list[Population]) -> list[Population]:
