@@ -21,20 +21,20 @@ def dataset_populations(
     *,
     batch: int = 64,
     max_images: int | None = None,
-    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
     world: World = ALONE,
+    everywhere: bool = False,
 ) -> list[Population]:
     """What metrics need of the images of `dataset`, one for each feature extractor.
 
-    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `share`
-    (rank, size) takes every size-th image from the rank-th on. `world`: see `population.gather`. Raises `DataError` for
-    an image that cannot be read, and with fewer than two images.
+    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `world`,
+    `everywhere`: see `population.gather`. Raises `DataError` for an image that cannot be read, and with fewer than two
+    images.
     """
-    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]].tolist()
+    indices = choose_images(len(dataset), max_images).tolist()
     batches = (torch.from_numpy(images) for images in dataset.chunks(world.share(indices, batch), size=batch))
-    found = gather(batches, extractors, needs, progress, world)
-    return found if share[1] > 1 or not world.is_main else _enough(found)
+    found = gather(batches, extractors, needs, progress, world, everywhere=everywhere)
+    return _enough(found) if world.is_main else found
 
 
 def generator_populations(
@@ -47,14 +47,16 @@ def generator_populations(
     batch: int = 64,
     progress: Progress | None = None,
     world: World = ALONE,
+    everywhere: bool = False,
     **options: Any,
 ) -> list[Population]:
     """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `population.gather`.
 
-    From the generator to the features images stay on the device. With several ranks, each may be given its share.
+    From the generator to the features images stay on the device.
     """
     batches = generate(net, world.share(seeds, batch), sampler, batch=batch, **options)
-    return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress, world)
+    images = (part.images.permute(0, 3, 1, 2) for part in batches)
+    return gather(images, extractors, needs, progress, world, everywhere=everywhere)
 
 
 def dataset_statistics(dataset: ImageDataset, extractors: Sequence[FeatureExtractor], **options) -> list[Statistics]:
