@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class AdditionalLosses:
         given = parts.additional
         assert given is not None
         self.options, self.world = config.ablation, world
+        self._together: dict[str, Any] = {"batch": _FILL_BATCH, "world": world, "everywhere": True}
         self.teacher_loss: TeacherLoss | None = None
         if given.teacher is not None and given.distance is not None:
             layout = fast_layout(world.device, config.generator.g_precision)
@@ -115,8 +116,7 @@ class AdditionalLosses:
         extractors = given.extractors
         if self.world.device.type != "cpu":
             extractors = [_extractor(n, weights.get(n), self.world.device) for n in self.options.frechet_loss]
-        options = {"batch": _FILL_BATCH, "world": self.world, "everywhere": True}
-        found = dataset_populations(parts.dataset, extractors, **options)
+        found = dataset_populations(parts.dataset, extractors, **self._together)
         losses = []
         for extractor, population in zip(extractors, found, strict=True):
             assert population.statistics is not None
@@ -145,8 +145,7 @@ class AdditionalLosses:
         needs = [Needs(statistics=False, rows=True)] * len(extractors)
         one_step = SamplerConfig(sampler="one-step")
         with torch.no_grad():
-            options = {"batch": _FILL_BATCH, "world": self.world, "everywhere": True}
-            found = generator_populations(net, extractors, seeds, one_step, needs, **options)
+            found = generator_populations(net, extractors, seeds, one_step, needs, **self._together)
         for loss, population in zip(self.frechet.values(), found, strict=True):
             assert population.rows is not None
             loss.fill(population.rows)
