@@ -174,20 +174,26 @@ def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, 
 
 
 def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima and their places; where the largest is NaN, the last place."""
-    y = F.max_pool2d(x, 2)
-    places = torch.full_like(y, 3, dtype=torch.uint8)
-    for place, corner in reversed(list(enumerate(_corners(x)[:3]))):
-        places.masked_fill_(corner == y, place)
-    return y, places
+    """The maxima and their places."""
+    y, index = F.max_pool2d(x, 2, return_indices=True)
+    width = x.shape[3]
+    offset = index.sub_(_upper_left(index, width)).int()  # 0, 1, width or width + 1
+    return y, offset.add_(offset > 1, alpha=2 - width).to(torch.uint8)
 
 
 def spread_ref(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """The gradient of an input of `height` x `width`."""
-    dx = _empty(dy, height, width, channels_last)
-    for place, corner in enumerate(_corners(dx)):
-        corner.copy_(torch.where(places == place, dy, 0))
-    return dx
+    offset = places.int()
+    index = _upper_left(places, width) + offset.add_(offset > 1, alpha=width - 2)
+    x = _empty(dy, height, width, channels_last)
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    return backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
+
+
+def _upper_left(places: Tensor, width: int) -> Tensor:
+    """PyTorch's index, int64 (H // 2, W // 2), of the first place of every window."""
+    rows, columns = (torch.arange(size, device=places.device) * 2 for size in places.shape[2:])
+    return rows[:, None] * width + columns
 
 
 def _empty(dy: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
