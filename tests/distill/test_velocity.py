@@ -27,7 +27,7 @@ from gdd_fast.models.edm import ddpmpp
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.train import read
-from gdd_fast.training import checkpoint, loggers
+from gdd_fast.training import checkpoint, loggers, loop
 
 
 @pytest.fixture
@@ -173,6 +173,11 @@ def test_pretrain_goes_on_from_a_teacher(folder):
     pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
     net = load_generator(out / "teacher")
     assert not net.predicts_noise
+    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network, .*pretrained/teacher"):
+        load_generator(out)
+    stored = loop.stored_values(out)
+    with pytest.raises(CheckpointError, match="with another --teacher"):  # none
+        loop.check_same_run(out, stored["config"], {"data": stored["contents"]["data"]}, 80)
     assert not torch.equal(net.model.conv_in.weight, load_generator(folder / "ddpm").model.conv_in.weight)
 
 
