@@ -129,6 +129,9 @@ def load_values(path: Path) -> dict[str, Any]:
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_file():
+        with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
+            pass
     advice = "; move it away to start the run from the beginning"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -41,6 +41,8 @@ def load_network(folder: str | Path, device: torch.device | str | None = None) -
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} has no model.safetensors: the network was not saved completely; save it again.")
+    with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
+        pass
     from safetensors import SafetensorError  # a network from elsewhere runs without that library
     from safetensors.torch import load_file
 
