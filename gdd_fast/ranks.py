@@ -23,6 +23,7 @@ T = TypeVar("T")
 _DTYPES = (torch.uint8, torch.float32)
 _MOST_DIMENSIONS = 4
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,23 @@ def is_main() -> bool:
 
 def _launched() -> tuple[int, int, int] | None:
     """Rank, size and local rank as torchrun sets them; None in a process that it did not start."""
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    if len(missing) == len(_TORCHRUN):
+    if not any(name in os.environ for name in _TORCHRUN):
         return None
+    _check_environment(_TORCHRUN)
+    try:
+        rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
+    except ValueError:
+        rank, size, local = -1, 0, -1
+    if not (0 <= rank < size and local >= 0):
+        said = ", ".join(f"{name}={os.environ[name]!r:.20}" for name in _TORCHRUN)
+        raise ConfigError(f"{said} in the environment are not as torchrun sets them; start with torchrun")
+    return rank, size, local
+
+
+def _check_environment(names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
-    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
-    return rank, size, local
 
 
 @contextlib.contextmanager
@@ -194,7 +205,12 @@ def join(option: str) -> Iterator[World]:
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
     # The store outlives a group. A second one in the same processes must not find the addresses of the first there.
-    store, _, _ = next(dist.rendezvous("env://"))
+    _check_environment(_ADDRESS)
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:  # no port, no such host, a port that another program has
+        where, why = ":".join(os.environ[name] for name in _ADDRESS), str(error).partition("\n")[0]
+        raise ConfigError(f"the processes of this run cannot meet at {where} ({why}); start with torchrun") from error
     number = (store.add("gdd_fast.joined", 1) - 1) // size
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(f"gdd_fast.{number}", store), rank=rank, world_size=size)

@@ -19,6 +19,7 @@ from gdd_fast.report.run_record import SAMPLES
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
 from gdd_fast.training.captured_steps import choose_step_engine
+from gdd_fast.training.compiled_losses import check_compiler
 from gdd_fast.training.loggers import check_loggers
 from gdd_fast.training.run_lock import only_process
 from gdd_fast.training.sharding import check_sharding
@@ -97,6 +98,8 @@ def _distill(config: TrainConfig) -> Result:
             if weights_follow or config.ablation.init == "random":
                 start = first_stage.form(config)
             else:
+                if run.engine == "compile":
+                    check_compiler(world.device)
                 first, start, seconds = first_stage.run(config, built.generator, world)
                 if first.exit_status:
                     generator = config.run_dir / RUN_GENERATOR

@@ -246,8 +246,8 @@ def check_same_run(
         raise CheckpointError(
             f"{run_dir} holds {kind} with other settings ({'; '.join(changed[:5])}{more}); {elsewhere}"
         )
-    for name, digest in contents.items():
-        if values["contents"].get(name) != digest:
+    for name in contents | values["contents"]:
+        if values["contents"].get(name) != contents.get(name):
             raise CheckpointError(
                 f"{run_dir} holds a run with another --{name}: its path may change, its content may not; {elsewhere}"
             )

@@ -22,12 +22,12 @@ from gdd_fast.data import write_edm_zip
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
-from gdd_fast.errors import CheckpointError, ConfigError, GddFastError, WeightsError
+from gdd_fast.errors import BackendError, CheckpointError, ConfigError, GddFastError, WeightsError
 from gdd_fast.models.edm import ddpmpp
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.train import read
-from gdd_fast.training import checkpoint, loggers
+from gdd_fast.training import checkpoint, compiled_losses, loggers, loop
 
 
 @pytest.fixture
@@ -150,6 +150,16 @@ def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(fo
     assert not list((folder / "run").glob("*"))
 
 
+def test_a_compiler_that_is_not_there_is_missed_before_the_first_stage(folder, monkeypatch):
+    def missing(*_):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(compiled_losses, "COMPILER", missing)
+    with pytest.raises(BackendError, match=r"--engine compile.*No working"):
+        distill(config_of(folder, "run", engine="compile"))
+    assert not (folder / "run" / "velocity").exists()
+
+
 def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_stage(folder):
     (folder / "run").mkdir()
     (folder / "run" / "generator_ema").write_text("")
@@ -173,6 +183,11 @@ def test_pretrain_goes_on_from_a_teacher(folder):
     pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
     net = load_generator(out / "teacher")
     assert not net.predicts_noise
+    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network, .*pretrained/teacher"):
+        load_generator(out)
+    stored = loop.stored_values(out)
+    with pytest.raises(CheckpointError, match="with another --teacher"):  # none
+        loop.check_same_run(out, stored["config"], {"data": stored["contents"]["data"]}, 80)
     assert not torch.equal(net.model.conv_in.weight, load_generator(folder / "ddpm").model.conv_in.weight)
 
 

@@ -194,6 +194,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
     if isinstance(config, dict) and "discriminator" in config:
         raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint brings one.")
+    if isinstance(config, dict) and "format" not in config and (path.parent / "teacher").is_dir():
+        raise WeightsError(f"{path.parent} is a pretraining run: give its network, {path.parent / 'teacher'}.")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
     if config.get("version") != VERSION:

@@ -14,10 +14,13 @@ from gdd_fast.errors import WeightsError
 def read_tensor_file(path: Path) -> Any:
     """What a .safetensors file holds, or any other by torch.load without code, on the CPU.
 
-    Raises WeightsError, which names the file, if it cannot be read or holds more than tensors in Python's containers.
+    Raises WeightsError, which names the file, if it is damaged or holds more than tensors in Python's containers, and
+    PermissionError if it may not be read.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
+    with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
+        pass
     if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError  # a network from elsewhere runs without that library
         from safetensors.torch import load_file

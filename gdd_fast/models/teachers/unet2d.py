@@ -20,7 +20,7 @@ from gdd_fast.models.precond import compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers import make_parametrisation
 from gdd_fast.models.teachers.parametrisation import Parametrisation
-from gdd_fast.models.teachers.variance_preserving import VariancePreserving
+from gdd_fast.models.teachers.variance_preserving import MAX_TIMES, VariancePreserving
 
 MAX_SIZE = 65536
 
@@ -169,8 +169,8 @@ def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
             f"time_embedding_type 'fourier' is of the logarithm, and NaN in diffusers too, {where}: it goes with "
             "ScoreSdeVeScheduler."
         )
-    if kind == "learned" and not (isinstance(rows, int) and first >= 0 and last <= rows - 1):
-        raise ConfigError(f"time_embedding_type 'learned' with num_train_timesteps {rows!r:.100} has no row {where}.")
+    if kind == "learned" and not (rows and first >= 0 and last <= rows - 1):
+        raise ConfigError(f"time_embedding_type 'learned' with num_train_timesteps {rows} has no row {where}.")
 
 
 def output_gain(net: UNet2DPrecond) -> float:
@@ -250,6 +250,9 @@ def check_unet(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"sample_size {config['sample_size']} cannot be halved {halvings} times, as block_out_channels says."
         )
+    for name in ("num_class_embeds", "num_train_timesteps"):
+        if config[name] is not None and (type(config[name]) is not int or not 0 <= config[name] <= MAX_TIMES):
+            raise ConfigError(f"{name} must be a whole number of at most {MAX_TIMES}, got {config[name]!r:.100}.")
     kind, classes = config["class_embed_type"], config["num_class_embeds"]
     if kind not in (None, "timestep"):
         raise ConfigError(f"class_embed_type {kind!r:.100} takes no classes: it has to be null or 'timestep'.")
