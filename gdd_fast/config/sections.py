@@ -84,6 +84,10 @@ class DiscriminatorConfig(Settings):
     to learn the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
     """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
+    head_statistics: Literal["batch", "running"] = "batch"
+    """Statistics of the heads' batch norms. `batch`, the paper's: of generated and of real images each by themselves,
+    which hides what is common to all that the generator makes, such as their brightness. `running`: of both together
+    in the D step, and their moving averages in the G and R1 steps."""
     d_lr: NotNegative = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
@@ -98,6 +102,9 @@ class LossConfig(Settings):
     logit_reduction: Reduction = "rows"
     """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
     R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
+    reuse_fakes: bool = False
+    """The D step judges the images that the G step has made, which saves one pass of the generator in three. The paper
+    makes new ones."""
     r1_gamma: NotNegative = 1e-4
     """Weight of the R1 penalty on real images."""
     r1_interval: Annotated[int, Limit(0)] = 16
