@@ -182,7 +182,6 @@ class Distillation:
 
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
         self._train_heads(False)
-        self.heads.train(self.apart)
         total = torch.zeros((), device=self.world.device)
         parts = [images.split(self.micro_batch) for images in real]
         for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
@@ -218,7 +217,6 @@ class Distillation:
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
-        self.heads.train()
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
         made = None if self._fakes is None else self._fakes.split(self.micro_batch)
@@ -262,8 +260,7 @@ class Distillation:
         return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        self._train_heads(True)
-        self.heads.train(self.apart)
+        self._train_heads(True, averages=True)
         penalties: list[Tensor] = []
         with self._r1_arithmetic():
             for part, label in self._micro_batches(real, labels):
@@ -296,10 +293,15 @@ class Distillation:
             for state in guard.optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, Tensor))
 
-    def _train_heads(self, train: bool) -> None:
-        """Where gradients are not wanted, autograd computes none."""
+    def _train_heads(self, train: bool, *, averages: bool = False) -> None:
+        """Where gradients are not wanted, autograd computes none.
+
+        Running statistics take in what heads that train see, but with `averages`, and are used otherwise.
+        """
         for weight in self._head_weights:
             weight.requires_grad_(train)
+        if not self.apart:
+            self.heads.train(train and not averages)
 
     def _running(self) -> list[Tensor]:
         """The moving statistics of the heads' batch norms, where anything reads them."""

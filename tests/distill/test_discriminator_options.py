@@ -1,4 +1,4 @@
-"""Choices about what the discriminator's steps look at: images of the G step, and statistics of both kinds of images."""
+"""What the discriminator's steps may look at: images of the G step, and statistics of both kinds of images."""
 
 import copy
 
