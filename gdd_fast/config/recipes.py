@@ -144,7 +144,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "backbone_statistics": "probed",
         "class_embedding": "per-head",
         "spectral_start": "random",
-        "head_statistics": "batch",
         "reuse_fakes": False,
         "nonfinite": "replace",
         "logit_reduction": "rows",

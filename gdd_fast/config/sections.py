@@ -84,10 +84,6 @@ class DiscriminatorConfig(Settings):
     to learn the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
     """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
-    head_statistics: Literal["batch", "running"] = "batch"
-    """Statistics of the heads' batch norms. `batch`, the paper's: of generated and of real images each by themselves,
-    which hides what is common to all that the generator makes, such as their brightness. `running`: of both together
-    in the D step, and their moving averages in the G and R1 steps."""
     d_lr: NotNegative = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"

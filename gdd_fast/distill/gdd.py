@@ -104,8 +104,6 @@ class Distillation:
         """The images of the last G step, with `reuse_fakes`."""
         if config.loss.reuse_fakes and self.judges_fakes:
             self._fakes = torch.zeros(self._shape(self.local_batch), device=device)
-        self.apart = config.discriminator.head_statistics == "batch"
-        """Whether the heads normalise generated and real images each by their own statistics."""
         fixed = self.additional is None and not run.debug_finite
         engine = choose_step_engine(run.engine, device, world.size, fixed=fixed)
         self.steps = CapturedSteps(
@@ -220,13 +218,11 @@ class Distillation:
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
         made = None if self._fakes is None else self._fakes.split(self.micro_batch)
-        before = [t.clone() for t in self._running()]
         for i, (part, label) in enumerate(self._micro_batches(real, labels)):
             loss, logits = self.loss_d(self._draw() if made is None else made[i], part, label)
             loss.backward()
             total += loss.detach()
             seen.append(logits)
-        self._settle_running(before)
         norm = self.d_guard.apply()
         fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
         return {
@@ -246,21 +242,13 @@ class Distillation:
         with torch.no_grad():
             fakes = one_step(self.generator, source, label) if self._fakes is None else source
             fake_features, real_features = self.features(fakes), self.features(real)
-        if self.apart:  # one after the other, as batch norm must not mix them
-            fake, true = self.heads(fake_features, label), self.heads(real_features, label)
-        else:
-            maps = [
-                [torch.cat(pair) for pair in zip(*levels, strict=True)]
-                for levels in zip(fake_features, real_features, strict=True)
-            ]
-            both = self.heads(maps, None if label is None else torch.cat([label, label]))
-            fake = [[head[: len(real)] for head in heads] for heads in both]
-            true = [[head[len(real) :] for head in heads] for heads in both]
+        # one after the other, as batch norm must not mix them
+        fake, true = self.heads(fake_features, label), self.heads(real_features, label)
         loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
         return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        self._train_heads(True, averages=True)
+        self._train_heads(True)
         penalties: list[Tensor] = []
         with self._r1_arithmetic():
             for part, label in self._micro_batches(real, labels):
@@ -293,27 +281,10 @@ class Distillation:
             for state in guard.optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, Tensor))
 
-    def _train_heads(self, train: bool, *, averages: bool = False) -> None:
-        """Where gradients are not wanted, autograd computes none.
-
-        Running statistics take in what heads that train see, but with `averages`, and are used otherwise.
-        """
+    def _train_heads(self, train: bool) -> None:
+        """Where gradients are not wanted, autograd computes none."""
         for weight in self._head_weights:
             weight.requires_grad_(train)
-        if not self.apart:
-            self.heads.train(train and not averages)
-
-    def _running(self) -> list[Tensor]:
-        """The moving statistics of the heads' batch norms, where anything reads them."""
-        norms = [] if self.apart else [m for m in self.heads.modules() if isinstance(m, nn.BatchNorm2d)]
-        return [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
-
-    def _settle_running(self, before: list[Tensor]) -> None:
-        """Moving statistics are the same on all ranks, and of a step that is not finite nothing stays in them."""
-        running = self._running()
-        for now, was in zip(running, before, strict=True):
-            now.copy_(torch.where(now.isfinite(), now, was))
-        self.world.average_(running)
 
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""
