@@ -21,7 +21,7 @@ from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
-from gdd_fast.ranks import World
+from gdd_fast.ranks import World, world_size
 from gdd_fast.sampling.generate import SamplerConfig
 
 BEST = "best"
@@ -38,6 +38,8 @@ def build_measurement(
     Raises `ConfigError`, `DataError` or `WeightsError` for what would keep it from measuring.
     """
     run = config.run
+    if run.evaluate_images < world_size():
+        raise ConfigError(f"--evaluate-images {run.evaluate_images}: fewer than the {world_size()} processes")
     requests = parse_metrics(run.evaluate_metrics)
     if any(request.metric == "nn" for request in requests):
         raise ConfigError(
@@ -68,8 +70,6 @@ class Evaluation:
         self.config, self.measurement, self.world = config, measurement, world
         self.tick_images = max(1, round(config.run.tick_kimg * 1e3))
         self._real: list[Population] | None = None
-        if config.run.evaluate_images < world.size:
-            raise ConfigError(f"--evaluate-images {config.run.evaluate_images}: fewer than the {world.size} processes")
 
     def is_due(self, images: int) -> bool:
         """Whether a tick at so many images is one of those that measure."""

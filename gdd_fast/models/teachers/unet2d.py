@@ -19,6 +19,7 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.models.precond import compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers import make_parametrisation
+from gdd_fast.models.teachers.parametrisation import Parametrisation
 from gdd_fast.models.teachers.variance_preserving import VariancePreserving
 
 MAX_SIZE = 65536
@@ -51,6 +52,7 @@ class UNet2DPrecond(Preconditioned):
         super().__init__()
         self.unet_config = check_unet(unet)
         self.parametrisation = make_parametrisation(parametrisation)
+        check_times(self.unet_config, self.parametrisation)
         self.predicts_noise = self.parametrisation.predicts_noise
         self.learns_velocity = self.predicts_noise and isinstance(self.parametrisation, VariancePreserving)
         self.img_resolution: int = self.unet_config["sample_size"]
@@ -155,6 +157,29 @@ class UNet2DPrecond(Preconditioned):
             for parameter in (p for layer in last for p in layer.parameters()):
                 parameter.mul_(gain)
         self.output_gain *= gain
+
+
+def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
+    """Raise ConfigError if the U-Net's embedding has no value at a time of the training, or of a class that is
+    embedded like one.
+
+    diffusers' own network is NaN there, or raises: a Fourier embedding is of the logarithm of the time, by which the
+    output is divided too, and a learned one has a row for each from 0 on.
+    """
+    ends = torch.tensor([parametrisation.sigma_min, parametrisation.sigma_max], dtype=torch.float64, device="cpu")
+    first, last = parametrisation.coefficients(ends).time.tolist()
+    where = f"at the times of its scheduler, {first:.4g} to {last:.4g}"
+    if unet["class_embed_type"] == "timestep":
+        first, last = min(first, 0), max(last, unet["num_class_embeds"] - 1)
+        where += f", and of its {unet['num_class_embeds']} classes"
+    kind, rows = unet["time_embedding_type"], unet["num_train_timesteps"]
+    if kind == "fourier" and first <= 0:
+        raise ConfigError(
+            f"time_embedding_type 'fourier' is of the logarithm, and NaN in diffusers too, {where}: it goes with "
+            "ScoreSdeVeScheduler."
+        )
+    if kind == "learned" and not (isinstance(rows, int) and first >= 0 and last <= rows - 1):
+        raise ConfigError(f"time_embedding_type 'learned' with num_train_timesteps {rows!r:.100} has no row {where}.")
 
 
 def output_gain(net: UNet2DPrecond) -> float:
