@@ -188,7 +188,7 @@ class Distillation:
             else:
                 loss, fakes = self._loss_with(self.additional, parts[0][i], label)
             loss.backward()
-            if self._fakes is not None:
+            if self._fakes is not None and fakes is not None:
                 self._fakes[i * self.micro_batch :][: self.micro_batch].copy_(fakes)
             total += loss.detach()
         return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
