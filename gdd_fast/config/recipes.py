@@ -75,7 +75,7 @@ _BY_TEACHER = {
         ),
         loss=LossConfig(reuse_fakes=True, r1_gamma=3e-3),
         run=RunConfig(
-            duration_mimg=0.028,
+            duration_mimg=0.032,
             batch=16,
             lr_decay_kimg=5,
             tick_kimg=2,
