@@ -182,6 +182,7 @@ class Distillation:
         self._train_heads(False)
         total = torch.zeros((), device=self.world.device)
         parts = [images.split(self.micro_batch) for images in real]
+        fakes: Tensor | None
         for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
             if self.additional is None:
                 loss, fakes = self.loss_g(self._draw(), label)
