@@ -75,8 +75,17 @@ class World:
         starts = range(self.rank * batch, len(items), self.size * batch)
         return [item for start in starts for item in items[start : start + batch]]
 
-    def in_order(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on.
+    def from_main(self, value: T) -> T:
+        """What the main rank has given, of plain types, on every rank."""
+        held = [value]
+        if self.size > 1:
+            with _exchange():
+                dist.broadcast_object_list(held, 0, device=torch.device("cpu"))
+        return held[0]
+
+    def in_order(self, tensors: Iterable[Tensor], *, everywhere: bool = False) -> Iterator[Tensor]:
+        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on;
+        with `everywhere` on all of them.
 
         uint8 or float32; they differ in n alone, and the first rank has as many as any. What has travelled arrives on
         the CPU. Other ranks give theirs and get nothing: they have to go through the iterator all the same.
@@ -90,12 +99,12 @@ class World:
             counts = [int(n) for n in self.gather(torch.tensor([0 if mine is None else len(mine)]))]
             if not any(counts):
                 return
-            parts = self._to_main(mine, counts)
-            if self.is_main:
+            parts = self._together(mine, counts, everywhere)
+            if self.is_main or everywhere:
                 yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
 
-    def _to_main(self, mine: Tensor | None, counts: list[int]) -> list[Tensor]:
-        """Tensors of all ranks as bytes of one size, on the main rank."""
+    def _together(self, mine: Tensor | None, counts: list[int], everywhere: bool) -> list[Tensor]:
+        """Tensors of all ranks as bytes of one size, on the main rank or on all."""
         form = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64)
         if self.is_main and mine is not None:
             form[: mine.ndim + 1] = torch.tensor([_DTYPES.index(mine.dtype), mine.ndim - 1, *mine.shape[1:]])
@@ -105,10 +114,13 @@ class World:
         padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
         if mine is not None:
             padded[: len(mine)] = mine.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _exchange():
-            dist.gather(padded, parts)
-        return [] if parts is None else parts
+            if everywhere:
+                dist.all_gather(parts, padded)
+            else:
+                dist.gather(padded, parts if self.is_main else None)
+        return parts
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.layer_calls import BACKBONES, build, call
-from benchmarks.counts.flops import count_flops
+from benchmarks.counts.step_kernels import count_kernels
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import Closeness, tensors
 from benchmarks.harness.timing import Call
@@ -19,6 +19,7 @@ from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockBlock, StockGenerator
 from gdd_fast.distill.freeze import freeze
 from gdd_fast.engine.one_step import OneStepGenerator
+from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.sampling.sampler import one_step
 
 FLOOR = 1e-3
@@ -28,15 +29,19 @@ _BLOCKS = (("ncsnpp-32", "enc.16x16_block1"), ("ncsnpp-32", "dec.32x32_block0"),
 
 
 def network_cases(full: bool) -> list[Case]:
-    """On a CPU NCSN++ 32 at batch 1 and 4, a block, lite0; the last one compiles. `full`: more batches and networks."""
+    """On a CPU NCSN++ 32 and the demo's network at batch 1 and 4, a block, lite0; what compiles comes last.
+
+    `full`: more batches and networks.
+    """
     if not full:
+        fp32, bf16, compiled = torch.float32, torch.bfloat16, ("compile",)
         return [
-            generator_case("ncsnpp-32", 1, torch.float32),
-            generator_case("ncsnpp-32", 1, torch.bfloat16),
-            generator_case("ncsnpp-32", 4, torch.float32),
+            generator_case("ncsnpp-32", 1, bf16),
             block_case(*_BLOCKS[1], 2, torch.float32),
             backbone_case("tf_efficientnet_lite0", 4, torch.float32, resolution=64),
-            generator_case("ncsnpp-32", 4, torch.bfloat16, compiled=("compile",)),
+            *(generator_case("demo", n, dtype, compiled=compiled) for n in (1, 4) for dtype in (fp32, bf16)),
+            *(generator_case("ncsnpp-32", n, fp32, compiled=compiled) for n in (1, 4)),
+            generator_case("ncsnpp-32", 4, bf16, compiled=compiled),
         ]
     bf16 = torch.bfloat16
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
@@ -144,7 +149,7 @@ def _generator(
     makers = (makers if ready else {}) | {peer: slow[peer] for peer in compiled}
     weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
     with torch.no_grad():
-        flops = count_flops(lambda: _meta_generator(name, batch))
+        flops = count_kernels(lambda: _meta_generator(net, batch)).flop
     return Bench(
         makers,
         check.check,
@@ -157,10 +162,10 @@ def _generator(
     )
 
 
-def _meta_generator(name: str, batch: int) -> None:
-    net = StockGenerator(build(name), BEST, torch.float32)
-    z = torch.empty((batch, 3, net.img_resolution, net.img_resolution), device="meta")
-    one_step(net, z, torch.empty((batch, net.label_dim), device="meta") if net.label_dim else None)
+def _meta_generator(net: GDDPrecond, batch: int) -> None:
+    meta = StockGenerator(copy.deepcopy(net).to("meta"), BEST, torch.float32)
+    z = torch.empty((batch, net.img_channels, net.img_resolution, net.img_resolution), device="meta")
+    one_step(meta, z, torch.empty((batch, net.label_dim), device="meta") if net.label_dim else None)
 
 
 def cast_convolutions(model: nn.Module, dtype: torch.dtype) -> None:
@@ -272,7 +277,7 @@ def _backbone(
     }
     if compiled:
         makers = {"compile": partial(stock, True)}
-    flops = count_flops(lambda: _meta_backbone(name, batch, resolution))
+    flops = count_kernels(lambda: _meta_backbone(name, batch, resolution)).flop
     return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions={"official fp32": "fp32"})
 
 

@@ -115,12 +115,10 @@ class AdditionalLosses:
         extractors = given.extractors
         if self.world.device.type != "cpu":
             extractors = [_extractor(n, weights.get(n), self.world.device) for n in self.options.frechet_loss]
-        share = (self.world.rank, self.world.size)
-        found = dataset_populations(parts.dataset, extractors, share=share, batch=_FILL_BATCH)
+        options = {"batch": _FILL_BATCH, "world": self.world, "everywhere": True}
+        found = dataset_populations(parts.dataset, extractors, **options)
         losses = []
         for extractor, population in zip(extractors, found, strict=True):
-            if self.world.size > 1:
-                population.all_gather()
             assert population.statistics is not None
             losses.append(FrechetLoss(extractor, population.statistics, self.options.frechet_population))
         return losses
@@ -143,14 +141,13 @@ class AdditionalLosses:
     def _fill(self, net: Preconditioned) -> None:
         """A population of the generator as it is, of seeds 0, 1, ..., on all ranks together."""
         extractors = [loss.extractors[0] for loss in self.frechet.values()]
-        seeds = range(self.world.rank, self.options.frechet_population, self.world.size)
+        seeds = range(self.options.frechet_population)
         needs = [Needs(statistics=False, rows=True)] * len(extractors)
         one_step = SamplerConfig(sampler="one-step")
         with torch.no_grad():
-            found = generator_populations(net, extractors, seeds, one_step, needs, batch=_FILL_BATCH)
+            options = {"batch": _FILL_BATCH, "world": self.world, "everywhere": True}
+            found = generator_populations(net, extractors, seeds, one_step, needs, **options)
         for loss, population in zip(self.frechet.values(), found, strict=True):
-            if self.world.size > 1:
-                population.all_gather()
             assert population.rows is not None
             loss.fill(population.rows)
 

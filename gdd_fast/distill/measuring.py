@@ -95,9 +95,8 @@ class Evaluation:
         world, measurement = self.world, self.measurement
         if self._real is None:
             self._real = self._real_images(net)
-        seeds = range(world.rank, self.config.run.evaluate_images, world.size)
-        found = generator_populations(net, measurement.extractors, seeds, sampler, measurement.needs)
-        self._together(found)
+        seeds = range(self.config.run.evaluate_images)
+        found = generator_populations(net, measurement.extractors, seeds, sampler, measurement.needs, world=world)
         return measurement.values(found, self._real) if world.is_main else {}
 
     def _real_images(self, net: Preconditioned) -> list[Population]:
@@ -107,16 +106,9 @@ class Evaluation:
 
         def count(extractors: Sequence[FeatureExtractor], needs: Sequence[Needs]) -> list[Population]:
             dataset = load_data(run.evaluate_data or given(self.config.data.data, "--data"))
-            counted = dataset_populations(dataset, extractors, needs, share=(self.world.rank, self.world.size))
-            self._together(counted)
-            return counted
+            return dataset_populations(dataset, extractors, needs, world=self.world)
 
         return measurement.completed(known, count)
-
-    def _together(self, populations: Sequence[Population]) -> None:
-        if self.world.size > 1:
-            for population in populations:
-                population.all_gather()
 
     def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
         """Write `net` under the name of each value that is the best so far. After a crash it may come from work that

@@ -90,16 +90,7 @@ class UNet2DPrecond(Preconditioned):
         *,
         force_fp32: bool = False,
     ) -> Tensor:
-        """Denoised images D(x; sigma), float32 (N, C, H, W).
-
-        Args:
-            x: noisy images (N, C, H, W), any floating type.
-            sigma: noise level > 0, one for all or N of them.
-            class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
-            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
-
-        Raises ConfigError if the shapes do not fit the network.
-        """
+        """As `EDMPrecond.forward`, without augmentation."""
         self._check_images(x)
         x = x.to(torch.float32)
         labels = self._class_labels(class_labels, x)
