@@ -1,11 +1,13 @@
 """A teacher that predicts noise learns to predict v before it is distilled, or by `pretrain --teacher` alone."""
 
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import FLAGS
+from tiny_run import ALONE, FLAGS
 
 pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
 pytest.importorskip("diffusers")
@@ -15,6 +17,8 @@ from diffusers_teachers import write_ddpm
 
 from gdd_fast import pretrain
 from gdd_fast.config import override
+from gdd_fast.distill import components, first_stage, pretraining
+from gdd_fast.distill.memory_forecast import of_components, own_storages, saved_bytes
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
 from gdd_fast.errors import ConfigError
@@ -103,6 +107,36 @@ def test_the_first_stage_is_announced_and_can_be_left_out(folder):
     assert "First: the teacher, which predicts noise, learns to predict v" in describe(asked, preflight(asked))
     without = override(asked, velocity_kimg=0)
     assert "First:" not in describe(without, preflight(without))
+
+
+def test_data_and_backbones_are_read_once_for_both_stages(folder, monkeypatch):
+    counted = Counter()
+
+    def count(place, name):
+        function = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **options: counted.update([name]) or function(*args, **options))
+
+    for place, name in ((components, "load_data"), (pretraining, "load_data"), (components, "build_features")):
+        count(place, name)
+    assert distill(config_of(folder, "run", evaluate_images=0)).images >= 20
+    assert counted == {"load_data": 1, "build_features": 1}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forecast_of_memory_is_of_the_stage_that_needs_more(folder, precision):
+    config = config_of(folder, "run", batch=6, g_precision=precision)
+    parts = preflight(config)
+    found = of_components(config, parts)
+    task = pretraining.Pretraining(first_stage.settings(config, parts.generator), ALONE, parts.dataset)
+    images = torch.rand(6, 1, 16, 16) * 2 - 1
+    step = lambda: velocity_loss(task.net, images, None, torch.Generator()).sum()
+    kept = saved_bytes(step, own_storages(task.net))
+    assert found.first.steps["v"].bytes(6) == pytest.approx(kept, rel=0.02)
+    task.iteration(0)
+    moments = [t for state in task.optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
+    assert found.first.fixed["optimizer"] == sum(t.numel() * t.itemsize for t in moments)
+    assert found.bytes(6) == max(found.first.bytes(6), replace(found, first=None).bytes(6))
+    assert of_components(override(config, velocity_kimg=0), parts).first is None
 
 
 def test_pretrain_goes_on_from_a_teacher(folder):
