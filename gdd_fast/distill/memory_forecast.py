@@ -8,6 +8,8 @@ Assumed, not measured: `CONTEXT` bytes for CUDA and its libraries, and `MARGIN` 
 goes within it and for gaps between allocations. Not counted: the losses of ablations, and measurements during a run.
 The operators are those of this machine's CPU, which keep what a GPU's do if the extension is built, and more if not.
 
+Networks of diffusers' are counted with their own layers, which keep more than the fused ones that take their place.
+
 A run whose teacher learns v first (`first_stage`) has a forecast of that stage too; the larger of both counts.
 """
 
@@ -23,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import AUTO, TrainConfig, override
 from gdd_fast.distill import first_stage
 from gdd_fast.distill.components import Components
@@ -184,8 +185,6 @@ def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: in
     """The memory of the stage that teaches a network of `generator`'s form to predict v; else as `forecast`."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = without_values(generator).train().requires_grad_(True)
-        net.dtype = generator.dtype
-        accelerate_foreign(net, config.run.backend)
 
         def step(images: int) -> Tensor:
             real = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution)

@@ -128,10 +128,15 @@ def test_the_forecast_of_memory_is_of_the_stage_that_needs_more(folder, precisio
     parts = preflight(config)
     found = of_components(config, parts)
     task = pretraining.Pretraining(first_stage.settings(config, parts.generator), ALONE, parts.dataset)
+    plain = with_velocity(load_generator(folder / "ddpm"), "ddpm")
+    plain.dtype = task.net.dtype
     images = torch.rand(6, 1, 16, 16) * 2 - 1
-    step = lambda: velocity_loss(task.net, images, None, torch.Generator()).sum()
-    kept = saved_bytes(step, own_storages(task.net))
-    assert found.first.steps["v"].bytes(6) == pytest.approx(kept, rel=0.02)
+
+    def kept(net):
+        return saved_bytes(lambda: velocity_loss(net, images, None, torch.Generator()).sum(), own_storages(net))
+
+    assert found.first.steps["v"].bytes(6) == pytest.approx(kept(plain), rel=0.02)
+    assert 0 < kept(task.net) <= found.first.steps["v"].bytes(6)
     task.iteration(0)
     moments = [t for state in task.optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
     assert found.first.fixed["optimizer"] == sum(t.numel() * t.itemsize for t in moments)
