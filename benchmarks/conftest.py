@@ -7,6 +7,8 @@ pytest benchmarks/ --benchmark-disable -q        checks alone
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.case import OUT_OF_MEMORY, Case, Effort, UnavailableError, measure_peer
+from benchmarks.harness.case import COMPILED, OUT_OF_MEMORY, Case, Effort, UnavailableError, measure_peer
 from benchmarks.harness.results import FOLDER, Results, Row, format_seconds
-from benchmarks.harness.timing import Call, Sampler, Timing, measure
+from benchmarks.harness.timing import Call, Sampler, Timing, measure, without_garbage_collection
 
 CASES = {
     "operator_case": ("benchmarks.cases.operator_cases", "operator_cases"),
@@ -28,7 +30,7 @@ CASES = {
 """Fixture names, and where the cases behind them come from: imported only by the run that wants them."""
 
 _ROWS = pytest.StashKey[list[Row]]()
-_ROUNDS = 3
+_ROUNDS = 5
 _SECONDS = {"wall": 0.3, "device": 0.12}  # by headline: operators take milliseconds, and there are many
 
 
@@ -71,10 +73,16 @@ class Runner:
     pytest-benchmark drives the rounds of one peer and shows them: ours if there is one, else the last. It shows whole
     rounds, those of an iteration with all of R1. The times of all peers, in which a sixteenth of it counts, go to
     `extra_info`, to the summary and to the record.
+
+    On a CPU the peers take their rounds in turn: a machine that is shared may run at two thirds of its speed for
+    minutes, which would be taken for a peer's own. Compiled ones do not, as they are released before the next begins;
+    and none on a GPU, whose memory may not hold all of them at once.
     """
 
     def __init__(self, benchmark: Any, device: torch.device, keep: Callable[[Row], None]) -> None:
         self._benchmark, self._device, self._keep = benchmark, device, keep
+        self._waiting: dict[str, tuple[Sampler, int]] = {}
+        """Peers that are checked and warmed up, and how many rounds each is to take."""
 
     def __call__(self, case: Case) -> None:
         timed = not self._benchmark.disabled
@@ -86,13 +94,18 @@ class Runner:
             pytest.skip(str(error))
         ours = [name for name in bench.peers if "gdd_fast" in name] or list(bench.peers)
         effort = Effort(_SECONDS[bench.headline] if timed else 0.0, least=_ROUNDS)
-        rows = []
+        in_turn = timed and self._device.type == "cpu"
+        found = {}
         for peer in bench.peers:
-            timer = self._drive if timed and peer == ours[0] else measure
-            row = measure_peer(case, bench, peer, self._device, effort, timer)
+            alone = any(name in peer for name in COMPILED)
+            timer = partial(self._wait, peer) if in_turn and not alone else self._drive if peer == ours[0] else measure
+            row = measure_peer(case, bench, peer, self._device, effort, timer if timed else measure)
             if row is not None and (timed or row.failure):
-                self._keep(row)
-                rows.append(row)
+                found[peer] = row
+        timings = self._in_turn(ours[0])
+        rows = [row if row.failure else replace(row, **vars(timings.get(p, row))) for p, row in found.items()]
+        for row in rows:
+            self._keep(row)
         self._benchmark.extra_info["seconds"] = {row.peer: row.seconds for row in rows}
         if not timed:
             self._benchmark(lambda: None)  # the fixture asks to be used
@@ -106,6 +119,36 @@ class Runner:
         shortest = sampler.warm_up(seconds / 5)
         outputs = self._benchmark.pedantic(sampler.round, rounds=max(least, min(most, int(seconds / shortest))))
         return sampler.timing(), outputs
+
+    def _wait(
+        self, peer: str, call: Call, device: torch.device, *, seconds: float, least: int, most: int
+    ) -> tuple[Timing, Any]:
+        """As `timing.measure`, with one round now and all others in turn with the other peers'."""
+        sampler = Sampler(call, device)
+        shortest = sampler.warm_up(seconds / 5)
+        outputs = sampler.round()
+        self._waiting[peer] = (sampler, max(least, min(most, int(seconds / shortest))))
+        return sampler.timing(), outputs
+
+    def _in_turn(self, driven: str) -> dict[str, Timing]:
+        """The timings of the peers that wait, after their rounds; pytest-benchmark drives those of `driven`."""
+        others = [waiting for peer, waiting in self._waiting.items() if peer != driven]
+
+        def turns() -> Iterator[None]:
+            for number in range(max((rounds for _, rounds in others), default=0)):
+                for sampler, rounds in others:
+                    if number < rounds:
+                        sampler.round()
+                yield
+
+        turn = turns()
+        with without_garbage_collection():
+            if driven in self._waiting:
+                sampler, rounds = self._waiting[driven]
+                self._benchmark.pedantic(sampler.round, setup=lambda: next(turn, None), rounds=rounds)
+            for _ in turn:
+                pass
+        return {peer: sampler.timing() for peer, (sampler, _) in self._waiting.items()}
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def _end(message: str) -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(line, file=sys.stderr)
     raise SystemExit(2) from None
 

@@ -29,23 +29,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     beside `path` until then, since some writers make further files of their own beside theirs, safetensors among them.
     What killed processes have left of `path` is removed, but not what others are writing now.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    with _folder_beside(path) as folder:
-        temporary = folder / path.name
-        try:
-            yield temporary
-            # some writers make files that only their owner may read
-            temporary.chmod(0o666 & folder.stat().st_mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        except OSError as error:
-            if error.filename == str(temporary) or (error.filename is None and error.errno in FULL):
-                error.filename = str(path)  # the name that means something to whoever reads the message
-            raise
+    with atomic_folder(Path(path)) as temporary:
+        yield temporary
+        # some writers make files that only their owner may read
+        temporary.chmod(0o666 & temporary.parent.stat().st_mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -59,8 +48,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.replace(path)
             sync_folder(path.parent)
-        except OSError as error:
-            if str(error.filename).startswith(str(temporary)):
+        except OSError as error:  # the name that means something to whoever reads the message
+            if error.filename is None and error.errno in FULL:
+                error.filename = str(path)
+            elif str(error.filename).startswith(str(temporary)):
                 error.filename = str(path) + str(error.filename).removeprefix(str(temporary))
             raise
 

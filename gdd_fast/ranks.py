@@ -23,6 +23,7 @@ T = TypeVar("T")
 _DTYPES = (torch.uint8, torch.float32)
 _MOST_DIMENSIONS = 4
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,17 @@ class World:
         starts = range(self.rank * batch, len(items), self.size * batch)
         return [item for start in starts for item in items[start : start + batch]]
 
-    def in_order(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on.
+    def from_main(self, value: T) -> T:
+        """What the main rank has given, of plain types, on every rank."""
+        held = [value]
+        if self.size > 1:
+            with _exchange():
+                dist.broadcast_object_list(held, 0, device=torch.device("cpu"))
+        return held[0]
+
+    def in_order(self, tensors: Iterable[Tensor], *, everywhere: bool = False) -> Iterator[Tensor]:
+        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on;
+        with `everywhere` on all of them.
 
         uint8 or float32; they differ in n alone, and the first rank has as many as any. What has travelled arrives on
         the CPU. Other ranks give theirs and get nothing: they have to go through the iterator all the same.
@@ -89,12 +99,12 @@ class World:
             counts = [int(n) for n in self.gather(torch.tensor([0 if mine is None else len(mine)]))]
             if not any(counts):
                 return
-            parts = self._to_main(mine, counts)
-            if self.is_main:
+            parts = self._together(mine, counts, everywhere)
+            if self.is_main or everywhere:
                 yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
 
-    def _to_main(self, mine: Tensor | None, counts: list[int]) -> list[Tensor]:
-        """Tensors of all ranks as bytes of one size, on the main rank."""
+    def _together(self, mine: Tensor | None, counts: list[int], everywhere: bool) -> list[Tensor]:
+        """Tensors of all ranks as bytes of one size, on the main rank or on all."""
         form = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64)
         if self.is_main and mine is not None:
             form[: mine.ndim + 1] = torch.tensor([_DTYPES.index(mine.dtype), mine.ndim - 1, *mine.shape[1:]])
@@ -104,10 +114,13 @@ class World:
         padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
         if mine is not None:
             padded[: len(mine)] = mine.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _exchange():
-            dist.gather(padded, parts)
-        return [] if parts is None else parts
+            if everywhere:
+                dist.all_gather(parts, padded)
+            else:
+                dist.gather(padded, parts if self.is_main else None)
+        return parts
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -154,13 +167,23 @@ def is_main() -> bool:
 
 def _launched() -> tuple[int, int, int] | None:
     """Rank, size and local rank as torchrun sets them; None in a process that it did not start."""
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    if len(missing) == len(_TORCHRUN):
+    if not any(name in os.environ for name in _TORCHRUN):
         return None
+    _check_environment(_TORCHRUN)
+    try:
+        rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
+    except ValueError:
+        rank, size, local = -1, 0, -1
+    if not (0 <= rank < size and local >= 0):
+        said = ", ".join(f"{name}={os.environ[name]!r:.20}" for name in _TORCHRUN)
+        raise ConfigError(f"{said} in the environment are not as torchrun sets them; start with torchrun")
+    return rank, size, local
+
+
+def _check_environment(names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
-    rank, size, local = (int(os.environ[name]) for name in _TORCHRUN)
-    return rank, size, local
 
 
 @contextlib.contextmanager
@@ -182,7 +205,12 @@ def join(option: str) -> Iterator[World]:
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
     # The store outlives a group. A second one in the same processes must not find the addresses of the first there.
-    store, _, _ = next(dist.rendezvous("env://"))
+    _check_environment(_ADDRESS)
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:  # no port, no such host, a port that another program has
+        where, why = ":".join(os.environ[name] for name in _ADDRESS), str(error).partition("\n")[0]
+        raise ConfigError(f"the processes of this run cannot meet at {where} ({why}); start with torchrun") from error
     number = (store.add("gdd_fast.joined", 1) - 1) // size
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(f"gdd_fast.{number}", store), rank=rank, world_size=size)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ScoreSdeVeScheduler, UNet2DModel
 from tiny_run import write_inputs
 
 SIZE = 8
@@ -68,6 +68,11 @@ def random_unet(name: str) -> UNet2DModel:
             for parameter in unet.parameters():
                 parameter.add_(0.03 * torch.randn_like(parameter))
     return unet.eval().requires_grad_(False)
+
+
+def scheduler_of(name: str) -> DDPMScheduler | ScoreSdeVeScheduler:
+    """One that the U-Net of UNETS by this name can be trained with: a Fourier embedding has no time 0."""
+    return ScoreSdeVeScheduler() if name == "score" else DDPMScheduler(prediction_type="v_prediction")
 
 
 def write_ddpm(folder: Path) -> Path:

@@ -44,7 +44,7 @@ from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.report import report_page
-from gdd_fast.training import checkpoint
+from gdd_fast.training import checkpoint, loop
 
 CPU_SECONDS = 5
 MEMORY = 512 << 20  # more than the process has had, at any moment
@@ -152,6 +152,7 @@ class _RunFolder:
         for attempt in (
             lambda: load_generator(run),
             lambda: report_page.page([report_page.read_run(run)]),
+            lambda: loop.check_same_run(run, {}, {}, 100),
             lambda: self.task.restore(checkpoint.load(run / "checkpoint.safetensors")),
         ):
             try:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,3 +40,16 @@ def test_where_things_happen_is_where_they_happen():
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             defined |= {target.id for target in targets if isinstance(target, ast.Name)}
         assert set(re.findall("`(.+?)`", names)) <= defined, what
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/accelerate.md", "SECURITY.md", "CONTRIBUTING.md"])
+def test_the_tests_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text()
+    assert not [path for path in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / path).is_file()]
+    for path, words in re.findall(r"`pytest[^`]*?(tests/[\w/]+\.py) -k (\w+)`", text):
+        assert words in (ROOT / path).read_text(), path
+
+
+def test_each_promise_names_its_tests():
+    promises = (ROOT / "docs" / "reliability.md").read_text().partition("| --- | --- |\n")[2].partition("\n\n")[0]
+    assert promises.count("\n") > 15 and all("`tests/" in line for line in promises.splitlines())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.layer_calls import BACKBONES, build, call
-from benchmarks.counts.flops import count_flops
+from benchmarks.counts.step_kernels import count_kernels
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import Closeness, tensors
 from benchmarks.harness.timing import Call
@@ -149,7 +149,7 @@ def _generator(
     makers = (makers if ready else {}) | {peer: slow[peer] for peer in compiled}
     weights = sum(p.numel() for p in net.parameters()) * (torch.finfo(dtype).bits // 8)
     with torch.no_grad():
-        flops = count_flops(lambda: _meta_generator(net, batch))
+        flops = count_kernels(lambda: _meta_generator(net, batch)).flop
     return Bench(
         makers,
         check.check,
@@ -277,7 +277,7 @@ def _backbone(
     }
     if compiled:
         makers = {"compile": partial(stock, True)}
-    flops = count_flops(lambda: _meta_backbone(name, batch, resolution))
+    flops = count_kernels(lambda: _meta_backbone(name, batch, resolution)).flop
     return Bench(makers, check.check, flops=flops, precision=_NAMES[dtype], precisions={"official fp32": "fp32"})
 
 

@@ -120,6 +120,7 @@ def fake_engine(name: str, channels: int) -> Iterator[tuple[Preconditioned, Fold
         late_bias=True,
         norm="triton",
         residual="triton",
+        statistics=True,
         resample="cuda",
         attention="torch",  # its "auto" asks which GPU it is
     )

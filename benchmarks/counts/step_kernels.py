@@ -84,7 +84,10 @@ class Count:
 
 
 def count_kernels(step: Callable[[], object]) -> Count:
-    """Of one call, with `IMAGES` images; within a FakeTensorMode, or on meta tensors."""
+    """Of one call, of `IMAGES` images if `Count.at` is to be asked; within a FakeTensorMode, or on meta tensors.
+
+    FLOP are two for a multiply-add, of convolutions, matrix products and attention, backward passes included.
+    """
     with _Counting() as counting:
         step()
     return counting.count
@@ -156,9 +159,9 @@ class _Counting(TorchDispatchMode):
         one = partial(Kernel, dtype=dtype, growing=frozenset())
         whole = one(name, reads, writes)
         if name == "convolution":
-            x, weight, bias = args[:3]
-            flop, rows, columns = _product(weight, result)
-            product = one(name, dict(map(self._memory, (x, weight))), writes, flop=flop, rows=rows, columns=columns)
+            x, weight, bias, *_, transposed, _, _ = args
+            flop = _flop(x, weight, result, transposed)
+            product = one(name, dict(map(self._memory, (x, weight))), writes, flop=flop, **_sides(result))
             return [product, *([one("bias", writes, writes)] if bias is not None else [])]
         if name == "convolution_backward":
             return self._gradients(args, result, one)
@@ -173,14 +176,13 @@ class _Counting(TorchDispatchMode):
 
     def _gradients(self, args, result, one: Callable[..., Kernel]) -> list[Kernel]:
         """Of the input, the weight and the bias of a convolution, as far as they are asked for."""
-        dy, x, weight = args[:3]
+        dy, x, weight, *_, transposed, _, _, _ = args
         dx, dweight, dbias = result
         found = []
-        flop = _product(weight, dy)[0]  # either product multiplies as often as the convolution
+        flop = _flop(x, weight, dy, transposed)  # either product multiplies as often as the convolution
         if dx is not None:
-            _, rows, columns = _product(weight, dx)
             sizes = dict(map(self._memory, (dy, weight))), dict([self._memory(dx)])
-            found.append(one("input gradient", *sizes, flop=flop, rows=rows, columns=columns))
+            found.append(one("input gradient", *sizes, flop=flop, **_sides(dx)))
         if dweight is not None:  # its sum over positions is split over the device
             found.append(
                 one("weight gradient", dict(map(self._memory, (dy, x))), dict([self._memory(dweight)]), flop=flop)
@@ -198,6 +200,10 @@ class _Counting(TorchDispatchMode):
         return number, min(t.numel() * t.itemsize, storage.nbytes())
 
 
-def _product(weight: Tensor, out: Tensor) -> tuple[float, int, int]:
-    """FLOP, rows and columns of a convolution with results `out`."""
-    return 2.0 * out.numel() * weight.shape[1:].numel(), out.shape[0] * out.shape[2:].numel(), out.shape[1]
+def _flop(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> float:
+    """Of a convolution: two for each multiplication by a weight."""
+    return 2.0 * (x if transposed else out).numel() * weight.shape[1:].numel()
+
+
+def _sides(out: Tensor) -> dict[str, int]:
+    return {"rows": out.shape[0] * out.shape[2:].numel(), "columns": out.shape[1]}

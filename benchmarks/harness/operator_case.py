@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.counts.flops import count_flops
+from benchmarks.counts.step_kernels import count_kernels
 from benchmarks.harness.case import Bench, Case, UnavailableError
 from benchmarks.harness.checks import FACTOR, Accuracy, tensors
 from benchmarks.harness.timing import Call
@@ -118,7 +118,8 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
         forward = {} if backward else problem.undifferentiable
         peers |= {name: partial(peer, f) for name, f in ({"stock": stock} | fused | forward | bounds).items()}
         peers |= {name: (lambda make=make: peer(make())) for name, make in problem.extra.items()}
-    flops = count_flops(lambda: _run(definition, meta, names, [torch.empty_like(c, device="meta") for c in cotangents]))
+    meta_cotangents = [torch.empty_like(c, device="meta") for c in cotangents]
+    flops = count_kernels(lambda: _run(definition, meta, names, meta_cotangents)).flop
     return Bench(
         peers,
         accuracy.check,

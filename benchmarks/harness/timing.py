@@ -154,9 +154,7 @@ def measure(
     The warm-up takes another fifth of the time. The garbage collector is off meanwhile.
     """
     sampler = Sampler(call, device)
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with without_garbage_collection():
         sampler.warm_up(seconds / 5)
         start, outputs = time.perf_counter(), None
         for number in range(most):
@@ -164,10 +162,19 @@ def measure(
             outputs = sampler.round()
             if number + 1 >= least and time.perf_counter() - start >= seconds:
                 break
+    return sampler.timing(), outputs
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Python's collector off, as it was before afterwards."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if enabled:
             gc.enable()
-    return sampler.timing(), outputs
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

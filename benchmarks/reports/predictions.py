@@ -18,7 +18,7 @@ Writes the table in docs/roofline.md: a prediction, no measurement. FLOP, bytes,
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,7 @@ from benchmarks.counts.dispatched import build, fake_engine, inputs
 from benchmarks.counts.step_kernels import IMAGES, Count, Kernel, count_kernels, fused, on_a_gpu
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from benchmarks.peers.training import OFFICIAL_SETTINGS, OUR_SETTINGS, STOCK_SETTINGS, Settings, Setup, Training
-from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
-from gdd_fast.distill.memory_forecast import without_values
+from gdd_fast.distill.memory_forecast import losses_of_nothing, without_values
 from gdd_fast.sampling.sampler import one_step
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "roofline.md"
@@ -122,47 +121,20 @@ def count_training(row: str, setup: Setup) -> Steps:
     """`row` is a key of OPTIMIZER; the setup's batch has to be `IMAGES`."""
     settings = {"public": OFFICIAL_SETTINGS, "fast": OUR_SETTINGS, "max-autotune": STOCK_SETTINGS}[row]
     training = Training(setup, settings, torch.device("cpu"))
-    r1_features, r1_dtype = training.features, settings.discriminator_dtype
-    if row == "fast":
-        r1_features, r1_dtype = copy.deepcopy(training.features).to(torch.float32), torch.float32
+    r1_features = copy.deepcopy(training.features).to(torch.float32) if row == "fast" else training.features
     with FakeTensorMode(allow_non_fake_inputs=True), on_a_gpu() if row == "fast" else nullcontext():
         g, f, r, h = map(without_values, (training.generator, training.features, r1_features, training.heads))
-        steps = {name: count_kernels(step) for name, step in _steps(setup, g, f, r, h, r1_dtype)}
-    trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in (("G", g), ("D", h))}
-    trained["R1"] = trained["D"]
+        trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in (("G", g), ("D", h))}
+        trained["R1"] = trained["D"]
+        steps = {}
+        for name, loss in losses_of_nothing(setup.config.loss.logit_reduction, g, f, r, h).items():
+            for p in trained["D"]:
+                p.requires_grad_(name != "G")
+            steps[name] = count_kernels(lambda loss=loss: loss(setup.batch).backward())
+            for p in [*g.parameters(), *h.parameters()]:
+                p.grad = None
     weights = {name: sum(p.numel() for p in found) for name, found in trained.items()}
     return Steps(settings, row, steps, weights, {name: len(found) for name, found in trained.items()})
-
-
-def _steps(setup: Setup, g, f, r, h, r1_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Losses and gradients as in gdd_fast.distill.gdd, without the optimizers."""
-    reduction, images = setup.config.loss.logit_reduction, setup.batch
-    shape = images, g.img_channels, g.img_resolution, g.img_resolution
-    labels = torch.empty(images, g.label_dim) if g.label_dim else None
-    trained = [p for p in h.parameters() if p.requires_grad]
-
-    def generator_step() -> None:
-        for p in trained:
-            p.requires_grad_(False)
-        generator_loss(h(f(one_step(g, torch.empty(shape), labels)), labels), reduction, images).backward()
-        for p in trained:
-            p.requires_grad_(True)
-
-    def discriminator_step() -> None:
-        with torch.no_grad():
-            fake, real = f(one_step(g, torch.empty(shape), labels)), f(torch.empty(shape))
-        discriminator_loss(h(fake, labels), h(real, labels), reduction, images).backward()
-
-    def r1_step() -> None:
-        before, h.dtype = h.dtype, r1_dtype
-        z = torch.empty(shape, requires_grad=True)
-        r1_penalty(z, h(r(z), labels)).sum().backward()
-        h.dtype = before
-
-    for name, step in (("G", generator_step), ("D", discriminator_step), ("R1", r1_step)):
-        yield name, step
-        for p in [*g.parameters(), *h.parameters()]:
-            p.grad = None
 
 
 def count_sampling(row: str, channels: int = 128) -> Count:

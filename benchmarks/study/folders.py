@@ -72,9 +72,6 @@ class Folders:
     def judged(self, what: str, images: int, sampler: str, seed_set: int) -> Path:
         return self.root / "judged" / what / f"{images:09d}-{sampler}-{seed_set}.json"
 
-    def tables(self) -> Path:
-        return self.root / "tables"
-
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())

@@ -1,26 +1,26 @@
 """What the judges say of teacher and students: distances to held-out real images, by networks of several kinds."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.study.folders import Folders, write_json
 from benchmarks.study.training import Budget
 from gdd_fast.bundled import teacher_path
 from gdd_fast.data import load_data
-from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.device import full_float32, pick_device
-from gdd_fast.metrics.features import FeatureExtractor, build_extractor
-from gdd_fast.metrics.frechet import Statistics, frechet_distance
+from gdd_fast.metrics.features import build_extractor
+from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.kid import kernel_distance
 from gdd_fast.metrics.neighbours import precision_recall
+from gdd_fast.metrics.population import Needs, Population
+from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
-from gdd_fast.sampling.generate import SamplerConfig, generate
+from gdd_fast.sampling.generate import SamplerConfig
 
 FLOOR, TEACHER, UNTRAINED = "floor", "teacher", "untrained"
 KERNEL_SUBSETS = 20  # of 1,000 images each; their mean is the estimate
@@ -90,59 +90,32 @@ class Court:
         self.folders, self.budget = folders, budget
         self.device = pick_device("auto")
         self.judges = [build_extractor(name, device=self.device) for name in folders.study.features]
+        # the kernel distance, precision and recall are by the first two
+        self.needs = [Needs(rows=index < 2) for index in range(len(self.judges))]
+        self.options = {"batch": _BATCH, "progress": lambda _: budget.check()}
         test = load_data(folders.data("test"))
-        self.real = [self._cached(judge, test, index) for index, judge in enumerate(self.judges)]
+        self.real = dataset_populations(test, self.judges, self.needs, **self.options)
 
     def judge(self, subject: Subject) -> dict[str, Any]:
         """Distances of the subject's images by every judge; precision and recall by the first two."""
         begun = time.process_time()
-        features = self._features(self._images(subject))
+        populations = self._populations(subject)
         generation_and_features = time.process_time() - begun
-        found: dict[str, Any] = {"images": len(features[0]), "frechet": {}, "kernel": {}, "precision_recall": {}}
-        for index, (judge, ours, real) in enumerate(zip(self.judges, features, self.real, strict=True)):
-            found["frechet"][judge.name] = frechet_distance(_statistics(judge, ours), _statistics(judge, real))
-            if index < 2:
+        found: dict[str, Any] = {"images": populations[0].count, "frechet": {}, "kernel": {}, "precision_recall": {}}
+        for judge, ours, real in zip(self.judges, populations, self.real, strict=True):
+            found["frechet"][judge.name] = frechet_distance(ours.statistics, real.statistics)
+            if ours.rows is not None:
                 self.budget.check()
-                found["kernel"][judge.name] = kernel_distance(ours, real, subsets=KERNEL_SUBSETS)
-                found["precision_recall"][judge.name] = precision_recall(ours, real)
+                found["kernel"][judge.name] = kernel_distance(ours.rows, real.rows, subsets=KERNEL_SUBSETS)
+                found["precision_recall"][judge.name] = precision_recall(ours.rows, real.rows)
         return {**found, "cpu_s": round(generation_and_features, 1)}
 
-    def _images(self, subject: Subject) -> Iterable[Tensor]:
-        """uint8 (N, C, H, W)."""
+    def _populations(self, subject: Subject) -> list[Population]:
+        """The subject's images as the judges see them."""
         count = self.folders.study.images
         if subject.net is None:
-            return _real_images(load_data(self.folders.data("train")), count)
+            train = load_data(self.folders.data("train"))
+            return dataset_populations(train, self.judges, self.needs, max_images=count, **self.options)
         net = load_generator(teacher_path(subject.net), self.device, "float32").to(memory_format=torch.channels_last)
         seeds = range(subject.seed_set * count, (subject.seed_set + 1) * count)
-        parts = generate(net, seeds, subject.sampler, batch=_BATCH)
-        return (part.images.permute(0, 3, 1, 2) for part in parts)
-
-    def _features(self, batches: Iterable[Tensor]) -> list[Tensor]:
-        found: list[list[Tensor]] = [[] for _ in self.judges]
-        for images in batches:
-            self.budget.check()
-            for parts, judge in zip(found, self.judges, strict=True):
-                parts.append(judge(images))
-        return [torch.cat(parts) for parts in found]
-
-    def _cached(self, judge: FeatureExtractor, test: ImageDataset, index: int) -> Tensor:
-        """Features of the reference images, kept beside the study."""
-        path = self.folders.root / "reference" / f"{judge.name}.pt"
-        if path.exists():
-            return torch.load(path, map_location=self.device, weights_only=True)
-        features = torch.cat([judge(images) for images in _real_images(test, len(test))])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(features, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-        return features
-
-
-def _statistics(judge: FeatureExtractor, features: Tensor) -> Statistics:
-    found = Statistics(features.shape[1], judge.name, features.device)
-    found.update(features)
-    return found
-
-
-def _real_images(dataset: ImageDataset, count: int) -> Iterator[Tensor]:
-    for chunk in dataset.chunks(choose_images(len(dataset), count)):
-        yield from torch.from_numpy(chunk).split(_BATCH)
+        return generator_populations(net, self.judges, seeds, subject.sampler, self.needs, **self.options)

@@ -105,6 +105,7 @@ CIFAR16 = Study(
         "g_lr": 1e-3,
         "d_lr": 3e-4,
         "r1_gamma": 3e-3,
+        "reuse_fakes": False,
         "batch": 32,
         "lr_decay_kimg": 10,
         "ema_halflife_mimg": 0.05,

@@ -73,10 +73,10 @@ _BY_TEACHER = {
         discriminator=DiscriminatorConfig(
             backbones=("tf_efficientnet_lite0",), disc_resolution=32, head_width=0.25, d_lr=3e-4
         ),
-        loss=LossConfig(r1_gamma=3e-3),
+        loss=LossConfig(reuse_fakes=True, r1_gamma=3e-3),
         run=RunConfig(
-            duration_mimg=0.036,
-            batch=32,
+            duration_mimg=0.028,
+            batch=16,
             lr_decay_kimg=5,
             tick_kimg=2,
             evaluate_images=2000,
@@ -124,8 +124,8 @@ def recipe_for(
     else:
         like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
     recipe = _freeze_variant(AUTO, _BY_TEACHER[like], 1)
-    if like == DEMO:  # whose rates fall as early as a run of minutes needs
-        recipe = override(recipe, lr_decay_kimg=20)
+    if like == DEMO:  # whose small batches, falling rates and images used twice are for a run of minutes
+        recipe = override(recipe, lr_decay_kimg=20, batch=32, reuse_fakes=False, duration_mimg=0.036)
     if parameters < 500_000:
         recipe = override(recipe, freeze=0, g_lr=3e-4)
     if learns_velocity:
@@ -144,6 +144,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "backbone_statistics": "probed",
         "class_embedding": "per-head",
         "spectral_start": "random",
+        "reuse_fakes": False,
         "nonfinite": "replace",
         "logit_reduction": "rows",
     },

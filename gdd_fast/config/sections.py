@@ -98,6 +98,9 @@ class LossConfig(Settings):
     logit_reduction: Reduction = "rows"
     """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
     R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
+    reuse_fakes: bool = False
+    """The D step judges the images that the G step has made, which saves one pass of the generator in three. The paper
+    makes new ones."""
     r1_gamma: NotNegative = 1e-4
     """Weight of the R1 penalty on real images."""
     r1_interval: Annotated[int, Limit(0)] = 16

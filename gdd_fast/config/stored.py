@@ -57,5 +57,5 @@ def differences(
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, ignore, defaults.get(name) or {}, f"{prefix}{name}.")
         elif a != b and name not in ignore:
-            found.append(f"{prefix}{name}: {a} -> {b}")
+            found.append(f"{prefix}{name}: {a!s:.80} -> {b!s:.80}")  # a whole section in a run of another command
     return found

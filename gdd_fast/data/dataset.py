@@ -1,5 +1,6 @@
 """Image data sets at random access: EDM zip, folder of images, npz."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -159,6 +160,8 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: this user may not read it")
     if path.suffix.lower() == ".npz":
         images, labels = read_npz(path)
         if use_labels and labels is None:

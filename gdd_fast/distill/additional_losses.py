@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class AdditionalLosses:
         given = parts.additional
         assert given is not None
         self.options, self.world = config.ablation, world
+        self._together: dict[str, Any] = {"batch": _FILL_BATCH, "world": world, "everywhere": True}
         self.teacher_loss: TeacherLoss | None = None
         if given.teacher is not None and given.distance is not None:
             layout = fast_layout(world.device, config.generator.g_precision)
@@ -115,12 +116,9 @@ class AdditionalLosses:
         extractors = given.extractors
         if self.world.device.type != "cpu":
             extractors = [_extractor(n, weights.get(n), self.world.device) for n in self.options.frechet_loss]
-        share = (self.world.rank, self.world.size)
-        found = dataset_populations(parts.dataset, extractors, share=share, batch=_FILL_BATCH)
+        found = dataset_populations(parts.dataset, extractors, **self._together)
         losses = []
         for extractor, population in zip(extractors, found, strict=True):
-            if self.world.size > 1:
-                population.all_gather()
             assert population.statistics is not None
             losses.append(FrechetLoss(extractor, population.statistics, self.options.frechet_population))
         return losses
@@ -143,14 +141,12 @@ class AdditionalLosses:
     def _fill(self, net: Preconditioned) -> None:
         """A population of the generator as it is, of seeds 0, 1, ..., on all ranks together."""
         extractors = [loss.extractors[0] for loss in self.frechet.values()]
-        seeds = range(self.world.rank, self.options.frechet_population, self.world.size)
+        seeds = range(self.options.frechet_population)
         needs = [Needs(statistics=False, rows=True)] * len(extractors)
         one_step = SamplerConfig(sampler="one-step")
         with torch.no_grad():
-            found = generator_populations(net, extractors, seeds, one_step, needs, batch=_FILL_BATCH)
+            found = generator_populations(net, extractors, seeds, one_step, needs, **self._together)
         for loss, population in zip(self.frechet.values(), found, strict=True):
-            if self.world.size > 1:
-                population.all_gather()
             assert population.rows is not None
             loss.fill(population.rows)
 

@@ -45,6 +45,8 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
             f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images and the generator makes {ours[0]} x "
             f"{ours[1]}^2; give images of one size and colour (python -m gdd_fast.prepare resizes)"
         )
+    if len(reference) < 2:
+        raise ConfigError("--evaluate-data holds one image, and a covariance needs at least 2")
     for name in FEATURES:
         build_extractor(name, **_options(config, name))
 

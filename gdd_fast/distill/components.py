@@ -65,12 +65,6 @@ def build(config: TrainConfig) -> Components:
     resolve_all(config.run.backend, (ADAM_EMA, GROUP_NORM_SILU), device)
     dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
     teacher = load_teacher(given(config.generator.teacher, "--teacher"))
-    broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
-    if broken is not None:
-        raise WeightsError(
-            f"the teacher {config.generator.teacher} has NaN or infinite values in {broken}: take an earlier one of "
-            "its checkpoints, or copy the file again"
-        )
     generator = _generator(config, teacher)
     check_fit(generator, dataset, given(config.data.data, "--data"))
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
@@ -84,6 +78,8 @@ def build(config: TrainConfig) -> Components:
         r1_features = build_features(config, weights, config.loss.r1_precision)
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
+    if config.ablation.frechet_loss and len(dataset) < 2:
+        raise ConfigError("--frechet-loss: the data set holds one image, and a covariance needs at least 2")
     additional = additional_parts(config, teacher, generator)
     networks = [generator, features, r1_features, heads, *(additional.networks() if additional else ())]
     operators = choose_backend(config.run.backend, device, networks, OPERATORS)
@@ -107,8 +103,18 @@ def _generator(config: TrainConfig, start: Preconditioned) -> Preconditioned:
 
 
 def load_teacher(name: str) -> Preconditioned:
-    """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub."""
-    return load_generator(hub.network_path(name))
+    """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub.
+
+    Raises WeightsError if it is none, or has weights that are not finite.
+    """
+    teacher = load_generator(hub.network_path(name))
+    broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise WeightsError(
+            f"the teacher {name} has NaN or infinite values in {broken}: take an earlier one of its checkpoints, or "
+            "copy the file again"
+        )
+    return teacher
 
 
 def build_features(

@@ -7,11 +7,11 @@ from gdd_fast.config import AUTO, TrainConfig, default_settings, given, loggers,
 from gdd_fast.distill.components import Components, load_teacher
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.distill.velocity import with_velocity
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World
-from gdd_fast.training import checkpoint, loop
+from gdd_fast.training import loop
 
 FOLDER = "velocity"
 SMALL = 10_000_000  # parameters up to which 1e-3 is stable; DDPM trained larger networks at 2e-4
@@ -95,14 +95,23 @@ def run(config: TrainConfig, parts: Components, world: World) -> tuple[loop.Outc
 
 
 def _as_finished(asked: PretrainConfig) -> PretrainConfig:
-    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type."""
-    path = asked.run_dir / loop.CHECKPOINT
-    if not path.exists():
+    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type.
+
+    Raises CheckpointError for a stage of another length: its learning rates and average go by that.
+    """
+    stored = loop.stored_values(asked.run_dir)
+    if stored is None:
         return asked
-    stored = checkpoint.load_values(path)
+    length = stored["config"].get("duration_mimg")
+    if isinstance(length, float) and length != asked.duration_mimg:
+        raise CheckpointError(
+            f"{asked.run_dir} was begun with --velocity-kimg {1e3 * length:g}, not {1e3 * asked.duration_mimg:g}: give "
+            "that again, choose another --run-dir or move the folder away"
+        )
     if stored["images"] < round(asked.duration_mimg * 1e6):
         return asked
-    return replace(asked, batch=stored["config"]["batch"], precision=stored["config"]["precision"], batch_gpu=None)
+    kept = {name: stored["config"].get(name) for name in ("batch", "precision")}
+    return replace(asked, **kept, batch_gpu=None)
 
 
 def remaining(schedule: loop.Schedule, seconds: float) -> loop.Schedule:

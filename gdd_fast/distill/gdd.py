@@ -100,6 +100,10 @@ class Distillation:
         self.gan = config.ablation.gan == "on"
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
+        self._fakes: Tensor | None = None
+        """The images of the last G step, with `reuse_fakes`."""
+        if config.loss.reuse_fakes and self.judges_fakes:
+            self._fakes = torch.zeros(self._shape(self.local_batch), device=device)
         fixed = self.additional is None and not run.debug_finite
         engine = choose_step_engine(run.engine, device, world.size, fixed=fixed)
         self.steps = CapturedSteps(
@@ -180,36 +184,42 @@ class Distillation:
         parts = [images.split(self.micro_batch) for images in real]
         for i, label in enumerate(chunks(labels, self.micro_batch, self.local_batch)):
             if self.additional is None:
-                loss = self.loss_g(self._draw(), label)
+                loss, fakes = self.loss_g(self._draw(), label)
             else:
-                loss = self._loss_with(self.additional, parts[0][i], label)
+                loss, fakes = self._loss_with(self.additional, parts[0][i], label)
             loss.backward()
+            if self._fakes is not None and fakes is not None:
+                self._fakes[i * self.micro_batch :][: self.micro_batch].copy_(fakes)
             total += loss.detach()
         return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
 
-    def _loss_g(self, z: Tensor, label: Tensor | None) -> Tensor:
-        """The GAN's loss of G for a micro-batch."""
-        return self._judged(one_step(self.generator, z, label), label)
+    def _loss_g(self, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The GAN's loss of G for a micro-batch, and the images that it is of."""
+        fakes = one_step(self.generator, z, label)
+        return self._judged(fakes, label), fakes.detach()
 
     def _judged(self, fakes: Tensor, label: Tensor | None) -> Tensor:
         logits = self.heads(self.features(fakes), label)
         return generator_loss(logits, self.config.loss.logit_reduction, self.local_batch)
 
-    def _loss_with(self, additional: AdditionalLosses, real: Tensor, label: Tensor | None) -> Tensor:
-        """The GAN's, where there is one, and those that an ablation adds."""
+    def _loss_with(
+        self, additional: AdditionalLosses, real: Tensor, label: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The GAN's, where there is one, and those that an ablation adds; and the images, where any are judged."""
         fakes = one_step(self.generator, self._draw(), label) if self.judges_fakes else None
         losses = [self._judged(fakes, label)] if self.gan and fakes is not None else []
         more = additional(self.generator, fakes, real, label, self.random.generator)
         # as many times a mean over images as the GAN's is
         losses.append(more.sum() if self.config.loss.logit_reduction == "rows" else more.sum() / self.local_batch)
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(), None if fakes is None else fakes.detach()
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         self._train_heads(True)
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
-        for part, label in self._micro_batches(real, labels):
-            loss, logits = self.loss_d(self._draw(), part, label)
+        made = None if self._fakes is None else self._fakes.split(self.micro_batch)
+        for i, (part, label) in enumerate(self._micro_batches(real, labels)):
+            loss, logits = self.loss_d(self._draw() if made is None else made[i], part, label)
             loss.backward()
             total += loss.detach()
             seen.append(logits)
@@ -224,11 +234,14 @@ class Distillation:
             "sign_accuracy_real": real_positive,
         }
 
-    def _loss_d(self, z: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of D for a micro-batch, and `mean_and_positive` of its logits of fakes and of real images."""
+    def _loss_d(self, source: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of D for a micro-batch, and `mean_and_positive` of its logits of fakes and of real images.
+
+        `source` is what the fakes are made of, latents; with `reuse_fakes` the fakes.
+        """
         with torch.no_grad():
-            fake_features = self.features(one_step(self.generator, z, label))
-            real_features = self.features(real)
+            fakes = one_step(self.generator, source, label) if self._fakes is None else source
+            fake_features, real_features = self.features(fakes), self.features(real)
         # one after the other, as batch norm must not mix them
         fake, true = self.heads(fake_features, label), self.heads(real_features, label)
         loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
@@ -257,7 +270,9 @@ class Distillation:
             self.heads.dtype = before
 
     def changing(self) -> Iterator[Tensor]:
-        """Every tensor that steps change: weights, buffers, averages, moments and counts."""
+        """Every tensor that steps change: weights, buffers, averages, moments, counts and images kept for the next."""
+        if self._fakes is not None:
+            yield self._fakes
         for net in (self.generator, self.ema.net, self.heads):
             yield from net.parameters()
             yield from net.buffers()

@@ -21,7 +21,7 @@ from gdd_fast.metrics.population import Needs, Population
 from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
-from gdd_fast.ranks import World
+from gdd_fast.ranks import World, world_size
 from gdd_fast.sampling.generate import SamplerConfig
 
 BEST = "best"
@@ -38,6 +38,8 @@ def build_measurement(
     Raises `ConfigError`, `DataError` or `WeightsError` for what would keep it from measuring.
     """
     run = config.run
+    if run.evaluate_images < world_size():
+        raise ConfigError(f"--evaluate-images {run.evaluate_images}: fewer than the {world_size()} processes")
     requests = parse_metrics(run.evaluate_metrics)
     if any(request.metric == "nn" for request in requests):
         raise ConfigError(
@@ -68,8 +70,6 @@ class Evaluation:
         self.config, self.measurement, self.world = config, measurement, world
         self.tick_images = max(1, round(config.run.tick_kimg * 1e3))
         self._real: list[Population] | None = None
-        if config.run.evaluate_images < world.size:
-            raise ConfigError(f"--evaluate-images {config.run.evaluate_images}: fewer than the {world.size} processes")
 
     def is_due(self, images: int) -> bool:
         """Whether a tick at so many images is one of those that measure."""
@@ -95,9 +95,8 @@ class Evaluation:
         world, measurement = self.world, self.measurement
         if self._real is None:
             self._real = self._real_images(net)
-        seeds = range(world.rank, self.config.run.evaluate_images, world.size)
-        found = generator_populations(net, measurement.extractors, seeds, sampler, measurement.needs)
-        self._together(found)
+        seeds = range(self.config.run.evaluate_images)
+        found = generator_populations(net, measurement.extractors, seeds, sampler, measurement.needs, world=world)
         return measurement.values(found, self._real) if world.is_main else {}
 
     def _real_images(self, net: Preconditioned) -> list[Population]:
@@ -107,16 +106,9 @@ class Evaluation:
 
         def count(extractors: Sequence[FeatureExtractor], needs: Sequence[Needs]) -> list[Population]:
             dataset = load_data(run.evaluate_data or given(self.config.data.data, "--data"))
-            counted = dataset_populations(dataset, extractors, needs, share=(self.world.rank, self.world.size))
-            self._together(counted)
-            return counted
+            return dataset_populations(dataset, extractors, needs, world=self.world)
 
         return measurement.completed(known, count)
-
-    def _together(self, populations: Sequence[Population]) -> None:
-        if self.world.size > 1:
-            for population in populations:
-                population.all_gather()
 
     def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
         """Write `net` under the name of each value that is the best so far. After a crash it may come from work that

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gdd_fast.config import AUTO, TrainConfig, override
+from gdd_fast.config import AUTO, Reduction, TrainConfig, override
 from gdd_fast.distill import first_stage
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
@@ -135,37 +135,17 @@ def forecast(
     with FakeTensorMode(allow_non_fake_inputs=True):
         g, f, h = (without_values(net).train() for net in (generator, features, heads))
         r = f if r1_features is features else without_values(r1_features)
-        shape = (g.img_channels, g.img_resolution, g.img_resolution)
         g.dtype = generator.dtype
-
-        def inputs(images: int) -> tuple[Tensor, Tensor | None]:
-            return torch.empty(images, *shape), torch.empty(images, g.label_dim) if g.label_dim else None
-
-        def generator_step(images: int) -> Tensor:
-            z, labels = inputs(images)
-            return generator_loss(h(f(one_step(g, z, labels)), labels), loss.logit_reduction, images)
-
-        def discriminator_step(images: int) -> Tensor:
-            z, labels = inputs(images)
-            with torch.no_grad():
-                fake, real = f(one_step(g, z, labels)), f(z)
-            return discriminator_loss(h(fake, labels), h(real, labels), loss.logit_reduction, images)
-
-        def r1_step(images: int) -> Tensor:
-            z, labels = inputs(images)
-            z.requires_grad_()
-            h.dtype = r.dtype
-            return r1_penalty(z, h(r(z), labels)).sum()
-
+        losses = losses_of_nothing(loss.logit_reduction, g, f, r, h)
         trained = [p for p in h.parameters() if p.requires_grad]
         own = [g, f, r, h]
-        steps = {"D": _kept(discriminator_step, own)}
+        steps = {"D": _kept(losses["D"], own)}
         if loss.r1_interval and loss.r1_gamma:
-            steps["R1"] = _kept(r1_step, own)
+            steps["R1"] = _kept(losses["R1"], own)
             h.dtype = heads.dtype
         for weight in trained:
             weight.requires_grad_(False)
-        steps = {"G": _kept(generator_step, own), **steps}
+        steps = {"G": _kept(losses["G"], own), **steps}
     ranks = world_size() if config.run.fsdp else 1
     trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) // ranks
     trains += sum(map(_size, trained))
@@ -207,6 +187,33 @@ def _beside(config: TrainConfig, data_bytes: int) -> dict[str, int]:
     """What lies on a GPU beside networks."""
     held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
     return {"data set": held, "CUDA and its libraries, assumed": CONTEXT}
+
+
+def losses_of_nothing(
+    reduction: Reduction, g: Preconditioned, f: Any, r: Any, h: DiscriminatorHeads
+) -> dict[str, Callable[[int], Tensor]]:
+    """The losses of the steps G, D and R1 of so many images without values. R1 leaves the heads in `r`'s type."""
+
+    def inputs(images: int) -> tuple[Tensor, Tensor | None]:
+        shape = images, g.img_channels, g.img_resolution, g.img_resolution
+        return torch.empty(shape), torch.empty(images, g.label_dim) if g.label_dim else None
+
+    def generator_step(images: int) -> Tensor:
+        z, labels = inputs(images)
+        return generator_loss(h(f(one_step(g, z, labels)), labels), reduction, images)
+
+    def discriminator_step(images: int) -> Tensor:
+        z, labels = inputs(images)
+        with torch.no_grad():
+            fake, real = f(one_step(g, z, labels)), f(z)
+        return discriminator_loss(h(fake, labels), h(real, labels), reduction, images)
+
+    def r1_step(images: int) -> Tensor:
+        z, labels = inputs(images)
+        h.dtype = r.dtype
+        return r1_penalty(z.requires_grad_(), h(r(z), labels)).sum()
+
+    return {"G": generator_step, "D": discriminator_step, "R1": r1_step}
 
 
 def of_components(config: TrainConfig, parts: Components) -> Forecast:

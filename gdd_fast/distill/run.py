@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
-from gdd_fast.device import gpu_arithmetic
+from gdd_fast.device import gpu_arithmetic, pick_device
 from gdd_fast.distill import comparison, components, first_stage, memory_forecast
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.gdd import Distillation
-from gdd_fast.distill.measuring import Evaluation, build_measurement
+from gdd_fast.distill.measuring import BEST, Evaluation, build_measurement
 from gdd_fast.files import check_writable
 from gdd_fast.metrics.shared_judges import shared_judges
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.ranks import is_main, join, world_size
 from gdd_fast.report import report_page
+from gdd_fast.report.run_record import SAMPLES
 from gdd_fast.training import loop
 from gdd_fast.training.batches import split_batch
+from gdd_fast.training.captured_steps import choose_step_engine
+from gdd_fast.training.compiled_losses import check_compiler
 from gdd_fast.training.loggers import check_loggers
 from gdd_fast.training.run_lock import only_process
 from gdd_fast.training.sharding import check_sharding
@@ -49,8 +52,10 @@ def preflight(config: TrainConfig) -> Components:
         GddFastError: bad input.
     """
     config.validate()
-    check_writable(config.run_dir)
+    for folder in ("", SAMPLES, RUN_GENERATOR, BEST, first_stage.FOLDER):
+        check_writable(config.run_dir / folder)
     split_batch(config.run.batch, config.run.batch_gpu, world_size())
+    choose_step_engine(config.run.engine, pick_device(config.run.device), world_size())
     built = components.build(config)
     first_stage.check(config, built.generator)
     if config.run.fsdp:
@@ -93,6 +98,8 @@ def _distill(config: TrainConfig) -> Result:
             if weights_follow or config.ablation.init == "random":
                 start = first_stage.form(config)
             else:
+                if run.engine == "compile":
+                    check_compiler(world.device)
                 first, start, seconds = first_stage.run(config, built, world)
                 if first.exit_status:
                     generator = config.run_dir / RUN_GENERATOR

@@ -37,9 +37,9 @@ from gdd_fast.engine.folded_layers import (
     Target,
 )
 from gdd_fast.engine.folded_unet import Attention, Block, FoldedUNet
+from gdd_fast.engine.folding import Conditioning, Folding, f64
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.layers.convolution import Conv2d
-from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.models.edm import layer_role
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.models.preconditioned import Preconditioned
@@ -51,34 +51,8 @@ from gdd_fast.ops.attention import check_triton
 SIGMA = 80.0
 
 
-class Conditioning(nn.Module):
-    """What a label does to a folded network: its rows, float32 (N, sum of row_sizes).
-
-    Rows of classes come from a table; those of soft labels are computed anew, on the device, from a copy of the
-    embedding and affine layers that is brought there for the first of them.
-    """
-
-    def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float, device: torch.device) -> None:
-        super().__init__()
-        self.embedding = _Embedding(net, blocks, sigma)
-        self.table = nn.Buffer(torch.cat(self.embedding(torch.eye(net.label_dim)), 1).to(device))
-        self._here: _Embedding | None = None
-
-    @property
-    def sizes(self) -> list[int]:
-        return self.embedding.sizes
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
-        if labels.is_floating_point():
-            if self._here is None or self._here.device != labels.device:
-                self._here = self.embedding.to(labels.device)
-            return torch.cat(self._here(labels), 1)
-        return self.table.index_select(0, labels)
-
-
 class _Embedding:
-    """Labels -> rows of every block; a copy of what of `net` that takes, on the CPU until `to` another device.
+    """Labels -> rows of every block, by a copy of what of `net` that takes, on the CPU.
 
     The waves of the noise level are the network's own, in float32. What follows is computed in float64, of which no
     setting such as TF32 takes bits away, from weights that are kept as they are.
@@ -97,21 +71,14 @@ class _Embedding:
         self.adaptive = [block.adaptive_scale for block in blocks]
         self.sizes = [block.out_channels for block in blocks for _ in range(2 if block.adaptive_scale else 1)]
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.map_noise.value.device
-
-    def to(self, device: torch.device) -> "_Embedding":
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model).to(device)
-        twin.affines = [[t.to(device) for t in affine] for affine in self.affines]
-        return twin
+    def __call__(self, labels: Tensor) -> Tensor:
+        """float32 (N, sum of sizes)."""
+        return torch.cat(self.rows(labels), 1)
 
     @torch.no_grad()
-    def __call__(self, labels: Tensor | None) -> list[Tensor]:
+    def rows(self, labels: Tensor | None) -> list[Tensor]:
         """float32 (N, C) for each of `sizes`: the offset before norm1, with conv0's bias, or its scale and shift."""
         noise = self.model.map_noise.value
-        labels = None if labels is None else labels.double()
         emb = self.model.embed(noise, labels, None, batch=1 if labels is None else len(labels))
         rows = []
         for affine, adaptive in zip(self.affines, self.adaptive, strict=True):
@@ -174,16 +141,17 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
     # AMX multiplies bfloat16 sixteen times as fast as AVX-512 does float32: Winograd's method saves a factor of four
     slower = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     winograd = channels_last_cpu and not slower and choose(winograd_conv2d.OPERATOR) == "cpp"
-    attend = choose(attention.OPERATOR)
+    norm, add, attend = (choose(module.OPERATOR) for module in (group_norm_silu, residual, attention))
     return Target(
         device=device,
         dtype=dtype,
         layout=layout,
         convolve="traced" if traced else "packed" if packed else "plain",
-        norm=choose(group_norm_silu.OPERATOR),
-        residual=choose(residual.OPERATOR),
+        norm=norm,
+        residual=add,
         resample=choose(resample2d.OPERATOR),
         attention="auto" if backend == "auto" and not traced else attend,  # its "auto" looks at shapes as well
+        statistics=norm == add == "triton",
         winograd=winograd,
         late_bias=device.type == "cuda",
     )
@@ -197,10 +165,11 @@ def _packable() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
 
-class _Folder:
+class _Folder(Folding):
     """The folding of one network; each method makes the layer that takes the place of one or several of its."""
 
     def __init__(self, net: EDMPrecond, sigma: float, target: Target) -> None:
+        super().__init__(target)
         variance = net.sigma_data**2
         offset = sigma - net.sigma_eps
         self.image_scale = sigma / math.sqrt(sigma**2 + variance)
@@ -208,18 +177,18 @@ class _Folder:
         self.latent_scale = sigma * variance / (offset**2 + variance)
         self.net = net
         self.sigma = sigma
-        self.target = target
 
     def fold(self) -> tuple[FoldedUNet, Conditioning | None]:
         model: Any = self.net.model
         layers = [*model.enc.values(), *model.dec.values()]
         blocks = [layer for layer in layers if isinstance(layer, UNetBlock)]
-        self.conditioning = None
+        embedding = _Embedding(self.net, blocks, self.sigma)
+        self.conditioning: Conditioning | None = None
         if self.net.label_dim:
-            self.conditioning = Conditioning(self.net, blocks, self.sigma, self.target.device)
-            sizes = self.conditioning.sizes
+            self.conditioning = Conditioning(embedding, self.net.label_dim, self.target.device)
+            sizes = embedding.sizes
         else:
-            self.constants = iter(_Embedding(self.net, blocks, self.sigma)(None))
+            self.constants = iter(embedding.rows(None))
             sizes = []
 
         # The residual encoder reads the image once, then its own maps; the skip encoder reads it at every resolution.
@@ -282,17 +251,14 @@ class _Folder:
     ) -> Convolution:
         """A convolution with its bias, without its resampling."""
         out = self.c_out if writes_image else 1.0
-        weight = _f64(conv.weight) * (self.image_scale if reads_image else out)
+        weight = f64(conv.weight) * (self.image_scale if reads_image else out)
         padding = conv.padding + (conv.border if conv.conv_first else 0)
-        return Convolution(weight, _f64(conv.bias) * out, padding, self.target)
+        return Convolution(weight, f64(conv.bias) * out, padding, self.target)
 
     def resampling(self, conv: Conv2d) -> Resampling:
         """The resampling of a convolution, without what it convolves."""
         padding = 0 if conv.conv_first else conv.border  # conv_first pads before it convolves
         return Resampling(conv.resample_filter, up=conv.up, padding=padding, box=conv.box, target=self.target)
-
-    def norm(self, norm: GroupNorm) -> Norm:
-        return Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, self.target)
 
     def block(self, block: UNetBlock, stream: int) -> Block:
         """`stream`: channels of the map that comes in; where the block takes more, the rest are an encoder's skip."""
@@ -317,24 +283,18 @@ class _Folder:
 
     def condition(self, block: UNetBlock) -> tuple[Convolution, Norm, Literal["add", "scale_shift"] | None]:
         """conv0, norm1, and how the rows of a label enter between them (`Block`)."""
-        adaptive, norm = block.adaptive_scale, block.norm1
-        weight, bias = _f64(norm.weight), _f64(norm.bias)
-        offset: Tensor | None = _f64(block.conv0.bias)
+        adaptive, conv0 = block.adaptive_scale, block.conv0
+        offset: Tensor | None = f64(conv0.bias)
         condition: Literal["add", "scale_shift"] | None = None
+        rows: list[Tensor] = []
         if self.conditioning is not None:
             condition = "scale_shift" if adaptive else "add"
             offset = offset if adaptive else None  # it is in the rows
         elif adaptive:
-            scale, shift = (next(self.constants)[0].double() for _ in range(2))
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+            rows = [next(self.constants)[0].double() for _ in range(2)]
         else:
             offset = next(self.constants)[0].double()
-        late = offset if self.target.late_bias else None
-        conv0 = Convolution(
-            _f64(block.conv0.weight), None if self.target.late_bias else offset, block.conv0.padding, self.target
-        )
-        norm1 = Norm(weight, bias, norm.num_groups, norm.eps, self.target, add=late)
-        return conv0, norm1, condition
+        return *self.before_norm(f64(conv0.weight), conv0.padding, offset, block.norm1, rows), condition
 
     def end(
         self, block: UNetBlock, scale: float, stream: int, paired: bool
@@ -342,15 +302,15 @@ class _Folder:
         """conv1, and the end of the block: (conv1(h) + skip) * scale."""
         conv1, skip = block.conv1, block.skip
         if skip is None:  # never of a pair, which has more channels than a block returns
-            return self.identity(conv1, scale)
-        weight, bias = _f64(conv1.weight), _f64(conv1.bias)
+            return self.identity(f64(conv1.weight), f64(conv1.bias), conv1.padding, scale)
+        weight, bias = f64(conv1.weight), f64(conv1.bias)
         if skip.bias is not None:
-            bias = bias + _f64(skip.bias)
+            bias = bias + f64(skip.bias)
         if skip.up or skip.weight is None:
-            conv = None if skip.weight is None else Convolution(_f64(skip.weight), None, 0, self.target)
+            conv = None if skip.weight is None else Convolution(f64(skip.weight), None, 0, self.target)
             return Convolution(weight, bias, conv1.padding, self.target), Resampled(self.resampling(skip), conv, scale)
         resample = self.resampling(skip) if skip.down else None
-        weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
+        weight, bias, projection = weight * scale, bias * scale, f64(skip.weight) * scale
         if self.target.pointwise and self.target.residual != "torch":
             add = FusedResidual(1.0, bias, self.target)
             end = FusedProjection(Convolution(projection, None, 0, self.target), resample, add)
@@ -359,32 +319,19 @@ class _Folder:
         convs = [Convolution(part, None, 0, self.target) for part in projection.split(widths, 1)]
         return Convolution(weight, bias, conv1.padding, self.target), Projection(convs, resample)
 
-    def identity(self, conv: Conv2d, scale: float) -> tuple[Convolution, Identity | FusedResidual]:
-        """The last convolution of a branch, and its sum with a map that stays as it is."""
-        weight, bias = _f64(conv.weight), _f64(conv.bias)
-        if self.target.residual == "torch":
-            return Convolution(weight * scale, bias * scale, conv.padding, self.target), Identity(scale, self.target)
-        return Convolution(weight, None, conv.padding, self.target), FusedResidual(scale, bias, self.target)
-
     def attention(self, block: UNetBlock, gain: float, accumulates: bool) -> Attention:
         """The block's attention on its map times `gain`."""
         if self.target.attention == "triton":
             check_triton(block.attend.head_dim, self.target.dtype, self.target.device.type)
-        scale, norm = block.skip_scale, block.norm2
-        eps = norm.eps * gain**2
-        norm2 = Norm(norm.weight, norm.bias, norm.num_groups, eps, self.target, silu=False)
+        norm2 = self.norm(block.norm2, silu=False, gain=gain)
         # EDM's order is (channel, which of the three), and is here (which, channel)
         weight, bias = (
-            _f64(t).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) for t in (block.qkv.weight, block.qkv.bias)
+            f64(t).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) for t in (block.qkv.weight, block.qkv.bias)
         )
         qkv = Convolution(weight, bias, 0, self.target)
+        weight, bias, scale = f64(block.proj.weight), f64(block.proj.bias), block.skip_scale
         if accumulates:
-            weight, bias = _f64(block.proj.weight) * scale, _f64(block.proj.bias) * scale
-            proj, end = Convolution(weight, bias, 0, self.target), None
+            proj, end = Convolution(weight * scale, bias * scale, 0, self.target), None
         else:
-            proj, end = self.identity(block.proj, scale)
+            proj, end = self.identity(weight, bias, 0, scale)
         return Attention(norm2, qkv, proj, block.num_heads, end, self.target)
-
-
-def _f64(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float64)

@@ -29,6 +29,7 @@ from gdd_fast.engine.folded_layers import (
     Target,
 )
 from gdd_fast.engine.folded_unet import Attention
+from gdd_fast.engine.folding import Conditioning, Folding, f64
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond, unet_body
 from gdd_fast.ops.attention import check_triton
 
@@ -60,29 +61,6 @@ class FoldedUNet2D(nn.Module):
         x = self.unet.conv_out(self.unet.conv_norm_out(x.float()))
         x = x if image is None else x + image.float()
         return torch.add(x, latents, alpha=self.latent_scale) if self.latent_scale else x
-
-
-class Conditioning2D(nn.Module):
-    """What a label does to a folded network: its rows, float32 (N, sum of row_sizes), from a table by class.
-
-    Those of soft labels are computed anew, in float64, from the embeddings of the classes.
-    """
-
-    def __init__(self, base: Tensor, classes: Tensor, blocks: list[Rows], device: torch.device) -> None:
-        """`base` float64 (1, D): the time's embedding; `classes` float64 (label_dim, D), added to it."""
-        super().__init__()
-        self._base, self._classes, self._blocks = base, classes, blocks
-        self.table = nn.Buffer(self._rows(torch.eye(len(classes), dtype=torch.float64)).to(device))
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
-        if labels.is_floating_point():
-            return self._rows(labels.cpu().double()).to(labels.device)
-        return self.table.index_select(0, labels)
-
-    def _rows(self, labels: Tensor) -> Tensor:
-        emb = self._base + labels @ self._classes
-        return torch.cat([row for block in self._blocks for row in block(emb)], 1).float()
 
 
 class Resnet(nn.Module):
@@ -174,14 +152,16 @@ class Unfolded(nn.Module):
         return self.block(x, self.emb if self.place is None else temb[self.place].to(x.dtype))
 
 
-def fold_unet2d(net: UNet2DPrecond, target: Target, sigma: float) -> tuple[FoldedUNet2D, Conditioning2D | None]:
+def fold_unet2d(net: UNet2DPrecond, target: Target, sigma: float) -> tuple[FoldedUNet2D, Conditioning | None]:
     """As `fold.fold`, for a U-Net of diffusers'."""
     return _Folder(net, target, sigma).fold()
 
 
-class _Folder:
+class _Folder(Folding):
     def __init__(self, net: UNet2DPrecond, target: Target, sigma: float) -> None:
-        self.net, self.target, self.sigma = net, target, sigma
+        # the blocks of diffusers hand on no statistics
+        super().__init__(dataclasses.replace(target, statistics=False))
+        self.net, self.sigma = net, sigma
         own = copy.deepcopy(net).cpu().float().eval()
         restore(own)
         self.unet = own.model
@@ -196,7 +176,7 @@ class _Folder:
         self.rows: list[Rows] = []
         self.sizes: list[int] = []
 
-    def fold(self) -> tuple[FoldedUNet2D, Conditioning2D | None]:
+    def fold(self) -> tuple[FoldedUNet2D, Conditioning | None]:
         resnet = library_class("diffusers.models.resnet", "ResnetBlock2D")
         other = library_class("diffusers.models.resnet", "ResnetBlockCondNorm2D") or ()
         attention = library_class("diffusers.models.attention_processor", "Attention")
@@ -214,11 +194,11 @@ class _Folder:
         read, offset = (2 * self.read, 2 * self.offset - 1) if center else (self.read, self.offset)
         first = read if not outside and not offset else 1.0  # a padded convolution of an offset is none of an image
         conv = unet.conv_in
-        unet.conv_in = Convolution(_f64(conv.weight) * first, _f64(conv.bias), conv.padding[0], self.target)
+        unet.conv_in = Convolution(f64(conv.weight) * first, f64(conv.bias), conv.padding[0], self.target)
         exact = dataclasses.replace(self.target, dtype=torch.float32)
         norm, conv, channels = unet.conv_norm_out, unet.conv_out, self.net.img_channels
         unet.conv_norm_out = Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, exact)
-        weight, bias = _f64(conv.weight)[:channels] * self.out, _f64(conv.bias)[:channels] * self.out
+        weight, bias = f64(conv.weight)[:channels] * self.out, f64(conv.bias)[:channels] * self.out
         unet.conv_out = Convolution(weight, bias, conv.padding[0], exact)
         for block in unet.up_blocks:
             if getattr(block, "skip_conv", None) is not None:  # adds to the image that conv_out gives
@@ -229,7 +209,7 @@ class _Folder:
         self._to_target(unet)
         conditioning = None
         if self.classes is not None:
-            conditioning = Conditioning2D(self.base, self.classes, self.rows, self.target.device)
+            conditioning = Conditioning(self.all_rows, self.net.label_dim, self.target.device)
         folded = FoldedUNet2D(
             unet,
             self.sizes,
@@ -255,6 +235,10 @@ class _Folder:
                             nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
                         )
 
+    def all_rows(self, labels: Tensor) -> Tensor:
+        emb = self.base + labels @ self.classes
+        return torch.cat([row for block in self.rows for row in block(emb)], 1).float()
+
     def condition(self, rows: Rows) -> tuple[list[Tensor], int | None]:
         """The constant rows of a block and None, or with classes none and their place among all rows."""
         if self.classes is None:
@@ -266,11 +250,11 @@ class _Folder:
 
     def resnet(self, block: nn.Module) -> Resnet:
         affine, adaptive = block.time_emb_proj, block.time_embedding_norm == "scale_shift"
-        offset, norm = _f64(block.conv1.bias), block.norm2
-        weight, bias = _f64(norm.weight), _f64(norm.bias)
-        place = None
+        conv1, offset = block.conv1, f64(block.conv1.bias)
+        place: int | None = None
+        constants: list[Tensor] = []
         if affine is not None:
-            w, b = _f64(affine.weight), _f64(affine.bias)
+            w, b = f64(affine.weight), f64(affine.bias)
             activate = nn.Identity() if block.skip_time_act else block.nonlinearity
             before = 0 if adaptive else offset  # the convolution's bias joins what is added after it
 
@@ -280,23 +264,19 @@ class _Folder:
 
             constants, place = self.condition(rows)
             if not adaptive:
-                offset = constants[0] if constants else None
-            elif constants:
-                scale, shift = constants
-                weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+                offset, constants = constants[0] if constants else None, []
         silu = isinstance(block.nonlinearity, nn.SiLU)
-        late = offset if self.target.late_bias else None
-        conv1 = self.convolution(block.conv1, None if self.target.late_bias else offset)
-        norm1, sample = block.norm1, block.upsample if block.upsample is not None else block.downsample
+        padding = conv1.padding[0]
+        conv1, norm2 = self.before_norm(f64(conv1.weight), padding, offset, block.norm2, constants, silu)
         conv2, end = self.end(block)
         return Resnet(
-            norm1=Norm(norm1.weight, norm1.bias, norm1.num_groups, norm1.eps, self.target, silu=silu),
+            norm1=self.norm(block.norm1, silu=silu),
             conv1=conv1,
-            norm2=Norm(weight, bias, norm.num_groups, norm.eps, self.target, silu=silu, add=late),
+            norm2=norm2,
             act=None if silu else block.nonlinearity,
             conv2=conv2,
             end=end,
-            sample=sample,
+            sample=block.upsample if block.upsample is not None else block.downsample,
             place=place,
             adaptive=adaptive,
         )
@@ -304,45 +284,34 @@ class _Folder:
     def end(self, block: nn.Module) -> tuple[Convolution, nn.Module]:
         """conv2, and the end of the block: (conv2(h) + skip) * scale."""
         scale, conv, skip = 1 / float(block.output_scale_factor), block.conv2, block.conv_shortcut
-        weight, bias = _f64(conv.weight), _f64(conv.bias)
+        weight, bias = f64(conv.weight), f64(conv.bias)
         if skip is None:
-            return self.identity(conv, weight, bias, scale)
-        bias = bias if skip.bias is None else bias + _f64(skip.bias)
-        weight, bias, projection = weight * scale, bias * scale, _f64(skip.weight) * scale
+            return self.identity(weight, bias, conv.padding[0], scale)
+        bias = bias if skip.bias is None else bias + f64(skip.bias)
+        weight, bias, projection = weight * scale, bias * scale, f64(skip.weight) * scale
         short = Convolution(projection, None, skip.padding[0], self.target)
         if self.target.residual != "torch":
-            return self.convolution(conv, None, weight), FusedProjection(short, None, self.fused_residual(1.0, bias))
+            return self.convolution(conv, None, weight), FusedProjection(
+                short, None, FusedResidual(1.0, bias, self.target)
+            )
         return self.convolution(conv, bias, weight), Projection([short], None)
 
-    def identity(self, conv: nn.Module, weight: Tensor, bias: Tensor, scale: float) -> tuple[Convolution, nn.Module]:
-        if self.target.residual == "torch":
-            return self.convolution(conv, bias * scale, weight * scale), Identity(scale, self.target)
-        return self.convolution(conv, None, weight), self.fused_residual(scale, bias)
-
-    def fused_residual(self, scale: float, bias: Tensor) -> FusedResidual:
-        end = FusedResidual(scale, bias, self.target)
-        end.statistics = False  # the blocks of diffusers hand on no statistics
-        return end
-
-    def convolution(self, conv: nn.Module, bias: Tensor | None, weight: Tensor | None = None) -> Convolution:
-        padding = conv.padding[0] if isinstance(conv, nn.Conv2d) else 0
-        weight = _f64(conv.weight) if weight is None else weight
-        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
-        return Convolution(weight, bias, padding, self.target)
+    def convolution(self, conv: nn.Module, bias: Tensor | None, weight: Tensor) -> Convolution:
+        return Convolution(weight, bias, conv.padding[0], self.target)
 
     def attention(self, block: nn.Module) -> Attention:
-        norm, scale = block.group_norm, 1 / float(block.rescale_output_factor)
         layers = [block.to_q, block.to_k, block.to_v]
         if self.target.attention == "triton":
             width = layers[0].weight.shape[0] // block.heads
             check_triton(width, self.target.dtype, self.target.device.type)
-        weight = torch.cat([_f64(layer.weight) for layer in layers])
+        weight = torch.cat([f64(layer.weight) for layer in layers])
         bias = torch.cat([_bias(layer) for layer in layers])
         out = block.to_out[0]
-        proj, end = self.identity(out, _f64(out.weight), _bias(out), scale)
+        scale = 1 / float(block.rescale_output_factor)
+        proj, end = self.identity(f64(out.weight)[:, :, None, None], _bias(out), 0, scale)
         return Attention(
-            Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, self.target, silu=False),
-            self.convolution(layers[0], bias, weight),
+            self.norm(block.group_norm, silu=False),
+            Convolution(weight[:, :, None, None], bias, 0, self.target),
             proj,
             block.heads,
             end,
@@ -368,9 +337,5 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def _f64(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float64)
-
-
 def _bias(layer: nn.Module) -> Tensor:
-    return torch.zeros(layer.weight.shape[0], dtype=torch.float64) if layer.bias is None else _f64(layer.bias)
+    return torch.zeros(layer.weight.shape[0], dtype=torch.float64) if layer.bias is None else f64(layer.bias)

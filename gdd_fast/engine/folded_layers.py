@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend
 from gdd_fast.layers.skip_pair import Pair, Statistics
-from gdd_fast.ops.add_pointwise import add_pointwise_, pointwise
 from gdd_fast.ops.group_norm_silu import group_norm_silu
+from gdd_fast.ops.pointwise import pointwise
 from gdd_fast.ops.resample2d import resample2d
 from gdd_fast.ops.residual import residual
 from gdd_fast.ops.winograd_conv2d import LEAST_TILES, takes, tiles, winograd_conv2d, winograd_weight
@@ -32,6 +32,7 @@ class Target:
     """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
 
     layout: of images and weights, `gdd_fast.device.fast_layout`.
+    statistics: whether residuals take the statistics of their results, for norms that can use them.
     winograd: convolve by `winograd_conv2d` where that has a kernel and the maps are large enough.
     late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
         product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
@@ -45,6 +46,7 @@ class Target:
     residual: Backend
     resample: Backend
     attention: Backend
+    statistics: bool
     winograd: bool
     late_bias: bool
 
@@ -52,11 +54,6 @@ class Target:
     def pointwise(self) -> bool:
         """Whether 1x1 convolutions are matrix products."""
         return self.convolve == "plain" and self.late_bias
-
-    @property
-    def statistics(self) -> bool:
-        """Whether residuals take the statistics of their results: both that and the norms are fused."""
-        return self.norm == "triton" and self.residual == "triton"
 
 
 class PackedWeight:
@@ -114,7 +111,6 @@ class Convolution(nn.Module):
         weight = weight.to(target.device, target.dtype, memory_format=target.layout)
         self.bias = None if bias is None else nn.Buffer(bias.to(target.device, target.dtype))
         self.padding = padding
-        self.traced = target.convolve == "traced"
         self.pointwise = target.pointwise and weight.shape[2:] == (1, 1) and not padding
         self.weight = nn.Buffer(weight)
         self.packed = PackedWeight() if target.convolve == "packed" else None
@@ -132,16 +128,13 @@ class Convolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, "none", [], "")
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y + self(x)`, in the memory of `y` unless traced. Without bias only if the convolution is 1x1."""
+        """`y + self(x)`; with a packed weight in the memory of `y`."""
         if self.packed is not None:
             geometry = [self.padding] * 2, [1, 1], [1, 1], 1
             fused = torch.ops.mkldnn._convolution_pointwise_.binary
             weight = self.packed(self.weight, self.padding, x.shape)
             return fused(y, x, weight, self.bias, *geometry, "add", 1.0, None, [], None)
-        if self.traced or self.bias is not None or self.padding:
-            return y + self(x)
-        add_pointwise_(y, x, self.weight)
-        return y
+        return y + self(x)
 
 
 class Norm(nn.Module):

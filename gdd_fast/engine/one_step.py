@@ -65,7 +65,12 @@ class OneStepGenerator:
         sigma: float | None = None,
         winograd_memory: float = DEFAULT_MEMORY,
     ) -> None:
-        """As `from_network`."""
+        """A generator with the weights `network` has now; it is read, not changed, and kept as `.network`.
+
+        By default on its device and in its compute type. `sigma` is the noise level of the one evaluation, by default
+        the network's own `sigma_init`. The rest, and what it raises, as `from_pretrained`; InputError if `network` is
+        none of gdd_fast's.
+        """
         if not winograd_memory >= 0:
             raise ConfigError(f"winograd_memory must be 0 or more, not {winograd_memory}")
         if not isinstance(network, Preconditioned):
@@ -136,32 +141,9 @@ class OneStepGenerator:
         return cls(net, device=device, dtype=dtype, engine=engine, backend=backend, winograd_memory=winograd_memory)
 
     @classmethod
-    def from_network(
-        cls,
-        net: Preconditioned,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        engine: Engine = "auto",
-        backend: Backend = "auto",
-        sigma: float | None = None,
-        winograd_memory: float = DEFAULT_MEMORY,
-    ) -> "OneStepGenerator":
-        """A generator with the weights `net` has now; `net` is read, not changed, and kept as `.network`.
-
-        By default on the device of `net` and in its compute type. `sigma` is the noise level of the one evaluation, by
-        default the network's own `sigma_init`.
-        The rest, and what it raises, as `from_pretrained`; InputError if `net` is none of gdd_fast's networks.
-        """
-        return cls(
-            net,
-            device=device,
-            dtype=dtype,
-            engine=engine,
-            backend=backend,
-            sigma=sigma,
-            winograd_memory=winograd_memory,
-        )
+    def from_network(cls, net: Preconditioned, **options: Any) -> "OneStepGenerator":
+        """The constructor, under a name that goes with `from_pretrained`."""
+        return cls(net, **options)
 
     def __call__(
         self,

@@ -88,24 +88,13 @@ def save_pretrained(
     return upload(folder, repo_id or folder.name, **push_to_hub_kwargs)
 
 
-def push_to_hub(
-    net: Preconditioned | HasNetwork | str | Path,
-    repo_id: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    license: str | None = None,
-    teacher_license: str | None = None,
-    data_license: str | None = None,
-    **upload_options: Any,
-) -> str:
+def push_to_hub(net: Preconditioned | HasNetwork | str | Path, repo_id: str, **options: Any) -> str | None:
     """Upload `net` to the Hub's repository `repo_id`, made if it does not exist. Returns the commit's address.
 
-    `upload_options` and what is raised: as of `upload` and `save_pretrained`.
+    `options` and what is raised: as of `save_pretrained` and `upload`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
-        save_pretrained(net, folder, dtype=dtype, repo_id=repo_id, **licenses)
-        return upload(Path(folder), repo_id, **upload_options)
+        return save_pretrained(net, folder, repo_id=repo_id, push_to_hub=True, **options)
 
 
 def from_pretrained(

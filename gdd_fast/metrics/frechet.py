@@ -72,20 +72,6 @@ class Statistics:
         self.mean += delta * (len(x) / total)
         self.count = total
 
-    def all_reduce(self) -> None:
-        """Give every rank of the default process group the statistics of all of them together."""
-        if self.count is None:
-            raise DataError("statistics without a count cannot be merged")
-        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
-        own, own_mean = count.clone(), self.mean.clone()
-        torch.distributed.all_reduce(count)
-        self.mean *= own / count.clamp(min=1)
-        torch.distributed.all_reduce(self.mean)
-        delta = own_mean - self.mean
-        self._scatter.addmm_(own * delta[:, None], delta[None])
-        torch.distributed.all_reduce(self._scatter)
-        self.count = int(count)
-
     @classmethod
     def of_moments(
         cls,

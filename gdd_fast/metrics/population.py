@@ -51,32 +51,6 @@ class Population:
         """The features on another device; statistics stay, as a distance finds them wherever they are."""
         return replace(self, rows=None if self.rows is None else self.rows.to(device))
 
-    def all_gather(self) -> None:
-        """Give every rank of the default process group the features of all, in the order of `seeds[rank::size]`."""
-        if self.statistics is not None:
-            self.statistics.all_reduce()
-        if self.rows is not None:
-            self.rows = _interleaved(self.rows)
-        count = torch.tensor([self.count], device=self._device())
-        torch.distributed.all_reduce(count)
-        self.count = int(count)
-
-    def _device(self) -> torch.device:
-        return self.rows.device if self.rows is not None else self.statistics.mean.device
-
-
-def _interleaved(rows: Tensor) -> Tensor:
-    """Rows of all ranks, of which rank r has every size-th from the r-th on; the last ranks may have one fewer."""
-    size = torch.distributed.get_world_size()
-    count = torch.tensor([len(rows)], device=rows.device)
-    torch.distributed.all_reduce(count)
-    most = -(-int(count) // size)
-    padded = rows.new_zeros(most, rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    torch.distributed.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[: int(count)]
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -92,11 +66,14 @@ def gather(
     needs: Sequence[Needs] | None = None,
     progress: Progress | None = None,
     world: World = ALONE,
+    *,
+    everywhere: bool = False,
 ) -> list[Population]:
     """Populations of uint8 image batches `(N, C, H, W)`, one for each extractor; empty without a single batch.
 
     With several ranks the batches are each one's `world.share`, and the main one gets the populations of all, summed in
-    the order in which one process would: they are equal to the bit. Other ranks get nothing.
+    the order in which one process would: they are equal to the bit. Other ranks get the same with `everywhere`, else
+    nothing.
     """
     needs = needs or [Needs()] * len(extractors)
     found: list[Population] = []
@@ -108,8 +85,11 @@ def gather(
             forms.append((tuple(images.shape[1:]), [f.shape[1] for f in features]))
             yield torch.cat(features, 1)
 
-    for together in world.in_order(features_of_batches()):
-        shape, sizes = forms[0]
+    form = None
+    for together in world.in_order(features_of_batches(), everywhere=everywhere):
+        if form is None:  # a rank without a batch of its own does not know it
+            form = world.from_main(forms[0] if forms else None) if everywhere else forms[0]
+        shape, sizes = form
         for i, features in enumerate(together.split(sizes, 1)):
             features = features.to(extractors[i].device)
             if i == len(found):

@@ -1,9 +1,9 @@
 """Populations of data sets and of generators, for any number of feature extractors in one pass over the images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
@@ -21,20 +21,20 @@ def dataset_populations(
     *,
     batch: int = 64,
     max_images: int | None = None,
-    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
     world: World = ALONE,
+    everywhere: bool = False,
 ) -> list[Population]:
     """What metrics need of the images of `dataset`, one for each feature extractor.
 
-    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `share`
-    (rank, size) takes every size-th image from the rank-th on. `world`: see `population.gather`. Raises `DataError` for
-    an image that cannot be read, and with fewer than two images.
+    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `world`,
+    `everywhere`: see `population.gather`. Raises `DataError` for an image that cannot be read, and with fewer than two
+    images.
     """
-    indices = choose_images(len(dataset), max_images)[share[0] :: share[1]].tolist()
+    indices = choose_images(len(dataset), max_images).tolist()
     batches = (torch.from_numpy(images) for images in dataset.chunks(world.share(indices, batch), size=batch))
-    found = gather(batches, extractors, needs, progress, world)
-    return found if share[1] > 1 or not world.is_main else _enough(found)
+    found = gather(batches, extractors, needs, progress, world, everywhere=everywhere)
+    return _enough(found) if world.is_main else found
 
 
 def generator_populations(
@@ -45,18 +45,18 @@ def generator_populations(
     needs: Sequence[Needs] | None = None,
     *,
     batch: int = 64,
-    class_index: int | None = None,
-    generator_device: torch.device | str = "cpu",
     progress: Progress | None = None,
     world: World = ALONE,
+    everywhere: bool = False,
+    **options: Any,
 ) -> list[Population]:
     """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `population.gather`.
 
-    From the generator to the features images stay on the device. With several ranks, each may be given its share.
+    From the generator to the features images stay on the device.
     """
-    options = {"batch": batch, "class_index": class_index, "generator_device": generator_device}
-    batches = generate(net, world.share(seeds, batch), sampler, **options)
-    return gather((part.images.permute(0, 3, 1, 2) for part in batches), extractors, needs, progress, world)
+    batches = generate(net, world.share(seeds, batch), sampler, batch=batch, **options)
+    images = (part.images.permute(0, 3, 1, 2) for part in batches)
+    return gather(images, extractors, needs, progress, world, everywhere=everywhere)
 
 
 def dataset_statistics(dataset: ImageDataset, extractors: Sequence[FeatureExtractor], **options) -> list[Statistics]:
@@ -74,13 +74,6 @@ def generator_statistics(
     """Statistics of the images of `seeds`; options as of `generator_populations`."""
     found = _enough(generator_populations(net, extractors, seeds, sampler, **options))
     return [population.statistics for population in found]
-
-
-def collect(
-    batches: Iterable[Tensor], extractors: Sequence[FeatureExtractor], progress: Progress | None = None
-) -> list[Statistics]:
-    """Statistics of uint8 image batches `(N, C, H, W)`, one for each feature extractor."""
-    return [population.statistics for population in _enough(gather(batches, extractors, None, progress))]
 
 
 def _enough(populations: list[Population]) -> list[Population]:

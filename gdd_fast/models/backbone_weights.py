@@ -1,6 +1,5 @@
 """Where backbone weights come from: a local file, a package, or the Hugging Face hub; and reading them safely."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbones import BACKBONES, fit_weights
+from gdd_fast.models.files.tensor_files import read_tensor_file
 
 HUB_FILE = "model.safetensors"
 HUB_REPOSITORIES = {
@@ -35,8 +35,8 @@ def load_backbone_weights(name: str, override: str | Path | None = None) -> dict
         path = Path(override)
     else:
         path = (_lite0_package_file() if name == "tf_efficientnet_lite0" else None) or _hub_file(name)
+    state = read_tensors(path)
     try:
-        state = read_tensors(path)
         if name == "tf_efficientnet_lite0" and "_conv_stem.weight" in state:
             with torch.device("meta"):
                 state = rename_by_order(name, state, BACKBONES[name]().state_dict())
@@ -51,28 +51,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     A `.pt` may hold the state dict itself or a dict with it under `state_dict` or `model`. Anything else is a
     `WeightsError`.
     """
-    if not path.is_file():
-        raise WeightsError("there is no such file")
-    if path.suffix.lower() == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"not a readable safetensors file ({error})") from None
-    if path.suffix.lower() not in (".pt", ".pth", ".th"):
-        raise WeightsError("weights are read from .safetensors, .pt or .pth files")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise WeightsError(f"not a file of plain tensors ({reason}); save the network's state_dict()") from None
+    if path.suffix.lower() not in (".safetensors", ".pt", ".pth", ".th"):
+        raise WeightsError(f"{path}: weights are read from .safetensors, .pt or .pth files")
+    content = read_tensor_file(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError("does not hold a state dict (names to tensors)")
+        raise WeightsError(f"{path} does not hold a state dict (names to tensors)")
     return dict(content)
 
 

@@ -12,11 +12,11 @@ from gdd_fast.layers.embedding import PositionalEmbedding
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.models.arguments import check_probabilities, check_resolutions, check_sizes
+from gdd_fast.models.unet import EDMUNet, drop_labels, size_name
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.models.unet_helpers import decode, drop_labels, size_name
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(EDMUNet):
     """ADM. Arguments as in `SongUNet`; attention has heads of 64 channels (none below 64 channels, as in EDM)."""
 
     def __init__(
@@ -96,27 +96,6 @@ class DhariwalUNet(nn.Module):
                 self.dec[f"{size}_block{index}"] = block(cin, channels, attend=attend)
         self.out_norm = GroupNorm(channels)
         self.out_conv = Conv2d(channels, out_channels, 3, init=init_zero)
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """As `SongUNet.forward`."""
-        emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
-        skips = []
-        statistics = None
-        for layer in self.enc.values():
-            if isinstance(layer, UNetBlock):
-                x, statistics = layer(x, emb, statistics=statistics, return_statistics=True)
-            else:
-                x = layer(x)
-            skips.append((x, statistics))
-        for layer in self.dec.values():
-            x, statistics = decode(layer, x, statistics, skips, emb)
-        return self.out_conv(self.out_norm(x, statistics=statistics))
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, *, batch: int

@@ -10,7 +10,7 @@ from torch import nn
 
 from gdd_fast.models.dhariwal_unet import DhariwalUNet
 from gdd_fast.models.song_unet import SongUNet
-from gdd_fast.models.unet_helpers import layer_role
+from gdd_fast.models.unet import layer_role
 
 __all__ = ["ARCHITECTURES", "DhariwalUNet", "SongUNet", "adm", "ddpmpp", "layer_role", "ncsnpp"]
 

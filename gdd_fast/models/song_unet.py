@@ -7,18 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend
 from gdd_fast.layers.convolution import Conv2d
 from gdd_fast.layers.embedding import FourierEmbedding, PositionalEmbedding
 from gdd_fast.layers.group_norm import GroupNorm
 from gdd_fast.layers.linear import Init, Linear
 from gdd_fast.models.arguments import check_choice, check_filter, check_probabilities, check_resolutions, check_sizes
+from gdd_fast.models.unet import EDMUNet, drop_labels, size_name
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.models.unet_helpers import decode, drop_labels, layer_role, size_name
-from gdd_fast.ops import residual
 
 
-class SongUNet(nn.Module):
+class SongUNet(EDMUNet):
     """NCSN++ and DDPM++. The defaults are DDPM++'s; `ncsnpp()` and `ddpmpp()` give EDM's two sets of arguments.
 
     Args (EDM's names):
@@ -36,9 +34,6 @@ class SongUNet(nn.Module):
 
     Raises ConfigError for arguments that cannot make a network.
     """
-
-    operator = residual.OPERATOR
-    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -158,54 +153,6 @@ class SongUNet(nn.Module):
                     )
                 self.dec[f"{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 self.dec[f"{size}_aux_conv"] = Conv2d(channels, out_channels, 3, init=init_zero)
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Images (N, C, H, W), noise levels (N or 1,), labels (N or 1, dim) -> (N, out_channels, H, W) as `x`.
-
-        Labels and the embedding are float32; `x`'s dtype is what the convolutions compute in.
-        """
-        emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
-
-        # With each map go its statistics, for the norm that reads it, if what made the map has taken them.
-        skips: list[tuple[Tensor, Tensor | None]] = []
-        aux, statistics = x, None
-        for name, layer in self.enc.items():
-            match layer_role(name):
-                case "aux_down":
-                    aux = layer(aux)
-                case "aux_skip":
-                    x, statistics = residual.residual(x, layer(aux), backend=self.backend), None
-                    skips[-1] = x, statistics
-                case "aux_residual":
-                    x, statistics = residual.residual(x, layer(aux), scale=math.sqrt(0.5), backend=self.backend), None
-                    aux, skips[-1] = x, (x, statistics)
-                case "conv":
-                    x = layer(x)
-                    skips.append((x, None))
-                case _:
-                    x, statistics = layer(x, emb, statistics=statistics, return_statistics=True)
-                    skips.append((x, statistics))
-
-        image: Any = None
-        normed = x
-        for name, layer in self.dec.items():
-            match layer_role(name):
-                case "aux_up":
-                    image = layer(image)
-                case "aux_norm":
-                    normed = layer(x, statistics=statistics)
-                case "aux_conv":
-                    y = layer(normed)
-                    image = y if image is None else residual.residual(image, y, backend=self.backend)
-                case _:
-                    x, statistics = decode(layer, x, statistics, skips, emb)
-        return image
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, *, batch: int

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -124,19 +124,15 @@ def generate(
     net: Network,
     seeds: Sequence[int],
     sampler: SamplerConfig | None = None,
-    *,
-    batch: int = 64,
-    class_index: int | None = None,
-    generator_device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Iterator[Batch]:
-    """Images of `seeds` in order, at most `batch` at a time, from `net` on the device its parameters are on.
+    """Images of `seeds` in order, from `net` on the device its parameters are on; options as of `launch`.
 
     `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
     `OneStepFunction`, for the sampler one-step at its own noise level. Options are checked here, before the first batch
     is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
-    batches = launch(net, seeds, sampler, batch=batch, class_index=class_index, generator_device=generator_device)
-    return (part.check() for part in batches)
+    return (part.check() for part in launch(net, seeds, sampler, **options))
 
 
 def launch(
@@ -148,7 +144,10 @@ def launch(
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """As `generate`, but a GPU may still be computing what it yields: nothing waits, and nothing is checked."""
+    """As `generate`, but a GPU may still be computing what it yields: nothing waits, and no image is checked.
+
+    At most `batch` images at a time; of `class_index` alone, or each seed of a class it draws, on `generator_device`.
+    """
     sampler = sampler or SamplerConfig()
     sampler.validate()
     if not isinstance(net, torch.nn.Module) and sampler.sampler != "one-step":

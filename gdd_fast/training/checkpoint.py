@@ -47,7 +47,8 @@ class Checkpoint:
             parts = {key: laid_out_as(t, section[key]) for key, t in own.items() if key in section and is_sharded(t)}
             module.load_state_dict({**section, **parts})
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {error}") from None
+            reason = f"{' '.join(str(error).split()):.300}"
+            raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {reason}") from None
 
     def load_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`, but for its learning rate.
@@ -128,6 +129,9 @@ def load_values(path: Path) -> dict[str, Any]:
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_file():
+        with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
+            pass
     advice = "; move it away to start the run from the beginning"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -25,6 +25,12 @@ def compiled(loss: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(loss, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise BackendError if nothing can be compiled here; seconds. For a run whose first step comes much later."""
+    with compiling("trial"):
+        compiled(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+
+
 @contextlib.contextmanager
 def compiling(step: str) -> Iterator[None]:
     """What a compiled loss raises inside, forward or backward, becomes one line; `step` is the step's name.

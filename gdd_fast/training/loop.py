@@ -116,13 +116,13 @@ def run(
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
-    SIGINT or SIGTERM after the iteration in progress. With `schedule.behind` a checkpoint is a copy of the state that
-    is written while training goes on: one that cannot be written ends the run at the next, and the last is waited for.
-    A run that is finished already is left untouched, but for an export that is not of its checkpoint, which is made
-    again: the process was killed between the two, or somebody has removed it. A run that diverges leaves its state
-    beside the last checkpoint, from which it goes on with other `ADJUSTABLE` settings; these changes are printed, and
-    written to metrics.jsonl. `defaults` stand for the settings that a checkpoint of an earlier version lacks. `log`:
-    see `training.loggers`.
+    SIGINT or SIGTERM after the iteration in progress; one that comes while the last state is saved counts too. With
+    `schedule.behind` a checkpoint is a copy of the state that is written while training goes on: one that cannot be
+    written ends the run at the next, and the last is waited for. A run that is finished already is left untouched, but
+    for an export that is not of its checkpoint, which is made again: the process was killed between the two, or
+    somebody has removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with
+    other `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the
+    settings that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
@@ -195,16 +195,32 @@ def run(
             if images != saved_at:
                 save()
             behind.wait()
-            world.barrier()
+            signal = world.largest(stop.signal)  # one that came meanwhile, too; and all wait for the main process
     finally:
         unwritten = behind.close()
         if unwritten is not None:
             output.say(f"The checkpoint of {saved_at:,} images was not written: {unwritten}")
         output.close()
         task.close()
-    if stopped_by == TIME_IS_UP:
-        return Outcome(images, images - started_at, out_of_time=images < schedule.total)
-    return Outcome(images, images - started_at, stopped_by)
+    out_of_time = stopped_by == TIME_IS_UP and images < schedule.total
+    return Outcome(images, images - started_at, signal, out_of_time)
+
+
+def stored_values(run_dir: Path) -> dict[str, Any] | None:
+    """The JSON values of the checkpoint in `run_dir`, among them its `images`, `config` and `contents`; None without.
+
+    Raises `CheckpointError` if it cannot be read, or is none of a run.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    values = checkpoint.load_values(path)
+    kinds = {"images": int, "config": dict, "contents": dict}
+    if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in kinds.items()):
+        raise CheckpointError(
+            f"{path} does not say of which run it is; move it away to start the run from the beginning"
+        )
+    return values
 
 
 def check_same_run(
@@ -218,10 +234,9 @@ def check_same_run(
 
     Raises `CheckpointError` if it is not of a run to `total` images with these settings and contents.
     """
-    path = run_dir / CHECKPOINT
-    if not path.exists():
+    values = stored_values(run_dir)
+    if values is None:
         return None
-    values = checkpoint.load_values(path)
     elsewhere = "choose another --run-dir or move it away"
     finished = values["images"] >= total  # and what it came to is no result of other settings
     changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE, defaults)
@@ -231,8 +246,8 @@ def check_same_run(
         raise CheckpointError(
             f"{run_dir} holds {kind} with other settings ({'; '.join(changed[:5])}{more}); {elsewhere}"
         )
-    for name, digest in contents.items():
-        if values.get("contents", {}).get(name) != digest:
+    for name in contents | values["contents"]:
+        if values["contents"].get(name) != contents.get(name):
             raise CheckpointError(
                 f"{run_dir} holds a run with another --{name}: its path may change, its content may not; {elsewhere}"
             )

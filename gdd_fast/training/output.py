@@ -157,10 +157,10 @@ def reading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def _drop_lines_after(path: Path, images: int) -> None:
-    """Drop the lines of work that was lost, among them one that a crash cut short."""
+    """Drop the lines of work that was lost, among them one that a crash cut short, and what is no line of metrics."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = _text(path).splitlines(keepends=True)
     kept = [line for line in lines if _images_of(line) <= images]
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
@@ -169,14 +169,20 @@ def _drop_lines_after(path: Path, images: int) -> None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The metrics of the ticks so far; none for a run that begins."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in _text(path).splitlines()] if path.exists() else []
     return [line for line in lines if "changed" not in line]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode(errors="replace")
 
 
 def _images_of(line: str) -> float:
     try:
         entry = json.loads(line) if line.endswith("\n") else {}
+        if not all(value is None or isinstance(value, int | float | list) for value in entry.values()):
+            return math.inf
         # changed settings come after the state of so many images: they are dropped with the work that they were for
         return entry["images"] + (0.5 if "changed" in entry else 0)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return math.inf

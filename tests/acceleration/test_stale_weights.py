@@ -5,11 +5,13 @@ not move it. So each test lets a network compute, in all turns and types, change
 it with a network that was made anew with the same state and never computed before.
 """
 
+import contextlib
 import copy
 import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -260,12 +262,16 @@ def test_changes_of_statistics_are_followed(change: str) -> None:
 
 
 def optimizers() -> list[tuple[str, str]]:
-    """Every optimizer of torch.optim with each implementation that it has on a CPU."""
+    """Every optimizer of torch.optim with each implementation that it has on a CPU, and those that CUDA graphs can
+    capture: these refuse a CPU by its name alone, and compute there what they do on a GPU."""
     found = []
     for name, kind in vars(torch.optim).items():
         if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
             continue
-        for option in ("plain", *({"foreach", "fused", "capturable"} & inspect.signature(kind).parameters.keys())):
+        known = inspect.signature(kind).parameters.keys()
+        for option in ("plain", "foreach", "fused", "capturable", "capturable foreach"):
+            if option != "plain" and not set(option.split()) <= known:
+                continue
             try:
                 take_step(nn.Linear(2, 2, bias=False), name, option)
             except (RuntimeError, ValueError, AssertionError):
@@ -278,7 +284,7 @@ def take_step(net: nn.Module, name: str, option: str) -> None:
     """Two steps along random gradients."""
     generator = torch.Generator().manual_seed(2)
     parameters = [p.requires_grad_() for p in net.parameters() if name != "Muon" or p.ndim == 2]
-    options = {} if option == "plain" else {option: True}
+    options = {} if option == "plain" else dict.fromkeys(option.split(), True)
     lr = {"Adadelta": 50.0, "Rprop": 0.05, "SGD": 0.2, "ASGD": 0.2, "LBFGS": 100.0, "Adafactor": 0.5}.get(name, 0.1)
     optimizer = getattr(torch.optim, name)(parameters, lr=lr, **options)
 
@@ -288,8 +294,12 @@ def take_step(net: nn.Module, name: str, option: str) -> None:
             p.grad = grad.to_sparse() if name == "SparseAdam" else grad
         return torch.ones(())
 
-    for _ in range(2):
-        optimizer.step(loss)
+    with contextlib.ExitStack() as stack:
+        for module in [sys.modules[kind.__module__] for kind in type(optimizer).__mro__ if "capturable" in option]:
+            if hasattr(module, "_get_capturable_supported_devices"):
+                stack.enter_context(patch.object(module, "_get_capturable_supported_devices", lambda **_: ["cpu"]))
+        for _ in range(2):
+            optimizer.step(loss)
     for p in parameters:
         p.grad = None
     net.requires_grad_(False)
@@ -300,6 +310,9 @@ OPTIMIZERS = optimizers()
 
 def test_the_list_of_optimizers_is_one() -> None:
     assert {("Adam", "fused"), ("AdamW", "fused"), ("SGD", "fused"), ("Adagrad", "fused")} <= set(OPTIMIZERS)
+    capturable = {"Adadelta", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"}
+    for option in ("capturable", "capturable foreach"):
+        assert {name for name, kind in OPTIMIZERS if kind == option} >= capturable
     names = {"Adadelta", "Adamax", "LBFGS", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
     assert names <= dict(OPTIMIZERS).keys()
 

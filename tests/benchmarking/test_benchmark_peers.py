@@ -19,7 +19,7 @@ from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.operator_inputs import conv_problem, cudnn_convolution_relu, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
 from benchmarks.cases.waterfall_cases import sampling_case
-from benchmarks.counts.flops import count_flops
+from benchmarks.counts.step_kernels import Count, count_kernels
 from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
@@ -71,9 +71,9 @@ def test_flops_are_counted_through_second_derivatives():
         gradient.square().sum().backward()
 
     one = 2 * 2 * 16 * 16 * 8 * 4 * 9
-    assert count_flops(first) == one
+    assert count_kernels(first).flop == one
     # forward, its input gradient, and of that one the two gradients that reach the weight and the constant
-    assert 3 * one <= count_flops(second) <= 4 * one
+    assert 3 * one <= count_kernels(second).flop <= 4 * one
 
 
 def test_layers_of_the_networks():
@@ -149,7 +149,7 @@ def test_references_and_peers_of_the_size_that_is_timed_try_algorithms(kind, mon
     if kind == "generator":  # a small one
         make = peers.make_generator
         monkeypatch.setattr(peers, "make_generator", lambda name, device: make("demo", device))
-        monkeypatch.setattr(network_cases, "count_flops", lambda call: 0)
+        monkeypatch.setattr(network_cases, "count_kernels", lambda call: Count())
     case = {
         "backbone": network_cases.backbone_case("tf_efficientnet_lite0", 1, torch.bfloat16, resolution=32),
         "block": network_cases.block_case("ncsnpp-32", "enc.16x16_block1", 1, torch.bfloat16),

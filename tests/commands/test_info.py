@@ -28,7 +28,7 @@ def run(code: str, *arguments: str) -> str:
 def test_json_names_versions_backends_and_assets():
     report = json.loads(run("from gdd_fast.info import main; main()", "--json"))
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    cpu = report["operators"]["max_pool2x2"]["cpu"]
+    cpu = report["operators"]["relu_bits"]["cpu"]
     assert cpu["auto"] == ("cpp" if report["extension"]["built"] else "torch")
     assert cpu["torch"] == "yes"
     assert "interpreter" in cpu["triton"] or "not installed" in cpu["triton"]
@@ -58,7 +58,7 @@ def test_stale_extension_is_reported(monkeypatch):
     monkeypatch.setattr(backend, "extension", fails)
     report = info.collect()
     assert report["extension"] == {"unavailable": "built against torch 1.0"}
-    cpu = report["operators"]["max_pool2x2"]["cpu"]
+    cpu = report["operators"]["relu_bits"]["cpu"]
     assert cpu["auto"] == cpu["cpp"] == "error: built against torch 1.0"
     assert cpu["torch"] == "yes"
 
@@ -98,9 +98,9 @@ def test_an_extension_that_does_not_load_is_not_taken_for_absent(tmp_path):
     (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
     code = (
         "import sys, gdd_fast; gdd_fast.__path__.insert(0, sys.argv[1])\n"
-        "import torch; from gdd_fast.ops.max_pool2x2 import max_pool2x2\n"
-        "x = torch.zeros(1, 3, 2, 2); max_pool2x2(x, 'torch')\n"
-        "try: max_pool2x2(x)\n"
+        "import torch; from gdd_fast.ops.relu_bits import relu_bits\n"
+        "x = torch.zeros(1, 3, 2, 2); relu_bits(x, backend='torch')\n"
+        "try: relu_bits(x)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
     output = run(code, str(tmp_path))

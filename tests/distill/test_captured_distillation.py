@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("plain", "norms_of_a_gpu")
 LOGGED = {"loss_g", "loss_d", "r1_penalty", "grad_norm_g", "grad_norm_d", "grad_norm_r1"}
 LOGGED |= {f"{name}_{kind}" for name in ("logit", "sign_accuracy") for kind in ("fake", "real")}
 INTERVAL, SKIPPED, FASTER = 3, 9, 10
+OPTIONS = [{}, {"reuse_fakes": True}]
+"""Steps of the paper, and a G step that hands its images to the D step."""
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,11 @@ def same(a, b):
     return a.dtype == b.dtype and torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_replayed_iterations_are_the_eager_ones_to_the_bit(inputs, built, options):
     """Weights, moments, averages, counts, random state and log, with R1, a skipped step and a new learning rate."""
     recorder, stop = Rehearsal(), 14
-    eager, replayed = task_of(inputs, built, None), task_of(inputs, built, recorder)
+    eager, replayed = task_of(inputs, built, None, **options), task_of(inputs, built, recorder, **options)
     for task in (eager, replayed):
         iterate(task, 0, stop)
     assert recorder.replays == 2 * (stop - 3) + 1
@@ -95,10 +98,11 @@ class Stale:
         return lambda: step(*first)
 
 
-def test_a_recording_on_trial_is_used_if_right_and_leaves_no_trace_if_not(inputs, built, capsys):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_recording_on_trial_is_used_if_right_and_leaves_no_trace_if_not(inputs, built, capsys, options):
     """What `--engine auto` does on a GPU. A step's state that the trial forgot would differ from the eager run's."""
     stop, recorder = 6, Rehearsal(warm_up=1)
-    tasks = [task_of(inputs, built, r, trial=r is not None) for r in (None, recorder, Stale())]
+    tasks = [task_of(inputs, built, r, trial=r is not None, **options) for r in (None, recorder, Stale())]
     for task in tasks[:2]:
         iterate(task, 0, stop)
     assert tasks[1].steps.recorder is recorder and recorder.replays == 2 * (stop - 2)

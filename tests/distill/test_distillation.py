@@ -119,6 +119,20 @@ def test_each_step_moves_only_its_own_network(make):
     assert all(p.grad is None for p in task.generator.parameters())
 
 
+def test_the_discriminator_judges_the_images_of_the_generators_step(make):
+    """Of two micro-batches in their order, and none is made twice."""
+    task, made, judged = make(reuse_fakes=True, batch_gpu=2), [], []
+    task.generator.register_forward_hook(lambda net, inputs, images: made.append(images.detach().clone()))
+    task.features.register_forward_pre_hook(lambda net, inputs: judged.append(inputs[0].detach().clone()))
+    iterate(task, 1)
+    assert len(made) == 2 and len(judged) == 6  # each D micro-batch looks at generated images, then at real ones
+    for seen, expected in zip((0, 1, 2, 4), (0, 1, 0, 1), strict=True):
+        assert torch.equal(judged[seen], made[expected])
+    assert not any(torch.equal(judged[seen], image) for seen in (3, 5) for image in made)
+    iterate(task, 1, start=1)
+    assert len(made) == 4 and torch.equal(judged[8], made[2]) and not torch.equal(made[2], made[0])
+
+
 def test_r1_is_every_interval_but_not_at_the_start(make, monkeypatch):
     task, calls = make(r1_interval=3), []
     monkeypatch.setattr(task, "generator_step", lambda labels: False)

@@ -88,6 +88,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 TRAINING = {"duration_mimg": 16e-6, "tick_kimg": 0.004, "checkpoint_ticks": 2}
+FIRST = {"velocity_kimg": 0.016}
 
 
 def flags_of(command: str, inputs: Path) -> list[str]:
@@ -96,6 +97,9 @@ def flags_of(command: str, inputs: Path) -> list[str]:
 
     return {
         "train": tiny_flags(inputs, run_dir="RUN", keep_checkpoints=2, evaluate_images=4, **TRAINING),
+        "train in two stages": tiny_flags(
+            inputs, teacher=inputs / "ddpm", velocity_kimg=0.016, run_dir="RUN", **TRAINING
+        ),
         "pretrain": f"--run-dir RUN --data {inputs}/data.zip --model-channels 8 --num-blocks 1 --batch 4 --device cpu "
         "--duration-mimg 16e-6 --tick-kimg 0.004 --checkpoint-ticks 2".split(),
         "prepare": f"--source {inputs}/data.zip --dest RUN/small.zip --resolution 8".split(),
@@ -112,13 +116,17 @@ def flags_of(command: str, inputs: Path) -> list[str]:
         ("prepare", 4),
         *(
             pytest.param(command, 50, marks=pytest.mark.slow)
-            for command in ("train", "pretrain", "prepare", "sample", "convert", "evaluate")
+            for command in ("train", "train in two stages", "pretrain", "prepare", "sample", "convert", "evaluate")
         ),
     ],
 )
 def test_a_killed_run_ends_as_one_that_was_not(inputs, tmp_path, command, moments):
+    if "two stages" in command:
+        pytest.importorskip("vision_libraries", reason="diffusers imports torchvision", exc_type=ImportError)
+        pytest.importorskip("diffusers_teachers").write_ddpm(inputs)
+    program = command.split()[0]
     told = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path, command, str(moments), *flags_of(command, inputs)],
+        [sys.executable, "-c", SCRIPT, tmp_path, program, str(moments), *flags_of(command, inputs)],
         cwd=TESTS.parent, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
@@ -131,7 +139,7 @@ def test_a_killed_run_ends_as_one_that_was_not(inputs, tmp_path, command, moment
         said = told.stderr.rpartition(f"RUN {name}\n")[2].partition("RUN killed")[0]
         killed += first == -9
         # a command that was killed behind its last step finds its output there, and does not write over it
-        assert second == 0 or (second == 2 and "exists" in said and command not in ("train", "pretrain")), (name, said)
+        assert second == 0 or (second == 2 and "exists" in said and program not in ("train", "pretrain")), (name, said)
         assert files(tmp_path / name) == whole, (name, said)
         hidden = [path for path in (tmp_path / name).rglob(".*") if path.is_file() or not second]
         assert not hidden, (name, hidden)  # killed between the last two steps, the empty folder of the first is left

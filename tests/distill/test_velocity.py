@@ -1,10 +1,13 @@
 """A teacher that predicts noise learns to predict v before it is distilled, or by `pretrain --teacher` alone."""
 
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import ALONE, FLAGS
@@ -17,15 +20,18 @@ from diffusers_teachers import write_ddpm
 
 from gdd_fast import pretrain
 from gdd_fast.config import override
+from gdd_fast.data import write_edm_zip
 from gdd_fast.distill import components, first_stage, pretraining
 from gdd_fast.distill.memory_forecast import of_components, own_storages, saved_bytes
+from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
-from gdd_fast.errors import ConfigError
+from gdd_fast.errors import BackendError, CheckpointError, ConfigError, GddFastError, WeightsError
 from gdd_fast.models.edm import ddpmpp
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.train import read
+from gdd_fast.training import checkpoint, compiled_losses, loggers, loop
 
 
 @pytest.fixture
@@ -100,6 +106,72 @@ def test_stopped_before_and_between_its_stages_a_run_ends_as_if_it_had_not_been(
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+def test_a_signal_in_the_last_save_of_the_first_stage_ends_the_run(folder, monkeypatch):
+    write, killed = checkpoint.save, []
+
+    def interrupted(path, sections, values):
+        if values["images"] == 40 and not killed:
+            killed.append(path)
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, sections, values)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    result = distill(config_of(folder, "stopped"))
+    assert (result.exit_status, result.images) == (143, 0) and killed[0].parent == folder / "stopped" / "velocity"
+    assert not (folder / "stopped" / "checkpoint.safetensors").exists()
+    trained = killed[0].stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match=r"begun with --velocity-kimg 0\.04, not 0\.08: give that again"):
+        distill(config_of(folder, "stopped", velocity_kimg=0.08))
+    result = distill(config_of(folder, "stopped", max_hours=1e-9))
+    assert (result.exit_status, result.images) == (75, 4) and killed[0].stat().st_mtime_ns == trained
+
+
+MEASURED = {"evaluate_images": 8, "evaluate_ticks": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate_images": 3, "evaluate_ticks": 1}, "--evaluate-images 3: fewer than the 4 processes"),
+        ({"evaluate_images": 8, "evaluate_data": "one.zip"}, "--evaluate-data holds one image"),
+        ({"evaluate_metrics": "fid", "feature_weights": ("inception=none.pth",), **MEASURED}, r"none\.pth"),
+        ({"evaluate_ref": ("none.npz",), **MEASURED}, r"none\.npz"),
+        ({"log": "wandb"}, "--log wandb needs wandb"),
+        ({"engine": "graph"}, "--engine graph is of CUDA graphs"),
+        ({"fsdp": True}, "--fsdp is for EDM's networks"),
+        ({"batch": 6}, "--batch 6 cannot be shared equally by 4"),
+    ],
+)
+def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(folder, monkeypatch, changes, words):
+    """On the first of four processes, before they have met."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    write_edm_zip(folder / "one.zip", np.zeros((1, 1, 16, 16), np.uint8), None)
+    files = {name: str(folder / value) for name, value in changes.items() if name == "evaluate_data"}
+    with pytest.raises(GddFastError, match=words):
+        distill(config_of(folder, "run", **{"evaluate_metrics": "fd@pixels", **changes, **files}))
+    assert not list((folder / "run").glob("*"))
+
+
+def test_a_compiler_that_is_not_there_is_missed_before_the_first_stage(folder, monkeypatch):
+    def missing(*_):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(compiled_losses, "COMPILER", missing)
+    with pytest.raises(BackendError, match=r"--engine compile.*No working"):
+        distill(config_of(folder, "run", engine="compile"))
+    assert not (folder / "run" / "velocity").exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_stage(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "generator_ema").write_text("")
+    with pytest.raises(ConfigError, match="generator_ema is a file"):
+        distill(config_of(folder, "run"))
+    assert not (folder / "run" / "velocity").exists()
+
+
 def test_the_first_stage_is_announced_and_can_be_left_out(folder):
     from gdd_fast.distill.dry_run import describe
 
@@ -150,7 +222,21 @@ def test_pretrain_goes_on_from_a_teacher(folder):
     pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
     net = load_generator(out / "teacher")
     assert not net.predicts_noise
+    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network, .*pretrained/teacher"):
+        load_generator(out)
+    stored = loop.stored_values(out)
+    with pytest.raises(CheckpointError, match="with another --teacher"):  # none
+        loop.check_same_run(out, stored["config"], {"data": stored["contents"]["data"]}, 80)
     assert not torch.equal(net.model.conv_in.weight, load_generator(folder / "ddpm").model.conv_in.weight)
+
+
+def test_pretraining_goes_on_from_no_broken_teacher(folder):
+    unet = UNet2DModel.from_pretrained(folder / "ddpm" / "unet")
+    unet.conv_in.bias.data[0] = float("nan")
+    unet.save_pretrained(folder / "ddpm" / "unet")
+    asked = PretrainConfig(teacher=str(folder / "ddpm"), data=str(folder / "data.zip"), run_dir=folder / "pretrained")
+    with pytest.raises(WeightsError, match=r"ddpm has NaN or infinite values in model\.conv_in\.bias"):
+        Pretraining(asked, ALONE)
 
 
 def test_a_network_of_another_kind_is_refused_by_name():

@@ -154,7 +154,7 @@ def test_statistics_travel_with_their_maps(name: str, monkeypatch) -> None:
     monkeypatch.setattr(folded, "residual", add)
     monkeypatch.setattr(folded, "group_norm_silu", norm)
     net = network(name)
-    ways = {"convolve": "plain", "late_bias": True, "norm": "triton", "residual": "triton"}
+    ways = {"convolve": "plain", "late_bias": True, "norm": "triton", "residual": "triton", "statistics": True}
     target = dataclasses.replace(make_target(CPU, torch.float32), **ways)
     labels = classes(net)
     y = run(fold(net, target, SIGMA), latents(), labels)

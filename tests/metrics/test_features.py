@@ -9,7 +9,8 @@ from gdd_fast.errors import ConfigError, DataError, WeightsError
 from gdd_fast.metrics.features import PixelFeatures, build_extractor
 from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
 from gdd_fast.metrics.frechet import frechet_distance
-from gdd_fast.metrics.statistics import collect, dataset_statistics
+from gdd_fast.metrics.population import gather
+from gdd_fast.metrics.statistics import dataset_statistics
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone
 
@@ -65,11 +66,12 @@ def test_distances_see_what_happened_to_the_images(lite0, real):
     """Noisier is farther, for both features; half of a set is nearest to the other half."""
     noise = torch.randn(real[96:192].shape, generator=torch.Generator().manual_seed(0))
     extractors = [lite0, PixelFeatures()]
-    reference = collect(real[:96].split(48), extractors)
+    collect = lambda images: [population.statistics for population in gather(images.split(48), extractors)]
+    reference = collect(real[:96])
     distances = []
     for strength in (0, 30):
         noisy = (real[96:192] + strength * noise).clamp(0, 255).to(torch.uint8)
-        ours = collect(noisy.split(48), extractors)
+        ours = collect(noisy)
         distances.append([frechet_distance(a, b) for a, b in zip(ours, reference, strict=True)])
     for kind in zip(*distances, strict=True):
         assert kind[0] < kind[1]
@@ -98,9 +100,8 @@ def test_statistics_of_a_data_set_and_of_a_part_of_it():
 
 
 def test_too_few_images():
-    for images in ([], [random_images(1, 1, 8, 8)]):
-        with pytest.raises(DataError, match="at least 2"):
-            collect(images, [PixelFeatures()])
+    with pytest.raises(DataError, match="at least 2"):
+        dataset_statistics(demo_dataset("test", max_images=1), [PixelFeatures()])
 
 
 def test_unknown_features_resolutions_and_weights(tmp_path):

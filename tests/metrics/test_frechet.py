@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdd_fast.errors import DataError
+from gdd_fast.metrics.features import PixelFeatures
 from gdd_fast.metrics.frechet import Statistics, frechet_distance
+from gdd_fast.metrics.population import Needs, Population, gather
+from gdd_fast.ranks import World
 
 
 def normal(n: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -46,28 +49,35 @@ def test_a_mean_far_from_zero_costs_no_digits():
     np.testing.assert_allclose(shifted.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-6, atol=1e-7)
 
 
-def _rank(rank: int, splits: list[list[int]], store: str, results) -> None:
+def _populations(world: World) -> list[Population]:
+    """Of 41 images, or of 5, of which the second rank has no batch."""
+    images = torch.randint(256, (41, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for count in (41, 5):
+        batches = torch.stack(own).split(8) if (own := world.share(list(images[:count]), 8)) else []
+        found += gather(batches, [PixelFeatures()], [Needs(rows=True)], world=world, everywhere=True)
+    return found
+
+
+def _rank(rank: int, store: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for sizes in splits:
-        own = statistics(normal(sum(sizes), 4).split(sizes)[rank])
-        own.all_reduce()
-        results.put((own.count, own.mean.tolist(), own.covariance.tolist()))
+    for population in _populations(World(rank, 2, torch.device("cpu"))):
+        results.put((population.count, population.rows.tolist(), population.statistics.covariance.tolist()))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_together_equal_one(tmp_path):
-    splits = [[30, 11], [41, 0]]
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    torch.multiprocessing.spawn(_rank, (splits, str(tmp_path / "store"), results), nprocs=2)
-    whole = statistics(normal(41, 4))
+def test_every_rank_has_what_one_process_finds(tmp_path):
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
+    whole = {
+        population.count: (population.rows.tolist(), population.statistics.covariance.tolist())
+        for population in _populations(World(0, 1, torch.device("cpu")))
+    }
     for _ in range(4):
-        count, mean, covariance = results.get()
-        assert count == 41
-        np.testing.assert_allclose(mean, whole.mean, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(covariance, whole.covariance, rtol=1e-12, atol=1e-14)
+        count, *found = results.get()
+        assert tuple(found) == whole[count]
 
 
 def test_equal_to_scipy_where_covariances_have_full_rank():

@@ -221,5 +221,5 @@ def test_weights_that_do_not_fit_are_named():
         build_backbone("vgg16", state)
     message = str(error.value)
     assert "features.0.weight is missing" in message
-    assert "surprise is unexpected" in message
-    assert "features.2.bias has shape (7,), not (64,)" in message
+    assert "surprise is not part of the network" in message
+    assert "features.2.bias is (7,), not (64,)" in message

@@ -1,6 +1,7 @@
 """Networks of diffusers' as denoisers: what they compute at the times of training is what diffusers computes."""
 
 import itertools
+import json
 import math
 import sys
 import types
@@ -23,7 +24,7 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
-from diffusers_teachers import CLASSES, SIZE, UNETS, random_unet
+from diffusers_teachers import CLASSES, SIZE, UNETS, random_unet, scheduler_of
 
 from gdd_fast.acceleration import accelerate
 from gdd_fast.engine.one_step import OneStepGenerator
@@ -119,7 +120,7 @@ def test_consistency_models(tmp_path):
 @pytest.mark.parametrize("name", UNETS)
 def test_one_network_wrapped_saved_folded_and_accelerated(tmp_path, name):
     unet = random_unet(name)
-    net = teacher(tmp_path, unet, DDPMScheduler(prediction_type="v_prediction"))
+    net = teacher(tmp_path, unet, scheduler_of(name))
     assert (net.img_resolution, net.img_channels) == (unet.config.sample_size, unet.config.in_channels)
     labels = torch.eye(net.label_dim)[[1, 2]] if net.label_dim else None
     z = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution)
@@ -152,7 +153,7 @@ def test_exported_for_any_number_of_images(tmp_path, name, suffix, dtype):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     unet = random_unet(name)
-    net = as_generator(teacher(tmp_path, unet, DDPMScheduler(prediction_type="v_prediction"))).eval()
+    net = as_generator(teacher(tmp_path, unet, scheduler_of(name))).eval()
     path = tmp_path / f"generator{suffix}"
     difference = write_portable(net, path, dtype=dtype, images=17)
     assert difference.worst < (1e-4 if dtype == "float32" else 0.1)
@@ -291,20 +292,22 @@ def test_a_generators_noise_level_is_its_own(tmp_path):
         ({"sample_size": 10, "block_out_channels": (8, 8, 8)}, {}, "sample_size 10"),
         ({"class_embed_type": "identity"}, {}, "class_embed_type"),
         ({"class_embed_type": "timestep"}, {}, "num_class_embeds"),
+        ({"class_embed_type": "timestep", "num_class_embeds": "x"}, {}, "num_class_embeds must be a whole number"),
+        ({"num_class_embeds": 10**12}, {}, "num_class_embeds must be a whole number of at most 1000000"),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 1e3}, {}, "num_train_timesteps must be a whole"),
         ({"sample_size": None}, {}, "sample_size must be the side"),
         ({"sample_size": [8, 16]}, {}, "sample_size must be the side"),
         ({"norm_num_groups": 7}, {}, "num_groups"),
         ({"_class_name": "UNet2DConditionModel"}, {}, "only a UNet2DModel"),
         ({"block_out_channels": None}, {}, "block_out_channels must be a list"),
         ({}, {"trained_betas": [0.1, 1.0, 2.0]}, "betas do not give noise levels"),
+        ({}, {"beta_start": "low"}, "the parametrisation vp cannot be made"),
         ({}, {"prediction_type": "flow_prediction"}, "prediction_type"),
         ({}, {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ({}, {"beta_schedule": "laplace"}, "beta_schedule"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_the_name_of_its_setting(tmp_path, unet, scheduler, words):
-    import json
-
     DDPMPipeline(random_unet("plain"), DDPMScheduler()).save_pretrained(tmp_path)
     for path, changes in (("unet/config.json", unet), ("scheduler/scheduler_config.json", scheduler)):
         config = json.loads((tmp_path / path).read_text())
@@ -314,6 +317,37 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_setting(tmp_path, u
     with pytest.raises(WeightsError, match=words) as refusal:
         load_generator(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "time", "words"),
+    [
+        ("score", DDPMScheduler(), 0, "times of its scheduler, 0 to 999: it goes with ScoreSdeVe"),
+        ("score", EDMEulerScheduler(), -1.55, "logarithm.*, -1.554 to 1.09"),
+        ("learned-times", DDPMScheduler(num_train_timesteps=1001), 1000, "1000 has no row.* 0 to 1000"),
+        ("learned-times", EDMEulerScheduler(), -1.55, "num_train_timesteps 1000 has no row"),
+    ],
+)
+def test_times_that_an_embedding_has_no_value_at_are_refused(tmp_path, unet, scheduler, time, words):
+    """diffusers' own network is NaN there, or raises."""
+    network = random_unet(unet)
+    x, time = torch.zeros(1, 3, network.config.sample_size, network.config.sample_size), torch.tensor(time)
+    if unet == "score":
+        assert network(x, time).sample.isnan().all()
+    else:
+        with pytest.raises((IndexError, RuntimeError)):
+            network(x, time, torch.tensor([0]))
+    with pytest.raises(WeightsError, match=words) as refusal:
+        teacher(tmp_path, network, scheduler)
+    assert "\n" not in str(refusal.value)
+
+
+def test_classes_that_are_embedded_as_times_have_none_before_the_first(tmp_path):
+    DDPMPipeline(random_unet("score"), ScoreSdeVeScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_embed_type": "timestep", "num_class_embeds": 4}))
+    with pytest.raises(WeightsError, match="and of its 4 classes"):
+        load_generator(tmp_path)
 
 
 def test_folders_that_are_none(tmp_path):

@@ -65,6 +65,7 @@ def test_the_page_fetches_nothing_and_no_name_breaks_out_of_it(tmp_path):
     html = page([read_run(write_run(tmp_path / "<b>run", data="</script><script>alert(1)</script>"))])
     assert "<b>run" not in html and "<script>alert" not in html
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert """http-equiv="Content-Security-Policy" content="default-src 'none';""" in html
     assert "&lt;b&gt;run" in html
 
 

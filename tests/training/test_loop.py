@@ -218,6 +218,21 @@ def test_a_signal_saves_after_the_iteration(tmp_path, number, capfd):
     assert resumed.sum == 450
 
 
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_signal_while_the_last_state_is_saved_counts_too(tmp_path, monkeypatch, behind):
+    write = checkpoint.save
+
+    def interrupted(path, sections, values):
+        if values["images"] == 100:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, sections, values)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    schedule = Schedule(100, 50, 50, behind=behind)
+    assert run(Counting(), tmp_path, CONFIG, schedule, ALONE) == Outcome(100, 100, signal.SIGTERM)
+    assert run(Counting(), tmp_path, CONFIG, schedule, ALONE) == Outcome(100, 0)
+
+
 def test_a_second_ctrl_c_interrupts_and_one_delivered_twice_does_not(tmp_path, monkeypatch):
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
@@ -302,6 +317,24 @@ def test_metrics_of_lost_work_are_dropped(tmp_path):
     run(Counting(), tmp_path, CONFIG, Schedule(70, 10, 10), ALONE)
     assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 60, 70]
     assert "extra" in lines(tmp_path)[4]
+
+
+def test_what_is_no_line_of_metrics_is_dropped(tmp_path):
+    """As a disk leaves a file that was open when the machine went down, or an editor."""
+    run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
+    damaged = b'\xff\xfe\x00\n[10]\n{"images": 15, "minutes": "x"}\n' + b"[" * 100_000 + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(damaged + (tmp_path / "metrics.jsonl").read_bytes())
+    run(Counting(), tmp_path, CONFIG, Schedule(30, 10, 10), ALONE)
+    assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("harm", [{"images": None}, {"config": 3}, {"contents": []}])
+def test_a_checkpoint_of_no_run_is_refused(tmp_path, harm):
+    run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
+    saved = checkpoint.load(tmp_path / CHECKPOINT)
+    checkpoint.save(tmp_path / CHECKPOINT, saved.sections(), {**saved.values, **harm})
+    with pytest.raises(CheckpointError, match="does not say of which run it is; move it away"):
+        run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
 
 
 def test_a_value_that_is_not_finite_is_null(tmp_path):

@@ -220,6 +220,26 @@ def test_the_environment_decides(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": "first"}, "RANK='first', WORLD_SIZE='2'"),
+        ({"RANK": "2"}, "RANK='2', WORLD_SIZE='2'.* as torchrun sets"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({}, "MASTER_ADDR and MASTER_PORT not in the environment"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "cannot meet at localhost:http"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "99999999"}, "cannot meet at localhost:99999999"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(monkeypatch, changes, said):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **changes}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said), join("cpu"):
+        pass
+
+
 @pytest.mark.parametrize("option", ["tpu", "meta", "cuda:99", ""])
 def test_devices_that_are_not_there(option):
     with pytest.raises(ConfigError, match="--device"):

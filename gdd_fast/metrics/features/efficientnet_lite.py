@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdd_fast.device import full_float32
-from gdd_fast.metrics.features.extractor import check_multiple_of_32, resized, rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures, check_multiple_of_32, resized
 from gdd_fast.metrics.features.weight_files import WeightFile
 from gdd_fast.models.backbone_weights import load_backbone_weights, rename_by_order
-from gdd_fast.models.backbones import fit_to, fold_batch_norm
+from gdd_fast.models.backbones import fold_batch_norm, made_of
 from gdd_fast.models.backbones.lite0 import STAGES, Lite0, Stage
 
 LITE0_FILE = WeightFile(
@@ -52,7 +51,7 @@ class Lite2(Lite0):
     stages = _scaled(STAGES, 1.1, 1.2)
 
 
-class _LiteFeatures:
+class _LiteFeatures(NetworkFeatures):
     """ImageNet EfficientNet-lite after global average pooling, 1280 features.
 
     Images are resized to `resolution` pixels (bilinear, antialiased when they shrink), gray ones repeated to three
@@ -65,26 +64,16 @@ class _LiteFeatures:
 
     def __init__(self, weights: Mapping[str, Tensor], *, resolution: int = 64, device: torch.device | str = "cpu"):
         check_multiple_of_32(self.file.network, resolution)
-        with torch.device("meta"):
-            network = self.make()
-        weights = fit_to(network, self.make.name, weights, ())
-        network.load_state_dict(weights, assign=True)
+        network = made_of(self.make, self.make.name, weights)
         self.backbone = self.make.name
-        self.name = self.file.name_of(weights, resolution)
+        self.name = self.file.name_of(network.state_dict(), resolution)
         self.resolution, self.device = resolution, torch.device(device)
         # channels_last: twice as fast on a CPU, whose depthwise convolutions are made for it.
-        self.network = fold_batch_norm(network.eval().requires_grad_(False)).to(
-            device, memory_format=torch.channels_last
-        )
+        self.network = fold_batch_norm(network).to(device, memory_format=torch.channels_last)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         x = resized(pixels / 127.5 - 1, self.resolution)  # the networks' own (rgb01 - 0.5) / 0.5
-        with full_float32():  # statistics made on one device stand for those of another
-            return self.network.pooled(x.contiguous(memory_format=torch.channels_last))
+        return self.network.pooled(x.contiguous(memory_format=torch.channels_last))
 
 
 class Lite0Features(_LiteFeatures):

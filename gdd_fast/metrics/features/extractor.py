@@ -1,11 +1,13 @@
 """What a feature network is to a metric, and what its images go through first."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, InputError
 
 
@@ -32,6 +34,24 @@ class FeatureExtractor(Protocol):
         """
 
 
+class NetworkFeatures:
+    """What the feature networks have in common."""
+
+    backbone: str | None = None
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.features(rgb(images, self.device))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        with full_float32():  # statistics made on one device stand for those of another
+            return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def rgb(images: Tensor, device: torch.device) -> Tensor:
     """uint8 `(N, 1 or 3, H, W)` -> float32 `(N, 3, H, W)` from 0 to 255 on `device`; gray is repeated.
 
@@ -47,6 +67,11 @@ def resized(x: Tensor, resolution: int, mode: str = "bilinear") -> Tensor:
     if x.shape[-2:] == (resolution, resolution):
         return x
     return interpolate(x, size=(resolution, resolution), mode=mode, antialias=True, align_corners=False)
+
+
+def of_bytes(values: Sequence[float], device: torch.device | str) -> Tensor:
+    """A mean or a deviation of each channel, float32 (C, 1, 1), for values from 0 to 255 instead of 0 to 1."""
+    return torch.tensor(values, device=device)[:, None, None] * 255
 
 
 def check_multiple_of_32(name: str, resolution: int) -> None:

@@ -6,6 +6,7 @@ al., arXiv 1706.08500; Szegedy et al., arXiv 1512.00567.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.frozen_conv import FrozenConv2d, conv_norm_relu
-from gdd_fast.metrics.features.extractor import rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures
 from gdd_fast.metrics.features.weight_files import WeightFile
-from gdd_fast.models.backbones import ConvNorm, fit_to, fold_batch_norm
+from gdd_fast.models.backbones import ConvNorm, fold_batch_norm, made_of
 
 RESOLUTION = 299
 CLASSES = 1008
@@ -181,7 +182,7 @@ class _Block(nn.Module):
 class InceptionV3(nn.Module):
     """float32 (N, 3, 299, 299) from -1 to 1 -> features. Names as torchvision has them."""
 
-    def __init__(self):
+    def __init__(self, classifier: bool = True):
         super().__init__()
         self.Conv2d_1a_3x3 = _Conv(3, 32, 3, 2, same=False)
         self.Conv2d_2a_3x3 = _Conv(32, 32, 3, 1, same=False)
@@ -205,7 +206,7 @@ class InceptionV3(nn.Module):
             block = _Block(channels, branches)
             self.add_module(f"Mixed_{name}", block)
             channels = block.out_channels
-        self.fc = nn.Linear(channels, CLASSES)
+        self.fc = nn.Linear(channels, CLASSES) if classifier else nn.Identity()
 
     def forward(self, x: Tensor, tap: int = 2048) -> Tensor:
         """(N, tap): the features after the layer that has so many, averaged over the image."""
@@ -247,7 +248,7 @@ def _interpolation(size: int, resolution: int, device: torch.device) -> Tensor:
     return matrix.scatter_add_(1, (at + 1).clamp(max=size - 1), share)
 
 
-class InceptionFeatures:
+class InceptionFeatures(NetworkFeatures):
     """What FID, KID and the Inception score are of.
 
     Args:
@@ -255,8 +256,6 @@ class InceptionFeatures:
             raises `WeightsError`.
         tap: 2048, or 64, 192, 768 for the features of an earlier layer.
     """
-
-    backbone = None
 
     def __init__(
         self,
@@ -271,19 +270,14 @@ class InceptionFeatures:
         if tap not in TAPS:
             raise ConfigError(f"Inception has {', '.join(map(str, TAPS))} features, not {tap}")
         weights = canonical(weights)
-        with torch.device("meta"):
-            network = InceptionV3()
         self._classifier = "fc.weight" in weights
-        if not self._classifier:
-            network.fc = nn.Identity()
-        network.load_state_dict(fit_to(network, "FID's Inception", weights, ()), assign=True)
+        network = made_of(partial(InceptionV3, self._classifier), "FID's Inception", weights)
         name = FILE.name_of({k: v for k, v in weights.items() if not k.startswith("fc.")}, RESOLUTION)
         name = name.replace(f"-{RESOLUTION}", "")
         self.name = name if tap == 2048 else f"{name}-{tap}"
         self.dim = self.tap = tap
         self.device = torch.device(device)
-        network = fold_batch_norm(network.eval().requires_grad_(False))
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = fold_batch_norm(network).to(device, memory_format=torch.channels_last)
 
     @classmethod
     def load(cls, weights: str | Path | None = None, **options) -> "InceptionFeatures":
@@ -294,15 +288,10 @@ class InceptionFeatures:
         """Whether a Frechet distance of these features is a FID."""
         return self.name == FILE.network
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         x = enlarged(pixels)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
-        with full_float32():
-            return self.network(x, self.tap)
+        return self.network(x, self.tap)
 
     def check_classifier(self) -> None:
         """Raise `WeightsError` if the weights came without the classifier."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.metrics.features.extractor import resized, rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures, resized
 from gdd_fast.metrics.features.weight_files import WeightFile
 from gdd_fast.models.backbones import fit_to
 
@@ -77,7 +76,7 @@ class Lpips(nn.Module):
             for i, tap in enumerate(self.taps):
                 convolution = next(m for m in self.features[tap::-1] if isinstance(m, nn.Conv2d))
                 self.add_module(f"lin{i}", nn.Conv2d(convolution.out_channels, 1, 1, bias=False))
-        self.load_state_dict(fit_to(self, f"LPIPS with {network}", weights, ()), assign=True)
+        self.load_state_dict(fit_to(self, f"LPIPS with {network}", weights), assign=True)
         self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(_SCALE)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -136,13 +135,13 @@ def _from_jax(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class LpipsFeatures:
+class LpipsFeatures(NetworkFeatures):
     """LPIPS as a feature network, AlexNet's or VGG-16's. Images smaller than `resolution` are enlarged to it.
 
     F grows with the image (31,872 of AlexNet at 64 pixels): for nearest neighbours and not for Frechet distances.
     """
 
-    backbone = dim = None
+    dim = None
 
     def __init__(
         self,
@@ -164,10 +163,5 @@ class LpipsFeatures:
         file = VGG16_FILE if network == "vgg16" else ALEXNET_FILE
         return cls(_read(file, weights), network=network, **options)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
-        with full_float32():
-            return self.network.vectors(resized(pixels / 127.5 - 1, self.resolution))
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.network.vectors(resized(pixels / 127.5 - 1, self.resolution))

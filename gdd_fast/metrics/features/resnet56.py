@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.frozen_conv import FrozenConv2d, conv_norm_relu
-from gdd_fast.metrics.features.extractor import resized, rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures, of_bytes, resized
 from gdd_fast.metrics.features.weight_files import WeightFile
-from gdd_fast.models.backbones import ConvNorm, fit_to, fold_batch_norm
+from gdd_fast.models.backbones import ConvNorm, fold_batch_norm, made_of
 from gdd_fast.models.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 
 FILE = WeightFile(
@@ -76,41 +75,25 @@ class ResNet56(nn.Module):
                 yield ConvNorm(module, "conv2", "bn2")
 
 
-class ResNet56Features:
+class ResNet56Features(NetworkFeatures):
     """The 64 features of CIFAR-10's ResNet-56 at 32 x 32; images of another size are resized."""
 
     dim = 64
-    backbone = None
 
     def __init__(self, weights: Mapping[str, Tensor], *, resolution: int = 32, device: torch.device | str = "cpu"):
         if resolution != 32:
             raise ConfigError(f"resnet56 looks at images of 32 pixels, not {resolution}")
-        with torch.device("meta"):
-            network = ResNet56()
-        weights = fit_to(network, "CIFAR-10's ResNet-56", weights, ())
-        network.load_state_dict(weights, assign=True)
-        self.name = FILE.name_of(weights, resolution)
+        network = made_of(ResNet56, "CIFAR-10's ResNet-56", weights)
+        self.name = FILE.name_of(network.state_dict(), resolution)
         self.device = torch.device(device)
-        self.network = fold_batch_norm(network.eval().requires_grad_(False)).to(
-            device, memory_format=torch.channels_last
-        )
-        self._mean, self._std = (
-            torch.tensor(v, device=device)[:, None, None] * 255 for v in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        self.network = fold_batch_norm(network).to(device, memory_format=torch.channels_last)
+        self._mean, self._std = of_bytes(IMAGENET_MEAN, device), of_bytes(IMAGENET_STD, device)
 
     @classmethod
     def load(cls, weights: str | Path | None = None, **options) -> "ResNet56Features":
         state = {key.removeprefix("module."): value for key, value in FILE.read(weights).items()}
         return cls(state, **options)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         x = (resized(pixels, 32) - self._mean) / self._std
-        return x.contiguous(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
-        with full_float32():
-            return self.network(self._normalised(pixels))
+        return self.network(x.contiguous(memory_format=torch.channels_last))

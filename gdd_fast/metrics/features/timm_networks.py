@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdd_fast.device import full_float32
 from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.metrics.features.extractor import resized, rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures, of_bytes, resized
 from gdd_fast.metrics.features.weight_files import digest, read_weights
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
 
 
-class TimmFeatures:
+class TimmFeatures(NetworkFeatures):
     """What a network of timm puts before its classifier; of CLIP, the image's embedding.
 
     Images are resized to the network's own resolution (or `resolution`), bicubic and antialiased, and normalised with
@@ -29,8 +28,6 @@ class TimmFeatures:
         weights: a file of timm's, or one that timm knows how to rename, such as Meta's dinov2_vitl14_pretrain.pth and
             OpenAI's ViT-B-32.pt; None: timm's own, from the Hugging Face hub's cache or the hub.
     """
-
-    backbone = None
 
     def __init__(
         self,
@@ -55,16 +52,11 @@ class TimmFeatures:
         self.dim = network.num_features if network.num_classes == 0 else network.num_classes
         self.resolution, self.device = resolution, torch.device(device)
         self.network = network.eval().requires_grad_(False).to(device)
-        self._mean, self._std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (config.mean, config.std))
+        self._mean, self._std = of_bytes(config.mean, device), of_bytes(config.std, device)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         x = resized(pixels, self.resolution, "bicubic").clamp(0, 255)
-        with full_float32():
-            return self.network((x - self._mean) / self._std).float()
+        return self.network((x - self._mean) / self._std).float()
 
 
 def _timm() -> Any:

@@ -1,15 +1,15 @@
 """ImageNet VGG-16 (Simonyan & Zisserman, arXiv 1409.1556), its last convolution averaged over the image."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gdd_fast.device import full_float32
-from gdd_fast.metrics.features.extractor import check_multiple_of_32, resized, rgb
+from gdd_fast.metrics.features.extractor import NetworkFeatures, check_multiple_of_32, of_bytes, resized
 from gdd_fast.metrics.features.weight_files import WeightFile
-from gdd_fast.models.backbones import fit_to
+from gdd_fast.models.backbones import made_of
 from gdd_fast.models.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from gdd_fast.models.backbones.vgg import Vgg16
 
@@ -21,7 +21,7 @@ FILE = WeightFile(
 )
 
 
-class Vgg16Features:
+class Vgg16Features(NetworkFeatures):
     """VGG-16's 512 features after the last ReLU, averaged over positions; images are resized to `resolution` pixels.
 
     Improved precision and recall were published with the 4,096 outputs of its second fully connected layer instead:
@@ -33,26 +33,16 @@ class Vgg16Features:
 
     def __init__(self, weights: Mapping[str, Tensor], *, resolution: int = 64, device: torch.device | str = "cpu"):
         check_multiple_of_32("vgg16", resolution)
-        with torch.device("meta"):
-            network = Vgg16(batch_norm=False)
-        weights = fit_to(network, "vgg16", weights, Vgg16.unused_weights)
-        network.load_state_dict(weights, assign=True)
-        self.name = FILE.name_of(weights, resolution)
+        network = made_of(partial(Vgg16, batch_norm=False), "vgg16", weights)
+        self.name = FILE.name_of(network.state_dict(), resolution)
         self.resolution, self.device = resolution, torch.device(device)
-        self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self._mean, self._std = (
-            torch.tensor(v, device=device)[:, None, None] * 255 for v in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self._mean, self._std = of_bytes(IMAGENET_MEAN, device), of_bytes(IMAGENET_STD, device)
 
     @classmethod
     def load(cls, weights: str | Path | None = None, **options) -> "Vgg16Features":
         return cls(FILE.read(weights), **options)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(rgb(images, self.device))
-
-    def features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         x = (resized(pixels, self.resolution) - self._mean) / self._std
-        with full_float32():
-            return self.network(x.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))
+        return self.network(x.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))

@@ -4,6 +4,7 @@ State-dict names are torchvision's for VGG-16 and timm's for the others; neither
 """
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from gdd_fast.models.backbones.base import Backbone, ConvNorm, fold_batch_norm, 
 from gdd_fast.models.backbones.deit import DeitBase
 from gdd_fast.models.backbones.lite0 import Lite0
 from gdd_fast.models.backbones.vgg import Vgg16
+from gdd_fast.models.files.tensor_files import listed, misfits
 
 __all__ = [
     "BACKBONES",
@@ -26,9 +28,11 @@ __all__ = [
     "fit_to",
     "fit_weights",
     "fold_batch_norm",
+    "made_of",
     "probe_batch_norm",
 ]
 
+Network = TypeVar("Network", bound=nn.Module)
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "vgg16_bn": lambda: Vgg16(batch_norm=True),
     "vgg16": lambda: Vgg16(batch_norm=False),
@@ -44,13 +48,7 @@ def build_backbone(name: str, weights: Mapping[str, Tensor] | None, resolution: 
     is an unknown name. Weights that do not fit are a `WeightsError`.
     """
     make = _maker(name)
-    if weights is None:
-        backbone = make()
-    else:
-        weights = fit_weights(name, weights)
-        with torch.device("meta"):  # no time spent on initial values that are replaced at once
-            backbone = make()
-        backbone.load_state_dict(weights, assign=True)
+    backbone = make() if weights is None else made_of(make, name, weights)
     check_resolution(backbone, resolution)
     return backbone.eval().requires_grad_(False)
 
@@ -74,25 +72,26 @@ def fit_weights(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         backbone = _maker(name)()
-    return fit_to(backbone, name, weights, backbone.unused_weights)
+    return fit_to(backbone, name, weights)
 
 
-def fit_to(network: nn.Module, name: str, weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
-    """`fit_weights` for any network, here called `name`; tensors whose names begin with one of `unused` are dropped."""
+def made_of(make: Callable[[], Network], name: str, weights: Mapping[str, Tensor]) -> Network:
+    """`make()`, here called `name`, frozen and in eval mode, of these weights; `WeightsError` as of `fit_weights`."""
+    with torch.device("meta"):  # no time spent on initial values that are replaced at once
+        network = make()
+    network.load_state_dict(fit_to(network, name, weights), assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def fit_to(network: nn.Module, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`fit_weights` for any network, here called `name`, whose `unused_weights` begin the names of what is dropped."""
+    unused = getattr(network, "unused_weights", ())
     expected = network.state_dict()
     kept = {key: value for key, value in weights.items() if not key.startswith(unused or "\0")}
     # Older files lack the batch counters; eval mode never reads them.
     kept |= {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
-    problems = [f"{key} is missing" for key in expected if key not in kept]
-    problems += [f"{key} is unexpected" for key in kept if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(value.shape)}, not {tuple(expected[key].shape)}"
-        for key, value in kept.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise WeightsError(f"these are not weights of {name}: {'; '.join(problems[:3])}{more}")
+    if problems := misfits(expected, kept):
+        raise WeightsError(f"these are not weights of {name}: {listed(problems)}")
     return {key: kept[key].to(expected[key].dtype) for key in expected}
 
 

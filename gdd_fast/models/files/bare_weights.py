@@ -5,15 +5,14 @@ before them ("net.", "module.", or nothing at all where the U-Net was saved with
 may hold several state_dicts under keys, of which one is asked for.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gdd_fast.errors import WeightsError
+from gdd_fast.models.files.tensor_files import read_tensor_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _ANCHOR = "map_layer0.weight"  # every network of EDM's has it once
@@ -36,7 +35,7 @@ def read_bare(path: Path, key: str = "ema") -> tuple[dict[str, Tensor], int]:
 
     Raises WeightsError, which names the file, if it cannot be read or holds no network with EDM's names.
     """
-    state = _pick(_read(path), key, path)
+    state = _pick(read_tensor_file(path), key, path)
     for text, what in _FOREIGN.items():
         if any(text in name for name in state):
             raise WeightsError(f"{path} holds {what}: it cannot be loaded, only networks with EDM's names")
@@ -49,31 +48,6 @@ def read_bare(path: Path, key: str = "ema") -> tuple[dict[str, Tensor], int]:
     state = {("model." if bare else "") + name.removeprefix(prefix): tensor for name, tensor in state.items()}
     augment = state.get(_AUGMENT)
     return state, 0 if augment is None or augment.ndim != 2 else augment.shape[1]
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file")
-    if path.suffix.lower() == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{path} cannot be read ({error}): the file is damaged; copy or make it again"
-            ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, and nothing but tensors is loaded: save the network's state_dict alone"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # a KeyError's text is a byte that is no instruction of a pickle
-        reason = "no file of torch.save" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise WeightsError(f"{path} cannot be read ({reason:.200}): the file is damaged; get it again") from error
 
 
 def _pick(content: Any, key: str, path: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from gdd_fast.layers.convolution import Conv2d, resample_kernel
 from gdd_fast.models.files import bare_weights, diffusers_folder, pickle_reader
 from gdd_fast.models.files.pickle_reader import PickledNetwork
 from gdd_fast.models.files.save import FORMAT, PRECONDS, VERSION
+from gdd_fast.models.files.tensor_files import listed, misfits, read_tensor_file
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.published import PUBLISHED, published
@@ -41,14 +42,7 @@ def load_network(folder: str | Path, device: torch.device | str | None = None) -
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} has no model.safetensors: the network was not saved completely; save it again.")
-    from safetensors import SafetensorError  # a network from elsewhere runs without that library
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}): the file is damaged; copy or make it again.") from error
-    return _build(PRECONDS[config["precond"]], config["init"], state, str(folder)).to(device)
+    return _build(PRECONDS[config["precond"]], config["init"], read_tensor_file(path), str(folder)).to(device)
 
 
 def network_from_pickle(
@@ -200,6 +194,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
     if isinstance(config, dict) and "discriminator" in config:
         raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint brings one.")
+    if isinstance(config, dict) and "format" not in config and (path.parent / "teacher").is_dir():
+        raise WeightsError(f"{path.parent} is a pretraining run: give its network, {path.parent / 'teacher'}.")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
     if config.get("version") != VERSION:
@@ -244,21 +240,12 @@ def _fill_buffers(net: nn.Module, anew: Callable[[], nn.Module]) -> None:
 
 def _check_state(net: Preconditioned, state: dict[str, Tensor], where: str) -> None:
     """Raise one WeightsError for everything in which `state` differs from what `net` (on any device) consists of."""
-    expected = net.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is not part of the network" for name in state if name not in expected]
-    for name, tensor in state.items():
-        if name not in expected:
-            continue
-        if tensor.shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype}, not floating point")
+    problems = misfits(net.state_dict(), state)
+    problems += [f"{name} is {t.dtype}, not floating point" for name, t in state.items() if not t.is_floating_point()]
     if not problems:
         problems += [f"{name} is not the filter {list(taps)}" for name, taps in _filters(net, state)]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise WeightsError(f"{where}: the weights do not fit the network: {shown}.")
+        raise WeightsError(f"{where}: the weights do not fit the network: {listed(problems)}.")
 
 
 def _filters(net: Preconditioned, state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:

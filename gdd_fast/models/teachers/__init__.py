@@ -32,7 +32,8 @@ def make_parametrisation(config: dict[str, Any]) -> Parametrisation:
     try:
         return PARAMETRISATIONS[config["kind"]](**options)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"the parametrisation {config['kind']} cannot be made: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"the parametrisation {config['kind']} cannot be made: {reason}") from error
 
 
 def parametrisation_of(scheduler: dict[str, Any]) -> dict[str, Any]:

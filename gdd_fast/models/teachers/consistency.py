@@ -4,23 +4,20 @@ EDM's scales with sigma - sigma_min in the outer two, so that D(x; sigma_min) = 
 What such a network gives is an image of one step already; distilling makes it a better one.
 """
 
-from typing import Any
-
 from torch import Tensor
 
-from gdd_fast.errors import ConfigError
-from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisation
+from gdd_fast.models.teachers.karras import Karras
+from gdd_fast.models.teachers.parametrisation import Coefficients
 
 
-class Consistency(Parametrisation):
+class Consistency(Karras):
     """Args as of CMStochasticIterativeScheduler."""
 
     kind = "consistency"
+    schedulers = ("CMStochasticIterativeScheduler",)
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
-        if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
-            raise ConfigError("sigma_min, sigma_max and sigma_data must be positive, and sigma_min below sigma_max.")
-        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        super().__init__(sigma_min, sigma_max, sigma_data)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         variance = self.sigma_data**2
@@ -28,12 +25,3 @@ class Consistency(Parametrisation):
         norm = (sigma.square() + variance).sqrt()
         time = 1000 * 0.25 * (sigma + 1e-44).log()
         return Coefficients(variance / (offset.square() + variance), offset * self.sigma_data / norm, 1 / norm, time)
-
-    def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
-
-    @classmethod
-    def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
-        if scheduler.get("_class_name") != "CMStochasticIterativeScheduler":
-            return None
-        return {name: scheduler[name] for name in ("sigma_min", "sigma_max", "sigma_data") if name in scheduler}

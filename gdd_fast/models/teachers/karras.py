@@ -4,14 +4,13 @@ With sd = sigma_data: D = sd^2 / (sigma^2 + sd^2) x + sigma sd / sqrt(sigma^2 + 
 ln(sigma) / 4). Where diffusers calls the prediction v, F has the other sign.
 """
 
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisation, choose
 
-SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -19,6 +18,7 @@ class Karras(Parametrisation):
     """Args as of EDMEulerScheduler."""
 
     kind = "edm"
+    schedulers: ClassVar[tuple[str, ...]] = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
     def __init__(
         self,
@@ -37,16 +37,3 @@ class Karras(Parametrisation):
         norm = (sigma.square() + variance).sqrt()
         sign = 1 if self.prediction_type == "epsilon" else -1
         return Coefficients(variance / norm.square(), sign * sigma * self.sigma_data / norm, 1 / norm, sigma.log() / 4)
-
-    def options(self) -> dict[str, Any]:
-        names = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
-        return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
-        if scheduler.get("_class_name") not in SCHEDULERS:
-            return None
-        names = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
-        found = {name: scheduler[name] for name in names if name in scheduler}
-        choose("prediction_type", found.get("prediction_type", "epsilon"), PREDICTIONS)
-        return found

@@ -10,6 +10,7 @@ and a parametrisation is these five. They are computed in float64: time has to b
 """
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -31,15 +32,17 @@ class Coefficients(NamedTuple):
 
 
 class Parametrisation(ABC):
-    """One way of predicting.
+    """One way of predicting. The constructor's arguments are named as schedulers' configurations have them.
 
     Attributes:
+        schedulers: classes of diffusers' whose networks it is of.
         sigma_min, sigma_max: lowest and highest noise level of the training.
         predicts_noise: whether the image is x minus noise that the network predicts, so that all its errors are sigma
             times larger there.
     """
 
     kind: ClassVar[str]
+    schedulers: ClassVar[tuple[str, ...]] = ()
     sigma_min: float
     sigma_max: float
     predicts_noise: bool = False
@@ -56,17 +59,19 @@ class Parametrisation(ABC):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """`sigma` float64 (N,), positive."""
 
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, in JSON's types."""
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     @classmethod
-    @abstractmethod
     def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
         """Constructor's arguments from a scheduler's configuration; None if it is another parametrisation's.
 
-        Raises ConfigError for a setting that cannot be served.
+        Raises ConfigError for a setting that no argument stands for and that cannot be served.
         """
+        if scheduler.get("_class_name") not in cls.schedulers:
+            return None
+        return {name: scheduler[name] for name in signature(cls).parameters if name in scheduler}
 
     def config(self) -> dict[str, Any]:
         """What `make_parametrisation` makes it from."""

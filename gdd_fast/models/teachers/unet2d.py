@@ -19,7 +19,8 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.models.precond import compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers import make_parametrisation
-from gdd_fast.models.teachers.variance_preserving import VariancePreserving
+from gdd_fast.models.teachers.parametrisation import Parametrisation
+from gdd_fast.models.teachers.variance_preserving import MAX_TIMES, VariancePreserving
 
 MAX_SIZE = 65536
 
@@ -51,6 +52,7 @@ class UNet2DPrecond(Preconditioned):
         super().__init__()
         self.unet_config = check_unet(unet)
         self.parametrisation = make_parametrisation(parametrisation)
+        check_times(self.unet_config, self.parametrisation)
         self.predicts_noise = self.parametrisation.predicts_noise
         self.learns_velocity = self.predicts_noise and isinstance(self.parametrisation, VariancePreserving)
         self.img_resolution: int = self.unet_config["sample_size"]
@@ -88,16 +90,7 @@ class UNet2DPrecond(Preconditioned):
         *,
         force_fp32: bool = False,
     ) -> Tensor:
-        """Denoised images D(x; sigma), float32 (N, C, H, W).
-
-        Args:
-            x: noisy images (N, C, H, W), any floating type.
-            sigma: noise level > 0, one for all or N of them.
-            class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
-            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
-
-        Raises ConfigError if the shapes do not fit the network.
-        """
+        """As `EDMPrecond.forward`, without augmentation."""
         self._check_images(x)
         x = x.to(torch.float32)
         labels = self._class_labels(class_labels, x)
@@ -155,6 +148,29 @@ class UNet2DPrecond(Preconditioned):
             for parameter in (p for layer in last for p in layer.parameters()):
                 parameter.mul_(gain)
         self.output_gain *= gain
+
+
+def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
+    """Raise ConfigError if the U-Net's embedding has no value at a time of the training, or of a class that is
+    embedded like one.
+
+    diffusers' own network is NaN there, or raises: a Fourier embedding is of the logarithm of the time, by which the
+    output is divided too, and a learned one has a row for each from 0 on.
+    """
+    ends = torch.tensor([parametrisation.sigma_min, parametrisation.sigma_max], dtype=torch.float64, device="cpu")
+    first, last = parametrisation.coefficients(ends).time.tolist()
+    where = f"at the times of its scheduler, {first:.4g} to {last:.4g}"
+    if unet["class_embed_type"] == "timestep":
+        first, last = min(first, 0), max(last, unet["num_class_embeds"] - 1)
+        where += f", and of its {unet['num_class_embeds']} classes"
+    kind, rows = unet["time_embedding_type"], unet["num_train_timesteps"]
+    if kind == "fourier" and first <= 0:
+        raise ConfigError(
+            f"time_embedding_type 'fourier' is of the logarithm, and NaN in diffusers too, {where}: it goes with "
+            "ScoreSdeVeScheduler."
+        )
+    if kind == "learned" and not (rows and first >= 0 and last <= rows - 1):
+        raise ConfigError(f"time_embedding_type 'learned' with num_train_timesteps {rows} has no row {where}.")
 
 
 def output_gain(net: UNet2DPrecond) -> float:
@@ -234,6 +250,9 @@ def check_unet(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"sample_size {config['sample_size']} cannot be halved {halvings} times, as block_out_channels says."
         )
+    for name in ("num_class_embeds", "num_train_timesteps"):
+        if config[name] is not None and (type(config[name]) is not int or not 0 <= config[name] <= MAX_TIMES):
+            raise ConfigError(f"{name} must be a whole number of at most {MAX_TIMES}, got {config[name]!r:.100}.")
     kind, classes = config["class_embed_type"], config["num_class_embeds"]
     if kind not in (None, "timestep"):
         raise ConfigError(f"class_embed_type {kind!r:.100} takes no classes: it has to be null or 'timestep'.")

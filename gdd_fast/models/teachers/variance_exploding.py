@@ -19,6 +19,7 @@ class VarianceExploding(Parametrisation):
     """Args: lowest and highest noise level, as of the scheduler, for images from 0 to 1."""
 
     kind = "ve"
+    schedulers = ("ScoreSdeVeScheduler",)
     predicts_noise = True
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 1348.0) -> None:
@@ -35,9 +36,3 @@ class VarianceExploding(Parametrisation):
 
     def options(self) -> dict[str, Any]:
         return dict(self._options)
-
-    @classmethod
-    def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
-        if scheduler.get("_class_name") != "ScoreSdeVeScheduler":
-            return None
-        return {name: scheduler[name] for name in ("sigma_min", "sigma_max") if name in scheduler}

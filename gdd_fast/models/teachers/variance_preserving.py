@@ -10,6 +10,7 @@ x / sqrt(1 + sigma^2) = a_t x. Between the times of training, time is linear in 
 
 import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -120,9 +121,4 @@ class VariancePreserving(Parametrisation):
             return None
         if scheduler.get("use_flow_sigmas"):
             raise ConfigError("use_flow_sigmas cannot be distilled from: its times are those of a flow.")
-        names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        found = {name: scheduler[name] for name in (*names, "rescale_betas_zero_snr") if name in scheduler}
-        choose("prediction_type", found.get("prediction_type", "epsilon"), PREDICTIONS)
-        if found.get("trained_betas") is None:
-            choose("beta_schedule", found["beta_schedule"], SCHEDULES)
-        return found
+        return {name: scheduler[name] for name in signature(cls).parameters if name in scheduler}

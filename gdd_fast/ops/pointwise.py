@@ -1,7 +1,8 @@
-"""`W x + b` for every pixel, and `y += W x`: 1x1 convolutions as the matrix products that they are in channels_last.
+"""`W x + b` for every pixel: a 1x1 convolution as the matrix product that it is in channels_last.
 
-For inference: without gradients. A product adds its bias, or what is in `y`, on the way, where libraries' convolutions
-on a GPU take a pass over the map for that. Under autocast they compute in its type, as torch's convolutions do.
+For inference: without gradients. A product adds its bias, or that of a pair's other half, on the way, where libraries'
+convolutions on a GPU take a pass over the map for that. Under autocast it computes in its type, as torch's convolution
+does.
 """
 
 import torch
@@ -12,7 +13,7 @@ from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import autocast_dtype, cast
 
-OPERATOR = Operator("add_pointwise", fused=frozenset())  # one matrix product, which PyTorch has for every device
+OPERATOR = Operator("pointwise", fused=frozenset())  # matrix products, which PyTorch has for every device
 
 Pair = tuple[Tensor, Tensor]
 
@@ -48,39 +49,6 @@ def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> T
     return torch.ops.gdd_fast.pointwise(*given)
 
 
-def add_pointwise_ref(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The definition: the new value of `y`, which is left as it is."""
-    return y + F.conv2d(x, weight)
-
-
-def add_pointwise_(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add the 1x1 convolution of `x` to `y`, in place.
-
-    Args:
-        y: (N, C', H, W), floating.
-        x: (N, C, H, W), of the dtype of y.
-        weight: (C', C, 1, 1), of the dtype of y.
-
-    Where x and y are channels_last, this is one matrix product that accumulates into y; in other memory formats, a
-    convolution and an addition. Under autocast x and weight are cast to its type, and y keeps its own: where that is
-    another one, this is a convolution and an addition too.
-
-    Raises:
-        InputError: shapes or dtypes do not fit.
-    """
-    n, c, h, w = x.shape
-    if weight.shape != (y.shape[1], c, 1, 1) or (y.shape[0], *y.shape[2:]) != (n, h, w):
-        raise InputError(
-            f"add_pointwise_: y {tuple(y.shape)}, x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit"
-        )
-    x, weight = _as_convolved(x), _as_convolved(weight)
-    if not x.dtype == autocast_dtype(y) == weight.dtype:
-        raise InputError(
-            f"add_pointwise_: y, x and weight must be of one dtype, not {y.dtype}, {x.dtype}, {weight.dtype}"
-        )
-    torch.ops.gdd_fast.add_pointwise_(y, x, weight)
-
-
 torch.library.define("gdd_fast::pointwise", "(Tensor x, Tensor? skip, Tensor weight, Tensor? bias) -> Tensor")
 
 
@@ -107,23 +75,6 @@ def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Te
 
 def _channels_last(*maps: Tensor | None) -> bool:
     return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in maps)
-
-
-torch.library.define("gdd_fast::add_pointwise_", "(Tensor(a!) y, Tensor x, Tensor weight) -> ()")
-
-
-@torch.library.impl("gdd_fast::add_pointwise_", "CompositeExplicitAutograd")
-def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    if x.dtype != y.dtype or not _channels_last(x, y):
-        y.add_(F.conv2d(x, weight))
-        return
-    rows = _pixels(y)
-    torch.addmm(rows, _pixels(x), weight.flatten(1).t(), out=rows)
-
-
-@torch.library.register_fake("gdd_fast::add_pointwise_")
-def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    return None
 
 
 def _as_convolved(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""pointwise and add_pointwise_: 1x1 convolutions as matrix products, as accurate as convolutions."""
+"""pointwise: 1x1 convolutions as matrix products, as accurate as convolutions."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from gdd_fast.errors import InputError
-from gdd_fast.ops.add_pointwise import add_pointwise_, add_pointwise_ref, pointwise, pointwise_ref
+from gdd_fast.ops.pointwise import pointwise, pointwise_ref
 from parity import assert_as_accurate_as_torch
 
 
@@ -15,17 +15,6 @@ def tensors(dtype: torch.dtype, layout: torch.memory_format = torch.channels_las
     shapes = (2, 12, 5, 3), (2, 7, 5, 3), (12, 7, 1, 1)
     y, x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return [y.contiguous(memory_format=layout), x.contiguous(memory_format=layout), weight]
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_as_accurate_as_torch(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    def in_place(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        y = y.clone()
-        add_pointwise_(y, x, weight)
-        return y
-
-    assert_as_accurate_as_torch(in_place, add_pointwise_ref, tensors(dtype, layout))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -59,23 +48,7 @@ def test_under_autocast_as_torchs_convolutions(layout: torch.memory_format, pair
         assert got.is_contiguous(memory_format=layout) and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_in_place_under_autocast(dtype: torch.dtype) -> None:
-    """What is added to keeps its type. Autocast leaves float64 alone."""
-    y, x, weight = tensors(dtype)
-    weight = weight if dtype == torch.float64 else weight.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        want = y.clone().add_(torch.nn.functional.conv2d(x, weight))
-        add_pointwise_(y, x, weight)
-        mixed = tensors(torch.float64)[1]
-        with pytest.raises(InputError, match="one dtype"):
-            add_pointwise_(y, *((mixed, weight) if dtype != torch.float64 else (x, weight.float())))
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, want, rtol=1e-2, atol=1e-2)
-
-
 def test_as_torch_library_knows_it() -> None:
-    opcheck(torch.ops.gdd_fast.add_pointwise_.default, tensors(torch.float32))
     for layout in (torch.channels_last, torch.contiguous_format):
         _, x, weight = tensors(torch.float32, layout)
         for bias in (None, torch.ones(12)):
@@ -84,10 +57,7 @@ def test_as_torch_library_knows_it() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    y, x, weight = tensors(torch.float32)
-    for arguments in ((y, x, weight[:, :6]), (y[:1], x, weight), (y, x, weight.half())):
-        with pytest.raises(InputError, match="add_pointwise_"):
-            add_pointwise_(*arguments)
+    _, x, weight = tensors(torch.float32)
     for arguments in ((x, weight[:, :6]), (x, weight, weight), (x, weight.half()), (x[0], weight), ((x, x), weight)):
         with pytest.raises(InputError, match="pointwise: x"):
             pointwise(*arguments)

@@ -1,0 +1,59 @@
+"""Files of tensors alone, safetensors' and torch.save's, read without running anything; and what networks they fit."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdd_fast.errors import WeightsError
+
+
+def read_tensor_file(path: Path) -> Any:
+    """What a .safetensors file holds, or any other by torch.load without code, on the CPU.
+
+    Raises WeightsError, which names the file, if it is damaged or holds more than tensors in Python's containers, and
+    PermissionError if it may not be read.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file")
+    with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
+        pass
+    if path.suffix.lower() == ".safetensors":
+        from safetensors import SafetensorError  # a network from elsewhere runs without that library
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path} cannot be read ({error}): the file is damaged; copy or make it again"
+            ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and nothing but tensors is loaded: save the network's state_dict alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # a KeyError's text is a byte that is no instruction of a pickle
+        reason = "no file of torch.save" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise WeightsError(f"{path} cannot be read ({reason:.200}): the file is damaged; get it again") from error
+
+
+def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """In what the tensors `given` differ in name and shape from those of a network."""
+    problems = [f"{name} is missing" for name in expected if name not in given]
+    problems += [f"{name} is not part of the network" for name in given if name not in expected]
+    return problems + [
+        f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+        for name, tensor in given.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
