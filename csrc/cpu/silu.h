@@ -37,13 +37,20 @@ GDD_FAST_INLINE float reciprocal(float d) {
   return r;
 }
 
-GDD_FAST_INLINE float silu_of(float x, float limit) { return x * reciprocal(1.0f + exponential(-x, limit)); }
+// Below -limit the sigmoid is 0, which it is not after clipping: minus infinity gives NaN and -1e38 gives -0, as in
+// PyTorch, where clipping alone makes the one minus infinity and the other -2.
+GDD_FAST_INLINE float silu_of(float x, float limit) {
+  const float s = reciprocal(1.0f + exponential(-x, limit));
+  return x * (x < -limit ? 0.0f : s);
+}
 
-// The derivative, s (1 + x (1 - s)) of the sigmoid s; 1 - s is exp(-x) s, without cancellation. Divided, as steps of
-// Newton's err to one side, which adds up where gradients are summed.
+// The derivative, s (1 + x (1 - s)) of the sigmoid s; 1 - s is exp(-x) s, without cancellation, and 0 above the limit:
+// NaN at both infinities, as in PyTorch. Divided, as steps of Newton's err to one side, which adds up where gradients
+// are summed.
 GDD_FAST_INLINE float silu_slope(float x, float limit) {
   const float e = exponential(-x, limit), s = 1.0f / (1.0f + e);
-  return s + s * (x * (e * s));
+  const float low = x < -limit ? 0.0f : s, rest = x > limit ? 0.0f : e * s;
+  return low + low * (x * rest);
 }
 
 }  // namespace gdd_fast::cpu

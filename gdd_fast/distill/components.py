@@ -1,6 +1,6 @@
 """Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,8 +53,8 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def build(config: TrainConfig, start: Preconditioned | None = None) -> Components:
-    """All parts of a run; the generator begins with the form and the weights of `start`, by default the teacher.
+def build(config: TrainConfig) -> Components:
+    """All parts of a run; the generator begins with the form and the weights of the teacher.
 
     Raises:
         ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
@@ -65,9 +65,7 @@ def build(config: TrainConfig, start: Preconditioned | None = None) -> Component
     resolve_all(config.run.backend, (ADAM_EMA, GROUP_NORM_SILU), device)
     dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
     teacher = load_teacher(given(config.generator.teacher, "--teacher"))
-    begun = start_from(start or teacher, config.ablation.init, config.generator.freeze, config.run.seed)
-    generator = as_generator(begun, config.generator.sigma_init)
-    generator.dtype = dtype_of(config.generator.g_precision)
+    generator = _generator(config, teacher)
     check_fit(generator, dataset, given(config.data.data, "--data"))
     contents = {"data": dataset_digest(dataset), "teacher": network_digest(teacher)}
     # last, as these may have to be downloaded
@@ -86,6 +84,22 @@ def build(config: TrainConfig, start: Preconditioned | None = None) -> Component
     networks = [generator, features, r1_features, heads, *(additional.networks() if additional else ())]
     operators = choose_backend(config.run.backend, device, networks, OPERATORS)
     return Components(dataset, generator, frozen, features, r1_features, heads, operators, contents, additional)
+
+
+def with_generator_from(start: Preconditioned, config: TrainConfig, parts: Components) -> Components:
+    """`parts`, of a run that has trained nothing yet, with a generator of the form and the weights of `start`."""
+    generator = _generator(config, start)
+    frozen = freeze(generator, config.generator.freeze)
+    device = pick_device(config.run.device).type
+    operators = {**parts.operators, **choose_backend(config.run.backend, device, [generator], OPERATORS)}
+    return replace(parts, generator=generator, frozen=frozen, operators=operators)
+
+
+def _generator(config: TrainConfig, start: Preconditioned) -> Preconditioned:
+    begun = start_from(start, config.ablation.init, config.generator.freeze, config.run.seed)
+    generator = as_generator(begun, config.generator.sigma_init)
+    generator.dtype = dtype_of(config.generator.g_precision)
+    return generator
 
 
 def load_teacher(name: str) -> Preconditioned:

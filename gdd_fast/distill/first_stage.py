@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from gdd_fast.config import AUTO, TrainConfig, default_settings, given, loggers, to_dict
-from gdd_fast.distill.components import load_teacher
+from gdd_fast.distill.components import Components, load_teacher
 from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
 from gdd_fast.distill.velocity import with_velocity
 from gdd_fast.errors import CheckpointError, ConfigError
@@ -75,21 +75,22 @@ def settings(config: TrainConfig, generator: Preconditioned) -> PretrainConfig:
     )
 
 
-def run(config: TrainConfig, generator: Preconditioned, world: World) -> tuple[loop.Outcome, Preconditioned, float]:
-    """Train, or go on, or find it done: how it ended, its network, and the seconds that it took.
+def run(config: TrainConfig, parts: Components, world: World) -> tuple[loop.Outcome, Preconditioned, float]:
+    """Train, or go on, or find it done: how it ended, its network, and the seconds that it took. `parts` stay as they
+    are; their data set is read.
 
     Raises what `loop.run` raises.
     """
-    asked = _as_finished(settings(config, generator))
+    asked = _as_finished(settings(config, parts.generator))
     if world.is_main:
-        print(f"First, in {asked.run_dir}: {description(config, generator)}.")
+        print(f"First, in {asked.run_dir}: {description(config, parts.generator)}.")
     began = time.monotonic()
-    task = Pretraining(asked, world)
+    task = Pretraining(asked, world, parts.dataset)
     task.remedy = "--g-precision fp32, or with --velocity-kimg 0, which leaves this stage out,"
     schedule, defaults, log = loop.Schedule.of(asked), default_settings(asked), loggers(config.run.log)
     outcome = loop.run(task, asked.run_dir, to_dict(asked), schedule, world, defaults, log)
     world.barrier()  # the main process may have written the network once more
-    start = generator if outcome.exit_status else load_generator(asked.run_dir / TEACHER)
+    start = parts.generator if outcome.exit_status else load_generator(asked.run_dir / TEACHER)
     return outcome, start, time.monotonic() - began
 
 

@@ -7,12 +7,16 @@ much per image. Weights, their moving average, gradients and the optimizer's mom
 Assumed, not measured: `CONTEXT` bytes for CUDA and its libraries, and `MARGIN` of what a step keeps for what comes and
 goes within it and for gaps between allocations. Not counted: the losses of ablations, and measurements during a run.
 The operators are those of this machine's CPU, which keep what a GPU's do if the extension is built, and more if not.
+
+Networks of diffusers' are counted with their own layers, which keep more than the fused ones that take their place.
+
+A run whose teacher learns v first (`first_stage`) has a forecast of that stage too; the larger of both counts.
 """
 
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,11 +26,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdd_fast.config import AUTO, Reduction, TrainConfig, override
+from gdd_fast.distill import first_stage
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.losses import discriminator_loss, generator_loss, r1_penalty
+from gdd_fast.distill.velocity import velocity_loss
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 from gdd_fast.models.preconditioned import Preconditioned
+from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 from gdd_fast.models.unet_block import UNetBlock
 from gdd_fast.ranks import world_size
 from gdd_fast.sampling.sampler import one_step
@@ -37,6 +44,7 @@ CARDS = (24, 40, 80, 141)
 """Memories of GPUs, in GB."""
 CONTEXT = GB
 MARGIN = 0.25
+_LEARNING, _DISTILLING = "learning v", "distillation"  # stages
 _IMAGES = 2, 4  # what is counted; the rest is on the line through both
 
 
@@ -58,12 +66,24 @@ class Forecast:
     fixed: dict[str, int]
     """By what it is; does not depend on the batch."""
     steps: dict[str, Kept]
-    """By the step: "G", "D", "R1"."""
+    """By the step: "G", "D", "R1"; "v" in the stage before."""
+    first: "Forecast | None" = None
+    """Of the stage before the distillation, in a run that has one."""
 
     def bytes(self, images: int) -> int:
-        """At most at a time, with so many images at once."""
+        """At most at a time, with so many images at once, in either stage."""
+        before = self.first.bytes(images) if self.first else 0
+        return max(before, self._own_bytes(images))
+
+    def _own_bytes(self, images: int) -> int:
         largest = max(kept.bytes(images) for kept in self.steps.values())
         return sum(self.fixed.values()) + int((1 + MARGIN) * largest)
+
+    def stage(self, images: int) -> str:
+        """In a run of two stages, which of them needs `bytes`; else nothing."""
+        if self.first is None:
+            return ""
+        return _LEARNING if self.first.bytes(images) > self._own_bytes(images) else _DISTILLING
 
     def captured_bytes(self, images: int) -> int:
         """At most at a time with captured steps: the R1 step first runs beside the memory of the graphs of G and D."""
@@ -82,13 +102,21 @@ class Forecast:
 
     def table(self, local_batch: int, images: int) -> str:
         """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold."""
-        lines = [f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"]
-        lines += [f"  {name:<44}{size / GB:8.2f} GB" for name, size in self.fixed.items()]
+        stage = self.stage(images)
+        total = f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"
+        lines = [total + (f", by the stage of {stage}" if stage else "")]
+        for name, found in ((_LEARNING, self.first), (_DISTILLING, self)) if self.first else (("", self),):
+            lines += [f"{name.capitalize()}: {found._own_bytes(images) / GB:.1f} GB"] if name else []
+            lines += found._parts(images)
+        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in self.on_cards(local_batch).items())
+        return "\n".join([*lines, f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {cards}"])
+
+    def _parts(self, images: int) -> list[str]:
+        lines = [f"  {name:<44}{size / GB:8.2f} GB" for name, size in self.fixed.items()]
         for name, kept in self.steps.items():
             label = f"kept by the {name} step for its backward pass"
             lines.append(f"  {label:<44}{kept.bytes(images) / GB:8.2f} GB, {kept.per_image / 1e6:.1f} MB per image")
-        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in self.on_cards(local_batch).items())
-        return "\n".join([*lines, f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {cards}"])
+        return lines
 
 
 def forecast(
@@ -118,7 +146,6 @@ def forecast(
         for weight in trained:
             weight.requires_grad_(False)
         steps = {"G": _kept(losses["G"], own), **steps}
-    held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
     ranks = world_size() if config.run.fsdp else 1
     trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) // ranks
     trains += sum(map(_size, trained))
@@ -129,10 +156,37 @@ def forecast(
         "backbones, projections and heads": sum(frozen.values()) + _weights(heads),
         "gradients": trains,
         "optimizers": 2 * trains,
-        "data set": held,
-        "CUDA and its libraries, assumed": CONTEXT,
+        **_beside(config, data_bytes),
     }
     return Forecast(fixed, steps)
+
+
+def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: int = 0) -> Forecast:
+    """The memory of the stage that teaches a network of `generator`'s form to predict v; else as `forecast`."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = without_values(generator).train().requires_grad_(True)
+
+        def step(images: int) -> Tensor:
+            real = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution)
+            labels = torch.empty(images, net.label_dim) if net.label_dim else None
+            return velocity_loss(net, real, labels, torch.Generator()).sum()
+
+        steps = {"v": _kept(step, [net])}
+    weights = _weights(generator)
+    trains = sum(map(_size, generator.parameters()))
+    fixed = {
+        "network and its moving average": 2 * weights,
+        "gradients": trains,
+        "optimizer": 2 * trains,
+        **_beside(config, data_bytes),
+    }
+    return Forecast(fixed, steps)
+
+
+def _beside(config: TrainConfig, data_bytes: int) -> dict[str, int]:
+    """What lies on a GPU beside networks."""
+    held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
+    return {"data set": held, "CUDA and its libraries, assumed": CONTEXT}
 
 
 def losses_of_nothing(
@@ -163,10 +217,13 @@ def losses_of_nothing(
 
 
 def of_components(config: TrainConfig, parts: Components) -> Forecast:
-    """The forecast of a run whose parts are built."""
-    data = parts.dataset
+    """The forecast of a run whose parts are built; where a first stage comes before, with that stage's."""
+    data, generator = parts.dataset, parts.generator
     data_bytes = len(data) * data.channels * data.resolution**2
-    return forecast(config, parts.generator, parts.features, parts.r1_features, parts.heads, data_bytes)
+    found = forecast(config, generator, parts.features, parts.r1_features, parts.heads, data_bytes)
+    if isinstance(generator, UNet2DPrecond) and first_stage.is_wanted(config, generator):
+        return replace(found, first=of_first_stage(config, generator, data_bytes))
+    return found
 
 
 def settle(config: TrainConfig, parts: Components, device: torch.device, world_size: int) -> TrainConfig:
@@ -202,9 +259,12 @@ def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
     memory = memory_of(device)
     images = found.largest(memory, local_batch)
     if images is None:
+        stage = found.stage(2)
+        ways = "--g-precision bf16" if stage == _LEARNING else "--d-precision bf16, fewer --backbones,"
         raise ConfigError(
-            f"--batch-gpu auto: two images at once need about {found.bytes(2) / GB:.1f} GB and {device} has "
-            f"{memory / GB:.1f}: use --d-precision bf16, fewer --backbones, or give --batch-gpu a number to try it"
+            f"--batch-gpu auto: two images at once need about {found.bytes(2) / GB:.1f} GB"
+            f"{f' in the stage of {stage}' if stage else ''} and {device} has {memory / GB:.1f}: use {ways} or give "
+            "--batch-gpu a number to try it"
         )
     return images
 

@@ -124,10 +124,11 @@ class Pretraining:
 
     remedy = "a lower --lr, or with --precision fp32,"
 
-    def __init__(self, config: PretrainConfig, world: World) -> None:
+    def __init__(self, config: PretrainConfig, world: World, dataset: ImageDataset | None = None) -> None:
+        """`dataset` is what --data names, where it has been opened already."""
         config.validate()
         self.config, self.world = config, world
-        dataset = load_data(config.data, use_labels=config.cond)
+        dataset = load_data(config.data, use_labels=config.cond) if dataset is None else dataset
         self.contents = {"data": dataset_digest(dataset)}
         self.batch = config.batch
         self.local_batch, self.micro_batch = split_batch(config.batch, config.batch_gpu, world.size)

@@ -100,12 +100,12 @@ def _distill(config: TrainConfig) -> Result:
             else:
                 if run.engine == "compile":
                     check_compiler(world.device)
-                first, start, seconds = first_stage.run(config, built.generator, world)
+                first, start, seconds = first_stage.run(config, built, world)
                 if first.exit_status:
                     generator = config.run_dir / RUN_GENERATOR
                     return Result(0, 0, first.signal, first.exit_status, world.is_main, generator, None)
                 schedule = first_stage.remaining(schedule, seconds)
-            built = components.build(config, start)
+            built = components.with_generator_from(start, config, built)
         evaluation = None
         if config.run.measures:
             measurement = build_measurement(config, built.generator, world.device)

@@ -4,40 +4,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gdd_fast.errors import CheckpointError, ConfigError
+from gdd_fast.models.backbone_input import BackboneInput
 from gdd_fast.models.backbones import Backbone, check_resolution
 from gdd_fast.models.discriminator_heads import DiscriminatorHeads
 from gdd_fast.models.random_projection import OUT_CHANNELS, RandomProjection
 
-__all__ = ["DiscriminatorHeads", "ProjectedFeatures", "backbone_input"]
+__all__ = ["DiscriminatorHeads", "ProjectedFeatures"]
 
 _LEVEL_STRIDES = (4, 8, 16, 32)
-
-
-def backbone_input(
-    images: Tensor, scale: Sequence[float], shift: Sequence[float], size: int, dtype: torch.dtype
-) -> Tensor:
-    """What a backbone takes of images: normalised, resized bilinearly (align_corners=False), cast.
-
-    `images` are floating, (N, 1 or 3, H, W); a grey channel counts three times. `scale` and `shift` have three numbers,
-    `0.5 / std` and `(0.5 - mean) / std` for images in [-1, 1]. Returns (N, 3, size, size) in `dtype`, channels_last.
-    It is rounded once, after all else in float32 (float64 for float64), and differentiable any number of times.
-
-    The weights of the resizing add up to one, so that normalising first, on the few pixels that there are, is the same.
-    """
-    wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    factor, offset = (_per_channel(numbers, wide) for numbers in (scale, shift))
-    y = torch.addcmul(offset, wide, factor).contiguous()  # in which PyTorch resizes three channels
-    if y.shape[2:] != (size, size):
-        y = F.interpolate(y, (size, size), mode="bilinear", align_corners=False)
-    return y.to(dtype, memory_format=torch.channels_last)
-
-
-def _per_channel(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """(1, 3, 1, 1) made on the device by fills: a copy from host memory could not be captured in a CUDA graph."""
-    return torch.stack([like.new_full((), number) for number in numbers]).view(1, 3, 1, 1)
 
 
 class ProjectedFeatures(nn.Module):
@@ -71,6 +47,7 @@ class ProjectedFeatures(nn.Module):
             check_resolution(backbone, resolution)
         self.resolution = resolution
         self.backbones = nn.ModuleDict(dict(zip(names, backbones, strict=True)))
+        self.inputs = nn.ModuleDict({b.name: BackboneInput(b.mean, b.std, resolution) for b in backbones})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projections = nn.ModuleDict(
@@ -81,9 +58,6 @@ class ProjectedFeatures(nn.Module):
             )
         self.requires_grad_(False)
         self.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-        # pixels in [-1, 1] to the scale a backbone was trained on, ((x + 1) / 2 - mean) / std, as one multiply-add
-        self.scale = [[0.5 / s for s in b.std] for b in backbones]
-        self.shift = [[(0.5 - m) / s for m, s in zip(b.mean, b.std, strict=True)] for b in backbones]
         nominal = 1 << (resolution - 1).bit_length()
         self.channels = (OUT_CHANNELS,) * len(names)
         self.resolutions = (tuple(2 * nominal // stride for stride in _LEVEL_STRIDES),) * len(names)
@@ -114,7 +88,7 @@ class ProjectedFeatures(nn.Module):
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
         features = []
-        for (name, backbone), scale, shift in zip(self.backbones.items(), self.scale, self.shift, strict=True):
-            x = backbone_input(images, scale, shift, self.resolution, self.dtype)
+        for name, backbone in self.backbones.items():
+            x = self.inputs[name](images, self.dtype)
             features.append(self.projections[name](backbone(x.contiguous(memory_format=self.layout))))
         return features

@@ -15,7 +15,7 @@ from benchmarks.harness.training_checks import FLOAT32, Reference, Types, in_typ
 from benchmarks.peers import networks as peers
 from benchmarks.peers.training import OUR_SETTINGS, STOCK_SETTINGS, Batch, Settings, Setup, Training
 from gdd_fast.layers import convolution, frozen_conv, self_attention
-from gdd_fast.models import discriminator
+from gdd_fast.models.backbone_input import BackboneInput
 from gdd_fast.ops import group_norm_silu, residual
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ OPERATORS = [
     (group_norm_silu, "group_norm_silu"),
     (residual, "residual"),
     (frozen_conv, "frozen_conv2d_relu"),
-    (discriminator, "backbone_input"),
+    (BackboneInput, "forward"),
 ]
 
 

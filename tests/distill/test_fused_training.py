@@ -36,7 +36,7 @@ from gdd_fast.distill.components import OPERATORS, Components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.layers import convolution, frozen_conv, self_attention
 from gdd_fast.layers.backends import choose_backend
-from gdd_fast.models import discriminator
+from gdd_fast.models.backbone_input import BackboneInput
 from gdd_fast.models.edm import ncsnpp
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond
@@ -205,7 +205,7 @@ MISTAKES = {
     "resample2d": (convolution, "resample2d", wrong_result),
     "residual": (residual, "residual", wrong_result),
     "attention": (self_attention, "attention", wrong_result),
-    "backbone_input": (discriminator, "backbone_input", wrong_result),
+    "BackboneInput": (BackboneInput, "forward", wrong_result),
     "frozen_conv2d_relu": (frozen_conv, "frozen_conv2d_relu", wrong_result),
     "learning rate of adam_ema": (optimizer, "adam_ema_", wrong_argument(6)),
     "to_uint8": (gdd, "to_uint8", wrong_argument(0)),

@@ -81,6 +81,25 @@ def test_largest_batch_divides_and_fits():
     assert "24 GB: 64, 40 GB: 128" in found.table(256, 64)
 
 
+@pytest.mark.parametrize(("size", "stage"), [(1, "distillation"), (3, "learning v")])
+def test_of_two_stages_the_larger_counts_and_is_named(size, stage):
+    first = Forecast({"network": GB}, {"v": Kept(0, size * GB)})
+    found = Forecast({"weights": GB}, {"G": Kept(0, 2 * GB)}, first)
+    larger = max(size, 2)
+    assert found.bytes(2) == int((1 + 2.5 * larger) * GB)
+    table = found.table(8, 2)
+    assert f"{1 + 2.5 * larger:.1f} GB with 2 images at once, by the stage of {stage}\n" in table
+    assert all(text in table for text in ("Learning v: ", "Distillation: 6.0 GB", "kept by the v step"))
+    assert found.largest(found.bytes(4), 8) == 4 and found.largest(found.bytes(4) - 1, 8) == 2
+
+
+def test_a_card_too_small_for_a_stage_names_it(monkeypatch):
+    monkeypatch.setattr(memory_forecast, "memory_of", lambda device: GB)
+    found = Forecast({}, {"G": Kept(0, GB)}, Forecast({}, {"v": Kept(0, 2 * GB)}))
+    with pytest.raises(ConfigError, match=r"5\.0 GB in the stage of learning v .* --g-precision bf16"):
+        automatic(found, torch.device("cuda"), 4)
+
+
 def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monkeypatch, capsys):
     config = tiny_config(inputs, batch=4, batch_gpu="auto")
     config.validate()

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from diffusers_teachers import write_ddpm
 from gdd_fast import pretrain
 from gdd_fast.config import override
 from gdd_fast.data import write_edm_zip
+from gdd_fast.distill import components, first_stage, pretraining
+from gdd_fast.distill.memory_forecast import of_components, own_storages, saved_bytes
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
@@ -175,6 +179,41 @@ def test_the_first_stage_is_announced_and_can_be_left_out(folder):
     assert "First: the teacher, which predicts noise, learns to predict v" in describe(asked, preflight(asked))
     without = override(asked, velocity_kimg=0)
     assert "First:" not in describe(without, preflight(without))
+
+
+def test_data_and_backbones_are_read_once_for_both_stages(folder, monkeypatch):
+    counted = Counter()
+
+    def count(place, name):
+        function = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **options: counted.update([name]) or function(*args, **options))
+
+    for place, name in ((components, "load_data"), (pretraining, "load_data"), (components, "build_features")):
+        count(place, name)
+    assert distill(config_of(folder, "run", evaluate_images=0)).images >= 20
+    assert counted == {"load_data": 1, "build_features": 1}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forecast_of_memory_is_of_the_stage_that_needs_more(folder, precision):
+    config = config_of(folder, "run", batch=6, g_precision=precision)
+    parts = preflight(config)
+    found = of_components(config, parts)
+    task = pretraining.Pretraining(first_stage.settings(config, parts.generator), ALONE, parts.dataset)
+    plain = with_velocity(load_generator(folder / "ddpm"), "ddpm")
+    plain.dtype = task.net.dtype
+    images = torch.rand(6, 1, 16, 16) * 2 - 1
+
+    def kept(net):
+        return saved_bytes(lambda: velocity_loss(net, images, None, torch.Generator()).sum(), own_storages(net))
+
+    assert found.first.steps["v"].bytes(6) == pytest.approx(kept(plain), rel=0.02)
+    assert 0 < kept(task.net) <= found.first.steps["v"].bytes(6)
+    task.iteration(0)
+    moments = [t for state in task.optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
+    assert found.first.fixed["optimizer"] == sum(t.numel() * t.itemsize for t in moments)
+    assert found.bytes(6) == max(found.first.bytes(6), replace(found, first=None).bytes(6))
+    assert of_components(override(config, velocity_kimg=0), parts).first is None
 
 
 def test_pretrain_goes_on_from_a_teacher(folder):

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from gdd_fast.backend import has_extension
 from gdd_fast.errors import BackendError, InputError
 from gdd_fast.ops.group_norm_silu import OPERATOR, fused, group_norm_silu
-from norm_case import BACKENDS, Case
+from norm_case import BACKENDS, LAYOUTS, Case
 from parity import backends, device_for
 
 
@@ -158,13 +158,14 @@ def test_backend_by_name_is_obeyed_or_refused():
             group_norm_silu(x, 2, weight, weight, backend="triton")
 
 
-@pytest.mark.parametrize("backend", [b for b in backends(OPERATOR) if b.values != ("cpp",)])
+@BACKENDS
+@LAYOUTS
 @pytest.mark.parametrize("value", [-float("inf"), float("inf"), float("nan"), -1e4], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_what_is_not_finite_is_so_in_every_gradient_as_in_pytorch(dtype, value, backend):
-    case = Case((1, 4, 3, 3), 2, dtype=dtype, rows=("shift",), backend=backend)
+def test_what_is_not_finite_is_so_in_every_gradient_as_in_pytorch(dtype, value, layout, backend):
+    case = Case((1, 32, 3, 3), 2, dtype=dtype, layout=layout, rows=("shift",), backend=backend)
     with torch.no_grad():
-        case.inputs[-1][0, 1] = value
+        case.inputs[-1][0, 17] = value
 
     def kinds(function):
         y = function(*case.inputs)
@@ -173,3 +174,17 @@ def test_what_is_not_finite_is_so_in_every_gradient_as_in_pytorch(dtype, value, 
 
     for got, want in zip(kinds(case.fused), kinds(case.ref), strict=True):
         assert all(map(torch.equal, got, want))
+
+
+@BACKENDS
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_at_the_ends_of_the_type_silu_is_zero_and_the_identity(dtype, layout, backend):
+    case = Case((1, 32, 3, 3), 2, dtype=dtype, layout=layout, rows=("shift",), backend=backend)
+    with torch.no_grad():
+        case.inputs[-1][0, :2] = torch.tensor([-1e38, 1e38])
+    y = case.fused(*case.inputs)
+    (shift,) = torch.autograd.grad(y, case.inputs[-1:], torch.ones_like(y))
+    assert bool((y[:, 0] == 0).all())
+    torch.testing.assert_close(y[:, 1], case.inputs[-1][:, 1, None, None].expand(1, 3, 3))
+    assert shift[0, :2].tolist() == [0, 9]  # pixels
