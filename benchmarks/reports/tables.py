@@ -73,6 +73,8 @@ def _machine_line(record: Results) -> str:
     m = record.machine
     versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("torch", "triton") if name in m["versions"])
     where = f"{m['cores']} threads" if m["type"] == "cpu" else f"driver {m.get('driver_version') or 'unknown'}"
+    if m.get("onednn_max_cpu_isa"):  # an older processor is imitated
+        where += f", ONEDNN_MAX_CPU_ISA={m['onednn_max_cpu_isa']}, PyTorch's {m['cpu_capability']}"
     line = f"{m['device']}, {where}; {versions}; commit {m['commit'] or 'unknown'}, {m['date']}."
     if _busy(record):
         line += (

@@ -52,7 +52,7 @@ SIGMA = 80.0
 
 
 class _Embedding:
-    """Labels -> rows of every block, by a copy of what of `net` that takes, on the CPU.
+    """Labels -> rows of every block, by a copy of what of `net` that takes, on the CPU and where labels last were.
 
     The waves of the noise level are the network's own, in float32. What follows is computed in float64, of which no
     setting such as TF32 takes bits away, from weights that are kept as they are.
@@ -70,10 +70,19 @@ class _Embedding:
         self.affines = [[t.detach().to("cpu", copy=True) for t in affine] for affine in affines]  # type: ignore[union-attr]
         self.adaptive = [block.adaptive_scale for block in blocks]
         self.sizes = [block.out_channels for block in blocks for _ in range(2 if block.adaptive_scale else 1)]
+        self._twin = self
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """float32 (N, sum of sizes)."""
-        return torch.cat(self.rows(labels), 1)
+        """float32 (N, sum of sizes), on the labels' device."""
+        if self._twin.model.map_noise.value.device != labels.device:
+            self._twin = self._to(labels.device)
+        return torch.cat(self._twin.rows(labels), 1)
+
+    def _to(self, device: torch.device) -> "_Embedding":
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).to(device)
+        twin.affines = [[t.to(device) for t in affine] for affine in self.affines]
+        return twin
 
     @torch.no_grad()
     def rows(self, labels: Tensor | None) -> list[Tensor]:
@@ -185,7 +194,7 @@ class _Folder(Folding):
         embedding = _Embedding(self.net, blocks, self.sigma)
         self.conditioning: Conditioning | None = None
         if self.net.label_dim:
-            self.conditioning = Conditioning(embedding, self.net.label_dim, self.target.device)
+            self.conditioning = Conditioning(embedding, self.net.label_dim, self.target.device, anywhere=True)
             sizes = embedding.sizes
         else:
             self.constants = iter(embedding.rows(None))

@@ -11,18 +11,22 @@ from gdd_fast.engine.folded_layers import Convolution, FusedResidual, Identity, 
 class Conditioning(nn.Module):
     """What a label does to a folded network: its rows, float32 (N, sum of row_sizes).
 
-    Rows of classes come from a table; those of soft labels are computed anew, on the CPU.
+    Rows of classes come from a table; those of soft labels are computed anew.
     """
 
-    def __init__(self, rows: Callable[[Tensor], Tensor], label_dim: int, device: torch.device) -> None:
-        """`rows`: of labels float64 (N, label_dim) on the CPU."""
+    def __init__(
+        self, rows: Callable[[Tensor], Tensor], label_dim: int, device: torch.device, *, anywhere: bool = False
+    ) -> None:
+        """`rows`: of labels float64 (N, label_dim) on the CPU, or, if `anywhere`, on the device that they are on."""
         super().__init__()
-        self._rows = rows
+        self._rows, self._anywhere = rows, anywhere
         self.table = nn.Buffer(rows(torch.eye(label_dim, dtype=torch.float64)).to(device))
 
     def forward(self, labels: Tensor) -> Tensor:
         """Classes int64 (N,) or soft labels float32 (N, label_dim)."""
         if labels.is_floating_point():
+            if self._anywhere:
+                return self._rows(labels.double())
             return self._rows(labels.cpu().double()).to(labels.device)
         return self.table.index_select(0, labels)
 
