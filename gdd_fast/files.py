@@ -148,6 +148,12 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be written to: {existing}: {reason}; choose another one") from None
 
 
+def check_readable(path: Path) -> None:
+    """Raise the OSError of a file that may not be read: safetensors says that there is none."""
+    with path.open("rb"):
+        pass
+
+
 def check_destination(path: Path) -> None:
     """Raise `ConfigError` if no file can be written at `path`. Leaves nothing behind; a file there stays."""
     check_writable(path.absolute().parent)

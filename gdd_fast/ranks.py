@@ -114,12 +114,12 @@ class World:
         padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
         if mine is not None:
             padded[: len(mine)] = mine.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main or everywhere else []
         with _exchange():
             if everywhere:
                 dist.all_gather(parts, padded)
             else:
-                dist.gather(padded, parts if self.is_main else None)
+                dist.gather(padded, parts or None)
         return parts
 
     def barrier(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.errors import CheckpointError
-from gdd_fast.files import write_tensors
+from gdd_fast.files import check_readable, write_tensors
 from gdd_fast.training.sharding import is_sharded, laid_out_as
 
 FORMAT = "gdd_fast.checkpoint"
@@ -130,8 +130,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     if path.is_file():
-        with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
-            pass
+        check_readable(path)
     advice = "; move it away to start the run from the beginning"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdd_fast.errors import WeightsError
+from gdd_fast.files import check_readable
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -19,8 +20,7 @@ def read_tensor_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
-    with path.open("rb"):  # safetensors calls a file that may not be read one that is not there
-        pass
+    check_readable(path)
     if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError  # a network from elsewhere runs without that library
         from safetensors.torch import load_file
