@@ -18,7 +18,7 @@ from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import memory_format
 from gdd_fast.ops._planned import plans, wanted
 
-OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton"}))
+OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
 _choose = chooser(OPERATOR)
 
 
@@ -33,7 +33,7 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
     Args:
         x: (N, C, H, W), floating, H and W of at least 2. Dense contiguous and channels_last memory is read where it
             lies, any other is copied once.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (N, C, H // 2, W // 2) in x's dtype and memory format.
@@ -48,9 +48,7 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
         if y is not None:
             return y
     implementation = _chosen(x, backend)
-    if implementation == "torch" and (
-        torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad)
-    ):
+    if implementation == "torch":
         return max_pool2x2_ref(x)
     return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), implementation)
 
@@ -105,26 +103,44 @@ class _Spread(torch.autograd.Function):
         ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
     ) -> Tensor:
         ctx.save_for_backward(places)
+        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
         dy = dy.contiguous(memory_format=layout)
         return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, implementation)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return collect_ref(ddx, ctx.saved_tensors[0]), None, None, None, None
+        return (
+            _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Collect(torch.autograd.Function):
+    """The gradient of spreading: of every window the value at its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
+        return collect_ref(x, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation), None, None, None, None
 
 
 def collect_ref(x: Tensor, places: Tensor) -> Tensor:
-    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2), differentiable in x."""
-    y, *others = _corners(x)
-    for place, corner in enumerate(others, start=1):
-        y = torch.where(places == place, corner, y)
+    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2)."""
+    windows = x[:, :, : places.shape[2] * 2, : places.shape[3] * 2]
+    y = windows[:, :, ::2, ::2]
+    for place in range(1, 4):
+        y = torch.where(places == place, windows[:, :, place // 2 :: 2, place % 2 :: 2], y)
     return y
-
-
-def _corners(x: Tensor) -> list[Tensor]:
-    """The values of all windows at each of the four places."""
-    windows = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
-    return [windows[:, :, place // 2 :: 2, place % 2 :: 2] for place in range(4)]
 
 
 # x, dy and places are dense. The backward is told the format: that of 1x1 places cannot be seen.
@@ -142,6 +158,8 @@ def _max_pool2x2(x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
             from gdd_fast.kernels import max_pool2x2 as kernels
 
             return kernels.max_pool2x2(x)
+        case "cpp":
+            return torch.ops.gdd_fast_C.max_pool2x2(x)
         case _:
             return places_ref(x)
 
@@ -162,8 +180,12 @@ def _max_pool2x2_backward(
             from gdd_fast.kernels import max_pool2x2 as kernels
 
             dx = _empty(dy, height, width, channels_last)
+            if height % 2 or width % 2:
+                dx.zero_()  # the row and column that no window holds
             kernels.max_pool2x2_backward(dy, places, dx, channels_last)
             return dx
+        case "cpp":
+            return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
         case _:
             return spread_ref(dy, places, height, width, channels_last)
 
@@ -177,27 +199,18 @@ def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     """The maxima and their places."""
     y, index = F.max_pool2d(x, 2, return_indices=True)
     width = x.shape[3]
-    offset = index.sub_(_upper_left(index, width)).int()  # 0, 1, width or width + 1
-    return y, offset.add_(offset > 1, alpha=2 - width).to(torch.uint8)
+    return y, (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
 
 
 def spread_ref(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """The gradient of an input of `height` x `width`."""
-    offset = places.int()
-    index = _upper_left(places, width) + offset.add_(offset > 1, alpha=width - 2)
-    x = _empty(dy, height, width, channels_last)
-    backward = torch.ops.aten.max_pool2d_with_indices_backward
-    return backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
-
-
-def _upper_left(places: Tensor, width: int) -> Tensor:
-    """PyTorch's index, int64 (H // 2, W // 2), of the first place of every window."""
-    rows, columns = (torch.arange(size, device=places.device) * 2 for size in places.shape[2:])
-    return rows[:, None] * width + columns
+    dx = _empty(dy, height, width, channels_last).zero_()
+    windows = dx[:, :, : height // 2 * 2, : width // 2 * 2]
+    for place in range(4):
+        windows[:, :, place // 2 :: 2, place % 2 :: 2] = torch.where(places == place, dy, dy.new_zeros(()))
+    return dx
 
 
 def _empty(dy: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
-    """Memory for the gradient of an input, zero where its last row or column is in no window."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    dx = torch.empty((*dy.shape[:2], height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)
-    return dx.zero_() if height % 2 or width % 2 else dx
+    return torch.empty((*dy.shape[:2], height, width), dtype=dy.dtype, device=dy.device, memory_format=layout)

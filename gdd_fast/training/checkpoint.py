@@ -83,8 +83,15 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def copied(sections: Sections) -> Sections:
-    """Copies on the CPU, which nothing changes any more."""
-    return {name: {key: t.detach().to("cpu", copy=True) for key, t in part.items()} for name, part in sections.items()}
+    """Contiguous copies on the CPU, which nothing changes any more: `save` computes nothing with them.
+
+    A thread that runs one operator of PyTorch's in parallel has a pool of threads of its own from then on. OpenMP has
+    more of them than there are cores, lets those that wait sleep, and training takes 1.6 times as long.
+    """
+    return {
+        name: {key: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, t in part.items()}
+        for name, part in sections.items()
+    }
 
 
 def save(path: Path, sections: Sections, values: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def run(code: str, *arguments: str) -> str:
 def test_json_names_versions_backends_and_assets():
     report = json.loads(run("from gdd_fast.info import main; main()", "--json"))
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    cpu = report["operators"]["relu_bits"]["cpu"]
+    cpu = report["operators"]["max_pool2x2"]["cpu"]
     assert cpu["auto"] == ("cpp" if report["extension"]["built"] else "torch")
     assert cpu["torch"] == "yes"
     assert "interpreter" in cpu["triton"] or "not installed" in cpu["triton"]
@@ -58,7 +58,7 @@ def test_stale_extension_is_reported(monkeypatch):
     monkeypatch.setattr(backend, "extension", fails)
     report = info.collect()
     assert report["extension"] == {"unavailable": "built against torch 1.0"}
-    cpu = report["operators"]["relu_bits"]["cpu"]
+    cpu = report["operators"]["max_pool2x2"]["cpu"]
     assert cpu["auto"] == cpu["cpp"] == "error: built against torch 1.0"
     assert cpu["torch"] == "yes"
 

@@ -58,7 +58,7 @@ def test_first_and_second_derivatives(backend):
     torch.autograd.gradgradcheck(lambda x: max_pool2x2(x, backend).square(), (x,))
 
 
-@BACKENDS
+@FUSED
 def test_keeps_a_byte_an_output(backend):
     kept = []
     x = images((2, 3, 8, 8), torch.float32, backend)

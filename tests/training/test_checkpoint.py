@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -145,3 +147,40 @@ def test_the_file_is_plain_tensors_and_json(tmp_path):
     with safetensors.safe_open(tmp_path / "c.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["values"])["adam"][0]["params"] == [0, 1, 2, 3]
         assert "net/0.weight" in file.keys() and "adam/0/exp_avg_sq" in file.keys()  # noqa: SIM118
+
+
+_WRITES_BEHIND = """
+import os, sys
+from functools import partial
+import torch
+from gdd_fast.models.edm import ncsnpp
+from gdd_fast.models.files.save import save_network
+from gdd_fast.models.precond import EDMPrecond
+from gdd_fast.training.behind import Behind
+from gdd_fast.training.checkpoint import copied, save
+
+net = EDMPrecond(8, 3, 0, **ncsnpp(model_channels=64, channel_mult=[2], num_blocks=1))
+net.to(memory_format=torch.channels_last)
+assert max(p.numel() for p in net.parameters()) > 2**15  # PyTorch copies those in parallel
+
+def write(sections):
+    save(sys.argv[1] + "/c.safetensors", sections, {})
+    save_network(net, sys.argv[1] + "/net", weights=sections["ema"])
+
+torch.ones(2**20) + 1
+behind = Behind()
+behind.start(lambda: None)
+behind.wait()
+before = len(os.listdir("/proc/self/task"))
+behind.start(partial(write, copied({"ema": net.state_dict()})))
+behind.wait()
+print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_writing_behind_training_computes_nothing_in_parallel(tmp_path):
+    """A second pool of threads in a process makes OpenMP let both sleep: training took 1.6 times as long."""
+    command = [sys.executable, "-c", _WRITES_BEHIND, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["2", "0"], done.stdout
