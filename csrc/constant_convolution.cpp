@@ -18,10 +18,10 @@ namespace gdd_fast {
 namespace {
 
 constexpr int64_t kMostPixels = 1024;  // of a 1x1 convolution that is a plain matrix product
-constexpr int64_t kLeastTiles = 16;    // of a 3x3 convolution, to pay for its weight's transformation
-// From this size on glibc maps the transformed weight anew at every call, and its page faults take ten times as long as
-// the transformation: 512 to 512 channels gain from 64 tiles on.
-constexpr int64_t kMapped = 32 << 20, kLeastTilesMapped = 96;
+constexpr int64_t kLeastPixels = 192;  // of a 3x3 convolution, to pay for its weight's transformation
+// From this size on glibc maps a transformed weight anew at every call, and its page faults take ten times as long as
+// the transformation: 512 to 512 channels, transformed as a whole, gain from 1024 pixels on.
+constexpr int64_t kMapped = 32 << 20, kLeastPixelsMapped = 1536;
 
 enum class Method { kLibrary, kProduct, kWinograd };
 
@@ -47,10 +47,11 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   }
   const int64_t panel = winograd_conv2d_panel();
   const int64_t in = weight.size(backward ? 0 : 1), out = weight.size(backward ? 1 : 0);
-  const int64_t tiles = x.size(0) * ((x.size(2) + 3) / 4) * ((x.size(3) + 3) / 4);
-  const int64_t least = 36 * in * out * 4 < kMapped ? kLeastTiles : kLeastTilesMapped;
-  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0 && tiles >= least;
-  return fits ? Method::kWinograd : Method::kLibrary;
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
+  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0;
+  const bool mapped = fits && 36 * in * out * 4 >= kMapped && winograd_conv2d_packs(x, out);
+  const bool pays = pixels >= (mapped ? kLeastPixelsMapped : kLeastPixels);
+  return fits && pays ? Method::kWinograd : Method::kLibrary;
 }
 
 at::IntArrayRef pair(const Geometry& g, int64_t which) { return at::IntArrayRef(g).slice(2 * which, 2); }
@@ -74,8 +75,7 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
       return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x);
     }
     case Method::kWinograd:
-      return winograd_conv2d(x, winograd_conv2d_weight(weight, false),
-                             bias.has_value() ? Bias(bias->contiguous()) : bias)
+      return winograd_conv2d_once(x, weight, false, bias.has_value() ? Bias(bias->contiguous()) : bias)
           .contiguous(format);
     default:
       return at::convolution(x, weight, bias, pair(g, 0), pair(g, 1), pair(g, 2), false, {0, 0}, g[6]);
@@ -88,7 +88,7 @@ at::Tensor convolve_gradient(const at::Tensor& dy, const at::Tensor& weight, at:
     case Method::kProduct:
       return map(at::mm(rows(dy), weight.flatten(1)), dy);
     case Method::kWinograd:
-      return winograd_conv2d(dy, winograd_conv2d_weight(weight, true), Bias()).contiguous(format);
+      return winograd_conv2d_once(dy, weight, true, Bias()).contiguous(format);
     default:
       break;
   }

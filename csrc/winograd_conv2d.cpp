@@ -2,6 +2,7 @@
 // gdd_fast/ops/winograd_conv2d.py.
 #include "winograd_conv2d.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "devices.h"
@@ -40,6 +41,24 @@ at::Tensor winograd_conv2d(const at::Tensor& x, const at::Tensor& weight, const 
                     "winograd_conv2d: the bias must be float32 (", c.out_channels, ")");
   if (y.numel() == 0) return y;
   cpu::winograd_conv2d(c, x.contiguous(format), weight, bias.has_value() ? bias->const_data_ptr<float>() : nullptr, y);
+  return y;
+}
+
+bool winograd_conv2d_packs(const at::Tensor& x, int64_t out) {
+  const int64_t tiles = x.size(0) * ((x.size(2) + 3) / 4) * ((x.size(3) + 3) / 4);
+  return tiles > cpu::winograd_conv2d_run() || out / winograd_conv2d_panel() < at::get_num_threads();
+}
+
+at::Tensor winograd_conv2d_once(const at::Tensor& x, const at::Tensor& weight, bool transposed,
+                                const std::optional<at::Tensor>& bias) {
+  const WinogradConv2d c{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(transposed ? 1 : 0)};
+  if (winograd_conv2d_packs(x, c.out_channels)) {
+    return winograd_conv2d(x, winograd_conv2d_weight(weight, transposed), bias);
+  }
+  const auto format = at::MemoryFormat::ChannelsLast;
+  at::Tensor y = at::empty({c.images, c.out_channels, c.height, c.width}, x.options().memory_format(format));
+  cpu::winograd_conv2d_once(c, x.contiguous(format), weight, transposed,
+                            bias.has_value() ? bias->const_data_ptr<float>() : nullptr, y);
   return y;
 }
 

@@ -15,8 +15,15 @@ int64_t winograd_conv2d_panel();
 // reversed.
 at::Tensor winograd_conv2d_weight(const at::Tensor& weight, bool transposed);
 at::Tensor winograd_conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+// The same of a float32 weight (out, in, 3, 3) that is used this once, and x in float32.
+at::Tensor winograd_conv2d_once(const at::Tensor& x, const at::Tensor& weight, bool transposed,
+                                const std::optional<at::Tensor>& bias);
+// Whether that transforms the whole weight first: of many tiles, or where its panels are fewer than the threads.
+bool winograd_conv2d_packs(const at::Tensor& x, int64_t out_channels);
 
 namespace cpu {
+// Tiles of 4x4 pixels that go through all steps together.
+int64_t winograd_conv2d_run();
 // Output channels that are computed together, 0 where this processor has no such kernel.
 int64_t winograd_conv2d_panel();
 // `weight` float32 (out, in, 3, 3), of any strides -> `packed` float32 (36, out / panel, in, panel).
@@ -24,6 +31,11 @@ void winograd_conv2d_weight(const at::Tensor& weight, bool transposed, at::Tenso
 // x and y dense channels_last of one type.
 void winograd_conv2d(const WinogradConv2d& c, const at::Tensor& x, const at::Tensor& weight, const float* bias,
                      at::Tensor& y);
+// Each panel of the weight is transformed right before its products and never lies in memory as a whole: the 36 values
+// for every nine are otherwise written, read and paged in anew. Of more tiles than a run has it is transformed for
+// each.
+void winograd_conv2d_once(const WinogradConv2d& c, const at::Tensor& x, const at::Tensor& weight, bool transposed,
+                          const float* bias, at::Tensor& y);
 }  // namespace cpu
 
 }  // namespace gdd_fast

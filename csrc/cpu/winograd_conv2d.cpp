@@ -79,11 +79,19 @@ Loops<T> loops() {
   return {};
 }
 
-template <typename T>
-void convolve(const WinogradConv2d& c, const T* x, const float* weight, const float* bias, T* y) {
+// Tiles at their points, 36 matrices (tiles, channels), and what the products make of them; distances in values.
+struct Run {
+  int64_t tiles, x_row, x_point, y_row, y_point;
+  const float* points;
+  float* products;
+};
+
+// multiply(run) has the products made.
+template <typename T, typename Multiply>
+void convolve(const WinogradConv2d& c, const T* x, const float* bias, T* y, const Multiply& multiply) {
   static const Loops<T> loops = cpu::loops<T>();
   const int64_t rows = (c.height + 3) / 4, columns = (c.width + 3) / 4, tiles = c.images * rows * columns;
-  const int64_t most = std::min(tiles, kTiles), panels = c.out_channels / loops.panel;
+  const int64_t most = std::min(tiles, kTiles);
   const int64_t x_row = c.channels + kPad, y_row = c.out_channels + kPad;
   const int64_t x_point = most * x_row + kPad, y_point = most * y_row + kPad;
   const at::Tensor points = at::empty({36 * x_point}, at::kFloat), products = at::empty({36 * y_point}, at::kFloat);
@@ -105,13 +113,7 @@ void convolve(const WinogradConv2d& c, const T* x, const float* weight, const fl
         loops.transform_tile(pixels, c.channels, at_points + t * x_row, x_point);
       }
     });
-    at::parallel_for(0, 36 * panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t point = i / panels, panel = i % panels;
-        loops.multiply_panel(count, at_points + point * x_point, x_row, weight + i * c.channels * loops.panel,
-                             c.channels, multiplied + point * y_point + panel * loops.panel, y_row);
-      }
-    });
+    multiply(Run{count, x_row, x_point, y_row, y_point, at_points, multiplied});
     at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
         const int64_t tile = first + t, image = tile / (rows * columns), row = tile / columns % rows;
@@ -124,6 +126,25 @@ void convolve(const WinogradConv2d& c, const T* x, const float* weight, const fl
   }
 }
 
+// The 3x3 kernels of a weight (out, in, 3, 3) of any strides; `transposed` those of the gradient.
+struct Kernels {
+  Kernels(const at::Tensor& weight, bool transposed)
+      : first(weight.const_data_ptr<float>()),
+        out_step(weight.stride(transposed ? 1 : 0)),
+        in_step(weight.stride(transposed ? 0 : 1)) {
+    for (int64_t i = 0; i < 9; i++) {
+      const int64_t tap = transposed ? 8 - i : i;
+      taps[i] = tap / 3 * weight.stride(2) + tap % 3 * weight.stride(3);
+    }
+  }
+  // Those of a panel and an input channel, at their 36 points, `point` apart.
+  void transform(const Loops<float>& loops, int64_t panel, int64_t in, float* to, int64_t point) const {
+    loops.transform_weight(first + panel * loops.panel * out_step + in * in_step, out_step, taps, to, point);
+  }
+  const float* first;
+  int64_t out_step, in_step, taps[9];
+};
+
 }  // namespace
 
 int64_t winograd_conv2d_panel() {
@@ -131,35 +152,62 @@ int64_t winograd_conv2d_panel() {
   return panel;
 }
 
+int64_t winograd_conv2d_run() { return kTiles; }
+
 void winograd_conv2d_weight(const at::Tensor& weight, bool transposed, at::Tensor& packed) {
   static const Loops<float> loops = cpu::loops<float>();
-  const int64_t panels = packed.size(1), in = packed.size(2), panel = packed.size(3), point = panels * in * panel;
-  const int64_t out_step = weight.stride(transposed ? 1 : 0), in_step = weight.stride(transposed ? 0 : 1);
-  int64_t taps[9];
-  for (int64_t i = 0; i < 9; i++) {
-    const int64_t tap = transposed ? 8 - i : i;
-    taps[i] = tap / 3 * weight.stride(2) + tap % 3 * weight.stride(3);
-  }
-  const float* from = weight.const_data_ptr<float>();
+  const int64_t panels = packed.size(1), in = packed.size(2), panel = packed.size(3);
+  const Kernels kernels(weight, transposed);
   float* to = packed.mutable_data_ptr<float>();
   at::parallel_for(0, panels * in, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const float* w = from + i / in * panel * out_step + i % in * in_step;
-      loops.transform_weight(w, out_step, taps, to + i * panel, point);
+      kernels.transform(loops, i / in, i % in, to + i * panel, panels * in * panel);
     }
   });
 }
 
 void winograd_conv2d(const WinogradConv2d& c, const at::Tensor& x, const at::Tensor& weight, const float* bias,
                      at::Tensor& y) {
-  const auto run = [&]<typename T>(T* result) {
-    convolve<T>(c, x.const_data_ptr<T>(), weight.const_data_ptr<float>(), bias, result);
+  static const Loops<float> loops = cpu::loops<float>();
+  const int64_t panels = c.out_channels / loops.panel;
+  const float* packed = weight.const_data_ptr<float>();
+  const auto multiply = [&](const Run& run) {
+    at::parallel_for(0, 36 * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t point = i / panels, at = i % panels * loops.panel;
+        loops.multiply_panel(run.tiles, run.points + point * run.x_point, run.x_row,
+                             packed + i * c.channels * loops.panel, c.channels, run.products + point * run.y_point + at,
+                             run.y_row);
+      }
+    });
   };
   if (y.scalar_type() == at::kBFloat16) {
-    run(y.mutable_data_ptr<at::BFloat16>());
+    convolve(c, x.const_data_ptr<at::BFloat16>(), bias, y.mutable_data_ptr<at::BFloat16>(), multiply);
   } else {
-    run(y.mutable_data_ptr<float>());
+    convolve(c, x.const_data_ptr<float>(), bias, y.mutable_data_ptr<float>(), multiply);
   }
+}
+
+void winograd_conv2d_once(const WinogradConv2d& c, const at::Tensor& x, const at::Tensor& weight, bool transposed,
+                          const float* bias, at::Tensor& y) {
+  static const Loops<float> loops = cpu::loops<float>();
+  const Kernels kernels(weight, transposed);
+  const int64_t stride = c.channels * loops.panel + kPad;
+  convolve(c, x.const_data_ptr<float>(), bias, y.mutable_data_ptr<float>(), [&](const Run& run) {
+    at::parallel_for(0, c.out_channels / loops.panel, 1, [&](int64_t begin, int64_t end) {
+      const at::Tensor panel = at::empty({36 * stride}, at::kFloat);
+      float* values = panel.mutable_data_ptr<float>();
+      for (int64_t i = begin; i < end; i++) {
+        for (int64_t in = 0; in < c.channels; in++) {
+          kernels.transform(loops, i, in, values + in * loops.panel, stride);
+        }
+        for (int64_t point = 0; point < 36; point++) {
+          loops.multiply_panel(run.tiles, run.points + point * run.x_point, run.x_row, values + point * stride,
+                               c.channels, run.products + point * run.y_point + i * loops.panel, run.y_row);
+        }
+      }
+    });
+  });
 }
 
 }  // namespace gdd_fast::cpu

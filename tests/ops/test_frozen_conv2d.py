@@ -188,9 +188,10 @@ def test_layer_with_a_frozen_weight_equals_the_trainable_one(dtype):
 
 # --- what is not the library's: float32, channels_last, on a CPU with the extension ---
 
-# maps, weight: 1x1 convolutions of few pixels, and 3x3 ones of many tiles with channels of whole vectors
+# maps, weight: 1x1 convolutions of few pixels, and 3x3 ones of many with channels of whole vectors
 PRODUCTS = [((2, 48, 1, 1), (20, 48, 1, 1)), ((3, 12, 5, 7), (9, 12, 1, 1)), ((1, 1, 4, 4), (3, 1, 1, 1))]
-WINOGRAD = [((1, 32, 16, 16), (64, 32, 3, 3)), ((4, 64, 7, 9), (32, 64, 3, 3)), ((16, 32, 3, 2), (32, 32, 3, 3))]
+WINOGRAD = [((1, 32, 16, 16), (64, 32, 3, 3)), ((4, 64, 7, 9), (32, 64, 3, 3)), ((16, 32, 3, 5), (32, 32, 3, 3))]
+WINOGRAD += [((5, 32, 15, 17), (64, 32, 3, 3))]  # of more tiles than go through all steps together
 METHODS = pytest.mark.parametrize("case", [*PRODUCTS, *WINOGRAD], ids=str)
 HAS_KERNELS = pytest.mark.skipif(
     not (has_extension() and takes(torch.empty(32, 32, 3, 3))), reason="there are no kernels for this processor"
@@ -299,12 +300,28 @@ def test_which_method_runs(autograd):
             other, w = (t.detach().to(dtype).contiguous(memory_format=layout) for t in (x, weight))
             converted = case in WINOGRAD and layout == CONTIGUOUS  # brought to channels_last and back
             assert library(other.requires_grad_(), w, padding) != converted
-    few_tiles, tiles = (case_operands(((1, 32, size, size), (32, 32, 3, 3)))[:2] for size in (12, 13))
-    assert library(*few_tiles, 1) and not library(*tiles, 1)
-    few_tiles, tiles = (case_operands(((n, 512, 4, 4), (512, 512, 3, 3)))[:2] for n in (95, 96))  # 36 MiB transformed
-    assert library(*few_tiles, 1) and not library(*tiles, 1)
+    few_pixels, pixels = (case_operands(((1, 32, size, 16), (32, 32, 3, 3)))[:2] for size in (11, 12))
+    assert library(*few_pixels, 1) and not library(*pixels, 1)
+    for few, enough in ((11, 12), (95, 96)):  # 36 MiB transformed: in parts up to 64 tiles, beyond as a whole
+        few_pixels, pixels = (case_operands(((n, 512, 4, 4), (512, 512, 3, 3)))[:2] for n in (few, enough))
+        assert library(*few_pixels, 1) and not library(*pixels, 1)
     few_pixels, pixels = (case_operands(((1, 32, size, 32), (32, 32, 1, 1)))[:2] for size in (32, 33))
     assert library(*pixels, 0) and not library(*few_pixels, 0)
+
+
+@HAS_KERNELS
+def test_threads_do_not_change_results():
+    """Where its panels are fewer than the threads, Winograd's weight is transformed as a whole."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            x, weight, bias, padding = case_operands(WINOGRAD[0])
+            y = frozen_conv2d(x, weight, bias, padding=padding)
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @HAS_KERNELS
