@@ -180,6 +180,9 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         check_same_form(shape, real.shape, str(config.data if real is dataset else config.held_out))
     known = measurement.references(config.ref, shape, complete=dataset is not None)
     _check_counts(config, measurement, samples, dataset, held_out, known)
+    for images, most in ((samples, config.images), (held_out, None)):
+        if images is not None:  # not found damaged when all the others are measured
+            images.validate(world.share(choose_images(len(images), most).tolist(), config.batch))
     choose_backend(config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None])
     if net is not None:
         accelerate_foreign(net, config.backend)

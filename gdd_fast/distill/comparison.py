@@ -23,10 +23,12 @@ from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
+from gdd_fast.ranks import World
 from gdd_fast.report import unet_picture
 from gdd_fast.report.run_record import COMPARISON, SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.grid import save_grid, save_panel
+from gdd_fast.training.output import reading_bar
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -49,6 +51,18 @@ def check(config: TrainConfig, generator: nn.Module) -> None:
         raise ConfigError("--evaluate-data holds one image, and a covariance needs at least 2")
     for name in FEATURES:
         build_extractor(name, **_options(config, name))
+
+
+def read_every_image(config: TrainConfig, world: World) -> None:
+    """Raise `DataError` for a damaged image of `--evaluate-data`, which would be found when the run measures. Each rank
+    reads its share. The training data are read for training.
+    """
+    asked = config.run.evaluate_data
+    if not config.run.evaluate_images or asked is None or asked == config.data.data:
+        return
+    dataset = load_data(asked)
+    with reading_bar(world.is_main) as progress:
+        dataset.validate(range(world.rank, len(dataset), world.size), progress)
 
 
 def begin(config: TrainConfig, task: Distillation) -> None:

@@ -91,8 +91,13 @@ def _distill(config: TrainConfig) -> Result:
     run = config.run
     schedule = loop.Schedule.of(run, at_start=run.evaluate_at_start)
     precisions = config.generator.g_precision, config.discriminator.d_precision
-    with join(config.run.device) as world, gpu_arithmetic(*precisions):
+    # pretrain, told to train in the first stage's folder, finds it taken for as long as the run takes
+    owned = only_process(
+        config.run_dir / first_stage.FOLDER, is_main() and first_stage.is_wanted(config, built.generator)
+    )
+    with owned, join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
+        comparison.read_every_image(config, world)
         if first_stage.is_wanted(config, built.generator):
             weights_follow = world.largest(int((config.run_dir / loop.CHECKPOINT).exists()))  # from the checkpoint
             if weights_follow or config.ablation.init == "random":

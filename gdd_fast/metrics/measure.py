@@ -125,7 +125,8 @@ class Measurement:
         resolution: for the networks that have a choice; None: their own.
 
     Raises:
-        ConfigError, WeightsError: as `build_extractor`; also if what is called FID would not be one.
+        ConfigError, WeightsError: as `build_extractor`; also if what is called FID would not be one, or
+            `resolution` has no effect.
     """
 
     def __init__(
@@ -143,6 +144,8 @@ class Measurement:
         if unused:
             raise ConfigError(f"--feature-weights names {', '.join(unused)}, which no metric here uses")
         fixed = ("inception", "resnet56")
+        if resolution is not None and set(names) <= set(fixed):
+            raise ConfigError(f"--feature-resolution has no effect: {' and '.join(names)} have one of their own")
         self.extractors = [
             build_extractor(
                 name, weights=weights.get(name), resolution=None if name in fixed else resolution, device=device

@@ -106,7 +106,7 @@ class _Relu(torch.autograd.Function):
             ctx.mark_dirty(x)
             y = x
         else:
-            y = torch.empty_like(x).copy_(x)
+            y = x.clone()  # torch 2.11 compiles empty_like().copy_() into another gradient
         ctx.save_for_backward(torch.ops.gdd_fast.relu_bits_(y, ceiling, implementation))
         return y
 

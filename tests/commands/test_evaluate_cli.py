@@ -1,6 +1,7 @@
 """`python -m gdd_fast.evaluate`: distances of generators and of stored images, references kept and reused."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -195,6 +196,17 @@ def test_a_reference_of_other_features(net, real, tmp_path, keep, capsys):
     message = fails(capsys, "--net", net, "--ref", tmp_path / "ref.npz", "--features", "pixels")
     assert "pixels-8" in message
     assert "pixels-16" in message
+
+
+@pytest.mark.parametrize("option", ["--samples", "--held-out"])
+def test_a_damaged_image_is_found_before_the_others_are_measured(net, real, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(PixelFeatures, "__call__", lambda *_: pytest.fail("measured"))
+    with zipfile.ZipFile(real) as whole, zipfile.ZipFile(tmp_path / "damaged.zip", "w") as damaged:
+        for place, name in enumerate(whole.namelist()):
+            damaged.writestr(name, whole.read(name)[: -30 if place == 9 else None])
+    more = [] if option == "--samples" else ["--net", net, "--metrics", "nn"]
+    message = fails(capsys, "--data", real, "--features", "pixels", option, tmp_path / "damaged.zip", *more)
+    assert "damaged.zip" in message and "000009" in message
 
 
 def test_images_of_another_size(net, real, tmp_path, keep, capsys):

@@ -15,12 +15,15 @@ TESTS = Path(__file__).resolve().parents[1]
 # Runs a command in forks of itself, as to start Python with torch takes longer than the run. The audit hook sees every
 # file that is opened, renamed, linked or removed.
 SCRIPT = """
-import importlib, json, os, random, signal, sys, threading, time, traceback
+import importlib.util, json, os, random, signal, sys, threading, time, traceback
 from pathlib import Path
 import torch
 from gdd_fast.distill import comparison
 from gdd_fast.training import loggers
 
+if importlib.util.find_spec("torchvision"):
+    sys.path.insert(0, "tests")
+    import vision_libraries  # without which diffusers is not imported, where torchvision was built for another torch
 torch.set_num_threads(1)
 loggers.find_spec = lambda name: None  # no TensorBoard, whose import takes seconds
 comparison.FEATURES = ("pixels",)  # no distance between 1,280 features

@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +24,18 @@ from diffusers_teachers import write_ddpm
 from gdd_fast import pretrain
 from gdd_fast.config import override
 from gdd_fast.data import write_edm_zip
-from gdd_fast.distill import components, first_stage, pretraining
+from gdd_fast.distill import comparison, components, first_stage, pretraining
 from gdd_fast.distill.memory_forecast import of_components, own_storages, saved_bytes
 from gdd_fast.distill.pretraining import PretrainConfig, Pretraining
 from gdd_fast.distill.run import distill, preflight
 from gdd_fast.distill.velocity import velocity_loss, with_velocity
-from gdd_fast.errors import BackendError, CheckpointError, ConfigError, GddFastError, WeightsError
+from gdd_fast.errors import BackendError, CheckpointError, ConfigError, DataError, GddFastError, WeightsError
 from gdd_fast.models.edm import ddpmpp
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.train import read
 from gdd_fast.training import checkpoint, compiled_losses, loggers, loop
+from gdd_fast.training.run_lock import LOCK
 
 
 @pytest.fixture
@@ -152,6 +156,32 @@ def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(fo
     with pytest.raises(GddFastError, match=words):
         distill(config_of(folder, "run", **{"evaluate_metrics": "fd@pixels", **changes, **files}))
     assert not list((folder / "run").glob("*"))
+
+
+def test_a_damaged_image_to_evaluate_with_is_found_before_the_first_stage(folder):
+    write_edm_zip(folder / "real.zip", np.zeros((300, 1, 16, 16), np.uint8), None)
+    with zipfile.ZipFile(folder / "real.zip") as whole, zipfile.ZipFile(folder / "damaged.zip", "w") as damaged:
+        for place, name in enumerate(whole.namelist()):
+            content = whole.read(name)
+            damaged.writestr(name, content[:-30] if place == 1 else content)  # no image that the digest takes
+    with pytest.raises(DataError, match=r"damaged\.zip: 00000/img00000001\.png"):
+        distill(config_of(folder, "run", evaluate_images=8, evaluate_data=str(folder / "damaged.zip")))
+    assert not (folder / "run").exists()
+
+
+def test_the_run_owns_the_folder_of_its_first_stage(folder, monkeypatch):
+    script = "import sys\nfrom gdd_fast.pretrain import main\nmain(sys.argv[1:])"
+    flags = ["--data", folder / "data.zip", "--run-dir", folder / "run" / "velocity", "--device", "cpu"]
+    said = []
+
+    def try_to_pretrain(*_) -> None:
+        told = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
+        said.append((told.returncode, told.stderr.splitlines()[-1]))
+
+    monkeypatch.setattr(comparison, "begin", try_to_pretrain)  # the second stage, when the first has ended
+    distill(config_of(folder, "run"))
+    assert said[0][0] == 2 and f"another process is training in {folder / 'run' / 'velocity'}" in said[0][1]
+    assert not (folder / "run" / "velocity" / LOCK).exists()
 
 
 def test_a_compiler_that_is_not_there_is_missed_before_the_first_stage(folder, monkeypatch):

@@ -9,6 +9,7 @@ from gdd_fast.errors import ConfigError, DataError, WeightsError
 from gdd_fast.metrics.features import PixelFeatures, build_extractor
 from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
 from gdd_fast.metrics.frechet import frechet_distance
+from gdd_fast.metrics.measure import Measurement, parse_metrics
 from gdd_fast.metrics.population import gather
 from gdd_fast.metrics.statistics import dataset_statistics
 from gdd_fast.models.backbone_weights import load_backbone_weights
@@ -111,6 +112,10 @@ def test_unknown_features_resolutions_and_weights(tmp_path):
         build_extractor("lite0", resolution=50)
     with pytest.raises(ConfigError, match="at least 1"):
         build_extractor("pixels", resolution=0)
+    with pytest.raises(ConfigError, match="2,048 pixels at most"):
+        build_extractor("pixels", resolution=1_000_000_000)
+    with pytest.raises(ConfigError, match="inception have one of their own"):
+        Measurement(parse_metrics("fid"), resolution=64)
     with pytest.raises(WeightsError, match="missing"):
         build_extractor("lite0", weights=tmp_path / "missing.safetensors")
     with pytest.raises(WeightsError):

@@ -36,6 +36,8 @@ NETWORKS: dict[str, Callable[..., FeatureExtractor]] = {
 }
 """Made from a weights file or None, and the keywords `resolution` and `device`."""
 
+LARGEST = 2048
+"""Pixels of a side that any network is shown at most: some four times as many as any was trained with."""
 _TIMM = "timm:"
 
 
@@ -48,6 +50,10 @@ def build_extractor(
     the network's file says. Raises `ConfigError` for another name or a resolution that it does not take, `WeightsError`
     if the weights cannot be had.
     """
+    if resolution is not None and resolution > LARGEST:
+        raise ConfigError(
+            f"features are computed at {LARGEST:,} pixels at most (--feature-resolution), not {resolution:,}"
+        )
     options = {"device": device} | ({} if resolution is None else {"resolution": resolution})
     if name.startswith(_TIMM):
         return TimmFeatures(name, name.removeprefix(_TIMM), weights, **options)
