@@ -22,6 +22,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 def seconds(net: nn.Module, x: Tensor) -> float:
     """Processor time of one forward and backward into x (N, 3, H, W)."""
+    x.grad = None
     began = time.process_time()
     net(x).sum().backward()
     return time.process_time() - began

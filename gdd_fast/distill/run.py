@@ -91,7 +91,7 @@ def _distill(config: TrainConfig) -> Result:
     run = config.run
     schedule = loop.Schedule.of(run, at_start=run.evaluate_at_start)
     precisions = config.generator.g_precision, config.discriminator.d_precision
-    # pretrain, told to train in the first stage's folder, finds it taken for as long as the run takes
+    # pretrain, told to train in the first stage's folder, finds it taken until training ends
     owned = only_process(
         config.run_dir / first_stage.FOLDER, is_main() and first_stage.is_wanted(config, built.generator)
     )

@@ -103,39 +103,16 @@ class _Spread(torch.autograd.Function):
         ctx: Any, dy: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
     ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
         dy = dy.contiguous(memory_format=layout)
         return torch.ops.gdd_fast.max_pool2x2_backward(dy, places, *size, layout is torch.channels_last, implementation)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            _Collect.apply(ddx, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-class _Collect(torch.autograd.Function):
-    """The gradient of spreading: of every window the value at its place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, places: Tensor, size: torch.Size, layout: torch.memory_format, implementation: str
-    ) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size, ctx.layout, ctx.implementation = size, layout, implementation
-        return collect_ref(x, places)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(dy, ctx.saved_tensors[0], ctx.size, ctx.layout, ctx.implementation), None, None, None, None
+        return collect_ref(ddx, ctx.saved_tensors[0]), None, None, None, None
 
 
 def collect_ref(x: Tensor, places: Tensor) -> Tensor:
-    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2)."""
+    """The value of x (N, C, H, W) at each window's place (N, C, H // 2, W // 2), differentiable in x."""
     windows = x[:, :, : places.shape[2] * 2, : places.shape[3] * 2]
     y = windows[:, :, ::2, ::2]
     for place in range(1, 4):
