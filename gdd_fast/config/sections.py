@@ -15,7 +15,7 @@ from gdd_fast.settings import Limit, LoopSettings, NotNegative, Positive, Settin
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Reduction = Literal["rows", "heads"]
-StepEngine = Literal["auto", "eager", "graph", "compile"]
+StepEngine = Literal["auto", "eager", "graph", "compile", "threads"]
 Nonfinite = Literal["skip", "replace"]
 
 DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
@@ -129,8 +129,10 @@ class RunConfig(LoopSettings):
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
     after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
     process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
-    they differ or a capture fails. Else it is `eager`. `compile`, on any device: the losses of the G and D steps by
-    torch.compile, forward and backward, which takes minutes at the start; R1 steps stay eager."""
+    they differ or a capture fails. `threads`, on a CPU: the backward pass of the G step runs beside the D step of the
+    same images, each with half of the cores; `auto` is that for one process with `reuse_fakes`. Else it is `eager`.
+    `compile`, on any device: the losses of the G and D steps by torch.compile, forward and backward, which takes
+    minutes at the start; R1 steps stay eager."""
     fsdp: bool = False
     """Spread the generator, its average and its optimizer's moments over the processes of torchrun (FSDP2), for a
     network that one GPU does not hold. Checkpoints are those of any other run."""

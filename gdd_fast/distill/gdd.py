@@ -7,6 +7,7 @@ nothing else: it is not in the loop. An iteration is a generator step, a discrim
 import contextlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from gdd_fast.acceleration import accelerate_foreign
 from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
-from gdd_fast.device import fast_layout, gpu_arithmetic
+from gdd_fast.device import fast_layout
 from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
+from gdd_fast.distill.adversary import Adversary
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_and_positive, r1_penalty
 from gdd_fast.distill.measuring import Evaluation
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
@@ -43,6 +44,7 @@ from gdd_fast.training.random_state import RandomState
 from gdd_fast.training.rates import RateDecay
 from gdd_fast.training.sharding import assembled, form_of, gathered, shard
 from gdd_fast.training.trial import Trial
+from gdd_fast.training.two_threads import TwoThreads
 
 GRID_SEEDS = range(64)
 
@@ -78,8 +80,7 @@ class Distillation:
             self._form = form_of(averaged)
             shard(self.generator, world)
             shard(averaged, world)
-        # the class table of conditional heads may be frozen for good
-        self._head_weights = [p for p in self.heads.parameters() if p.requires_grad]
+        self.adversary = Adversary(self.features, self.r1_features, self.heads, config.loss, self.local_batch)
         r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
         self.operators = parts.operators
         self.contents = parts.contents
@@ -105,7 +106,9 @@ class Distillation:
         if config.loss.reuse_fakes and self.judges_fakes:
             self._fakes = torch.zeros(self._shape(self.local_batch), device=device)
         fixed = self.additional is None and not run.debug_finite
-        engine = choose_step_engine(run.engine, device, world.size, fixed=fixed)
+        apart = fixed and self.gan and config.loss.reuse_fakes and self.micro_batch == self.local_batch
+        engine = choose_step_engine(run.engine, device, world.size, fixed=fixed, apart=apart)
+        self.two = TwoThreads() if engine == "threads" else None
         self.steps = CapturedSteps(
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,
@@ -141,7 +144,9 @@ class Distillation:
         self.rates.set(images)
         self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
         number = images // self.batch
-        if self.additional is None:
+        if self.two is not None:
+            self._take_both(self.two, real, labels)
+        elif self.additional is None:
             self.generator_step(labels)
         else:
             self.additional.begin(self.generator, images, number)
@@ -150,9 +155,11 @@ class Distillation:
                 self.averages.add(name, value)
         if not self.gan:
             return
-        self.discriminator_step(real, labels)
+        if self.two is None:
+            self.discriminator_step(real, labels)
         if self.r1_interval and number and number % self.r1_interval == 0:
-            self.r1_step(real, labels)
+            with self._all_threads():
+                self.r1_step(real, labels)
 
     def generator_step(self, labels: Tensor | None, *real: Tensor) -> None:
         """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average.
@@ -178,8 +185,38 @@ class Distillation:
                 self.averages.add(name, value)
         guard.end()
 
+    def _take_both(self, two: TwoThreads, real: Tensor, labels: Tensor | None) -> None:
+        """The G step and the D step of the same images: the way back of the first beside the second.
+
+        Neither changes what the other reads before both are done.
+        """
+
+        def back() -> Tensor:
+            loss_g.backward()
+            return self.g_guard.apply()
+
+        guards = self.g_guard, self.d_guard
+        for guard in guards:
+            guard.begin()
+        self.adversary.train_heads(False)
+        seen = two.start(partial(self.adversary.seen, real))
+        features = self.features(one_step(self.generator, self._draw(), labels))
+        loss_g = self.adversary.fooled(features, labels)
+        real_features = seen.result()
+        norm_g = two.start(back)
+        self.adversary.train_heads(True)
+        features = [[x.detach() for x in maps] for maps in features]
+        loss_d, logits = self.adversary.told_apart(features, real_features, labels)
+        loss_d.backward()
+        values = {"loss_g": loss_g.detach(), "grad_norm_g": norm_g.result()}
+        values |= self._discriminator_values(loss_d.detach(), logits)
+        for name, value in values.items():
+            self.averages.add(name, value)
+        for guard in guards:
+            guard.end()
+
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
-        self._train_heads(False)
+        self.adversary.train_heads(False)
         total = torch.zeros((), device=self.world.device)
         parts = [images.split(self.micro_batch) for images in real]
         fakes: Tensor | None
@@ -197,25 +234,21 @@ class Distillation:
     def _loss_g(self, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """The GAN's loss of G for a micro-batch, and the images that it is of."""
         fakes = one_step(self.generator, z, label)
-        return self._judged(fakes, label), fakes.detach()
-
-    def _judged(self, fakes: Tensor, label: Tensor | None) -> Tensor:
-        logits = self.heads(self.features(fakes), label)
-        return generator_loss(logits, self.config.loss.logit_reduction, self.local_batch)
+        return self.adversary.fooled(self.features(fakes), label), fakes.detach()
 
     def _loss_with(
         self, additional: AdditionalLosses, real: Tensor, label: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The GAN's, where there is one, and those that an ablation adds; and the images, where any are judged."""
         fakes = one_step(self.generator, self._draw(), label) if self.judges_fakes else None
-        losses = [self._judged(fakes, label)] if self.gan and fakes is not None else []
+        losses = [self.adversary.fooled(self.features(fakes), label)] if self.gan and fakes is not None else []
         more = additional(self.generator, fakes, real, label, self.random.generator)
         # as many times a mean over images as the GAN's is
         losses.append(more.sum() if self.config.loss.logit_reduction == "rows" else more.sum() / self.local_batch)
         return torch.stack(losses).sum(), None if fakes is None else fakes.detach()
 
     def _discriminator_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        self._train_heads(True)
+        self.adversary.train_heads(True)
         total = torch.zeros((), device=self.world.device)
         seen: list[Tensor] = []
         made = None if self._fakes is None else self._fakes.split(self.micro_batch)
@@ -224,11 +257,14 @@ class Distillation:
             loss.backward()
             total += loss.detach()
             seen.append(logits)
-        norm = self.d_guard.apply()
-        fake_mean, fake_positive, real_mean, real_positive = torch.stack(seen).mean(0).unbind()
+        return self._discriminator_values(total, torch.stack(seen).mean(0))
+
+    def _discriminator_values(self, loss: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """Takes D's step. `logits` as of `Adversary.told_apart`."""
+        fake_mean, fake_positive, real_mean, real_positive = logits.unbind()
         return {
-            "loss_d": total,
-            "grad_norm_d": norm,
+            "loss_d": loss,
+            "grad_norm_d": self.d_guard.apply(),
             "logit_fake": fake_mean,
             "logit_real": real_mean,
             "sign_accuracy_fake": 1 - fake_positive,
@@ -236,39 +272,21 @@ class Distillation:
         }
 
     def _loss_d(self, source: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of D for a micro-batch, and `mean_and_positive` of its logits of fakes and of real images.
-
-        `source` is what the fakes are made of, latents; with `reuse_fakes` the fakes.
-        """
+        """`Adversary.told_apart` for a micro-batch; `source` is the latents that fakes are made of, or the fakes."""
         with torch.no_grad():
             fakes = one_step(self.generator, source, label) if self._fakes is None else source
-            fake_features, real_features = self.features(fakes), self.features(real)
-        # one after the other, as batch norm must not mix them
-        fake, true = self.heads(fake_features, label), self.heads(real_features, label)
-        loss = discriminator_loss(fake, true, self.config.loss.logit_reduction, self.local_batch)
-        return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
+            fake_features = self.features(fakes)
+        return self.adversary.told_apart(fake_features, self.adversary.seen(real), label)
 
     def _r1_step(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        self._train_heads(True)
+        self.adversary.train_heads(True)
         penalties: list[Tensor] = []
-        with self._r1_arithmetic():
+        with self.adversary.r1_arithmetic():
             for part, label in self._micro_batches(real, labels):
-                part = part.detach().requires_grad_()
-                penalty = r1_penalty(part, self.heads(self.r1_features(part), label))
-                loss = penalty.sum() * (self.config.loss.r1_gamma / 2 * self.r1_interval / self.local_batch)
+                loss, penalty = self.adversary.gradient_penalty(part, label)
                 loss.backward()
-                penalties.append(penalty.detach().mean())
+                penalties.append(penalty)
         return {"grad_norm_r1": self.r1_guard.apply(), "r1_penalty": torch.stack(penalties).mean()}
-
-    @contextlib.contextmanager
-    def _r1_arithmetic(self) -> Iterator[None]:
-        """The heads in the types of `r1_features`."""
-        before, self.heads.dtype = self.heads.dtype, self.r1_features.dtype
-        try:
-            with gpu_arithmetic(self.config.loss.r1_precision):
-                yield
-        finally:
-            self.heads.dtype = before
 
     def changing(self) -> Iterator[Tensor]:
         """Every tensor that steps change: weights, buffers, averages, moments, counts and images kept for the next."""
@@ -281,11 +299,6 @@ class Distillation:
             yield guard.count
             for state in guard.optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, Tensor))
-
-    def _train_heads(self, train: bool) -> None:
-        """Where gradients are not wanted, autograd computes none."""
-        for weight in self._head_weights:
-            weight.requires_grad_(train)
 
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""
@@ -303,11 +316,15 @@ class Distillation:
 
     def tick(self, images: int) -> dict[str, float]:
         """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
-        self.save_sheet(images)
-        skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
-        if self.evaluation is None or not self.evaluation.is_due(images):
-            return skipped
-        return {**skipped, **self.evaluation(self.averaged(), images)}
+        with self._all_threads():
+            self.save_sheet(images)
+            skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
+            if self.evaluation is None or not self.evaluation.is_due(images):
+                return skipped
+            return {**skipped, **self.evaluation(self.averaged(), images)}
+
+    def _all_threads(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.two is None else self.two.together()
 
     def averaged(self) -> Preconditioned:
         """The averaged generator, whole: itself, or a copy that is assembled of its parts. Every rank calls it."""
@@ -387,3 +404,5 @@ class Distillation:
 
     def close(self) -> None:
         self.stream.close()
+        if self.two is not None:
+            self.two.close()

@@ -133,19 +133,32 @@ class CudaGraphs:
         return replay
 
 
-def choose_step_engine(engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True) -> StepEngine:
-    """What "auto" is: "graph" on a GPU for one process whose steps are `fixed`, on trial; else "eager".
+def choose_step_engine(
+    engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True, apart: bool = True
+) -> StepEngine:
+    """What "auto" is: "graph" on a GPU for one process whose steps are `fixed`, on trial; on a CPU "threads" for one
+    process whose G and D steps can be taken `apart`, if PyTorch has two threads or more; else "eager".
 
     "compile" runs anywhere, and its steps are not captured: see `compiled_losses`.
 
     The exchange of several processes has not been captured yet on any machine.
 
-    Raises ConfigError for an unknown name, BackendError for graphs on another device than a GPU.
+    Raises ConfigError for an unknown name and for threads that cannot be; BackendError for the wrong device.
     """
     if engine not in get_args(StepEngine):
         raise ConfigError(f"--engine is one of {', '.join(get_args(StepEngine))}, not {engine!r}")
+    threads = apart and processes == 1
     if engine == "auto":
-        return "graph" if device.type == "cuda" and processes == 1 and fixed else "eager"
+        if device.type == "cuda":
+            return "graph" if processes == 1 and fixed else "eager"
+        return "threads" if threads and device.type == "cpu" and torch.get_num_threads() > 1 else "eager"
     if engine == "graph" and device.type != "cuda":
         raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")
+    if engine == "threads" and device.type != "cpu":
+        raise BackendError(f"--engine threads is for CPUs and cannot run on {device}; use auto")
+    if engine == "threads" and not threads:
+        raise ConfigError(
+            "--engine threads takes the G and the D step of the same images at once: it needs --reuse-fakes, one "
+            "process, a whole batch at a time, and neither other losses nor --debug-finite; use auto"
+        )
     return engine
