@@ -42,8 +42,9 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
     return weight.size(2) == size && weight.size(3) == size && g[2] == border && g[3] == border;
   };
   if (window(1, 0)) {
-    const bool few = x.size(0) * x.size(2) * x.size(3) <= kMostPixels;
-    return few && format == at::MemoryFormat::ChannelsLast ? Method::kProduct : Method::kLibrary;
+    const int64_t map = x.size(2) * x.size(3);  // a map of one pixel lies as in both formats
+    const bool in_rows = format == at::MemoryFormat::ChannelsLast || map == 1;
+    return in_rows && x.size(0) * map <= kMostPixels ? Method::kProduct : Method::kLibrary;
   }
   const int64_t panel = winograd_conv2d_panel();
   const int64_t in = weight.size(backward ? 0 : 1), out = weight.size(backward ? 1 : 0);
@@ -60,7 +61,8 @@ at::IntArrayRef pair(const Geometry& g, int64_t which) { return at::IntArrayRef(
 at::Tensor rows(const at::Tensor& x) {
   return x.contiguous(at::MemoryFormat::ChannelsLast).permute({0, 2, 3, 1}).reshape({-1, x.size(1)});
 }
-at::Tensor map(const at::Tensor& rows, const at::Tensor& like) {
+at::Tensor map(const at::Tensor& rows, const at::Tensor& like, at::MemoryFormat format) {
+  if (format != at::MemoryFormat::ChannelsLast) return rows.view({like.size(0), rows.size(1), 1, 1});
   return rows.view({like.size(0), like.size(2), like.size(3), rows.size(1)}).permute({0, 3, 1, 2});
 }
 
@@ -72,7 +74,7 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
     case Method::kProduct: {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;  // to autograd the result is no view
       const at::Tensor w = weight.flatten(1).t(), from = rows(x);
-      return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x);
+      return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x, format);
     }
     case Method::kWinograd:
       return winograd_conv2d_once(x, weight, false, bias.has_value() ? Bias(bias->contiguous()) : bias)
@@ -86,7 +88,7 @@ at::Tensor convolve_gradient(const at::Tensor& dy, const at::Tensor& weight, at:
                              at::MemoryFormat format, const Geometry& g) {
   switch (method(dy, weight, Bias(), format, g, true)) {
     case Method::kProduct:
-      return map(at::mm(rows(dy), weight.flatten(1)), dy);
+      return map(at::mm(rows(dy), weight.flatten(1)), dy, format);
     case Method::kWinograd:
       return winograd_conv2d_once(dy, weight, true, Bias()).contiguous(format);
     default:

@@ -46,19 +46,21 @@ class SpectralConv2d(nn.Conv2d):
         """(N, C, H, W) -> (N, K, H', W') in x's dtype."""
         if self._divides_result(x):
             weight, rows, u, v, sigma = self._norm()
-            y = self._convolved(x, weight, rows)
+            if self._is_product(x, weight):
+                y = _Product.apply(x, weight, u, v, sigma, self.stride, self.padding)
+                return y if self.bias is None else y + self.bias[:, None, None]
+            y = self._conv_forward(x, weight, None)
             factor = _Sigma.apply(rows, u, v, sigma).reciprocal()
             return y * factor if self.bias is None else torch.addcmul(self.bias[:, None, None], y, factor)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
-    def _convolved(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    def _is_product(self, x: Tensor, weight: Tensor) -> bool:
         size = [(s + 2 * p - k) // t + 1 for s, p, k, t in self._sizes(x)]
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        tiled = all(k % t == 0 and (s + 2 * p) % t == 0 for s, p, k, t in self._sizes(x))
         last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        if plain and last and 0 < len(x) * size[0] * size[1] <= _MOST_PIXELS and runs_eagerly(x):
-            return _Product.apply(x, weight, rows, self.stride, self.padding)
-        return self._conv_forward(x, weight, None)
+        return plain and tiled and last and 0 < len(x) * size[0] * size[1] <= _MOST_PIXELS and runs_eagerly(x)
 
     def _divides_result(self, x: Tensor) -> bool:
         usual = x.is_cpu and x.dim() == 4 and not isinstance(self.padding, str) and not torch.is_autocast_enabled("cpu")
@@ -81,7 +83,7 @@ class SpectralConv2d(nn.Conv2d):
         weight: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr,assignment]
         window = weight.shape[1:]
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
-        rows = (weight.permute(0, 2, 3, 1) if channels_last else weight).flatten(1)
+        rows = _rows(weight) if channels_last else weight.flatten(1)
         with torch.no_grad():
             u = norm._u.clone()
             v = norm._v.clone()  # what is saved for backward must not be the buffer, which the next iteration writes
@@ -98,40 +100,56 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class _Product(torch.autograd.Function):
-    """The convolution of few pixels as a matrix product of their windows, read in the weight's own order.
+    """The convolution of few pixels, over sigma, as a matrix product of their windows, read in the weight's own order.
 
     oneDNN brings the weight to an order of its own, and its gradient back from it, which takes as long as multiplying.
-    The input's gradient is the library's, and so is whatever is differentiated twice.
+    The weight's gradient is one pass: what comes from sigma, an outer product, is added in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        sigma: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding
         windows, (n, height, width) = _windows(x, weight.shape[2:], stride, padding)
-        return (windows @ rows.detach().t()).view(n, height, width, len(rows)).permute(0, 3, 1, 2)
+        y = (windows @ _rows(weight).t()).div_(sigma).view(n, height, width, -1).permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, weight, u, v, sigma, y)
+        ctx.geometry = stride, padding
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, u, v, sigma, y = ctx.saved_tensors
         stride, padding = ctx.geometry
         for_x, for_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
+        nothing = (None,) * 5
+        if torch.is_grad_enabled():  # to be differentiated again: by the definition
             wanted = [t for t, needed in ((x, for_x), (weight, for_weight)) if needed]
-            found = iter(torch.autograd.grad(F.conv2d(x, weight, None, stride, padding), wanted, dy, create_graph=True))
-            return next(found) if for_x else None, next(found) if for_weight else None, None, None, None
+            y = F.conv2d(x, weight, None, stride, padding) / torch.dot(u, torch.mv(_rows(weight), v))
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return next(found) if for_x else None, next(found) if for_weight else None, *nothing
         dx = dweight = None
+        above = (dy / sigma).permute(0, 2, 3, 1).reshape(-1, len(weight))
         if for_x:
-            geometry = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
-            dx = torch.ops.aten.convolution_backward.default(dy, x, weight, None, *geometry)[0]
+            dx = _from_windows(above @ _rows(weight), x.shape, y.shape[2:], weight.shape[2:], stride, padding)
         if for_weight:
-            out, channels, *window = weight.shape
-            windows, _ = _windows(x, window, stride, padding)
-            product = dy.permute(0, 2, 3, 1).reshape(-1, out).t() @ windows
-            dweight = product.view(out, *window, channels).permute(0, 3, 1, 2)
-        return dx, dweight, None, None, None
+            windows, _ = _windows(x, weight.shape[2:], stride, padding)
+            product = above.t() @ windows
+            dsigma = -torch.dot(above.flatten(), y.permute(0, 2, 3, 1).flatten())
+            product.addr_(u * dsigma, v)
+            dweight = product.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+        return dx, dweight, *nothing
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A channels_last weight (K, C, R, S) as (K, R * S * C)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _windows(
@@ -142,6 +160,33 @@ def _windows(
     seen = padded.unfold(1, window[0], stride[0]).unfold(2, window[1], stride[1])  # (N, H', W', C, R, S)
     n, height, width = seen.shape[:3]
     return seen.permute(0, 1, 2, 4, 5, 3).reshape(n * height * width, -1), (n, height, width)
+
+
+def _from_windows(
+    windows: Tensor,
+    shape: Sequence[int],
+    out: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """The adjoint of `_windows`: what each pixel of x, of `shape`, gets from all windows that see it; channels_last.
+
+    `out` is the number of windows each way. A window, and x with its border, are tiles of the stride's size side by
+    side, which are added up whole.
+    """
+    n, channels, height, width = shape
+    rows, columns = (k // t for k, t in zip(window, stride, strict=True))
+    tiles = windows.view(n, *out, rows, stride[0], columns, stride[1], channels).transpose(4, 5)
+    down, across = ((s + 2 * p) // t for s, p, t in zip(shape[2:], padding, stride, strict=True))
+    sums = windows.new_zeros(n, down, stride[0], across, stride[1], channels)
+    for row in range(rows):
+        for column in range(columns):
+            seen = tiles[:, :, :, row, column].transpose(2, 3)
+            sums[:, row : row + out[0], :, column : column + out[1]] += seen
+    inner = sums.view(n, down * stride[0], across * stride[1], channels)
+    inner = inner[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+    return inner.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 class _Sigma(torch.autograd.Function):

@@ -149,7 +149,7 @@ def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
     task.world = type(ALONE)(0, 1, gpu)
     for module in (task.generator, task.features, task.r1_features, task.heads):
         on_meta(module)
-    task._head_weights = [p for p in task.heads.parameters() if p.requires_grad]
+    task.adversary.weights = [p for p in task.heads.parameters() if p.requires_grad]
     for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
         guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
         guard.name, guard.nonfinite, guard._world = name, "skip", task.world

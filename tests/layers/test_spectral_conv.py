@@ -12,7 +12,9 @@ from gdd_fast.layers.spectral_conv import SpectralConv2d
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 # input shape, out, kernel, stride, padding: a product of few pixels, a result divided, one too large for that
 FEW, DIVIDED, LARGE = ((3, 32, 4, 4), 64, 4, 2, 1), ((4, 24, 16, 12), 32, 4, 2, 1), ((4, 4, 24, 24), 8, 3, 1, 1)
-CASES = pytest.mark.parametrize("case", [FEW, DIVIDED, LARGE], ids=["few pixels", "divided", "large"])
+OBLONG, CUT = ((2, 32, 5, 3), 64, (3, 2), 1, (1, 0)), ((2, 32, 5, 8), 64, 4, 2, 1)  # a last row that no window sees
+NAMES = {"few pixels": FEW, "divided": DIVIDED, "large": LARGE, "oblong": OBLONG, "cut": CUT}
+CASES = pytest.mark.parametrize("case", NAMES.values(), ids=NAMES)
 LAYOUTS = pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=str)
 
 

@@ -224,13 +224,23 @@ def test_a_replay_that_does_not_is_left_and_the_run_is_the_eager_one(record, rea
     assert found[0] == expected[0] and all(map(torch.equal, found[1:], expected[1:]))
 
 
-def test_engines_by_name():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_engines_by_name(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     gpu = torch.device("cuda")
-    assert choose_step_engine("auto", CPU, 1) == choose_step_engine("eager", CPU, 1) == "eager"
+    assert choose_step_engine("auto", CPU, 1) == ("threads" if threads > 1 else "eager")
+    assert choose_step_engine("threads", CPU, 1) == "threads"
+    alone = choose_step_engine("auto", CPU, 2), choose_step_engine("auto", CPU, 1, apart=False)
+    assert {*alone, choose_step_engine("eager", CPU, 1)} == {"eager"}
     assert choose_step_engine("graph", gpu, 2) == choose_step_engine("auto", gpu, 1) == "graph"
     assert choose_step_engine("auto", gpu, 2) == choose_step_engine("auto", gpu, 1, fixed=False) == "eager"
     assert choose_step_engine("compile", CPU, 1) == choose_step_engine("compile", gpu, 2, fixed=False) == "compile"
     with pytest.raises(BackendError, match="CUDA graphs"):
         choose_step_engine("graph", CPU, 1)
-    with pytest.raises(ConfigError, match="one of auto, eager, graph, compile"):
+    with pytest.raises(BackendError, match="for CPUs"):
+        choose_step_engine("threads", gpu, 1)
+    for options in ({"processes": 2}, {"processes": 1, "apart": False}):
+        with pytest.raises(ConfigError, match="it needs --reuse-fakes, one process"):
+            choose_step_engine("threads", CPU, **options)
+    with pytest.raises(ConfigError, match="one of auto, eager, graph, compile, threads"):
         choose_step_engine("fast", CPU, 1)
