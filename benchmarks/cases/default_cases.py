@@ -1,8 +1,8 @@
 """What a user gets who sets nothing: an iteration of `gdd_fast.train` with a preset, in its loop's own class.
 
-The peers are settings of that command: its defaults, eager steps, and `--precision public`. Weights and images are
-random, so that nothing has to be at hand; time does not depend on them. What training computes is compared in the cases
-of training; here losses have to be finite.
+The peers are settings of that command: its defaults, eager steps, and `--precision public`; for the demo, which is for
+CPUs, plain PyTorch as well. Weights and images are random, so that nothing has to be at hand; time does not depend on
+them. What training computes is compared in the cases of training; here losses have to be finite.
 """
 
 import itertools
@@ -20,8 +20,9 @@ from benchmarks.harness.case import Bench, Case
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import package
 from benchmarks.harness.timing import Call, WithParts
+from benchmarks.harness.training_checks import in_types, step_parts
 from benchmarks.peers import networks as peers
-from benchmarks.peers.training import Setup
+from benchmarks.peers.training import STOCK_SETTINGS, Batch, Setup, Training
 from gdd_fast.config import RECIPES, TrainConfig, override
 from gdd_fast.data.dataset import ImageDataset
 from gdd_fast.device import fast_layout, gpu_arithmetic
@@ -30,26 +31,48 @@ _CAPTURED = 6
 """Steps of each kind after which none is recorded or on trial any more."""
 
 
+def demo_case() -> Case:
+    """The bundled demo, whose recipe is for CPUs."""
+    return _case(Setup("demo", 16), "demo", {})
+
+
 def default_cases(full: bool) -> list[Case]:
     """At the published batch on one GPU, and at the share of one of eight; on a CPU small, with the same backbones."""
     if not full:
-        small = {"batch": 4, "disc_resolution": 32, "head_width": 0.125, "backend": "auto"}
+        small = {"disc_resolution": 32, "head_width": 0.125, "backend": "auto"}
         return [_case(Setup("cifar10-uncond-gdd-i", 4), "demo", small)]
-    return [_case(Setup("cifar10-uncond-gdd-i", batch), "ncsnpp-32", {"batch": batch}) for batch in (256, 32)]
+    return [_case(Setup("cifar10-uncond-gdd-i", batch), "ncsnpp-32", {}) for batch in (256, 32)]
 
 
 def _case(setup: Setup, network: str, settings: dict) -> Case:
-    return Case("train", f"{setup.preset} batch {setup.batch}", partial(_bench, setup.config, network, settings))
+    return Case("train", f"{setup.preset} batch {setup.batch}", partial(_bench, setup, network, settings))
 
 
-def _bench(preset: TrainConfig, network: str, settings: dict, device: torch.device) -> Bench:
+def _bench(setup: Setup, network: str, settings: dict, device: torch.device) -> Bench:
     package("PIL.Image")  # of the reports that a run writes
-    settings = {**settings, "device": str(device)}
-    asked = {"gdd_fast defaults": {}, "gdd_fast public": RECIPES["public"]}
-    if device.type == "cuda":
+    settings = {**settings, "device": str(device), "batch": setup.batch}
+    demo = setup.preset == "demo"
+    asked: dict[str, dict] = {"gdd_fast defaults": {}}
+    if not demo:
+        asked["gdd_fast public"] = RECIPES["public"]
+    if demo or device.type == "cuda":
         asked["gdd_fast eager"] = {"engine": "eager"}
-    makers = {name: partial(_training, override(preset, **settings, **more), network) for name, more in asked.items()}
-    return Bench(makers, _check, images=settings["batch"])
+    config = override(setup.config, **settings)
+    makers = {name: partial(_training, override(config, **more), network) for name, more in asked.items()}
+    if demo:
+        makers["stock"] = partial(_stock, setup, device)
+    return Bench(makers, _check, images=setup.batch)
+
+
+def _stock(setup: Setup, device: torch.device) -> Call:
+    """The same steps of plain PyTorch in float32, on a batch that stays."""
+    training = Training(setup, in_types(STOCK_SETTINGS), device)
+    parts = step_parts("iteration", training, Batch.draw(training))
+
+    def norms(step: Call) -> Tensor:
+        return torch.stack([torch.nn.utils.get_total_norm(gradients) for gradients in step().values()])
+
+    return WithParts([(partial(norms, step), share) for step, share in parts])
 
 
 def _training(config: TrainConfig, network: str) -> Call:
@@ -61,6 +84,8 @@ def _training(config: TrainConfig, network: str) -> Call:
         """The one that stands `past` after one with R1."""
         with gpu_arithmetic(*precisions):
             task.iteration((next(rounds) * task.r1_interval + past) * task.batch)
+        if task.two is not None:
+            task.two.close()  # gives other peers their cores back
         return torch.tensor(list(task.averages.take().values()))
 
     for _ in range(_CAPTURED):

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.cases.default_cases import demo_case
 from benchmarks.harness.case import COMPILED, Bench, Case
 from benchmarks.harness.checks import spoil
 from benchmarks.harness.timing import Call, WithParts
@@ -25,9 +26,9 @@ _COMPARED_IMAGES, _COMPARED_ON_CPU = 16, 8
 
 
 def training_cases(full: bool, steps: Sequence[str] = STEPS) -> list[Case]:
-    """On a CPU the demo's steps; `full` the CIFAR-10 preset's, then iterations of others."""
+    """On a CPU the demo's steps, and its iteration as a run takes it; `full` the CIFAR-10 preset's, and others'."""
     if not full:
-        return [training_case(step, Setup("demo", 16)) for step in steps]
+        return [*(training_case(step, Setup("demo", 16)) for step in steps), demo_case()]
     cases = [training_case(step, _CIFAR) for step in steps]
     return [*cases, *(training_case("iteration", setup) for setup in _MORE)]
 

@@ -119,6 +119,8 @@ class Training:
         d_weights = [p for p in self.heads.parameters() if p.requires_grad]
         self._weights: dict[str, list[nn.Parameter]] = {"G": g_weights, "D": d_weights, "R1": d_weights}
         self._averages = [w.detach().clone() for w in g_weights]
+        self._fakes: Tensor | None = None
+        """The images of the last G step, if the preset's D step judges them."""
         options = {"capturable": settings.engine == "graph"}
         g = optimizer_step(settings.optimizer, g_weights, self._averages, config.generator.g_lr, **options)
         d = optimizer_step(settings.optimizer, d_weights, [], config.discriminator.d_lr, **options)
@@ -192,7 +194,10 @@ class Training:
         return peers.graphed(step, self.undo())
 
     def _generator_loss(self, z: Tensor, real: Tensor, labels: Tensor | None) -> Tensor:
-        return self._images_loss(one_step(self.generator, z, labels), labels)
+        images = one_step(self.generator, z, labels)
+        if self.setup.config.loss.reuse_fakes:
+            self._fakes = images.detach()
+        return self._images_loss(images, labels)
 
     def _images_loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
         logits = self.heads(self.features(images), labels)
@@ -200,7 +205,8 @@ class Training:
 
     def _discriminator_loss(self, z: Tensor, real: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad():
-            fake_maps, real_maps = self.features(one_step(self.generator, z, labels)), self.features(real)
+            images = one_step(self.generator, z, labels) if self._fakes is None else self._fakes
+            fake_maps, real_maps = self.features(images), self.features(real)
         fake, true = self.heads(fake_maps, labels), self.heads(real_maps, labels)
         return discriminator_loss(fake, true, self.setup.config.loss.logit_reduction, len(z))
 
