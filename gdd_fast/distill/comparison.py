@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
 from gdd_fast.layers.backends import choose_backend, set_backend
 from gdd_fast.metrics.features import build_extractor
-from gdd_fast.metrics.frechet import frechet_distance
+from gdd_fast.metrics.frechet import Statistics, frechet_distance
 from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ranks import World
@@ -29,6 +30,7 @@ from gdd_fast.report.run_record import COMPARISON, SAMPLES, TEACHER_SHEET, UNET
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.grid import save_grid, save_panel
 from gdd_fast.training.output import reading_bar
+from gdd_fast.training.two_threads import at_once
 
 REPORT = "report.json"
 PANEL_IMAGES = 36
@@ -122,21 +124,23 @@ def write(
     from tqdm import tqdm
 
     with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
-        reference = dataset_statistics(reference_set, extractors, progress=bar.update)
+        subjects = {"untrained": (untrained, ONE_STEP), "distilled": (distilled, ONE_STEP)}
+        if not stored:
+            subjects = {"teacher": (teacher, HEUN), **subjects}
 
-        def distances(net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
-            seeds = range(images)
-            found = generator_statistics(net, extractors, seeds, sampler, progress=bar.update)
+        def generated() -> dict[str, list[Statistics]]:
+            options = {"seeds": range(images), "progress": bar.update}
             return {
-                e.name: round(frechet_distance(own, ref), 4)
-                for e, own, ref in zip(extractors, found, reference, strict=True)
+                row: generator_statistics(net, extractors, sampler=sampler, **options)
+                for row, (net, sampler) in subjects.items()
             }
 
-        rows = {
-            "teacher": stored or distances(teacher, HEUN),
-            "untrained": distances(untrained, ONE_STEP),
-            "distilled": distances(distilled, ONE_STEP),
-        }
+        real = partial(dataset_statistics, reference_set, extractors, progress=bar.update)
+        reference, found = at_once(real, generated, device)
+    rows = {"teacher": stored} if stored else {}
+    for row, statistics in found.items():
+        pairs = zip(extractors, statistics, reference, strict=True)
+        rows[row] = {e.name: round(frechet_distance(own, ref), 4) for e, own, ref in pairs}
     report = {
         "images": images,
         "reference": reference_set.name,

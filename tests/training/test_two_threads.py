@@ -1,11 +1,14 @@
 """Half of the cores for each of two threads, and all of them again afterwards."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 
-from gdd_fast.training.two_threads import TwoThreads
+from gdd_fast.training.two_threads import TwoThreads, at_once
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +62,27 @@ def test_closing_what_was_never_used_changes_nothing():
     torch.set_num_threads(3)
     two.close()
     assert torch.get_num_threads() == 3
+
+
+def test_at_once_gives_both_results_in_their_order_and_an_error_of_either():
+    met = threading.Barrier(2, timeout=10)
+
+    def meet(name):
+        met.wait()
+        return name
+
+    assert at_once(partial(meet, "a"), partial(meet, "b"), CPU) == ("a", "b")
+    for failing in (0, 1):
+        work = [lambda: 1, lambda: 1]
+        work[failing] = lambda: 1 // 0
+        with pytest.raises(ZeroDivisionError):
+            at_once(*work, CPU)
+        assert torch.get_num_threads() == 4
+
+
+def test_at_once_is_one_after_the_other_where_there_is_one_thread_or_a_gpu():
+    done = []
+    for threads, device in ((1, CPU), (4, torch.device("cuda"))):
+        torch.set_num_threads(threads)
+        at_once(lambda: done.append(threading.get_ident()), lambda: done.append(threading.get_ident()), device)
+    assert set(done) == {threading.get_ident()} and len(done) == 4
