@@ -149,9 +149,15 @@ def check_writable(folder: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise the OSError of a file that may not be read: safetensors says that there is none."""
+    """Raise the OSError of a file that may not be read: safetensors says that there is none. Raise `ConfigError` for a
+    name that is no text, which safetensors does not read.
+    """
     with path.open("rb"):
         pass
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this name is not UTF-8, and safetensors reads no such file; rename it") from None
 
 
 def check_destination(path: Path) -> None:

@@ -1,7 +1,9 @@
 """Where encoded image files lie: a folder or a zip archive, with the same three names for both."""
 
+import contextlib
 import json
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -41,6 +43,12 @@ class Container(Protocol):
     def read(self, name: str) -> bytes: ...
 
 
+def check_there(path: Path) -> None:
+    """`DataError` where there is no file or folder; a pipe, which might never end, is neither."""
+    if not (path.is_dir() or path.is_file()):
+        raise DataError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
+
+
 def open_container(path: Path) -> Container:
     """The folder or zip archive at `path`; `DataError` when it is neither, or holds no image file."""
     if path.is_dir():
@@ -59,16 +67,33 @@ class FolderContainer:
 
     def __init__(self, path: Path):
         self.path = path
+        folders: dict[tuple[int, int], str] = {}
+        files: dict[tuple[int, int], str] = {}
         found: list[str] = []
-        seen: dict[tuple[int, int], str] = {}
-        for root, _, files in os.walk(path, followlinks=True):
-            status = os.stat(root)
-            earlier = seen.setdefault((status.st_dev, status.st_ino), root)
-            if earlier != root:
-                # with a link to a folder that holds it, the walk would not end
-                raise DataError(f"{root} is a link to {earlier}, whose images would count again: remove the link")
-            relative = Path(os.path.relpath(root, path))
-            found += ((relative / file).as_posix() for file in files)
+        links: list[os.DirEntry[str]] = []
+        real, linked = [os.fspath(path)], list[str]()
+        while real or linked:  # links last: it is they that come again
+            root = real.pop() if real else linked.pop()
+            try:
+                device = _count_once(root, os.stat(root), folders)
+                with os.scandir(root) as entries:
+                    for entry in entries:
+                        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                            (linked if entry.is_symlink() else real).append(entry.path)
+                            continue
+                        name = Path(os.path.relpath(entry.path, path)).as_posix()
+                        found.append(name)
+                        if not _is_image(name):
+                            continue
+                        if entry.is_symlink():
+                            links.append(entry)
+                        else:
+                            files[device, entry.inode()] = entry.path
+            except OSError as error:
+                raise DataError(f"{path}: {root} cannot be read: {error.strerror}") from error
+        for link in links:
+            with contextlib.suppress(OSError):  # of a link to nothing; reading it says so
+                _count_once(link.path, link.stat(), files)
         self.names = sorted(name for name in found if _is_image(name))
         self.left_out = _left_out(found)
 
@@ -77,9 +102,24 @@ class FolderContainer:
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            # not blocking: a pipe among the files has no end
+            with open(os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise DataError(f"{self.path}: {name} is no file")
+                return file.read()
         except OSError as error:
             raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+def _count_once(path: str, status: os.stat_result, seen: dict[tuple[int, int], str]) -> int:
+    """Note a folder or a file; its device. `DataError` for one that was seen under another name.
+
+    With a link to a folder that holds it, a walk would not end.
+    """
+    earlier = seen.setdefault((status.st_dev, status.st_ino), path)
+    if earlier != path:
+        raise DataError(f"{path} is a link to {earlier}, whose images would count again: remove the link")
+    return status.st_dev
 
 
 class ZipContainer:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gdd_fast.data.classes import as_classes
-from gdd_fast.data.containers import LABEL_FILE, Container, open_container, read_labels
+from gdd_fast.data.containers import LABEL_FILE, Container, check_there, open_container, read_labels
 from gdd_fast.data.decode import decode, to_array
 from gdd_fast.data.npz import array_names, read_arrays
 from gdd_fast.data.parallel import ordered_map
@@ -158,8 +158,7 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
     or RGB, and for labels that are asked for but missing, incomplete or no class numbers (0 to 99,999).
     """
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    check_there(path)
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: this user may not read it")
     if path.suffix.lower() == ".npz":

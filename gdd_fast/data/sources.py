@@ -11,7 +11,7 @@ from PIL import Image
 
 from gdd_fast.data.cifar import read_cifar10
 from gdd_fast.data.classes import as_classes
-from gdd_fast.data.containers import Container, open_container, read_labels
+from gdd_fast.data.containers import Container, check_there, open_container, read_labels
 from gdd_fast.data.dataset import ArrayDataset, read_npz
 from gdd_fast.data.decode import decode
 from gdd_fast.data.idx import find_idx_pair, read_idx_pair
@@ -50,8 +50,7 @@ def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> 
     drops them.
     Raises `DataError` when it is none of these, holds no image or cannot be read.
     """
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    check_there(path)
     if path.is_dir() and (pair := find_idx_pair(path, split)):
         images, classes = read_idx_pair(*pair)
         source = _from_arrays("idx files", path, images, classes)

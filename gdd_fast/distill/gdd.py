@@ -400,7 +400,7 @@ class Distillation:
 
     def exported(self, run_dir: Path) -> bool:
         net = self.averaged()
-        return self.world.is_main and holds_network(net, run_dir / RUN_GENERATOR)
+        return self.world.is_main and report_page.is_there(run_dir) and holds_network(net, run_dir / RUN_GENERATOR)
 
     def close(self) -> None:
         self.stream.close()

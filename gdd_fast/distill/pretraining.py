@@ -212,7 +212,8 @@ class Pretraining:
         save_network(self.ema.net, run_dir / TEACHER, weights=sections["ema"])  # type: ignore[arg-type]
 
     def exported(self, run_dir: Path) -> bool:
-        return self.world.is_main and holds_network(self.ema.net, run_dir / TEACHER)  # type: ignore[arg-type]
+        net: Any = self.ema.net
+        return self.world.is_main and report_page.is_there(run_dir) and holds_network(net, run_dir / TEACHER)
 
     def close(self) -> None:
         self.stream.close()

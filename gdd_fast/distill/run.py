@@ -97,7 +97,9 @@ def _distill(config: TrainConfig) -> Result:
     )
     with owned, join(config.run.device) as world, gpu_arithmetic(*precisions):
         config = memory_forecast.settle(config, built, world.device, world.size)
-        comparison.read_every_image(config, world)
+        finished = world.largest((loop.stored_values(config.run_dir) or {"images": 0})["images"]) >= config.total_images
+        if not finished:
+            comparison.read_every_image(config, world)
         if first_stage.is_wanted(config, built.generator):
             weights_follow = world.largest(int((config.run_dir / loop.CHECKPOINT).exists()))  # from the checkpoint
             if weights_follow or config.ablation.init == "random":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class Head(nn.Module):
             out_channels = max(1, round(CHANNELS[1 << level - 1] * width))
             layers += [
                 SpectralConv2d.make(channels, out_channels, 4, stride=2, padding=1, random=spectral_random),
-                nn.BatchNorm2d(out_channels),
+                _BatchNorm(out_channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             channels = out_channels
@@ -124,6 +125,25 @@ class Head(nn.Module):
         if self.embedding is not None:
             embedded = self.embedding(embedded)
         return (x * self.class_map(embedded).unsqueeze(2)).sum(1) / math.sqrt(CLASS_MAP_CHANNELS)
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Normalises by the batch in training, and leaves the running statistics as they are.
+
+    Heads train and are thrown away: nothing reads the statistics. One batch with a value that is not finite would leave
+    them NaN for good, in every later checkpoint, although its step is left out.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return F.batch_norm(input, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for statistics in (self.running_mean, self.running_var):  # of a run that was begun before this class
+            if statistics is not None:
+                statistics.nan_to_num_()
 
 
 class ClassMap(nn.Module):

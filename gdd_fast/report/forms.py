@@ -74,7 +74,7 @@ def _fits(value: Any, form: Any) -> bool:
 
 def _is_a(value: Any, kind: type) -> bool:
     if kind is str:
-        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+        return isinstance(value, str)
     if kind is bool:
         return isinstance(value, bool)
     number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)

@@ -31,7 +31,8 @@ def write_page(folders: Sequence[Path], destination: Path) -> None:
     runs = [read_run(Path(folder)) for folder in folders]
     text = page(runs)
     with atomic_write(destination) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # the name of a folder may be bytes that are no text; the page shows them as Python does
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def refresh(run_dir: Path) -> None:
@@ -40,6 +41,11 @@ def refresh(run_dir: Path) -> None:
         write_page([run_dir], run_dir / PAGE)
     except (GddFastError, OSError) as error:
         print(f"{run_dir / PAGE} was not written: {error}", file=sys.stderr)
+
+
+def is_there(run_dir: Path) -> bool:
+    """Whether the run has its page."""
+    return (run_dir / PAGE).is_file()
 
 
 def page(runs: Sequence[RunRecord]) -> str:

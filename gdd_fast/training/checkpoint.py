@@ -94,6 +94,18 @@ def copied(sections: Sections) -> Sections:
     }
 
 
+def not_finite(sections: Sections) -> str:
+    """The name, `section/tensor`, of the first tensor that holds NaN or an infinity; empty if there is none."""
+    floats = {
+        f"{name}/{key}": t.detach()
+        for name, part in sections.items()
+        for key, t in part.items()
+        if t.is_floating_point() and t.numel()
+    }
+    largest = torch._foreach_norm(list(floats.values()), float("inf")) if floats else ()
+    return next((name for name, norm in zip(floats, largest, strict=True) if not norm.isfinite()), "")
+
+
 def save(path: Path, sections: Sections, values: dict[str, Any]) -> None:
     """Write a checkpoint atomically. `values` must survive JSON.
 

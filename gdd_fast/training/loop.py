@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
-from gdd_fast.errors import CheckpointError, DivergedError
+from gdd_fast.errors import CheckpointError, ConfigError, DivergedError
 from gdd_fast.files import atomic_write, remove_leftovers_within
 from gdd_fast.ranks import World
 from gdd_fast.settings import LoopSettings
@@ -126,7 +126,8 @@ def run(
 
     Raises:
         CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
-        DivergedError: see `StepGuard`.
+        ConfigError: the run folder was moved or deleted while the run trained in it.
+        DivergedError: see `StepGuard`; or what a checkpoint would hold is not finite.
     """
     if world.is_main:
         remove_leftovers_within(run_dir)  # of a finished run too: killed behind its last rename
@@ -148,14 +149,32 @@ def run(
         output.changes(images, changes)
 
     behind = Behind()
+    folder = run_dir.stat() if world.is_main else None
+
+    def check_folder() -> None:
+        """Else what is written from here on would make a folder with half of a run in it, which nobody has locked."""
+        if folder is not None and not (run_dir.is_dir() and os.path.samestat(folder, run_dir.stat())):
+            raise ConfigError(
+                f"{run_dir} was moved or deleted while this run trained in it; its last checkpoint went too"
+            )
 
     def state() -> tuple[Sections, dict[str, Any]]:
         sections, values = task.state()
         values = {**values, "images": images, "config": config, "contents": task.contents}
         return sections, {**values, "processes": world.size}
 
+    def diverged(error: str, sections: Sections, values: dict[str, Any]) -> DivergedError:
+        if world.is_main:
+            checkpoint.save(run_dir / DIVERGED, sections, values)
+            behind.wait()
+        return DivergedError(f"{error}. {_advice(task, run_dir, saved_at)}")
+
     def save() -> None:
+        check_folder()
         sections, values = state()
+        broken = _not_finite(sections, world)
+        if broken:
+            raise diverged(f"{broken} holds NaN or infinite values after {images:,} images", sections, values)
         if not world.is_main:
             return
         if schedule.behind:
@@ -166,6 +185,7 @@ def run(
             behind.wait()
 
     def tick() -> None:
+        check_folder()
         means = task.averages.take()
         output.metrics(images, {**means, **task.tick(images)})
 
@@ -179,11 +199,7 @@ def run(
                 try:
                     task.iteration(images)
                 except DivergedError as error:
-                    sections, values = state()
-                    if world.is_main:
-                        checkpoint.save(run_dir / DIVERGED, sections, values)
-                        behind.wait()
-                    raise DivergedError(f"{error}. {_advice(task, run_dir, saved_at)}") from None
+                    raise diverged(str(error), *state()) from None
                 before, images = images, images + task.batch
                 output.advance(task.batch)
                 stopped_by = world.largest(stop.signal or (TIME_IS_UP if time.monotonic() >= time_is_up else 0))
@@ -267,12 +283,23 @@ def _resume(
     images, changes = 0, []
     if values is not None:
         task.restore(checkpoint.load(run_dir / CHECKPOINT))
+        broken = _not_finite(task.state()[0], world)
+        if broken:
+            raise CheckpointError(
+                f"{run_dir / CHECKPOINT} holds NaN or infinite values in {broken}; move it away to start the run from "
+                "the beginning, or put an earlier one in its place"
+            )
         images, changes = values["images"], differences(values["config"], config, defaults=defaults)
         if values.get("processes", world.size) != world.size:
             changes.append(f"processes: {values['processes']} -> {world.size}")
     if any(images != other.item() for other in world.gather(torch.tensor([images]))):
         raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
     return images, changes
+
+
+def _not_finite(sections: Sections, world: World) -> str:
+    """What `checkpoint.not_finite` finds on the main rank, on every rank: the others may hold parts, or nothing."""
+    return world.from_main(checkpoint.not_finite(sections) if world.is_main else "")
 
 
 def _write(task: Task, run_dir: Path, sections: Sections, values: dict[str, Any], saved_at: int, keep: int) -> None:

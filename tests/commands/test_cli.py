@@ -2,6 +2,8 @@
 
 import errno
 import importlib
+import io
+import os
 import resource
 import subprocess
 import sys
@@ -156,3 +158,12 @@ def test_work_goes_on_where_nothing_can_be_said(tmp_path, redirection):
     script = f'"{sys.executable}" -c "$1" "$2" {redirection}'
     done = subprocess.run(["bash", "-c", script, "bash", PROGRAM, str(tmp_path / "saved")], timeout=60)
     assert (tmp_path / "saved").exists() and done.returncode == 0
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_all_the_same(monkeypatch):
+    """Work that is done must not end in a traceback over a letter of its folder's name."""
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    command(lambda: print("runs/\u00fc", os.fsdecode(b"\xfc")))()
+    assert buffer.getvalue() == rb"runs/\xfc \udcfc" + b"\n" and stream.errors == "strict"

@@ -1,5 +1,6 @@
 """`python -m gdd_fast.evaluate`: distances of generators and of stored images, references kept and reused."""
 
+import contextlib
 import json
 import zipfile
 
@@ -207,6 +208,18 @@ def test_a_damaged_image_is_found_before_the_others_are_measured(net, real, tmp_
     more = [] if option == "--samples" else ["--net", net, "--metrics", "nn"]
     message = fails(capsys, "--data", real, "--features", "pixels", option, tmp_path / "damaged.zip", *more)
     assert "damaged.zip" in message and "000009" in message
+
+
+def test_reading_the_images_first_is_shown(net, real, monkeypatch, evaluate):
+    read = []
+
+    @contextlib.contextmanager
+    def bar(enabled):
+        yield lambda done, total: read.append((enabled, done, total))
+
+    monkeypatch.setattr("gdd_fast.evaluate.reading_bar", bar)
+    evaluate("--data", real, "--samples", real, "--features", "pixels")
+    assert read[-1] == (True, 128, 128)
 
 
 def test_images_of_another_size(net, real, tmp_path, keep, capsys):

@@ -50,23 +50,6 @@ def everything(dataset):
     return np.concatenate(list(dataset.chunks()))
 
 
-@pytest.mark.parametrize("links", [["inside"], ["a", "b"]])
-def test_a_link_to_a_folder_that_was_read_is_refused(tmp_path, links):
-    """One link back duplicates every image up to the system's limit of links; with two the walk has no end."""
-    make_folder(tmp_path / "set", noise(2))
-    for name in links:
-        (tmp_path / "set" / name).symlink_to(tmp_path / "set")
-    with pytest.raises(DataError, match=r"is a link to .*/set, whose images would count again: remove the link"):
-        open_dataset(tmp_path / "set")
-
-
-def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
-    make_folder(tmp_path / "elsewhere", noise(2))
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
-    assert len(open_dataset(tmp_path / "set")) == 2
-
-
 def test_a_zip_with_a_name_twice_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         for image in noise(2):

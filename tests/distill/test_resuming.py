@@ -9,7 +9,7 @@ import torch
 from tiny_run import SIZE, tiny_flags, tiny_network, write_inputs
 
 from gdd_fast import pretrain
-from gdd_fast.data import open_dataset, write_edm_zip
+from gdd_fast.data import ImageDataset, open_dataset, write_edm_zip
 from gdd_fast.data.fingerprint import dataset_digest
 from gdd_fast.distill import comparison
 from gdd_fast.models.files.load import RUN_GENERATOR, load_generator, network_digest
@@ -159,6 +159,29 @@ def test_a_panel_of_fewer_images_does_not_stay(inputs, run, monkeypatch):
         main(flags)
     main(flags)
     assert (run / "comparison.png").read_bytes() != before
+
+
+def test_a_finished_run_says_so_before_it_reads_all_images_again(inputs, run, tmp_path, monkeypatch, capsys):
+    shutil.copy(inputs / "data.zip", tmp_path / "held.zip")
+    flags = {"run_dir": run, "evaluate_images": 4, "evaluate_data": tmp_path / "held.zip"}
+    monkeypatch.setattr(ImageDataset, "validate", lambda *_: pytest.fail("read"))
+    main(tiny_flags(inputs, duration_mimg=8e-6, **flags))
+    assert f"{run} is finished: 8 images." in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception, match="read"):  # one that goes on finds a damaged one first
+        main(tiny_flags(inputs, duration_mimg=12e-6, **flags))
+
+
+def test_a_page_that_was_deleted_is_made_again(inputs, run, tmp_path, capsys):
+    """Of a finished run that measures nothing, and of a teacher's, too."""
+    (run / "report.html").unlink()
+    main(tiny_flags(inputs, run_dir=run, duration_mimg=8e-6))
+    assert (run / "report.html").is_file()
+    flags = ["--data", str(inputs / "data.zip"), "--model-channels", "8", "--num-blocks", "1", "--batch", "4"]
+    flags += ["--device", "cpu", "--run-dir", str(tmp_path / "teacher"), "--duration-mimg", "4e-6"]
+    pretrain.main(flags)
+    (tmp_path / "teacher" / "report.html").unlink()
+    pretrain.main(flags)
+    assert (tmp_path / "teacher" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("damaged", [b"\xff{", b"[]"])

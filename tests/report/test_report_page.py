@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -116,6 +117,16 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
         path.unlink()
     html = page([read_run(run)])
     assert data_of(html)["charts"] == [] and "0 of 16,000" in html and 'id="samples"' not in html
+
+
+def test_a_run_in_a_folder_whose_name_is_no_text_has_a_page(tmp_path):
+    """Bytes that are not UTF-8, or any letter but ASCII's where the locale has no other."""
+    folder = tmp_path / os.fsdecode(b"b\xfc")
+    write_run(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "run_dir": str(folder)}))
+    report_page.refresh(folder)
+    assert r"b\udcfc" in (folder / "report.html").read_bytes().decode()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

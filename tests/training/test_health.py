@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_run import ALONE, tiny_config, tiny_task
+from tiny_run import ALONE, schedule_of, tiny_config, tiny_task
 from torch import nn
 
-from gdd_fast.errors import ConfigError, NotFiniteError
-from gdd_fast.training import health, loggers
+from gdd_fast.errors import CheckpointError, ConfigError, DivergedError, NotFiniteError
+from gdd_fast.training import checkpoint, health, loggers, loop
 from gdd_fast.training.finite import FiniteWatch
 from gdd_fast.training.output import RunOutput
 
@@ -140,3 +140,64 @@ def test_a_distillation_names_the_layer(inputs, network, path, message, plain):
 def test_captured_and_compiled_steps_cannot_be_looked_into(inputs, engine):
     with pytest.raises(ConfigError, match=f"--debug-finite cannot look into --engine {engine}"):
         tiny_config(inputs, debug_finite=True, engine=engine).validate()
+
+
+def run_with(task, config, at=None):
+    """A run of four iterations, with a checkpoint behind every second one; `at`: called after 8 images."""
+    iteration = task.iteration
+
+    def iterate(images):
+        iteration(images)
+        if images == 8 and at is not None:
+            at()
+
+    task.iteration = iterate
+    return loop.run(task, config.run.run_dir, {}, schedule_of(config), ALONE, log=())
+
+
+@pytest.mark.parametrize(
+    ("section", "behind"), [("generator", True), ("ema", False), ("heads", True), ("g_optimizer", False)]
+)
+def test_what_is_not_finite_is_never_in_a_checkpoint(inputs, tmp_path, plain, section, behind):
+    """Whatever it is that a checkpoint holds: the one before stays, and the run goes on from there."""
+    settings = {"duration_mimg": 16e-6, "checkpoint_ticks": 1, "run_dir": tmp_path, "async_checkpoints": behind}
+    config = tiny_config(inputs, **settings)
+    task = tiny_task(config)
+
+    def spoil():
+        tensor = next(t for name, t in task.state()[0][section].items() if t.ndim and not name.endswith("exp_avg"))
+        tensor.detach()[(0,) * tensor.ndim] = float("inf")
+
+    with pytest.raises(DivergedError, match=rf"{section}/\S+ holds NaN or infinite values after 16 images.* of 8 im"):
+        run_with(task, config, spoil)
+    saved = checkpoint.load(tmp_path / loop.CHECKPOINT)
+    assert saved.values["images"] == 8 and not checkpoint.not_finite(saved.sections())
+    assert checkpoint.not_finite(checkpoint.load(tmp_path / loop.DIVERGED).sections()).startswith(f"{section}/")
+    assert run_with(tiny_task(config), config).images == 16
+
+
+def test_a_checkpoint_that_is_not_finite_is_no_start(inputs, tmp_path, plain):
+    """Of an earlier version, or damaged: not trained with until every step is left out."""
+    config = tiny_config(inputs, duration_mimg=8e-6, run_dir=tmp_path)
+    run_with(tiny_task(config), config)
+    saved = checkpoint.load(tmp_path / loop.CHECKPOINT)
+    name = next(name for name in saved.tensors if name.startswith("ema/"))
+    saved.tensors[name].flatten()[0] = float("nan")
+    checkpoint.save(tmp_path / loop.CHECKPOINT, saved.sections(), saved.values)
+    with pytest.raises(CheckpointError, match=f"holds NaN or infinite values in {name}; move it away"):
+        run_with(tiny_task(config), config)
+
+
+def test_a_step_that_is_left_out_leaves_nothing_behind(inputs, plain):
+    """The heads' running statistics are in every checkpoint: a NaN there would stay for good."""
+    task = tiny_task(tiny_config(inputs))
+    task.iteration(0)
+    real = torch.zeros(4, 1, 16, 16)
+    real[0, 0, 0, 0] = float("nan")
+    task.discriminator_step(real, None)
+    assert task.d_guard.skipped == 1 and not checkpoint.not_finite(task.state()[0])
+    saved = task.heads.state_dict()
+    name = next(name for name in saved if name.endswith("running_var"))
+    saved[name].fill_(float("nan"))  # as an earlier version saved them
+    task.heads.load_state_dict(saved)
+    assert not checkpoint.not_finite(task.state()[0])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -12,7 +11,7 @@ import torch
 from tiny_run import ALONE
 
 from gdd_fast import signals
-from gdd_fast.errors import CheckpointError, DivergedError
+from gdd_fast.errors import CheckpointError, ConfigError, DivergedError
 from gdd_fast.training import checkpoint, loggers
 from gdd_fast.training.loop import CHECKPOINT, DIVERGED, Outcome, Schedule, run
 from gdd_fast.training.output import Averages
@@ -390,9 +389,15 @@ def test_averages_do_not_mix_ticks():
     assert averages.take() == {"a": 7.0}
 
 
-def test_a_folder_that_vanishes_ends_the_run_with_its_name(tmp_path):
-    vanish = {50: lambda: shutil.rmtree(tmp_path / "r")}
-    task = Counting(at=vanish)
-    with pytest.raises(FileNotFoundError) as error:  # a command makes one line of it
-        run(task, tmp_path / "r", CONFIG, Schedule(100, 10, 1000), ALONE)
-    assert error.value.filename == str(tmp_path / "r" / "metrics.jsonl") and task.closed == 1
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made again"])
+def test_a_folder_that_vanishes_ends_the_run_with_its_name(tmp_path, again):
+    def vanish():
+        (tmp_path / "r").rename(tmp_path / "elsewhere")
+        if again:
+            (tmp_path / "r").mkdir()
+
+    task = Counting(at={50: vanish})
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'r'} was moved or deleted"):
+        run(task, tmp_path / "r", CONFIG, Schedule(100, 10, 20, behind=False), ALONE)
+    assert task.closed == 1 and not list(tmp_path.glob("r/*"))  # nothing that would look like a run
+    assert checkpoint.load_values(tmp_path / "elsewhere" / CHECKPOINT)["images"] == 40
