@@ -26,8 +26,8 @@ constexpr int64_t kMapped = 32 << 20, kLeastPixelsMapped = 1536;
 
 enum class Method { kLibrary, kProduct, kWinograd };
 
-// Whether maps of this size take more products for a pair of channels by the definition, which skips the border's zeros,
-// than by Winograd's method, whose tiles of 4x4 reach over the edge: 1 to 36 for maps of 1x1, 16 to 36 for 2x2.
+// Whether maps of this size take more products for a pair of channels by the definition, which skips zeros of the
+// border, than by Winograd's method, whose tiles reach over the edge: 1 to 36 for maps of 1x1, 16 to 36 for 2x2.
 bool saves_products(int64_t height, int64_t width) {
   const int64_t tiles = ((height + 3) / 4) * ((width + 3) / 4);
   return double((3 * height - 2) * (3 * width - 2)) >= kLeastSaving * double(36 * tiles);
