@@ -19,11 +19,19 @@ namespace {
 
 constexpr int64_t kMostPixels = 1024;  // of a 1x1 convolution that is a plain matrix product
 constexpr int64_t kLeastPixels = 192;  // of a 3x3 convolution, to pay for its weight's transformation
+constexpr double kLeastSaving = 1.3;   // times the method's products: of a 3x3 convolution by its definition
 // From this size on glibc maps a transformed weight anew at every call, and its page faults take ten times as long as
 // the transformation: 512 to 512 channels, transformed as a whole, gain from 1024 pixels on.
 constexpr int64_t kMapped = 32 << 20, kLeastPixelsMapped = 1536;
 
 enum class Method { kLibrary, kProduct, kWinograd };
+
+// Whether maps of this size take more products for a pair of channels by the definition, which skips zeros of the
+// border, than by Winograd's method, whose tiles reach over the edge: 1 to 36 for maps of 1x1, 16 to 36 for 2x2.
+bool saves_products(int64_t height, int64_t width) {
+  const int64_t tiles = ((height + 3) / 4) * ((width + 3) / 4);
+  return double((3 * height - 2) * (3 * width - 2)) >= kLeastSaving * double(36 * tiles);
+}
 
 // For maps `x` of the input's size and layout, or the output's gradient (`backward`), whose spatial size is the same.
 Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::MemoryFormat format,
@@ -49,7 +57,8 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
   const int64_t panel = winograd_conv2d_panel();
   const int64_t in = weight.size(backward ? 0 : 1), out = weight.size(backward ? 1 : 0);
   const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-  const bool fits = window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0;
+  const bool fits =
+      window(3, 1) && panel > 0 && in % 16 == 0 && out % panel == 0 && saves_products(x.size(2), x.size(3));
   const bool mapped = fits && 36 * in * out * 4 >= kMapped && winograd_conv2d_packs(x, out);
   const bool pays = pixels >= (mapped ? kLeastPixelsMapped : kLeastPixels);
   return fits && pays ? Method::kWinograd : Method::kLibrary;

@@ -9,7 +9,8 @@ import torch
 if torch.version.cuda is None:
     _declarations = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
-        _declarations.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if not hasattr(torch.ops.torchvision, _name):  # the benchmarks declare them too
+            _declarations.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm
 import torchvision

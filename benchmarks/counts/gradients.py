@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--backbone-weights", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--json", type=Path, help="write every tensor's figures there")
     asked = parser.parse_args()
+    if asked.batch < 1:
+        parser.error("--batch must be at least 1")
     weights = {name: Path(path) for name, _, path in (entry.partition("=") for entry in asked.backbone_weights)}
     compared = compare(asked.preset, asked.batch, weights)
     print("\n".join(lines(compared)))

@@ -144,22 +144,16 @@ def network(rounds: int = 10) -> tuple[float, float, int, int]:
     """Milliseconds of host time of a forward pass, original and accelerated; launches and modules replaced."""
     import torch
 
-    # torchvision of PyPI, which diffusers imports, asks a CPU build of torch for operators that it does not have
-    declared = torch.library.Library("torchvision", "FRAGMENT")
-    if torch.version.cuda is None:
-        for name in ("nms", "qnms"):
-            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from diffusers import UNet2DModel
-
     import gdd_fast
     from benchmarks.counts.host_gpu import stubbed
     from benchmarks.counts.saved_bytes import DDPM_CIFAR10
+    from benchmarks.harness.operator_case import package
     from benchmarks.harness.timing import reuse_memory
 
     torch.set_num_threads(1)
     reuse_memory()  # as a GPU's stays in PyTorch's cache: no page to map again
     few = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "sample_size": 8}
-    net = UNet2DModel(**DDPM_CIFAR10 | few).eval().requires_grad_(False)
+    net = package("diffusers").UNet2DModel(**DDPM_CIFAR10 | few).eval().requires_grad_(False)
     x, time_step = torch.randn(1, 3, 8, 8), torch.tensor(10)
     with stubbed() as stub, torch.no_grad():
         # a trial compares numbers, which a stub does not make
@@ -181,6 +175,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--network", action="store_true", help="a whole network, as it is and accelerated")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     os.environ["TRITON_INTERPRET"] = "0"
     if options.network:
         original, fast, launched, replaced = network(options.rounds)

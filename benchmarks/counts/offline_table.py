@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compile every form, and print what spills")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    if args.processes < 1 or (args.sample is not None and args.sample < 1):
+        parser.error("--sample and --processes must be at least 1")
     os.environ["TRITON_INTERPRET"] = "0"
     wanted = all_rows(layers())
     if args.all:

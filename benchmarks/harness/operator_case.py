@@ -3,6 +3,7 @@
 What each operator is compared with is in operator_inputs.py, and at which shapes in operator_cases.py.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,20 @@ def _size(some: Iterable[Tensor]) -> int:
 
 def package(name: str) -> Any:
     """An optional package that has a peer; raises UnavailableError if it cannot be imported."""
+    if torch.version.cuda is None:
+        _declare_vision()
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:  # built for another torch or CUDA: not usable here either
         raise UnavailableError(f"{name} cannot be imported: {error}") from error
+
+
+@functools.cache
+def _declare_vision() -> torch.library.Library:
+    """torchvision from PyPI, which timm, diffusers and others import, asks a CPU build of PyTorch for two operators
+    that it has not and that no network here uses. They last as long as what is returned."""
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared

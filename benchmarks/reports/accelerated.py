@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import gdd_fast
+from benchmarks.harness.case import UnavailableError
+from benchmarks.harness.operator_case import package
 
 NETWORKS = ("resnet18", "resnet50", "vgg11_bn", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_atto")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -30,9 +32,7 @@ def seconds(net: nn.Module, x: Tensor) -> float:
 
 def compare(name: str, layout: str, batch: int, size: int, rounds: int) -> str:
     """A row of the table."""
-    import timm
-
-    plain = timm.create_model(name).eval().requires_grad_(False).to(memory_format=LAYOUTS[layout])
+    plain = package("timm").create_model(name).eval().requires_grad_(False).to(memory_format=LAYOUTS[layout])
     fast = gdd_fast.accelerate(copy.deepcopy(plain))
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     pairs = [(seconds(plain, x), seconds(fast, x)) for _ in range(rounds + 1)][1:]
@@ -50,6 +50,14 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
+    if min(options.batch, options.size, options.rounds) < 1:
+        parser.error("--batch, --size and --rounds must be at least 1")
+    try:
+        unknown = set(options.names) - set(package("timm").list_models())
+    except UnavailableError as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"timm has no {', '.join(sorted(unknown))}")
     print("| network | memory format | plain, ms | accelerated, ms | ratio |\n|---|---|---|---|---|")
     for name in options.names:
         for layout in LAYOUTS:

@@ -62,7 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.05, help="smallest change of a median that counts")
     parser.add_argument("--other-machine", action="store_true", help="compare although the devices differ")
     args = parser.parse_args(arguments)
-    before, after = Results.load(args.before), Results.load(args.after)
+    try:
+        before, after = Results.load(args.before), Results.load(args.after)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     devices = [r.machine["device"] for r in (before, after)]
     if devices[0] != devices[1] and not args.other_machine:
         print(f"error: taken on {devices[0]} and {devices[1]}; --other-machine compares them anyway", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The benchmarks' own promises: no time for what is wrong, an honest record, regressions found, tables that agree."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -209,6 +210,27 @@ def test_compare_flags_what_is_worse_beyond_the_noise(tmp_path, capsys, after, s
     results(row(**after)).save(tmp_path / "b.json")
     assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == status
     assert f"1 compared, {status} worse" in capsys.readouterr().out.replace("2 compared", "1 compared")
+
+
+def test_compare_refuses_a_file_that_is_not_there_in_one_line(tmp_path, capsys):
+    assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("reports.accelerated", ["--rounds", "0"]),
+        ("counts.host_cost", ["--rounds", "0"]),
+        ("counts.offline_table", ["--sample", "0"]),
+        ("counts.gradients", ["--batch", "0"]),
+    ],
+)
+def test_a_command_that_is_asked_for_nothing_says_so_in_one_line(command, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, *flags])
+    with pytest.raises(SystemExit) as refusal:
+        importlib.import_module(f"benchmarks.{command}").main()
+    assert refusal.value.code == 2 and capsys.readouterr().err.rstrip().endswith("must be at least 1")
 
 
 def test_compare_says_which_rows_are_gone(tmp_path, capsys):

@@ -273,7 +273,17 @@ def test_nothing_is_remembered_of_a_weight(case):
     assert torch.equal(after, 2 * before) and torch.equal(torch.autograd.grad(after.sum(), x)[0], 2 * dx)
 
 
+@pytest.fixture
+def two_threads():
+    """The rule knows the threads: with more of them than panels a weight is transformed as a whole."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @HAS_KERNELS
+@pytest.mark.usefixtures("two_threads")
 def test_which_method_runs(autograd):
     """Other shapes, types, layouts and `backend="torch"` are the library's, to the bit."""
     if autograd == "python":
@@ -302,6 +312,9 @@ def test_which_method_runs(autograd):
             assert library(other.requires_grad_(), w, padding) != converted
     few_pixels, pixels = (case_operands(((1, 32, size, 16), (32, 32, 3, 3)))[:2] for size in (11, 12))
     assert library(*few_pixels, 1) and not library(*pixels, 1)
+    for size in ((1, 1), (2, 2), (1, 64), (5, 5), (3, 3), (6, 6)):  # edges cut the method's tiles of 4x4
+        maps = case_operands(((192, 32, *size), (32, 32, 3, 3)))[:2]
+        assert library(*maps, 1) == (size not in ((3, 3), (6, 6))), size
     for few, enough in ((11, 12), (95, 96)):  # 36 MiB transformed: in parts up to 64 tiles, beyond as a whole
         few_pixels, pixels = (case_operands(((n, 512, 4, 4), (512, 512, 3, 3)))[:2] for n in (few, enough))
         assert library(*few_pixels, 1) and not library(*pixels, 1)
