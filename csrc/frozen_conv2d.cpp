@@ -1,4 +1,4 @@
-// gdd_fast_C::frozen_conv2d and frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
+// frozen_conv2d and gdd_fast_C::frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
 // frozen_conv2d_relu.py in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms
 // a layer and step, as much as a small depthwise convolution. planned_frozen_conv2d_relu is the same with the bits
 // packed by Triton's kernels.
@@ -28,10 +28,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-Geometry geometry(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return {stride.front(), stride.back(), padding.front(), padding.back(), dilation.front(), dilation.back(), groups};
-}
 
 // What backward needs beside tensors; in one piece, as every entry of a context's map costs as much as a small
 // operator.
@@ -178,28 +174,35 @@ bool differentiated(const at::Tensor& x, const Bias& bias) {
   return at::GradMode::is_enabled() && (x.requires_grad() || (bias.has_value() && bias->requires_grad()));
 }
 
-at::Tensor frozen_conv2d(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
-                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Geometry g = geometry(stride, padding, dilation, groups);
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {
   return differentiated(x, bias) ? Convolution::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g))
                                  : convolve(x, weight, bias, g);
 }
 
 at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
-  const Geometry g = geometry(stride, padding, dilation, groups);
+  const Geometry g = {stride.front(),   stride.back(),   padding.front(), padding.back(),
+                      dilation.front(), dilation.back(), groups};
   return differentiated(x, bias) ? differentiable(x, weight, bias, g, ceiling, Plans())
                                  : convolve_and_clamp(x, weight, bias, g, ceiling, Plans());
 }
 
-// Whether frozen_conv2d_relu's checks in Python find nothing, and nothing is to be cast.
-bool plain(const at::Tensor& x, const at::Tensor& weight, const Bias& bias) {
-  const auto fits = [&](const at::Tensor& t) { return t.device() == x.device() && t.scalar_type() == x.scalar_type(); };
-  return x.dim() == 4 && weight.dim() == 4 && x.is_floating_point() && fits(weight) &&
-         (!bias.has_value() || fits(*bias)) && !(weight.requires_grad() && at::GradMode::is_enabled()) &&
-         (!at::autocast::is_autocast_enabled(x.device().type()) ||
-          at::autocast::get_autocast_dtype(x.device().type()) == x.scalar_type()) &&
-         unobserved({x, weight, bias.value_or(at::Tensor())});
+// x, weight and bias in the type that is computed in, as `prepare` in Python makes them; nothing where its checks there
+// find something, or a mode or a tensor of another class has a say.
+struct Prepared {
+  at::Tensor x, weight;
+  Bias bias;
+};
+std::optional<Prepared> prepared(const at::Tensor& x, const at::Tensor& weight, const Bias& bias) {
+  const auto fits = [&](const at::Tensor& t) { return t.device() == x.device() && t.is_floating_point(); };
+  if (x.dim() != 4 || weight.dim() != 4 || !fits(x) || !fits(weight) || (bias.has_value() && !fits(*bias)) ||
+      (weight.requires_grad() && at::GradMode::is_enabled()) || !unobserved({x, weight, bias.value_or(at::Tensor())})) {
+    return std::nullopt;
+  }
+  const auto device = x.device().type();
+  const bool casts = x.scalar_type() != at::kDouble && at::autocast::is_autocast_enabled(device);
+  const auto type = casts ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
+  return Prepared{x.to(type), weight.to(type), bias.has_value() ? Bias(bias->to(type)) : bias};
 }
 
 // One number for both directions, or two.
@@ -212,31 +215,48 @@ void push(Geometry& g, const pybind11::handle& size) {
   }
 }
 
-// The operator in one call from Python; nothing where it is not `plain`.
-std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
-                                  const pybind11::handle& stride, const pybind11::handle& padding,
-                                  const pybind11::handle& dilation, int64_t groups, double ceiling) {
-  if (!plain(x, weight, bias)) return std::nullopt;
+Geometry pushed(const pybind11::handle& stride, const pybind11::handle& padding, const pybind11::handle& dilation,
+                int64_t groups) {
   Geometry g;
   g.reserve(7);
   for (const auto& size : {stride, padding, dilation}) push(g, size);
   g.push_back(groups);
-  if (differentiated(x, bias)) return differentiable(x, weight, bias, g, ceiling, plans);
+  return g;
+}
+
+// Either operator in one call from Python; nothing where it is not `prepared`.
+std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
+                                  const pybind11::handle& stride, const pybind11::handle& padding,
+                                  const pybind11::handle& dilation, int64_t groups, double ceiling) {
+  const auto given = prepared(x, weight, bias);
+  if (!given) return std::nullopt;
+  const Geometry g = pushed(stride, padding, dilation, groups);
+  if (differentiated(given->x, given->bias)) {
+    return differentiable(given->x, given->weight, given->bias, g, ceiling, plans);
+  }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return convolve_and_clamp(x, weight, bias, g, ceiling, plans);
+  return convolve_and_clamp(given->x, given->weight, given->bias, g, ceiling, plans);
+}
+
+std::optional<at::Tensor> called(const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
+                                 const pybind11::handle& stride, const pybind11::handle& padding,
+                                 const pybind11::handle& dilation, int64_t groups) {
+  const Geometry g = pushed(stride, padding, dilation, groups);
+  const pybind11::gil_scoped_release without_python;
+  const auto given = prepared(x, weight, bias);
+  return given ? Bias(convolution(given->x, given->weight, given->bias, g)) : std::nullopt;
 }
 
 }  // namespace
 
-static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_frozen_conv2d_relu", &planned); });
+static const Bind bind_calls([](pybind11::module_& m) {
+  m.def("planned_frozen_conv2d_relu", &planned);
+  m.def("frozen_conv2d", &called);
+});
 
 }  // namespace gdd_fast
 
 TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def(
-      "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups) -> Tensor",
-      &gdd_fast::frozen_conv2d);
   m.def(
       "frozen_conv2d_relu(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, float ceiling) -> Tensor",

@@ -3,6 +3,7 @@
 #include "group_norm_silu.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include "devices.h"
 #include "strides.h"
@@ -67,18 +68,29 @@ NormMap skip_map(const at::Tensor& x, const std::optional<at::Tensor>& skip, boo
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
-    const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups, const at::Tensor& weight,
-    const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, bool silu, bool channels_last) {
+at::Tensor group_norm_silu_inference(const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups,
+                                     const at::Tensor& weight, const at::Tensor& bias, double eps,
+                                     const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+                                     const std::optional<at::Tensor>& shift, bool silu, bool channels_last, float* mean,
+                                     float* rstd) {
   const NormMap first = norm_map(x, channels_last, "x"), second = skip_map(x, skip, channels_last);
   const GroupNormSilu g =
       described(x, first, second, groups, weight, bias, eps, add, scale, shift, silu, channels_last);
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   at::Tensor y = at::empty({g.images, g.channels, x.size(2), x.size(3)}, x.options().memory_format(format));
-  at::Tensor mean = at::empty({g.images, groups}, x.options().dtype(at::kFloat));
-  at::Tensor rstd = at::empty({g.images, groups}, x.options().dtype(at::kFloat));
   if (g.images != 0) cpu::group_norm_silu(g, first, second, y, mean, rstd);
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
+    const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups, const at::Tensor& weight,
+    const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, bool silu, bool channels_last) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && groups > 0, "group_norm_silu: x must be (N, C, H, W), not of shape ", x.sizes(),
+                    ", and in groups, not ", groups);
+  const at::Tensor mean = at::empty({x.size(0), groups}, x.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  at::Tensor y = group_norm_silu_inference(x, skip, groups, weight, bias, eps, add, scale, shift, silu, channels_last,
+                                           mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>());
   return {y, mean, rstd};
 }
 

@@ -33,6 +33,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, bool silu, bool channels_last);
 
+// y alone, for who takes no gradient; the statistics are (N, groups), or null where nobody asks for them.
+at::Tensor group_norm_silu_inference(const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups,
+                                     const at::Tensor& weight, const at::Tensor& bias, double eps,
+                                     const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
+                                     const std::optional<at::Tensor>& shift, bool silu, bool channels_last,
+                                     float* mean = nullptr, float* rstd = nullptr);
+
 // The gradients of x and of skip (of no channels without one), and five float32 (N, C): those of weight, bias, add,
 // scale and shift, each by image. Only of channels_last maps; dy may be a slice.
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_backward(
@@ -41,9 +48,9 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_back
     const std::optional<at::Tensor>& shift, const at::Tensor& mean, const at::Tensor& rstd, bool silu);
 
 namespace cpu {
-// skip.channels is 0 without one. y is dense; mean and rstd are float32 (N, groups).
-void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, at::Tensor& mean,
-                     at::Tensor& rstd);
+// skip.channels is 0 without one. y is dense; mean and rstd are (N, groups), or null where nobody asks for them.
+void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, float* mean,
+                     float* rstd);
 void group_norm_silu_backward(const GroupNormSilu& g, const NormMap& dy, const NormMap& x, const NormMap& skip,
                               const at::Tensor& mean, const at::Tensor& rstd, at::Tensor& dx, at::Tensor& dskip,
                               const std::vector<at::Tensor>& rows);

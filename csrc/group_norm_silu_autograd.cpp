@@ -1,13 +1,12 @@
-// The autograd of gdd_fast/ops/group_norm_silu in C++: gdd_fast_C::group_norm_silu_differentiable around the CPU's
-// kernels, for channels_last maps, and planned_group_norm_silu around Triton's. In Python it costs 0.15 ms per layer
-// and step, more than a small map takes.
+// The checks and the autograd of gdd_fast/ops/group_norm_silu in C++: cpu_group_norm_silu around the CPU's kernels,
+// with autograd for channels_last maps, and planned_group_norm_silu around Triton's. Autograd in Python costs 0.15 ms
+// per layer and step, and checks 15 us per call: more than a small map takes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/silu.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 #include <optional>
@@ -32,9 +31,11 @@ enum { kX, kSkip, kWeight, kBias, kAdd, kScale, kShift, kInputs };
 Optional optional(const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 at::Tensor plain(const Optional& t) { return t.value_or(at::Tensor()); }
 
-// In the form that the CPU's kernels take: channels side by side and pixels evenly spaced; float32.
-at::Tensor laid_out(const at::Tensor& x) {
-  return !x.defined() || (evenly_spaced(x) && x.stride(1) == 1) ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
+// In the form that the CPU's kernels take: channels (or pixels) side by side and pixels evenly spaced; float32.
+at::Tensor laid_out(const at::Tensor& x, bool channels_last = true) {
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto fits = [&] { return (channels_last ? x.stride(1) : image_strides(x).pixel) == 1; };
+  return !x.defined() || (evenly_spaced(x) && fits()) ? x : x.contiguous(format);
 }
 
 at::Tensor row(const at::Tensor& t) {
@@ -170,13 +171,6 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
   }
 };
 
-at::Tensor differentiable(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
-                          const at::Tensor& bias, double eps, const Optional& add, const Optional& scale,
-                          const Optional& shift, bool silu) {
-  return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift,
-                                      Call{.groups = groups, .eps = eps, .silu = silu});
-}
-
 // The same by plan; nothing where the operator is not Triton's, or the call is another's to make.
 Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups,
                  const at::Tensor& weight, const at::Tensor& bias, double eps, const Optional& add,
@@ -210,15 +204,52 @@ Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, 
                                       optional(given[kAdd]), optional(given[kScale]), optional(given[kShift]), call);
 }
 
+// The operator on a CPU in one call from Python; nothing where its checks there might find something, or where it is
+// not for the kernels: the gradient of contiguous maps, forward-mode derivatives, tensors of another class.
+Optional on_cpu(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
+                const at::Tensor& bias, double eps, const Optional& add, const Optional& scale, const Optional& shift,
+                bool silu) {
+  const at::Tensor given[] = {x, plain(skip), weight, bias, plain(add), plain(scale), plain(shift)};
+  if (x.dim() != 4 || x.numel() == 0 || x.scalar_type() == at::kDouble || !unobserved(given)) return std::nullopt;
+  int64_t channels = x.size(1);
+  bool recorded = false;
+  if (skip.has_value()) {
+    const auto same = [&](int64_t d) { return skip->size(d) == x.size(d); };
+    if (skip->dim() != 4 || !same(0) || !same(2) || !same(3) || skip->scalar_type() != x.scalar_type()) {
+      return std::nullopt;
+    }
+    channels += skip->size(1);
+  }
+  if (groups < 1 || channels % groups != 0) return std::nullopt;
+  for (int i = 0; i < kInputs; i++) {
+    const at::Tensor& t = given[i];
+    if (!t.defined()) continue;
+    const auto type = t.scalar_type();
+    const bool floating = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+    if (!t.is_cpu() || !floating || t._fw_grad(0).defined()) return std::nullopt;
+    if (i == kWeight || i == kBias) {
+      if (t.dim() != 1 || t.size(0) != channels) return std::nullopt;
+    } else if (i >= kAdd) {
+      if (t.dim() != 2 || t.size(1) != channels || (t.size(0) != 1 && t.size(0) != x.size(0))) return std::nullopt;
+    }
+    recorded = recorded || t.requires_grad();
+  }
+  const bool channels_last = memory_format(x) == at::MemoryFormat::ChannelsLast;
+  if (recorded && at::GradMode::is_enabled()) {
+    if (!channels_last) return std::nullopt;
+    const Call call{.groups = groups, .eps = eps, .silu = silu};
+    return GroupNormSiluFunction::apply(x, skip, weight, bias, add, scale, shift, call);
+  }
+  return group_norm_silu_inference(laid_out(x, channels_last), optional(laid_out(given[kSkip], channels_last)), groups,
+                                   row(weight), row(bias), eps, optional(row(given[kAdd])),
+                                   optional(row(given[kScale])), optional(row(given[kShift])), silu, channels_last);
+}
+
 }  // namespace
 
-static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_group_norm_silu", &planned); });
+static const Bind bind_calls([](pybind11::module_& m) {
+  m.def("planned_group_norm_silu", &planned);
+  m.def("cpu_group_norm_silu", &on_cpu, pybind11::call_guard<pybind11::gil_scoped_release>());
+});
 
 }  // namespace gdd_fast
-
-TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def(
-      "group_norm_silu_differentiable(Tensor x, Tensor? skip, int groups, Tensor weight, Tensor bias, float eps, "
-      "Tensor? add, Tensor? scale, Tensor? shift, bool silu) -> Tensor",
-      &gdd_fast::differentiable);
-}

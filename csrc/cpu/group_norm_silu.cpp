@@ -1,73 +1,99 @@
-// group_norm_silu on the CPU. An image is read three times, while it is in the cache: for the sum of each channel, for
-// the sum of its squared distances from the group's mean, and for the result. Images run in parallel, or, if there are
-// fewer than threads, parts of one. Sums are over short runs in float32 and over these in float64, in an order that
-// does not depend on the threads.
+// group_norm_silu on the CPU. An image is read twice: for two sums of each channel, and for the result. Images run in
+// parallel, or, if there are fewer than threads, parts of one. Sums are over short runs in float32 and over these in
+// float64, in an order that does not depend on the threads.
 #include "group_norm_silu.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu/floats.h"
-#include "cpu/silu.h"
-#include "cpu/simd.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GDD_FAST_SETS
+#include <immintrin.h>
+#endif
 
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kRun = 64;      // values summed in float32
-constexpr int64_t kLanes = 16;    // sums side by side, where pixels are innermost
-constexpr int64_t kGrain = 8192;  // values below which a second thread does not pay
+constexpr int64_t kRun = 64;       // pixels summed in float32
+constexpr int64_t kRowRun = 256;   // the same where they lie side by side
+constexpr int64_t kGrain = 32768;  // values below which a second thread does not pay
 
-// sum[c] += x[p, c], or its squared distance from centre[c], over `pixels` pixels of `count` neighbouring values each.
-template <bool Squares, typename T>
-GDD_FAST_INLINE void accumulate(const T* x, int64_t pixels, int64_t step, int64_t count, const float* centre,
-                                float* sum) {
-  for (int64_t p = 0; p < pixels; p++, x += step) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < count; c++) {
-      const float value = Squares ? widen(x[c]) - centre[c] : widen(x[c]);
-      sum[c] += Squares ? value * value : value;
-    }
-  }
-}
+#ifdef GDD_FAST_SETS
+namespace avx512 {
+#define GDD_FAST_ISA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define GDD_FAST_WIDTH 16
+#define GDD_FAST_FMA(a, b, c) Vector(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)))
+#define GDD_FAST_WIDENED(h) Vector(_mm512_maskz_cvtph_ps(0xffff, __m256i(h)))
+#define GDD_FAST_NARROWED(v) Halves(_mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT))
+#define GDD_FAST_SCALE
+#include "cpu/group_norm_kernels.h"
+#undef GDD_FAST_ISA
+#undef GDD_FAST_WIDTH
+#undef GDD_FAST_FMA
+#undef GDD_FAST_WIDENED
+#undef GDD_FAST_NARROWED
+#undef GDD_FAST_SCALE
+}  // namespace avx512
 
-// y = act((x - centre) * factor + offset); NaN stays NaN.
+namespace avx2 {
+#define GDD_FAST_ISA __attribute__((target("avx2,fma,f16c")))
+#define GDD_FAST_WIDTH 8
+#define GDD_FAST_FMA(a, b, c) Vector(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)))
+#define GDD_FAST_WIDENED(h) Vector(_mm256_cvtph_ps(__m128i(h)))
+#define GDD_FAST_NARROWED(v) Halves(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT))
+#include "cpu/group_norm_kernels.h"
+#undef GDD_FAST_ISA
+#undef GDD_FAST_WIDTH
+#undef GDD_FAST_FMA
+#undef GDD_FAST_WIDENED
+#undef GDD_FAST_NARROWED
+}  // namespace avx2
+#endif
+
+namespace any {
+#define GDD_FAST_ISA
+#define GDD_FAST_WIDTH 4
+#define GDD_FAST_FMA(a, b, c) ((a) * (b) + (c))
+#include "cpu/group_norm_kernels.h"
+#undef GDD_FAST_ISA
+#undef GDD_FAST_WIDTH
+#undef GDD_FAST_FMA
+}  // namespace any
+
+// The loops for T of one instruction set; of those without and with SiLU a pair.
 template <typename T>
-GDD_FAST_INLINE void normalise(const T* x, T* y, int64_t count, const float* centre, const float* factor,
-                               const float* offset, bool silu, float limit) {
-  if (silu) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < count; c++) {
-      y[c] = narrow<T>(silu_of((widen(x[c]) - centre[c]) * factor[c] + offset[c], limit));
-    }
-  } else {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < count; c++) y[c] = narrow<T>((widen(x[c]) - centre[c]) * factor[c] + offset[c]);
-  }
-}
+struct Loops {
+  void (*moments)(const T*, int64_t, int64_t, int64_t, float*, float*);
+  void (*merge)(const T*, double, int64_t, const float*, const float*, double*, double*);
+  void (*row_sums)(const T*, int64_t, double*, double*);
+  void (*normalise[2])(const T*, T*, int64_t, int64_t, int64_t, int64_t, const float*, const float*, const float*);
+  void (*normalise_row[2])(const T*, T*, int64_t, float, float, float);
+};
 
-// target_clones takes no templates, hence one overload per type
-#define GDD_FAST_LOOPS(T)                                                                                             \
-  GDD_FAST_SIMD void sums(const T* x, int64_t pixels, int64_t step, int64_t count, const float* centre, float* sum) { \
-    centre == nullptr ? accumulate<false>(x, pixels, step, count, centre, sum)                                        \
-                      : accumulate<true>(x, pixels, step, count, centre, sum);                                        \
-  }                                                                                                                   \
-  GDD_FAST_SIMD void pixels_of(const T* x, T* y, int64_t pixels, int64_t step_x, int64_t step_y, int64_t count,       \
-                               const float* centre, const float* factor, const float* offset, bool silu,              \
-                               float limit) {                                                                         \
-    for (int64_t p = 0; p < pixels; p++) {                                                                            \
-      normalise(x + p * step_x, y + p * step_y, count, centre, factor, offset, silu, limit);                          \
-    }                                                                                                                 \
+// Those of this processor, as torch sees it (ATEN_CPU_CAPABILITY).
+template <typename T>
+Loops<T> loops() {
+#define GDD_FAST_LOOPS(set)                                                                                \
+  {                                                                                                        \
+    set::moments<T>, set::merge<T>, set::row_sums<T>, {set::normalise<false, T>, set::normalise<true, T>}, \
+        {set::normalise_row<false, T>, set::normalise_row<true, T>},                                       \
   }
-
-GDD_FAST_LOOPS(float)
-GDD_FAST_LOOPS(at::BFloat16)
-GDD_FAST_LOOPS(at::Half)
+#ifdef GDD_FAST_SETS
+  const std::string processor = at::get_cpu_capability();
+  if (processor == "AVX512") return GDD_FAST_LOOPS(avx512);
+  if (processor == "AVX2") return GDD_FAST_LOOPS(avx2);
+#endif
+  return GDD_FAST_LOOPS(any);
 #undef GDD_FAST_LOOPS
+}
 
 // Parallel over [0, n) parts of an image; serial where images already run in parallel.
 template <typename Body>
@@ -80,6 +106,7 @@ template <typename T>
 struct Maps {
   const T *x, *skip;
   const NormMap &x_map, &skip_map;
+  Loops<T> loops;
 
   template <typename Body>
   void each(int64_t image, const Body& body) const {
@@ -88,48 +115,44 @@ struct Maps {
   }
 };
 
-// total[c] = the sum over the pixels of channel c, or with `centre` of squared distances from centre[c].
+// The sums of each channel, and of its squares, over the pixels; both are 0 before.
 template <typename T>
-void channel_sums(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, const float* centre, double* total) {
-  const int64_t runs = (g.pixels + kRun - 1) / kRun, values = g.channels * g.pixels;
+void channel_sums(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, double* total, double* squares) {
+  const int64_t values = g.channels * g.pixels;
   if (g.channels_last) {
-    std::vector<float> partial(runs * g.channels, 0.0f);
+    const int64_t runs = (g.pixels + kRun - 1) / kRun;
+    std::vector<float> partial(2 * runs * g.channels);
+    const auto in_run = [&](int64_t run, const auto& body) {
+      const int64_t from = run * kRun, count = std::min(kRun, g.pixels - from);
+      float* sums = partial.data() + 2 * run * g.channels;
+      maps.each(image, [&](const T* in, const NormMap& map, int64_t first) {
+        body(in + from * map.pixel, map, count, sums + first, sums + g.channels + first, first);
+      });
+    };
     for_parts(runs, values, [&](int64_t begin, int64_t end) {
       for (int64_t run = begin; run < end; run++) {
-        const int64_t from = run * kRun, count = std::min(kRun, g.pixels - from);
-        maps.each(image, [&](const T* in, const NormMap& map, int64_t first) {
-          sums(in + from * map.pixel, count, map.pixel, map.channels, centre == nullptr ? nullptr : centre + first,
-               partial.data() + run * g.channels + first);
+        in_run(run, [&](const T* in, const NormMap& map, int64_t count, float* sum, float* squared, int64_t) {
+          maps.loops.moments(in, count, map.pixel, map.channels, sum, squared);
         });
       }
     });
-    std::fill(total, total + g.channels, 0.0);
     for (int64_t run = 0; run < runs; run++) {
-      for (int64_t c = 0; c < g.channels; c++) total[c] += partial[run * g.channels + c];
+      in_run(run, [&](const T* in, const NormMap& map, int64_t count, float* sum, float* squared, int64_t first) {
+        maps.loops.merge(in, double(count), map.channels, sum, squared, total + first, squares + first);
+      });
     }
     return;
   }
   maps.each(image, [&](const T* in, const NormMap& map, int64_t first) {
     for_parts(map.channels, values, [&](int64_t begin, int64_t end) {
-      float centres[kLanes];
       for (int64_t c = begin; c < end; c++) {
-        if (centre != nullptr) std::fill(centres, centres + kLanes, centre[first + c]);
-        const float* middle = centre == nullptr ? nullptr : centres;
-        double sum = 0;
-        for (int64_t from = 0; from < g.pixels; from += kRun * kLanes) {
-          float lanes[kLanes] = {};
-          const T* row = in + c * map.channel + from;
-          const int64_t count = std::min(kRun * kLanes, g.pixels - from), whole = count / kLanes;
-          sums(row, whole, kLanes, kLanes, middle, lanes);
-          sums(row + whole * kLanes, 1, 0, count % kLanes, middle, lanes);
-          for (const float lane : lanes) sum += lane;
-        }
-        total[first + c] = sum;
+        maps.loops.row_sums(in + c * map.channel, g.pixels, total + first + c, squares + first + c);
       }
     });
   });
 }
 
+// `mean` and `rstd` may be null.
 template <typename T>
 void one_image(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, T* y, float* mean, float* rstd) {
   const auto row = [image](const NormRows& rows) {
@@ -137,57 +160,51 @@ void one_image(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, T* y,
   };
   const float *add = row(g.add), *scale = row(g.scale), *shift = row(g.shift);
   const int64_t width = g.channels / g.groups;
-  std::vector<double> total(g.channels);
-  std::vector<float> centre(g.channels), factor(g.channels), offset(g.channels);
+  std::vector<double> sums(2 * g.channels);
+  std::vector<float> constants(3 * g.channels);
+  double *total = sums.data(), *squares = total + g.channels;
+  float *centre = constants.data(), *factor = centre + g.channels, *offset = factor + g.channels;
 
-  channel_sums<T>(g, maps, image, nullptr, total.data());
+  channel_sums<T>(g, maps, image, total, squares);
+  const double pixels = double(g.pixels), size = double(width) * pixels;
   for (int64_t group = 0; group < g.groups; group++) {
-    double sum = 0;
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      sum += total[c] + (add == nullptr ? 0.0 : double(g.pixels) * add[c]);
+    const int64_t begin = group * width, end = begin + width;
+    double sum = 0, square = 0;
+    for (int64_t c = begin; c < end; c++) {
+      const double a = add == nullptr ? 0.0 : add[c];
+      sum += total[c] + pixels * a;
+      square += squares[c] + a * (2 * total[c] + pixels * a);
     }
-    const double middle = sum / double(width * g.pixels);
-    mean[group] = float(middle);
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      centre[c] = float(middle - (add == nullptr ? 0.0 : double(add[c])));
-    }
-  }
-  channel_sums<T>(g, maps, image, centre.data(), total.data());
-  for (int64_t group = 0; group < g.groups; group++) {
-    double sum = 0;
-    for (int64_t c = group * width; c < (group + 1) * width; c++) sum += total[c];
-    const double reciprocal = 1 / std::sqrt(sum / double(width * g.pixels) + g.eps);
-    rstd[group] = float(reciprocal);
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
+    const double middle = sum / size, variance = std::max(square / size - middle * middle, 0.0);  // or NaN
+    const double reciprocal = 1 / std::sqrt(variance + g.eps);
+    if (mean != nullptr) mean[group] = float(middle);
+    if (rstd != nullptr) rstd[group] = float(reciprocal);
+    for (int64_t c = begin; c < end; c++) {
       const double outer = scale == nullptr ? 1.0 : 1.0 + scale[c];
+      centre[c] = float(middle - (add == nullptr ? 0.0 : double(add[c])));
       factor[c] = float(reciprocal * g.weight[c] * outer);
       offset[c] = float(g.bias[c] * outer + (shift == nullptr ? 0.0 : shift[c]));
     }
   }
 
   const int64_t values = g.channels * g.pixels;
+  const auto normalise = maps.loops.normalise[g.silu];
+  const auto normalise_row = maps.loops.normalise_row[g.silu];
   T* out = y + image * values;
   if (g.channels_last) {
     for_parts(g.pixels, values, [&](int64_t begin, int64_t end) {
       maps.each(image, [&](const T* in, const NormMap& map, int64_t first) {
-        pixels_of(in + begin * map.pixel, out + begin * g.channels + first, end - begin, map.pixel, g.channels,
-                  map.channels, centre.data() + first, factor.data() + first, offset.data() + first, g.silu, kLimit);
+        normalise(in + begin * map.pixel, out + begin * g.channels + first, end - begin, map.pixel, g.channels,
+                  map.channels, centre + first, factor + first, offset + first);
       });
     });
     return;
   }
   maps.each(image, [&](const T* in, const NormMap& map, int64_t first) {
     for_parts(map.channels, values, [&](int64_t begin, int64_t end) {
-      float centres[kLanes], factors[kLanes], offsets[kLanes];
       for (int64_t c = begin; c < end; c++) {
-        std::fill(centres, centres + kLanes, centre[first + c]);
-        std::fill(factors, factors + kLanes, factor[first + c]);
-        std::fill(offsets, offsets + kLanes, offset[first + c]);
-        const T* from = in + c * map.channel;
-        T* to = out + (first + c) * g.pixels;
-        const int64_t whole = g.pixels / kLanes, done = whole * kLanes;
-        pixels_of(from, to, whole, kLanes, kLanes, kLanes, centres, factors, offsets, g.silu, kLimit);
-        pixels_of(from + done, to + done, 1, 0, 0, g.pixels - done, centres, factors, offsets, g.silu, kLimit);
+        const int64_t k = first + c;
+        normalise_row(in + c * map.channel, out + k * g.pixels, g.pixels, centre[k], factor[k], offset[k]);
       }
     });
   });
@@ -195,15 +212,19 @@ void one_image(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, T* y,
 
 }  // namespace
 
-void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, at::Tensor& mean,
-                     at::Tensor& rstd) {
-  float *means = mean.mutable_data_ptr<float>(), *rstds = rstd.mutable_data_ptr<float>();
+void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, float* mean,
+                     float* rstd) {
+  const int64_t values = g.channels * g.pixels;
   // fewer images than threads: each is split instead
-  const int64_t grain = g.images >= at::get_num_threads() ? 1 : g.images;
+  const int64_t grain = g.images >= at::get_num_threads() ? std::max<int64_t>(1, kGrain / values) : g.images;
   const auto run = [&]<typename T>(T* out) {
-    const Maps<T> maps{x.map.const_data_ptr<T>(), skip.map.const_data_ptr<T>(), x, skip};
+    static const Loops<T> loops = cpu::loops<T>();
+    const Maps<T> maps{x.map.const_data_ptr<T>(), skip.map.const_data_ptr<T>(), x, skip, loops};
+    const auto at = [&](float* statistics, int64_t i) {
+      return statistics == nullptr ? nullptr : statistics + i * g.groups;
+    };
     at::parallel_for(0, g.images, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) one_image(g, maps, i, out, means + i * g.groups, rstds + i * g.groups);
+      for (int64_t i = begin; i < end; i++) one_image(g, maps, i, out, at(mean, i), at(rstd, i));
     });
   };
   AT_DISPATCH_SWITCH(y.scalar_type(), "group_norm_silu",

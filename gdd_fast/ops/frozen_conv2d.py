@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, has_extension
+from gdd_fast.backend import Backend, Operator, extension
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import autocast_dtype, cast, memory_format, runs_eagerly
 
@@ -73,10 +73,14 @@ def frozen_conv2d(
         InputError: x or weight is not four-dimensional or floating, or they or the bias are on different devices, or
             the weight requires a gradient, which it would not get.
     """
-    x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if backend != "torch" and (x.is_cpu or (x.is_cuda and recorded)) and runs_eagerly(x) and has_extension():
-        return torch.ops.gdd_fast_C.frozen_conv2d.default(x, weight, bias, *geometry(stride, padding, dilation, groups))
+    if backend != "torch" and (x.is_cpu or (x.is_cuda and recorded)) and runs_eagerly(x):
+        y = None if (module := extension()) is None else module.frozen_conv2d(
+            x, weight, bias, stride, padding, dilation, groups
+        )
+        if y is not None:  # else something is to be refused
+            return y
+    x, weight, bias = prepare(x, weight, bias, "frozen_conv2d")
     if not recorded:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # which keeps nothing
     return _Convolution.apply(x, weight, bias, geometry(stride, padding, dilation, groups))

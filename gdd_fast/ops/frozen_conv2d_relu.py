@@ -82,7 +82,7 @@ def frozen_conv2d_relu(
         y = extension.planned_frozen_conv2d_relu(
             cache, x, weight, bias, stride, padding, dilation, groups, CEILING[activation]
         )
-        if y is not None:  # else something is to be cast or refused
+        if y is not None:  # else something is to be refused
             return y
     if implementation == "torch":
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
@@ -97,11 +97,6 @@ def frozen_conv2d_relu(
             return y
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
-    if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
-        extension, cache = planned
-        y = extension.planned_frozen_conv2d_relu(cache, x, weight, bias, *g, ceiling)  # now that all is of one type
-        if y is not None:
-            return y
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
 
 

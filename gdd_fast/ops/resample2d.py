@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser
 from gdd_fast.errors import InputError
-from gdd_fast.ops._memory_format import DTYPES, memory_format
+from gdd_fast.ops._memory_format import DTYPES, memory_format, runs_eagerly
 
 OPERATOR = Operator("resample2d", fused=frozenset({"cuda"}))
 _choose = chooser(OPERATOR)
@@ -93,10 +93,11 @@ def resample2d(
         if t is not None and t.device != x.device:
             raise InputError(f"resample2d: {name} is on {t.device}, x on {x.device}")
     implementation = _choose(backend, x.device.type)
-    gain = 4.0 if up else 1.0
-    return torch.ops.gdd_fast.resample2d.default(
-        x, kernel, add, up, padding, height, width, gain, scale, box, implementation
-    )
+    arguments = (x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale, box, implementation)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (add is not None and add.requires_grad))
+    if not recorded and runs_eagerly(x):
+        return _resample2d(*arguments)  # without torch.library's autograd, which takes longer than a small map
+    return torch.ops.gdd_fast.resample2d.default(*arguments)
 
 
 torch.library.define(
@@ -106,7 +107,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("gdd_fast::resample2d", "CompositeExplicitAutograd")
 def _resample2d(
     x: Tensor,
     kernel: Tensor,
@@ -131,6 +131,9 @@ def _resample2d(
         add = add.contiguous(memory_format=layout)
     channels_last = layout == torch.channels_last
     return torch.ops.gdd_fast_C.resample2d(x, kernel, add, up, padding, height, width, gain, scale, channels_last)
+
+
+torch.library.impl("gdd_fast::resample2d", "CompositeExplicitAutograd")(_resample2d)
 
 
 @torch.library.register_fake("gdd_fast::resample2d")
@@ -196,7 +199,7 @@ def _ref(
         y = F.avg_pool2d(x, k)
         y = y * gain if gain != 1 else y
     else:
-        weight = (kernel * gain).to(x.dtype).repeat(channels, 1, 1, 1)
+        weight = (kernel * gain).to(x.dtype).expand(channels, -1, -1, -1)
         if up:
             y = F.conv_transpose2d(x, weight, None, 2, padding, missing, channels)
         else:

@@ -31,7 +31,7 @@ def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: flo
     y = h + skip
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None, None]
-    return y if scale == 1 else y * scale
+    return y if scale == 1 else y.mul_(scale)
 
 
 @overload

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend, Operator, chooser
+from gdd_fast.backend import Backend, Operator, chooser, extension
 from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import compute_dtype, empty_map, memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
@@ -33,10 +33,6 @@ OPERATOR = Operator("group_norm_silu", fused=frozenset({"triton", "cpp"}), float
 _choose = chooser(OPERATOR)
 
 Activation = Literal["silu"] | None
-
-# Values of a float32 map from which "cpp" was measured to be faster than plain PyTorch, without gradients, without and
-# with `scale`.
-_LEAST_VALUES = {False: 2**19, True: 2**17}
 
 
 def group_norm_silu_ref(
@@ -84,8 +80,7 @@ def group_norm_silu(
         activation: "silu" or None.
         statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
             them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend. On a CPU and
-            without gradients "auto" computes small float32 maps as plain PyTorch does, which is faster there.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend.
 
     Returns:
         (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
@@ -96,29 +91,26 @@ def group_norm_silu(
     """
     first, skip = x if isinstance(x, tuple) else (x, None)
     known = statistics if isinstance(statistics, tuple) else (statistics, None)
-    if wanted(first, backend) and (planned := plans(_plan)) is not None and activation in ("silu", None):
-        extension, cache = planned
-        silu = activation == "silu"
-        y = extension.planned_group_norm_silu(
-            cache, first, skip, num_groups, weight, bias, eps, add, scale, shift, silu, *known, backend
-        )
-        if y is not None:
+    silu = activation == "silu"
+    if silu or activation is None:
+        tensors = first, skip, num_groups, weight, bias, eps, add, scale, shift, silu
+        y = None
+        if wanted(first, backend) and (planned := plans(_plan)) is not None:
+            module, cache = planned
+            y = module.planned_group_norm_silu(cache, *tensors, *known, backend)
+        elif first.is_cpu and backend in ("auto", "cpp") and known[0] is known[1] is None and runs_eagerly(first):
+            y = None if (module := extension()) is None else module.cpu_group_norm_silu(*tensors)
+        if y is not None:  # else something is to be refused, or it is for another implementation
             return y
-    inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, activation == "silu")
+    inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     if activation not in ("silu", None):
         raise InputError(f"group_norm_silu: activation must be 'silu' or None, not {activation!r}")
     implementation = _decided(inputs, known, backend)
-    keeps = torch.is_grad_enabled()
     # a compiler fuses the definition itself, and without gradients there is nothing to save
-    plain = implementation == "torch" and (torch.compiler.is_compiling() or not keeps)
-    if plain or (not keeps and backend == "auto" and implementation == "cpp" and _is_small(inputs)):
+    if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
         y = definition.formula(inputs)
         # off the CPU PyTorch's norm loses channels_last; a compiler chooses for itself
         return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(inputs.x))
-    eager = implementation == "cpp" and keeps and runs_eagerly(inputs.x)
-    if eager and memory_format(inputs.x) is torch.channels_last:
-        # the same kernels; autograd in Python takes longer than a small map
-        return torch.ops.gdd_fast_C.group_norm_silu_differentiable.default(*inputs)
     return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
 
 
@@ -152,12 +144,6 @@ def chosen(x: Tensor, backend: Backend = "auto") -> str:
     if implementation == "cpp" and backend == "auto" and torch.compiler.is_compiling():
         return "torch"  # which the compiler fuses
     return implementation
-
-
-def _is_small(i: NormInputs) -> bool:
-    """Whether plain PyTorch takes no longer than "cpp" for these maps, forward; docs/cpu_operators.md."""
-    values = i.x.numel() if i.skip is None else i.x.numel() + i.skip.numel()
-    return i.x.dtype == torch.float32 and values < _LEAST_VALUES[i.scale is not None]
 
 
 # --- the operators as torch.library knows them
