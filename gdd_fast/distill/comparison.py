@@ -21,7 +21,7 @@ from gdd_fast.files import atomic_write
 from gdd_fast.layers.backends import choose_backend, set_backend
 from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
-from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
+from gdd_fast.metrics.population import dataset_populations, generator_populations
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ranks import World
 from gdd_fast.report import unet_picture
@@ -122,13 +122,13 @@ def write(
     from tqdm import tqdm
 
     with tqdm(total=work, unit="img", desc="Frechet distance", dynamic_ncols=True) as bar:
-        reference = dataset_statistics(reference_set, extractors, progress=bar.update)
+        reference: list[Any] = dataset_populations(reference_set, extractors, progress=bar.update)
 
         def distances(net: nn.Module, sampler: SamplerConfig) -> dict[str, float]:
             seeds = range(images)
-            found = generator_statistics(net, extractors, seeds, sampler, progress=bar.update)
+            found: list[Any] = generator_populations(net, extractors, seeds, sampler, progress=bar.update)
             return {
-                e.name: round(frechet_distance(own, ref), 4)
+                e.name: round(frechet_distance(own.statistics, ref.statistics), 4)
                 for e, own, ref in zip(extractors, found, reference, strict=True)
             }
 
