@@ -37,9 +37,8 @@ from gdd_fast.metrics.make_reference import ReferenceConfig, image_bar, write_re
 from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
 from gdd_fast.metrics.memorisation import Memorisation
 from gdd_fast.metrics.names import deviation_key, label
-from gdd_fast.metrics.population import Needs, Population
+from gdd_fast.metrics.population import Needs, Population, dataset_populations, generator_populations
 from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
-from gdd_fast.metrics.statistics import dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.ranks import ALONE, World, is_main, join
 from gdd_fast.sampling.generate import SamplerConfig, generate

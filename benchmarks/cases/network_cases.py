@@ -97,24 +97,14 @@ def _generator(
             expected = one_step(StockGenerator(net, OFFICIAL, torch.float32), z, labels)
     check = Closeness(expected, FLOOR, eager)
 
-    def sampling(network: Callable[..., Tensor]) -> Call:
-        def call() -> Tensor:
-            with torch.no_grad():
-                return one_step(network, z, labels)
-
-        return call
-
     def stock(mode: str | None = None, own: torch.dtype = dtype) -> Call:
-        model = StockGenerator(copy.deepcopy(net), BEST, own).to(memory_format=torch.channels_last)
-        cast_convolutions(model, own)
+        model = peers.stock_generator(net, BEST, own)
         if mode is not None:
             model = torch.compile(model, dynamic=False, mode=None if mode == "compile" else mode)
-        return peers.under_tf32(sampling(model), True)
+        return peers.sampling(model, z, labels, tf32=True)
 
     def ours() -> Call:
-        model = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        model.dtype = dtype
-        return peers.under_tf32(sampling(model), None)
+        return peers.sampling(peers.our_generator(net, dtype), z, labels, tf32=None)
 
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=dtype, engine=kind)
@@ -127,7 +117,7 @@ def _generator(
 
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {
-        "official": lambda: peers.under_tf32(sampling(official), False),
+        "official": lambda: peers.sampling(official, z, labels, tf32=False),
         "stock": stock,
         "gdd_fast": ours,
     }
@@ -166,15 +156,6 @@ def _meta_generator(net: GDDPrecond, batch: int) -> None:
     meta = StockGenerator(copy.deepcopy(net).to("meta"), BEST, torch.float32)
     z = torch.empty((batch, net.img_channels, net.img_resolution, net.img_resolution), device="meta")
     one_step(meta, z, torch.empty((batch, net.label_dim), device="meta") if net.label_dim else None)
-
-
-def cast_convolutions(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convolutions' weights in the compute type once and for all, as one does for sampling."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 4:
-            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-            module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
 
 
 def block_case(name: str, block: str, batch: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases.layer_calls import AttentionCall, ConvCall, MapCall, NormCall, ResampleCall
+from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.operator_case import Problem, package
-from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import (
     attention,
@@ -83,6 +83,33 @@ def norm_problem(layer: NormCall, batch: int, dtype: torch.dtype, device: torch.
         # neither scales and shifts, and cudnn-frontend's rule refuses the sizes of the norms that do, ADM's
         extra={"apex": apex, "cudnn-frontend": cudnn} if device.type == "cuda" and not layer.scale else {},
     )
+
+
+def cudnn_group_norm(groups: int, eps: float, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """cudnn-frontend's, whose kernels are for channels_last maps on sm_100, from 1.32 on, forward and backward.
+
+    (x (N, C, H, W), weight, bias (C,)) -> the norm of x, differentiable. Weight and bias are cast to x's type, which
+    the package asks for. Raises UnavailableError without the package, or on a GPU that its kernels are not for.
+    """
+    if torch.cuda.get_device_capability(device) < (10, 0):
+        raise UnavailableError("cudnn-frontend's norms are for sm_100 and later")
+    fprop, bprop = package("cudnn.norm.fprop.api").norm_fprop, package("cudnn.norm.bprop.api").norm_bprop
+    variant = package("cudnn.norm").NormVariant.GROUP_NORM
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            y, mean, rstd = fprop(variant, x, weight, bias, eps=eps, num_groups=groups)
+            ctx.save_for_backward(x, weight, mean, rstd)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+            x, weight, mean, rstd = ctx.saved_tensors
+            dx, dweight, dbias = bprop(variant, dy, x, weight, mean, rstd, num_groups=groups)
+            return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+    return lambda x, weight, bias: Norm.apply(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def _added(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:

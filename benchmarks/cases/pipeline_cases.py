@@ -1,6 +1,5 @@
 """Cases of what surrounds the networks: images from and to disk, and metrics."""
 
-import copy
 import io
 import math
 import tempfile
@@ -13,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cases.metric_cases import metric_cases
-from benchmarks.cases.network_cases import cast_convolutions
 from benchmarks.harness.case import Bench, Case
 from benchmarks.harness.checks import FACTOR, Closeness, MismatchError
 from benchmarks.harness.operator_case import package
@@ -31,11 +28,12 @@ _PUBLIC_WORKERS = 1
 def pipeline_cases(full: bool) -> list[Case]:
     """`full`: NCSN++ 32 instead of the demo's network, 2048 features instead of 256, more images."""
     network, images, dim = ("ncsnpp-32", 1024, 2048) if full else ("demo", 64, 256)
+    shown, batch = (64, 32) if full else (16, 8)
     return [
         Case("sampling to disk", f"{network} {images} images", partial(_sampling, network, images)),
         Case("data path", f"zip of PNG 3x32² batch {images}", partial(_data, images)),
         Case("Frechet distance", f"{dim} features", partial(_distance, dim)),
-        *metric_cases(full),
+        Case("Inception features", f"{shown} images 3x32² batch {batch}", partial(_features, shown, batch)),
     ]
 
 
@@ -77,8 +75,7 @@ def _sampling(network: str, count: int, device: torch.device) -> Bench:
         return peers.under_tf32(lambda: one_by_one(model, "official"), False)
 
     def stock() -> Call:
-        model = StockGenerator(copy.deepcopy(net), BEST, dtype).to(memory_format=torch.channels_last)
-        cast_convolutions(model, dtype)
+        model = peers.stock_generator(net, BEST, dtype)
         return peers.under_tf32(lambda: one_by_one(model, "stock"), True)
 
     def ours() -> Call:
@@ -204,3 +201,53 @@ def _data(batch: int, device: torch.device) -> Bench:
 
     ours = {"gdd_fast streamed": partial(stream, 0), "gdd_fast in memory": partial(stream, 1 << 30)}
     return Bench({"official": official, **ours}, check, images=batch, counts_memory=False, keep=folder)
+
+
+def _features(count: int, batch: int, device: torch.device) -> Bench:
+    """The loop that gathers a population, bytes to 2,048 features, beside torch-fidelity's own loop.
+
+    On the published weights if they are at hand, else on random ones, which take as long.
+    """
+    from gdd_fast.metrics.features.inception import InceptionFeatures
+    from gdd_fast.metrics.population import Needs, gather
+
+    weights = _weights()
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = InceptionFeatures(weights, device=device)
+
+    def gathered() -> list[Tensor]:
+        return [gather(images.split(batch), [ours], [Needs(statistics=False, rows=True)])[0].rows]
+
+    closeness = Closeness(gathered(), 1e-3)
+
+    def fidelity() -> Call:
+        package("torchvision")
+        module = package("torch_fidelity.feature_extractor_inceptionv3")
+        loop = package("torch_fidelity.utils").get_featuresdict_from_dataset
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.pth"
+            torch.save(weights, path)
+            theirs = module.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            ).to(device)
+        data = torch.utils.data.Subset(images, range(count))  # a Dataset is asked for
+        # without loader processes (`save_cpu_ram`): the images are in memory, and the CPU time is that of one process
+        return lambda: [loop(data, theirs, batch, device.type == "cuda", True, False)["2048"].to(device)]
+
+    return Bench({"torch-fidelity": fidelity, "gdd_fast": lambda: gathered}, closeness.check, images=count)
+
+
+def _weights() -> dict[str, Tensor]:
+    from gdd_fast.errors import WeightsError
+    from gdd_fast.metrics.features.inception import FILE, InceptionV3, canonical
+
+    try:
+        # torch-fidelity takes whole networks alone, and files may lack the classifier, which no feature depends on
+        return {**InceptionV3().state_dict(), **canonical(FILE.read(None))}
+    except WeightsError:
+        torch.manual_seed(0)
+        network = InceptionV3()
+        for parent, conv, _ in network.conv_norms():
+            weight = parent.get_submodule(conv).weight
+            weight.data.normal_(std=(2 / weight[0].numel()) ** 0.5)
+        return network.state_dict()

@@ -4,15 +4,13 @@ Each step keeps what the ones before it brought. All are compared with the publi
 they are timed, like any peer.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases.network_cases import FLOOR, cast_convolutions
+from benchmarks.cases.network_cases import FLOOR
 from benchmarks.cases.training_cases import settings_bench
 from benchmarks.harness.case import Bench, Case
 from benchmarks.harness.checks import Closeness
@@ -21,7 +19,6 @@ from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator, Style
 from benchmarks.peers.training import OFFICIAL_SETTINGS, Settings, Setup
 from gdd_fast.engine.one_step import OneStepGenerator
-from gdd_fast.sampling.sampler import one_step
 
 
 def waterfall_cases(full: bool) -> list[Case]:
@@ -71,25 +68,11 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     gpu = device.type == "cuda"
 
-    def sampling(network: Callable[..., Tensor]) -> Call:
-        def call() -> Tensor:
-            with torch.no_grad():
-                return one_step(network, z)
-
-        return peers.under_tf32(call, False)  # all alike: TF32 is none of the techniques
-
+    sampling = partial(peers.sampling, z=z, tf32=False)  # all alike: TF32 is none of the techniques
     expected = sampling(StockGenerator(net, OFFICIAL, torch.float32))()
 
     def stock(style: Style, layout: torch.memory_format, dtype: torch.dtype, cast: bool = False) -> Call:
-        model = StockGenerator(copy.deepcopy(net), style, dtype).to(memory_format=layout)
-        if cast:
-            cast_convolutions(model, dtype)
-        return sampling(model)
-
-    def ours(dtype: torch.dtype) -> Call:
-        model = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        model.dtype = dtype
-        return sampling(model)
+        return sampling(peers.stock_generator(net, style, dtype, layout, cast=cast))
 
     def engine(kind: str) -> Call:
         generator = OneStepGenerator.from_network(net, device=device, dtype=last, engine=kind)
@@ -106,7 +89,7 @@ def _sampling(name: str, batch: int, device: torch.device) -> Bench:
     if last != first:
         steps["bf16"] = partial(stock, BEST, nhwc, last)
     steps["weights cast once"] = partial(stock, BEST, nhwc, last, True)
-    steps["gdd_fast: operators"] = partial(ours, last)
+    steps["gdd_fast: operators"] = lambda: sampling(peers.our_generator(net, last))
     steps["gdd_fast: folded"] = partial(engine, "eager")
     if gpu:
         steps["gdd_fast: folded, CUDA graph"] = partial(engine, "graph")

@@ -13,39 +13,18 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 _SOURCE = Path(__file__).with_name("host_gpu.c")
-_WATCHER = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_void_p,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_uint,
-    ctypes.c_uint,
-    ctypes.POINTER(ctypes.c_void_p),
-)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A launch as the driver saw it: arguments by name, numbers as their bits and tensors as their addresses."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    threads: int
-    shared: int
-    numbers: dict[str, int]
-    addresses: dict[str, int]
 
 
 class Stub:
     """The library that stands for the driver's."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         self._launches = ctypes.c_long.in_dll(library, "gdd_launches")
         self.compiled: dict[int, Any] = {}
         """Triton's kernels by their handle."""
@@ -54,28 +33,6 @@ class Stub:
     def launches(self) -> int:
         """How many there have been."""
         return self._launches.value
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[list[Seen]]:
-        """All launches inside."""
-        found: list[Seen] = []
-
-        def note(function, grid, threads, shared, params) -> None:
-            compiled = self.compiled[function]
-            numbers, addresses = {}, {}
-            types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
-            for i, (name, kind) in enumerate(types.items()):
-                wide = kind.startswith("*") or kind.endswith("64")
-                bits = (ctypes.c_uint64 if wide else ctypes.c_uint32).from_address(params[i]).value
-                (addresses if kind.startswith("*") else numbers)[name] = bits
-            found.append(Seen(compiled.name, tuple(grid[:3]), threads, shared, numbers, addresses))
-
-        watcher, place = _WATCHER(note), ctypes.c_void_p.in_dll(self._library, "gdd_watcher")
-        place.value = ctypes.cast(watcher, ctypes.c_void_p).value
-        try:
-            yield found
-        finally:
-            place.value = None
 
 
 @contextlib.contextmanager

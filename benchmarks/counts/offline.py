@@ -1,8 +1,8 @@
 """Compiling kernels for GPUs that are not here, and reading what the assembler says of them.
 
 `compile_triton` compiles @triton.jit functions for sm_80 and sm_90 in a process of its own, because the tests' process
-has Triton's interpreter switched on; `compile_cuda` gives CUDA source to nvcc. Both return a `Resources` per kernel and
-architecture; `Resources.assert_no_spills` is the check that every kernel has to pass.
+has Triton's interpreter switched on, and returns a `Resources` per kernel and architecture;
+`Resources.assert_no_spills` is the check that every kernel has to pass.
 """
 
 import contextlib
@@ -11,10 +11,8 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,7 +84,7 @@ def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures
             source = ASTSource(kernel, signature, constexprs=case["constants"], attrs=hints)
             with contextlib.redirect_stdout(io.StringIO()) as log:
                 compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=case["options"])
-            registers, spilled, _ = _parse(log.getvalue())[0]
+            registers, spilled, _ = parse_report(log.getvalue())[0]
             results.append(Resources(case["kernel"], architecture, registers, spilled, compiled.metadata.shared))
             cubins.append(compiled.asm["cubin"])
     for i, architecture in enumerate(architectures):
@@ -96,23 +94,7 @@ def _compile_triton_here(module: str, cases: list[dict[str, Any]], architectures
     return [asdict(entry) for entry in results]
 
 
-def compile_cuda(source: str, architecture: int, include: Sequence[Path] = ()) -> list[Resources]:
-    """Resources of every kernel that `source` (CUDA text that includes from csrc/) instantiates, by nvcc alone."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "source.cu")
-        path.write_text(source)
-        includes = [f"-I{p}" for p in (ROOT / "csrc", *include)]
-        command = [nvcc, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", *includes]
-        done = subprocess.run([*command, "-o", Path(folder, "out.cubin"), path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
-    return [Resources(n, architecture, *report) for n, report in zip(names, _parse(done.stderr), strict=True)]
-
-
-def _parse(report: str) -> list[tuple[int, int, int]]:
+def parse_report(report: str) -> list[tuple[int, int, int]]:
     """(registers, spilled bytes, shared bytes) of every kernel in the output of `ptxas -v`."""
     spills = [int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)]
     used = re.findall(r"Used (\d+) registers(.*)", report)

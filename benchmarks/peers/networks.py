@@ -5,6 +5,7 @@ compilation, CUDA graphs. All are built from one seed, so that all compute the s
 """
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases.layer_calls import NETWORKS
 from benchmarks.harness.timing import Call
+from benchmarks.peers.stock_unet import StockGenerator, Style
 from gdd_fast.bundled import BUNDLED_TEACHER
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
 from gdd_fast.layers.frozen_conv import FrozenConv2d
@@ -23,6 +25,7 @@ from gdd_fast.models.backbones import Backbone, build_backbone, fold_batch_norm
 from gdd_fast.models.backbones.lite0 import SameConv2d
 from gdd_fast.models.backbones.vgg import MaxPool2x2
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.sampling.sampler import one_step
 
 SEED = 0
 _GRAPH_WARM_UP = 3
@@ -172,6 +175,42 @@ def under_tf32(call: Call, allowed: bool | None) -> Call:
             return call()
 
     return run
+
+
+def sampling(network: Callable[..., Tensor], z: Tensor, labels: Tensor | None = None, *, tf32: bool | None) -> Call:
+    """One step of `network` from latents z, `under_tf32`."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return one_step(network, z, labels)
+
+    return under_tf32(call, tf32)
+
+
+def stock_generator(
+    net: GDDPrecond,
+    style: Style,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
+    *,
+    cast: bool = True,
+) -> StockGenerator:
+    """A copy of `net` on plain PyTorch; with `cast` convolutions hold their weights in `dtype`, as one does for
+    sampling."""
+    model = StockGenerator(copy.deepcopy(net), style, dtype).to(memory_format=layout)
+    for module in model.modules() if cast else ():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 4:
+            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return model
+
+
+def our_generator(net: GDDPrecond, dtype: torch.dtype) -> GDDPrecond:
+    """A copy of `net` that computes in `dtype`, in channels_last memory."""
+    model = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    model.dtype = dtype
+    return model
 
 
 def step_if_finite(adam: torch.optim.Adam, gradients: Sequence[Tensor]) -> None:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.plans import Run, Source, Start, Study
+from benchmarks.study.plans import Run, Source, Study
 from gdd_fast.data.demo import DEMO_SPLITS
 from gdd_fast.distill.pretraining import TEACHER
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
-from gdd_fast.training.loop import CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Folders:
         """What `--teacher` and `--net` take."""
         return "demo" if self.study.teacher is None else str(self.teacher_run / TEACHER)
 
-    def start(self, kind: Start) -> str:
-        return self.teacher if kind == "teacher" else str(self.root / "starts" / kind)
-
     def run(self, run: Run) -> Path:
         return self.root / "runs" / run.name
 
@@ -65,9 +61,6 @@ class Folders:
     def failure(self, run: Run) -> Path:
         """Why a run cannot go on; removing it lets it try again."""
         return self.run(run) / "failed.txt"
-
-    def has_checkpoint(self, folder: Path) -> bool:
-        return (folder / CHECKPOINT).exists()
 
     def judged(self, what: str, images: int, sampler: str, seed_set: int) -> Path:
         return self.root / "judged" / what / f"{images:09d}-{sampler}-{seed_set}.json"

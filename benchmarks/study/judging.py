@@ -17,8 +17,7 @@ from gdd_fast.metrics.features import build_extractor
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.kid import kernel_distance
 from gdd_fast.metrics.neighbours import precision_recall
-from gdd_fast.metrics.population import Needs, Population
-from gdd_fast.metrics.statistics import dataset_populations, generator_populations
+from gdd_fast.metrics.population import Needs, Population, dataset_populations, generator_populations
 from gdd_fast.models.files.load import load_generator
 from gdd_fast.sampling.generate import SamplerConfig
 

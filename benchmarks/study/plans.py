@@ -5,9 +5,8 @@ Flags are those of `gdd_fast.pretrain` and `gdd_fast.train`; a study adds nothin
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-Start = Literal["teacher", "random", "shuffled"]
 Flags = Mapping[str, Any]
 
 
@@ -30,9 +29,6 @@ class Run:
     name: str
     title: str
     flags: Flags = field(default_factory=dict)
-    start: Start = "teacher"
-    """Whose weights it begins with: the teacher's, a network's of its form before training, or the teacher's with the
-    channels of the layers that GDD-I freezes in another order."""
     milestones: tuple[int, ...] = ()
     """Images after which it is judged; the last is its length."""
     seeds: int = 1
@@ -118,15 +114,15 @@ CIFAR16 = Study(
     runs=(
         Run("gdd-i", "GDD-I (level 1 frozen)", milestones=(2_000, 5_000, *_LONG, 500_000, 1_000_000), seeds=3),
         Run("gdd", "GDD (nothing frozen)", {"freeze": 0}, milestones=_LONG, seeds=3),
-        Run("random", "GAN from random weights", {"freeze": 0}, "random", _LONG, seeds=3),
-        Run("shuffled", "level 1 frozen, channels shuffled", {}, "shuffled", _LONG),
+        Run("random", "GAN from random weights", {"freeze": 0, "init": "random"}, _LONG, seeds=3),
+        Run("shuffled", "level 1 frozen, channels shuffled", {"init": "shuffled"}, _LONG),
         Run("level-2", "level 2 frozen (and qkv)", {"freeze": 2}, milestones=_LONG),
         Run("level-3", "level 3 frozen (and skip)", {"freeze": 3}, milestones=_LONG),
         Run("d-bf16", "GDD-I, discriminator in bf16", {"d_precision": "bf16"}, milestones=_LONG, seeds=3),
         Run("no-r1", "GDD-I without R1", {"r1_interval": 0}, milestones=_LONG),
         Run("heads", "GDD-I, logits reduced by heads", {"logit_reduction": "heads"}, milestones=_LONG),
         Run("at-64", "GDD-I, discriminator at 64", {"disc_resolution": 64}, milestones=_LONG),
-        Run("random-i", "level 1 frozen, random weights", {}, "random", _LONG),
+        Run("random-i", "level 1 frozen, random weights", {"init": "random"}, _LONG),
         Run(
             "two-backbones",
             "GDD-I, backbones lite0 and VGG-16",
@@ -220,7 +216,7 @@ CIFAR32 = Study(
     runs=(
         Run("gdd-i", "GDD-I (level 1 frozen)", milestones=(20_000, 50_000, 200_000)),
         Run("gdd", "GDD (nothing frozen)", {"freeze": 0}, milestones=(20_000, 50_000, 200_000)),
-        Run("random", "GAN from random weights", {"freeze": 0}, "random", (20_000, 50_000, 200_000)),
+        Run("random", "GAN from random weights", {"freeze": 0, "init": "random"}, (20_000, 50_000, 200_000)),
         Run(
             "d-bf16",
             "GDD-I, discriminator in bf16, R1 in TF32",

@@ -14,8 +14,6 @@ import torch
 
 from benchmarks.study.folders import Folders
 from benchmarks.study.plans import Flags, Run
-from benchmarks.study.starts import WRITERS
-from gdd_fast.config import TrainConfig, override, preset
 from gdd_fast.distill.pretraining import TEACHER
 from gdd_fast.models.files.load import RUN_GENERATOR
 from gdd_fast.signals import StopRequest
@@ -127,7 +125,6 @@ def teach(folders: Folders, budget: Budget) -> None:
 
 def distill(folders: Folders, run: Run, milestone: int, budget: Budget) -> None:
     """Train `run` to `milestone` and keep the averaged generator. A run that fails is marked and passed over."""
-    write_start(folders, run)
     folder = folders.run(run)
     line = [*command("train", {"preset": folders.study.preset}), *arguments(flags_of(folders, run, milestone))]
     if _timed(line, folders, folder, budget):
@@ -140,12 +137,6 @@ def distill(folders: Folders, run: Run, milestone: int, budget: Budget) -> None:
     partial.rename(snapshot)
 
 
-def write_start(folders: Folders, run: Run) -> None:
-    """The network that a run begins with, if it is not the teacher."""
-    if run.start != "teacher" and not (Path(folders.start(run.start)) / "config.json").exists():
-        WRITERS[run.start](folders.teacher, Path(folders.start(run.start)))
-
-
 def flags_of(folders: Folders, run: Run, milestone: int) -> dict[str, Any]:
     """Of `gdd_fast.train`, beside --preset."""
     flags = {**folders.study.base, **run.flags}
@@ -153,16 +144,11 @@ def flags_of(folders: Folders, run: Run, milestone: int) -> dict[str, Any]:
         flags["backbone_weights"] = tuple(w.format(assets=folders.assets) for w in flags["backbone_weights"])
     return {
         "data": folders.data("train"),
-        "teacher": folders.start(run.start),
+        "teacher": folders.teacher,
         "run_dir": folders.run(run),
         "duration_mimg": milestone / 1e6,
         **flags,
     }
-
-
-def config_of(folders: Folders, run: Run) -> TrainConfig:
-    """What the command makes of a run's flags."""
-    return override(preset(folders.study.preset), **flags_of(folders, run, run.milestones[-1]))
 
 
 def _images(folder: Path) -> int:
@@ -178,7 +164,7 @@ def _timed(line: Sequence[str], folders: Folders, folder: Path, budget: Budget) 
         return call(line, folder / "log.txt", budget)
     finally:
         seconds = {"cpu_s": round(_children_seconds() - cpu, 1), "wall_s": round(time.monotonic() - wall, 1)}
-        values = load_values(folder / CHECKPOINT) if folders.has_checkpoint(folder) else {"images": 0}
+        values = load_values(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else {"images": 0}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         with folders.cost(folder).open("a") as file:
             file.write(json.dumps({"images": values["images"], **seconds, "device": device}) + "\n")

@@ -4,14 +4,3 @@ from gdd_fast.data.dataset import ArrayDataset, FileDataset, ImageDataset, open_
 from gdd_fast.data.demo import demo_dataset, load_data
 from gdd_fast.data.stream import BatchStream
 from gdd_fast.data.writer import write_edm_zip
-
-__all__ = [
-    "ArrayDataset",
-    "BatchStream",
-    "FileDataset",
-    "ImageDataset",
-    "demo_dataset",
-    "load_data",
-    "open_dataset",
-    "write_edm_zip",
-]

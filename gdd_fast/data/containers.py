@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from gdd_fast.data.classes import as_classes
-from gdd_fast.data.packed import check_expansion
+from gdd_fast.data.npz import check_expansion
 from gdd_fast.errors import DataError
 
 # What Pillow decodes in its default build.

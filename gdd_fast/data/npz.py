@@ -10,7 +10,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gdd_fast.data.packed import check_expansion
 from gdd_fast.errors import DataError
 
 # What zipfile and NumPy raise on files that are not an .npz of plain arrays, among them headers that do not parse.
@@ -70,3 +69,12 @@ def _read_array(file: BinaryIO, size: int) -> np.ndarray:
         raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def check_expansion(size: int, compressed: int) -> None:
+    """Raise `ValueError` for a file of `size` bytes that unpacks from too few: photographs, and even drawings, do not.
+
+    Without this, an archive of a few megabytes can fill any memory. Up to 64 MiB everything is taken.
+    """
+    if size > max(64 << 20, 100 * compressed):
+        raise ValueError(f"{compressed:,} bytes would unpack to {size:,}, which no data set does")

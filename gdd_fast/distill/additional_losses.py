@@ -16,8 +16,7 @@ from gdd_fast.distill.teacher_losses import TEACHER_LOSSES, Setup, TeacherLoss
 from gdd_fast.distill.teacher_losses.image_distances import Distance, build_distance
 from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.metrics.features import FeatureExtractor, build_extractor
-from gdd_fast.metrics.population import Needs
-from gdd_fast.metrics.statistics import dataset_populations, generator_populations
+from gdd_fast.metrics.population import Needs, dataset_populations, generator_populations
 from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World

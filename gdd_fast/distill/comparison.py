@@ -21,8 +21,8 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
 from gdd_fast.layers.backends import choose_backend, set_backend
 from gdd_fast.metrics.features import build_extractor
-from gdd_fast.metrics.frechet import Statistics, frechet_distance
-from gdd_fast.metrics.statistics import dataset_statistics, generator_statistics
+from gdd_fast.metrics.frechet import frechet_distance
+from gdd_fast.metrics.population import dataset_populations, generator_populations
 from gdd_fast.models.files.load import as_generator, load_generator
 from gdd_fast.ranks import World
 from gdd_fast.report import unet_picture
@@ -128,19 +128,20 @@ def write(
         if not stored:
             subjects = {"teacher": (teacher, HEUN), **subjects}
 
-        def generated() -> dict[str, list[Statistics]]:
+        def generated() -> dict[str, list[Any]]:
             options = {"seeds": range(images), "progress": bar.update}
             return {
-                row: generator_statistics(net, extractors, sampler=sampler, **options)
+                row: generator_populations(net, extractors, sampler=sampler, **options)
                 for row, (net, sampler) in subjects.items()
             }
 
-        real = partial(dataset_statistics, reference_set, extractors, progress=bar.update)
+        real = partial(dataset_populations, reference_set, extractors, progress=bar.update)
+        reference: list[Any]
         reference, found = at_once(real, generated, device)
     rows = {"teacher": stored} if stored else {}
-    for row, statistics in found.items():
-        pairs = zip(extractors, statistics, reference, strict=True)
-        rows[row] = {e.name: round(frechet_distance(own, ref), 4) for e, own, ref in pairs}
+    for row, populations in found.items():
+        of = zip(extractors, populations, reference, strict=True)
+        rows[row] = {e.name: round(frechet_distance(own.statistics, ref.statistics), 4) for e, own, ref in of}
     report = {
         "images": images,
         "reference": reference_set.name,

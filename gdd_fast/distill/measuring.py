@@ -17,8 +17,7 @@ from gdd_fast.files import atomic_write
 from gdd_fast.metrics.features import FeatureExtractor
 from gdd_fast.metrics.measure import Measurement, parse_metrics
 from gdd_fast.metrics.names import TEACHER, is_better, label
-from gdd_fast.metrics.population import Needs, Population
-from gdd_fast.metrics.statistics import dataset_populations, generator_populations
+from gdd_fast.metrics.population import Needs, Population, dataset_populations, generator_populations
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ranks import World, world_size

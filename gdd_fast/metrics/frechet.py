@@ -54,11 +54,7 @@ class Statistics:
         """Add a batch, floating point `(N, dim)`. Raises `DataError` for NaN or infinite features."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise DataError(f"expected features (N, {self.dim}), got {tuple(features.shape)}")
-        if not bool(torch.isfinite(features).all()):
-            raise DataError(
-                f"{self.features or 'the'} features of {len(features)} images hold NaN or infinite values: "
-                "the images or the feature network's weights are broken"
-            )
+        check_finite(features, self.features)
         if len(features) == 0:
             return
         if self.count is None:
@@ -107,6 +103,15 @@ class Statistics:
             raise DataError(f"statistics of images {self.image_shape} and {other.image_shape} cannot be compared")
         if self.dim != other.dim:
             raise DataError(f"features of {self.dim} and {other.dim} dimensions cannot be compared")
+
+
+def check_finite(features: torch.Tensor, name: str) -> None:
+    """Raise `DataError` for features (N, F), called `name`, that hold NaN or infinity."""
+    if not bool(features.isfinite().all()):
+        raise DataError(
+            f"{name or 'the'} features of {len(features)} images hold NaN or infinite values: "
+            "the images or the feature network's weights are broken"
+        )
 
 
 def check_covariance(sigma: torch.Tensor) -> None:

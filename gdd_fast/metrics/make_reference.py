@@ -11,9 +11,8 @@ from gdd_fast.device import full_float32
 from gdd_fast.errors import require
 from gdd_fast.files import check_destination
 from gdd_fast.metrics.measure import Measurement, parse_metrics
-from gdd_fast.metrics.population import Needs
+from gdd_fast.metrics.population import Needs, dataset_populations
 from gdd_fast.metrics.reference import save_reference
-from gdd_fast.metrics.statistics import dataset_populations
 from gdd_fast.ranks import World, join
 from gdd_fast.settings import Settings
 

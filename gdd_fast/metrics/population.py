@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gdd_fast.data.dataset import ImageDataset, choose_images
 from gdd_fast.errors import DataError
 from gdd_fast.metrics.features import FeatureExtractor
-from gdd_fast.metrics.frechet import Statistics
+from gdd_fast.metrics.frechet import Statistics, check_finite
 from gdd_fast.ranks import ALONE, World
+from gdd_fast.sampling.generate import SamplerConfig, generate
 
 Progress = Callable[[int], None]  # called with the number of images just done
 
@@ -30,11 +33,7 @@ class Population:
 
     def update(self, features: Tensor) -> None:
         """Add a batch, float32 (N, F). Raises `DataError` for NaN or infinite features."""
-        if not bool(torch.isfinite(features).all()):
-            raise DataError(
-                f"{self.features} features of {len(features)} images hold NaN or infinite values: "
-                "the images or the feature network's weights are broken"
-            )
+        check_finite(features, self.features)
         self.count += len(features)
         if self.statistics is not None:
             self.statistics.update(features)
@@ -110,3 +109,51 @@ def _empty(name: str, shape: tuple[int, ...], features: Tensor, need: Needs) -> 
     if need.rows:
         population.rows = features.new_empty(0, dim)
     return population
+
+
+def dataset_populations(
+    dataset: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    needs: Sequence[Needs] | None = None,
+    *,
+    batch: int = 64,
+    max_images: int | None = None,
+    progress: Progress | None = None,
+    world: World = ALONE,
+    everywhere: bool = False,
+) -> list[Population]:
+    """What metrics need of the images of `dataset`, one for each feature extractor.
+
+    `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `world`,
+    `everywhere`: see `gather`. Raises `DataError` for an image that cannot be read, and with fewer than two
+    images.
+    """
+    indices = choose_images(len(dataset), max_images).tolist()
+    batches = (torch.from_numpy(images) for images in dataset.chunks(world.share(indices, batch), size=batch))
+    found = gather(batches, extractors, needs, progress, world, everywhere=everywhere)
+    count = found[0].count if found else 0
+    if world.is_main and count < 2:
+        raise DataError(f"statistics need at least 2 images, not {count}")
+    return found
+
+
+def generator_populations(
+    net: nn.Module,
+    extractors: Sequence[FeatureExtractor],
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    needs: Sequence[Needs] | None = None,
+    *,
+    batch: int = 64,
+    progress: Progress | None = None,
+    world: World = ALONE,
+    everywhere: bool = False,
+    **options: Any,
+) -> list[Population]:
+    """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `gather`.
+
+    From the generator to the features images stay on the device.
+    """
+    batches = generate(net, world.share(seeds, batch), sampler, batch=batch, **options)
+    images = (part.images.permute(0, 3, 1, 2) for part in batches)
+    return gather(images, extractors, needs, progress, world, everywhere=everywhere)

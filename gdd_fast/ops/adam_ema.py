@@ -73,34 +73,22 @@ def adam_ema_ref_(
     step += 1
     first = 0
     for group, rate in zip(groups, rates, strict=True):
+        part = slice(first, first + group.tensors)
+        first += group.tensors
         if group.tensors:
-            part = slice(first, first + group.tensors)
-            _adam_(params[part], grads[part], exp_avgs[part], exp_avg_sqs[part], t, rate, group)
-            first += group.tensors
+            p, g, m, v = params[part], grads[part], exp_avgs[part], exp_avg_sqs[part]
+            beta1, beta2 = group.betas
+            if group.weight_decay:
+                g = list(torch._foreach_add(g, p, alpha=group.weight_decay))
+            torch._foreach_lerp_(m, g, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, g, g, 1 - beta2)
+            denominators = torch._foreach_sqrt(v)
+            torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
+            torch._foreach_add_(denominators, group.eps)
+            torch._foreach_addcdiv_(p, m, denominators, -rate / (1 - beta1**t))
     if averages:
         torch._foreach_lerp_(averages, params, weight)
-
-
-def _adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    t: float,
-    lr: float,
-    options: Group,
-) -> None:
-    """Adam's step number `t` of one group."""
-    beta1, beta2 = options.betas
-    if options.weight_decay:
-        grads = list(torch._foreach_add(grads, params, alpha=options.weight_decay))
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
-    torch._foreach_add_(denominators, options.eps)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**t))
 
 
 def adam_ema_waitless_(

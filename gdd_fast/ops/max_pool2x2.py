@@ -130,15 +130,11 @@ torch.library.define(
 
 @torch.library.impl("gdd_fast::max_pool2x2", "CompositeExplicitAutograd")
 def _max_pool2x2(x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    match implementation:
-        case "triton":
-            from gdd_fast.kernels import max_pool2x2 as kernels
+    if implementation == "cpp":
+        return torch.ops.gdd_fast_C.max_pool2x2(x)
+    from gdd_fast.kernels import max_pool2x2 as kernels
 
-            return kernels.max_pool2x2(x)
-        case "cpp":
-            return torch.ops.gdd_fast_C.max_pool2x2(x)
-        case _:
-            return places_ref(x)
+    return kernels.max_pool2x2(x)
 
 
 @torch.library.register_fake("gdd_fast::max_pool2x2")
@@ -152,40 +148,20 @@ def _(x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
 def _max_pool2x2_backward(
     dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, implementation: str
 ) -> Tensor:
-    match implementation:
-        case "triton":
-            from gdd_fast.kernels import max_pool2x2 as kernels
+    if implementation == "cpp":
+        return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
+    from gdd_fast.kernels import max_pool2x2 as kernels
 
-            dx = _empty(dy, height, width, channels_last)
-            if height % 2 or width % 2:
-                dx.zero_()  # the row and column that no window holds
-            kernels.max_pool2x2_backward(dy, places, dx, channels_last)
-            return dx
-        case "cpp":
-            return torch.ops.gdd_fast_C.max_pool2x2_backward(dy, places, height, width, channels_last)
-        case _:
-            return spread_ref(dy, places, height, width, channels_last)
+    dx = _empty(dy, height, width, channels_last)
+    if height % 2 or width % 2:
+        dx.zero_()  # the row and column that no window holds
+    kernels.max_pool2x2_backward(dy, places, dx, channels_last)
+    return dx
 
 
 @torch.library.register_fake("gdd_fast::max_pool2x2_backward")
 def _(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool, implementation: str) -> Tensor:
     return _empty(dy, height, width, channels_last)
-
-
-def places_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima and their places."""
-    y, index = F.max_pool2d(x, 2, return_indices=True)
-    width = x.shape[3]
-    return y, (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
-
-
-def spread_ref(dy: Tensor, places: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
-    """The gradient of an input of `height` x `width`."""
-    dx = _empty(dy, height, width, channels_last).zero_()
-    windows = dx[:, :, : height // 2 * 2, : width // 2 * 2]
-    for place in range(4):
-        windows[:, :, place // 2 :: 2, place % 2 :: 2] = torch.where(places == place, dy, dy.new_zeros(()))
-    return dx
 
 
 def _empty(dy: Tensor, height: int, width: int, channels_last: bool) -> Tensor:

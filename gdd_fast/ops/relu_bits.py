@@ -28,11 +28,6 @@ _choose = chooser(OPERATOR)
 Activation = Literal["relu", "relu6"]
 CEILING: dict[str, float] = {"relu": math.inf, "relu6": 6.0}
 
-# A 64-bit word of eight 0/1 bytes times this has the eight bits, first byte lowest, in its top byte.
-_GATHER = 0x0102040810204080
-# A byte repeated eight times, and of the i-th copy its i-th bit.
-_REPEAT, _PICK = 0x0101010101010101, 0x8040201008040201 - (1 << 64)
-
 
 def relu_bits_ref(x: Tensor, activation: Activation = "relu", inplace: bool = False) -> Tensor:
     """The definition; PyTorch keeps the result for backward."""
@@ -145,13 +140,11 @@ torch.library.define("gdd_fast::mask_bits", "(Tensor dy, Tensor bits, str implem
 
 @torch.library.impl("gdd_fast::relu_bits_", "CompositeExplicitAutograd")
 def _relu_bits_(y: Tensor, ceiling: float, implementation: str, bias: Tensor | None = None) -> Tensor:
-    if implementation == "triton":
-        from gdd_fast.kernels import relu_bits as kernels
+    if implementation == "cpp":
+        return torch.ops.gdd_fast_C.relu_bits_(y if bias is None else y.add_(bias[:, None, None]), ceiling)
+    from gdd_fast.kernels import relu_bits as kernels
 
-        return kernels.relu_bits_(y, ceiling, bias)
-    if bias is not None:
-        y.add_(bias[:, None, None])
-    return torch.ops.gdd_fast_C.relu_bits_(y, ceiling) if implementation == "cpp" else relu_bits_ref_(y, ceiling)
+    return kernels.relu_bits_(y, ceiling, bias)
 
 
 @torch.library.register_fake("gdd_fast::relu_bits_")
@@ -173,42 +166,13 @@ def _(y: Tensor, ceiling: float, bias: Tensor | None) -> None:
 
 @torch.library.impl("gdd_fast::mask_bits", "CompositeExplicitAutograd")
 def _mask_bits(dy: Tensor, bits: Tensor, implementation: str) -> Tensor:
-    match implementation:
-        case "triton":
-            from gdd_fast.kernels import relu_bits as kernels
+    if implementation == "cpp":
+        return torch.ops.gdd_fast_C.mask_bits(dy, bits)
+    from gdd_fast.kernels import relu_bits as kernels
 
-            return kernels.mask_bits(dy, bits)
-        case "cpp":
-            return torch.ops.gdd_fast_C.mask_bits(dy, bits)
-        case _:
-            return mask_bits_ref(dy, bits)
+    return kernels.mask_bits(dy, bits)
 
 
 @torch.library.register_fake("gdd_fast::mask_bits")
 def _(dy: Tensor, bits: Tensor, implementation: str) -> Tensor:
     return torch.empty_like(dy)
-
-
-def relu_bits_ref_(y: Tensor, ceiling: float) -> Tensor:
-    """Clamp y to [0, ceiling] in place; the bits of where that is flat, uint8 (ceil(numel / 8),)."""
-    flat = _in_memory_order(y)
-    blocked = flat <= 0
-    if ceiling < math.inf:
-        blocked |= flat >= ceiling
-    y.clamp_(0, None if ceiling == math.inf else ceiling)
-    blocked = F.pad(blocked.view(torch.uint8), (0, -flat.numel() % 8))
-    return (blocked.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
-
-
-def mask_bits_ref(dy: Tensor, bits: Tensor) -> Tensor:
-    """dy, zero where its bit is 1, in a new tensor of the same strides."""
-    flat = _in_memory_order(dy)
-    blocked = (bits.to(torch.int64) * _REPEAT & _PICK).view(torch.uint8)[: flat.numel()] != 0
-    dx = torch.empty_like(dy)
-    torch.where(blocked, flat.new_zeros(()), flat, out=_in_memory_order(dx))
-    return dx
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """A one-dimensional view of a dense tensor."""
-    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import network_cases
 from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
-from benchmarks.cases.operator_inputs import conv_problem, cudnn_convolution_relu, pool_problem
+from benchmarks.cases.operator_inputs import conv_problem, cudnn_convolution_relu, cudnn_group_norm, pool_problem
 from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
 from benchmarks.cases.waterfall_cases import sampling_case
 from benchmarks.counts.step_kernels import Count, count_kernels
@@ -24,7 +24,6 @@ from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.peers import networks as peers
-from benchmarks.peers.cudnn_norm import cudnn_group_norm
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond

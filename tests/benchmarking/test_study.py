@@ -7,16 +7,15 @@ import time
 
 import pytest
 import torch
-from tiny_run import FLAGS, tiny_network
+from tiny_run import FLAGS
 
 from benchmarks.study import __main__ as study_command
-from benchmarks.study import plans, starts, tables, training
+from benchmarks.study import plans, tables, training
 from benchmarks.study.folders import Folders, write_json
 from benchmarks.study.plans import CIFAR32, STUDIES, Run, Source, Study
-from gdd_fast.distill.freeze import freeze
+from gdd_fast.config import override, preset
 from gdd_fast.distill.pretraining import PretrainConfig
 from gdd_fast.models.files.load import load_generator
-from gdd_fast.models.files.save import save_network
 from gdd_fast.signals import StopRequest
 
 TINY = Study(
@@ -46,7 +45,8 @@ def test_every_run_is_one_that_the_command_takes(study, tmp_path):
     names = [run.name for run in study.all_runs()]
     assert len(set(names)) == len(names)
     for run in study.all_runs():
-        training.config_of(folders, run).validate()
+        flags = training.flags_of(folders, run, run.milestones[-1])
+        override(preset(study.preset), **flags).validate()
         assert list(run.milestones) == sorted(run.milestones)
     if study.teacher is not None:
         PretrainConfig(**study.teacher).validate()
@@ -70,27 +70,6 @@ def test_settings_become_flags():
 
 def test_the_teacher_is_judged_by_networks_that_no_discriminator_looks_through():
     assert "resnet56" in CIFAR32.features and "resnet56" not in CIFAR32.base["backbones"]
-
-
-def test_shuffling_keeps_every_value_of_a_layer_and_moves_only_what_gdd_i_freezes(tmp_path):
-    net = tiny_network()
-    save_network(net, tmp_path / "teacher")
-    starts.WRITERS["shuffled"](str(tmp_path / "teacher"), tmp_path / "shuffled")
-    freeze(net, 1)
-    shuffled = dict(load_generator(tmp_path / "shuffled").named_parameters())
-    for name, parameter in net.named_parameters():
-        torch.testing.assert_close(shuffled[name].flatten().sort().values, parameter.flatten().sort().values)
-        assert torch.equal(shuffled[name], parameter) == parameter.requires_grad, name
-
-
-def test_random_weights_are_those_before_training(tmp_path):
-    net = tiny_network()
-    save_network(net, tmp_path / "teacher")
-    starts.WRITERS["random"](str(tmp_path / "teacher"), tmp_path / "random")
-    random = load_generator(tmp_path / "random")
-    assert random.init_config() == net.init_config()
-    zeros = [p for name, p in random.named_parameters() if name.endswith("conv0.bias")]
-    assert zeros and not any(p.any() for p in zeros)
 
 
 def test_a_command_is_told_to_stop_when_the_budget_is_spent(tmp_path):

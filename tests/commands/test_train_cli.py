@@ -153,13 +153,13 @@ def test_a_run_with_report_and_the_same_command_again(inputs, tmp_path, capsys, 
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=8e-6, evaluate_images=4)
     flags += ["--g-precision", "tf32", "--d-precision", "tf32"]
     monkeypatch.setattr(comparison, "PANEL_IMAGES", 4)
-    arithmetic, measure = set(), comparison.generator_statistics
+    arithmetic, measure = set(), comparison.generator_populations
 
     def measured(*arguments, **options):
         arithmetic.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(comparison, "generator_statistics", measured)
+    monkeypatch.setattr(comparison, "generator_populations", measured)
     main(flags)
     assert arithmetic == {("ieee", "ieee")}, "a report is of full fp32 whatever the run was"
     first = capsys.readouterr().out

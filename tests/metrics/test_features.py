@@ -10,8 +10,7 @@ from gdd_fast.metrics.features import PixelFeatures, build_extractor
 from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
 from gdd_fast.metrics.frechet import frechet_distance
 from gdd_fast.metrics.measure import Measurement, parse_metrics
-from gdd_fast.metrics.population import gather
-from gdd_fast.metrics.statistics import dataset_statistics
+from gdd_fast.metrics.population import dataset_populations, gather
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import build_backbone
 
@@ -87,13 +86,14 @@ def test_resolution_is_part_of_the_name(lite0):
 def test_statistics_of_a_data_set_and_of_a_part_of_it():
     dataset = demo_dataset("test", max_images=50)
     seen = []
-    (whole,) = dataset_statistics(dataset, [PixelFeatures()], batch=7, progress=seen.append)
+    (found,) = dataset_populations(dataset, [PixelFeatures()], batch=7, progress=seen.append)
+    whole = found.statistics
     pixels = torch.from_numpy(next(dataset.chunks())).flatten(1).double() / 255
     assert (whole.count, sum(seen), whole.features) == (50, 50, "pixels-16")
     torch.testing.assert_close(whole.mean, pixels.mean(0), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(whole.covariance, pixels.T.cov(), rtol=1e-5, atol=1e-7)
 
-    parts = [dataset_statistics(dataset, [PixelFeatures()], max_images=20)[0] for _ in range(2)]
+    parts = [dataset_populations(dataset, [PixelFeatures()], max_images=20)[0].statistics for _ in range(2)]
     assert [part.count for part in parts] == [20, 20]
     assert torch.equal(parts[0].mean, parts[1].mean), "always the same ones"
     first = pixels[:20].mean(0)
@@ -102,7 +102,7 @@ def test_statistics_of_a_data_set_and_of_a_part_of_it():
 
 def test_too_few_images():
     with pytest.raises(DataError, match="at least 2"):
-        dataset_statistics(demo_dataset("test", max_images=1), [PixelFeatures()])
+        dataset_populations(demo_dataset("test", max_images=1), [PixelFeatures()])
 
 
 def test_unknown_features_resolutions_and_weights(tmp_path):

@@ -8,7 +8,7 @@ from vision_libraries import timm, torchvision
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.models.backbone_weights import load_backbone_weights
 from gdd_fast.models.backbones import BACKBONES, build_backbone, fold_batch_norm
-from gdd_fast.models.backbones.vit_attention import attention, attention_ref
+from gdd_fast.models.backbones.deit import attention, attention_ref
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
 VGG_CUTS = {

@@ -12,10 +12,10 @@ from gdd_fast.bundled import BUNDLED_TEACHER
 from gdd_fast.config import DEMO, PRESETS
 from gdd_fast.convert import ConvertConfig, convert
 from gdd_fast.errors import ConfigError, WeightsError
+from gdd_fast.models.edm import PUBLISHED, published
 from gdd_fast.models.files.load import load_generator, network_like
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond
-from gdd_fast.models.published import PUBLISHED, published
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,15 @@
 """Every CUDA kernel compiles for sm_80 and sm_90 with nvcc alone and without spilling registers."""
 
+import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.counts.offline import ARCHITECTURES, ROOT, compile_cuda
+from benchmarks.counts.offline import ARCHITECTURES, ROOT, Resources, parse_report
 
 CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
 
@@ -23,6 +25,22 @@ INSTANTIATIONS = {
     ],
     "floats.cuh": [],  # no kernels: included by the others
 }
+
+
+def compile_cuda(source: str, architecture: int) -> list[Resources]:
+    """Resources of every kernel that `source` (CUDA text that includes from csrc/) instantiates, by nvcc alone."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "source.cu")
+        path.write_text(source)
+        includes = [f"-I{p}" for p in (ROOT / "csrc",)]
+        command = [nvcc, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", *includes]
+        done = subprocess.run([*command, "-o", Path(folder, "out.cubin"), path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    return [Resources(n, architecture, *report) for n, report in zip(names, parse_report(done.stderr), strict=True)]
 
 
 def test_every_header_is_listed():

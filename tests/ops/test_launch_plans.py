@@ -181,6 +181,7 @@ from benchmarks.counts.host_gpu import stubbed
 from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.residual import residual
 from parity import promised
+from watched_launches import watched
 
 def strange():
     # six floats into its memory, and images more than 2^31 elements apart
@@ -195,7 +196,7 @@ def strange():
             [x.detach().requires_grad_(), torch.ones(shape).requires_grad_()])
 
 def seen(stub, row, shape):
-    with stub.watching() as found:
+    with watched(stub) as found:
         torch.autograd.grad(row.ours(*row.inputs), row.inputs, shape)
     given = {t.data_ptr(): i for i, t in enumerate(row.inputs)}
     return [

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from benchmarks.counts.offline import ARCHITECTURES, TritonCase, compile_triton
 from gdd_fast.errors import ConfigError, InputError
-from gdd_fast.ops.relu_bits import CEILING, OPERATOR, mask_bits_ref, relu_bits, relu_bits_ref, relu_bits_ref_
+from gdd_fast.ops.relu_bits import CEILING, OPERATOR, relu_bits, relu_bits_ref
 from parity import backends, device_for
 
 BACKENDS = pytest.mark.parametrize("backend", backends(OPERATOR))
@@ -17,6 +18,36 @@ FUSED = pytest.mark.parametrize("backend", backends(OPERATOR)[1:])
 ACTIVATIONS = pytest.mark.parametrize("activation", CEILING)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+
+# A 64-bit word of eight 0/1 bytes times this has the eight bits, first byte lowest, in its top byte.
+_GATHER = 0x0102040810204080
+# A byte repeated eight times, and of the i-th copy its i-th bit.
+_REPEAT, _PICK = 0x0101010101010101, 0x8040201008040201 - (1 << 64)
+
+
+def relu_bits_ref_(y: Tensor, ceiling: float) -> Tensor:
+    """Clamp y to [0, ceiling] in place; the bits of where that is flat, uint8 (ceil(numel / 8),)."""
+    flat = _in_memory_order(y)
+    blocked = flat <= 0
+    if ceiling < math.inf:
+        blocked |= flat >= ceiling
+    y.clamp_(0, None if ceiling == math.inf else ceiling)
+    blocked = F.pad(blocked.view(torch.uint8), (0, -flat.numel() % 8))
+    return (blocked.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+
+
+def mask_bits_ref(dy: Tensor, bits: Tensor) -> Tensor:
+    """dy, zero where its bit is 1, in a new tensor of the same strides."""
+    flat = _in_memory_order(dy)
+    blocked = (bits.to(torch.int64) * _REPEAT & _PICK).view(torch.uint8)[: flat.numel()] != 0
+    dx = torch.empty_like(dy)
+    torch.where(blocked, flat.new_zeros(()), flat, out=_in_memory_order(dx))
+    return dx
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """A one-dimensional view of a dense tensor."""
+    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)
 
 
 def values(dtype, device, shape=(2, 3, 7, 5), layout=CHANNELS_LAST):

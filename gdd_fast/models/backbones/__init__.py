@@ -16,22 +16,6 @@ from gdd_fast.models.backbones.lite0 import Lite0
 from gdd_fast.models.backbones.vgg import Vgg16
 from gdd_fast.models.files.tensor_files import listed, misfits
 
-__all__ = [
-    "BACKBONES",
-    "Backbone",
-    "ConvNorm",
-    "DeitBase",
-    "Lite0",
-    "Vgg16",
-    "build_backbone",
-    "check_resolution",
-    "fit_to",
-    "fit_weights",
-    "fold_batch_norm",
-    "made_of",
-    "probe_batch_norm",
-]
-
 Network = TypeVar("Network", bound=nn.Module)
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "vgg16_bn": lambda: Vgg16(batch_norm=True),

@@ -1,17 +1,54 @@
 """DeiT-B distilled, 224x224 in patches of 16 (Touvron et al., arXiv 2012.12877)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdd_fast.layers.frozen_conv import FrozenConv2d
 from gdd_fast.models.backbones.base import Backbone
-from gdd_fast.models.backbones.vit_attention import attention
 
 _WIDTH, _DEPTH, _HEADS, _PATCH = 768, 12, 12, 16
 _GRID = 224 // _PATCH
 _EXTRA_TOKENS = 2  # class and distillation
 _TAPPED_BLOCKS = (2, 5, 8, 11)
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The definition: `softmax(q k^T / sqrt(D)) v`, all (N, heads, tokens, D)."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention_ref` by `F.scaled_dot_product_attention`, made differentiable twice, which R1 needs.
+
+    Written out, attention keeps a weight for every pair of tokens: of DeiT-B 0.94 MB per image and block in bfloat16,
+    where queries, keys and values take 0.91 MB together. Here these three alone are kept, and backward computes the
+    rest anew: once more by the fused operator for a gradient, written out for one that is to be differentiated again. A
+    compiler is given the definition if there is something to differentiate, and fuses what it can.
+    """
+    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v)
+    return attention_ref(q, k, v) if torch.compiler.is_compiling() else _Attention.apply(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the caller wants a graph of the gradient itself
+            inputs = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in inputs)
+            return torch.autograd.grad(attention_ref(*inputs), inputs, dy, create_graph=True)
+        with torch.enable_grad():
+            inputs = tuple(t.detach().requires_grad_() for t in inputs)
+            y = F.scaled_dot_product_attention(*inputs)
+        return torch.autograd.grad(y, inputs, dy)
 
 
 class Attention(nn.Module):

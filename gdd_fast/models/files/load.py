@@ -13,13 +13,13 @@ from gdd_fast.bundled import teacher_path
 from gdd_fast.config import DEMO
 from gdd_fast.errors import ConfigError, WeightsError
 from gdd_fast.layers.convolution import Conv2d, resample_kernel
+from gdd_fast.models.edm import PUBLISHED, published
 from gdd_fast.models.files import bare_weights, diffusers_folder, pickle_reader
 from gdd_fast.models.files.pickle_reader import PickledNetwork
 from gdd_fast.models.files.save import FORMAT, PRECONDS, VERSION
 from gdd_fast.models.files.tensor_files import listed, misfits, read_tensor_file
 from gdd_fast.models.precond import EDMPrecond, GDDPrecond, compute_dtype
 from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
-from gdd_fast.models.published import PUBLISHED, published
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond, output_gain
 
 PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
