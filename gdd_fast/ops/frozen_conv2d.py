@@ -75,8 +75,10 @@ def frozen_conv2d(
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if backend != "torch" and (x.is_cpu or (x.is_cuda and recorded)) and runs_eagerly(x):
-        y = None if (module := extension()) is None else module.frozen_conv2d(
-            x, weight, bias, stride, padding, dilation, groups
+        y = (
+            None
+            if (module := extension()) is None
+            else module.frozen_conv2d(x, weight, bias, stride, padding, dilation, groups)
         )
         if y is not None:  # else something is to be refused
             return y
