@@ -4,7 +4,8 @@
 //   GDD_FAST_ISA            the attribute of every function here
 //   GDD_FAST_WIDTH          values in a vector
 //   GDD_FAST_FMA(a, b, c)   a * b + c of vectors
-//   GDD_FAST_WIDENED(h), GDD_FAST_NARROWED(v)    a vector of float16 as float32 and back, where there are instructions
+//   GDD_FAST_WIDENED(h)     a vector of float16 as float32, GDD_FAST_NARROWED(v) back, where there are instructions
+//   GDD_FAST_UNPACKED(h)    a vector of numbers below 2^16 as Bits, GDD_FAST_PACKED(bits) back as Halves
 //   GDD_FAST_SCALE          defined for AVX-512, which has instructions for the two ends of an exponential
 //
 // Vectors are the compiler's own, so that the loops need no intrinsics where a set has none for the purpose.
@@ -18,40 +19,56 @@ typedef uint16_t Halves __attribute__((vector_size(2 * GDD_FAST_WIDTH)));
 
 GDD_FAST_STEP Vector constant(float value) { return Vector{} + value; }
 
+#ifdef GDD_FAST_WIDENED
+GDD_FAST_STEP Vector widened(Halves h) { return GDD_FAST_WIDENED(h); }
+GDD_FAST_STEP Halves narrowed(Vector v) { return GDD_FAST_NARROWED(v); }
+#else
+// As `widen` and `narrow` of cpu/floats.h, which are not made into vectors here.
+GDD_FAST_STEP Vector widened(Halves h) {
+  const Bits bits = __builtin_convertvector(h, Bits), magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+  const Bits normal = ((magnitude << 13) + (112u << 23)) | (Bits(magnitude >= 0x7c00) & 0x7f800000);
+  const Bits subnormal = Bits(Vector(magnitude | bits_of(0.5f)) - 0.5f), small = Bits(magnitude < 0x400);
+  return Vector((small & subnormal) | (~small & normal) | sign);
+}
+
+GDD_FAST_STEP Halves narrowed(Vector v) {
+  const Bits bits = Bits(v), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  const Bits exponent = bits & 0x7f800000, least = Bits{} + (113u << 23);
+  const Vector power = Vector((exponent > least ? exponent : least) + (15u << 23));
+  const Bits sum = Bits(power + Vector(magnitude) * 0x1p112f * 0x1p-110f);
+  const Bits half = ((sum >> 13) & 0x7c00) + (sum & 0xfff), nan = Bits(magnitude > 0x7f800000);
+  return __builtin_convertvector(sign | (half & ~nan) | (0x7e00 & nan), Halves);
+}
+#endif
+
 // The first `count` values at `from`, kVector if it is not given.
 template <typename T>
 GDD_FAST_STEP Vector load(const T* from, int64_t count = kVector) {
-#ifdef GDD_FAST_WIDENED
-  if constexpr (std::is_same_v<T, c10::Half>) {
+  if constexpr (std::is_same_v<T, float>) {
+    Vector v{};
+    std::memcpy(&v, from, 4 * count);
+    return v;
+  } else {
     Halves halves{};
     std::memcpy(&halves, from, 2 * count);
-    return GDD_FAST_WIDENED(halves);
+    if constexpr (std::is_same_v<T, c10::Half>) return widened(halves);
+    return Vector(GDD_FAST_UNPACKED(halves) << 16);
   }
-#endif
-  float values[kVector] = {};
-  for (int64_t i = 0; i < count; i++) values[i] = widen(from[i]);
-  Vector v;
-  std::memcpy(&v, values, sizeof v);
-  return v;
 }
 
 template <typename T>
 GDD_FAST_STEP void store(T* to, Vector v, int64_t count = kVector) {
-#ifdef GDD_FAST_WIDENED
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    const Halves halves = GDD_FAST_NARROWED(v);
-    std::memcpy(to, &halves, 2 * count);
-    return;
-  }
-#endif
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // as `narrow`, which is not made into vectors here
-    const Bits bits = Bits(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Halves halves = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Halves);
-    std::memcpy(to, &halves, 2 * count);
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(to, &v, 4 * count);
   } else {
-    float values[kVector];
-    std::memcpy(values, &v, sizeof v);
-    for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(values[i]);
+    Halves halves;
+    if constexpr (std::is_same_v<T, c10::Half>) {
+      halves = narrowed(v);
+    } else {
+      const Bits bits = Bits(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      halves = GDD_FAST_PACKED(v == v ? rounded : Bits{} + 0x7fc0);
+    }
+    std::memcpy(to, &halves, 2 * count);
   }
 }
 

@@ -33,13 +33,17 @@ namespace avx512 {
 #define GDD_FAST_FMA(a, b, c) Vector(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)))
 #define GDD_FAST_WIDENED(h) Vector(_mm512_maskz_cvtph_ps(0xffff, __m256i(h)))
 #define GDD_FAST_NARROWED(v) Halves(_mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT))
+#define GDD_FAST_PACKED(bits) Halves(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(bits)))
 #define GDD_FAST_SCALE
+#define GDD_FAST_UNPACKED(h) Bits(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(h)))
 #include "cpu/group_norm_kernels.h"
 #undef GDD_FAST_ISA
 #undef GDD_FAST_WIDTH
 #undef GDD_FAST_FMA
 #undef GDD_FAST_WIDENED
 #undef GDD_FAST_NARROWED
+#undef GDD_FAST_UNPACKED
+#undef GDD_FAST_PACKED
 #undef GDD_FAST_SCALE
 }  // namespace avx512
 
@@ -49,12 +53,17 @@ namespace avx2 {
 #define GDD_FAST_FMA(a, b, c) Vector(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)))
 #define GDD_FAST_WIDENED(h) Vector(_mm256_cvtph_ps(__m128i(h)))
 #define GDD_FAST_NARROWED(v) Halves(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT))
+#define GDD_FAST_PACKED(bits) \
+  Halves(_mm_packus_epi32(_mm256_castsi256_si128(__m256i(bits)), _mm256_extracti128_si256(__m256i(bits), 1)))
+#define GDD_FAST_UNPACKED(h) Bits(_mm256_cvtepu16_epi32(__m128i(h)))
 #include "cpu/group_norm_kernels.h"
 #undef GDD_FAST_ISA
 #undef GDD_FAST_WIDTH
 #undef GDD_FAST_FMA
 #undef GDD_FAST_WIDENED
 #undef GDD_FAST_NARROWED
+#undef GDD_FAST_UNPACKED
+#undef GDD_FAST_PACKED
 }  // namespace avx2
 #endif
 
@@ -62,10 +71,14 @@ namespace any {
 #define GDD_FAST_ISA
 #define GDD_FAST_WIDTH 4
 #define GDD_FAST_FMA(a, b, c) ((a) * (b) + (c))
+#define GDD_FAST_PACKED(bits) __builtin_convertvector(bits, Halves)
+#define GDD_FAST_UNPACKED(h) __builtin_convertvector(h, Bits)
 #include "cpu/group_norm_kernels.h"
 #undef GDD_FAST_ISA
 #undef GDD_FAST_WIDTH
 #undef GDD_FAST_FMA
+#undef GDD_FAST_UNPACKED
+#undef GDD_FAST_PACKED
 }  // namespace any
 
 // The loops for T of one instruction set; of those without and with SiLU a pair.

@@ -1,4 +1,4 @@
-// SiLU and its derivative in float32, in a form that GCC vectorises.
+// The derivative of SiLU in float32, in a form that GCC vectorises.
 #pragma once
 #include <cstdint>
 
@@ -27,26 +27,8 @@ GDD_FAST_INLINE float exponential(float x, float limit) {
   return p * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
 }
 
-// 1 / d, d >= 1. A guess from the exponent and three steps of Newton's, each of which squares the error: several times
-// faster than dividing, and within a unit or two in the last place.
-GDD_FAST_INLINE float reciprocal(float d) {
-  float r = float_of(0x7ef311c7u - bits_of(d));
-  r = r * (2.0f - d * r);
-  r = r * (2.0f - d * r);
-  r = r * (2.0f - d * r);
-  return r;
-}
-
-// Below -limit the sigmoid is 0, which it is not after clipping: minus infinity gives NaN and -1e38 gives -0, as in
-// PyTorch, where clipping alone makes the one minus infinity and the other -2.
-GDD_FAST_INLINE float silu_of(float x, float limit) {
-  const float s = reciprocal(1.0f + exponential(-x, limit));
-  return x * (x < -limit ? 0.0f : s);
-}
-
 // The derivative, s (1 + x (1 - s)) of the sigmoid s; 1 - s is exp(-x) s, without cancellation, and 0 above the limit:
-// NaN at both infinities, as in PyTorch. Divided, as steps of Newton's err to one side, which adds up where gradients
-// are summed.
+// NaN at both infinities, as in PyTorch.
 GDD_FAST_INLINE float silu_slope(float x, float limit) {
   const float e = exponential(-x, limit), s = 1.0f / (1.0f + e);
   const float low = x < -limit ? 0.0f : s, rest = x > limit ? 0.0f : e * s;

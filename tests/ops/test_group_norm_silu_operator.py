@@ -1,5 +1,9 @@
 """group_norm_silu as an operator of PyTorch: derivatives, registration, compilation, backends; what it refuses."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +109,26 @@ def test_auto_on_a_cpu_is_the_extension_at_every_size(shape, dtype, layout, monk
     auto = case.call(group_norm_silu, *case.inputs)
     assert torch.equal(auto, cpp) and auto.stride() == cpp.stride()
     torch.testing.assert_close(auto, want, rtol=0.02, atol=0.02)
+
+
+OTHER_SETS = """
+import torch
+from gdd_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
+weight, bias = torch.randn(2, 44)
+for dtype, eps in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = (20 * torch.randn(2, 44, 9, 31) + 100).to(dtype).contiguous(memory_format=layout)
+        got = group_norm_silu(x, 4, 30 * weight, bias, backend="cpp")
+        want = group_norm_silu_ref(x.double(), 4, 30 * weight.double(), bias.double())
+        assert ((got - want).abs() <= eps * want.abs() + 2e-5).all(), (dtype, layout, (got - want).abs().max())
+"""
+
+
+@pytest.mark.skipif(not has_extension(), reason="the extension gdd_fast._C is not built")
+@pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
+def test_with_the_instructions_of_other_processors(instructions):
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
+    subprocess.run([sys.executable, "-c", OTHER_SETS], env=environment, check=True)
 
 
 def test_autocast_does_not_change_the_dtype():
