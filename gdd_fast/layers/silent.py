@@ -9,8 +9,8 @@ _PLAIN = (Tensor, nn.Parameter)
 def silent(module: nn.Module) -> bool:
     """Whether `module` computes what its class computes, with plain parameters and without hooks.
 
-    Hooks observe or change results, those that are registered for all modules too; those of accelerate and diffusers (offloading, casting) replace `forward` on the
-    instance.
+    Hooks observe or change results, those that are registered for all modules too; those of accelerate and diffusers
+    (offloading, casting) replace `forward` on the instance.
     """
     # written out: this runs for many layers at every call
     return (
