@@ -117,14 +117,15 @@ def _usable_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
         sys.stdout, sys.stderr = before[0] or nowhere, _Unbreakable(before[1] or nowhere)
-        strict = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
+        stdout = before[0]
+        strict = isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict"
         if strict:  # a file's name may have letters that this terminal's encoding has not: shown as stderr shows them
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             yield
         finally:
             if strict:
-                before[0].reconfigure(errors="strict")  # type: ignore[union-attr]
+                stdout.reconfigure(errors="strict")  # type: ignore[union-attr]
             sys.stdout, sys.stderr = before
 
 

@@ -44,7 +44,6 @@ from gdd_fast.ranks import ALONE, World, is_main, join
 from gdd_fast.sampling.generate import SamplerConfig, generate
 from gdd_fast.sampling.seeds import check_class, parse_seeds
 from gdd_fast.settings import Settings
-from gdd_fast.training.output import reading_bar
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,9 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
     _check_counts(config, measurement, samples, dataset, held_out, known)
     for images, most in ((samples, config.images), (held_out, None)):
         if images is not None:  # not found damaged when all the others are measured
-            with reading_bar(world.is_main) as progress:
-                images.validate(world.share(choose_images(len(images), most).tolist(), config.batch), progress)
+            share = world.share(choose_images(len(images), most).tolist(), config.batch)
+            with image_bar(len(share), "checked", world, delay=2) as bar:
+                images.validate(share, lambda done, _, bar=bar: bar.update(done - bar.n))
     choose_backend(config.backend, device.type, [n for n in (net, *measurement.networks) if n is not None])
     if net is not None:
         accelerate_foreign(net, config.backend)

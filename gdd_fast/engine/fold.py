@@ -166,6 +166,17 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
     )
 
 
+def chosen(target: Target) -> dict[Operator, Backend]:
+    """What each operator of a network folded for `target` runs, for `resolve` in another process."""
+    found = {
+        group_norm_silu.OPERATOR: target.norm,
+        residual.OPERATOR: target.residual,
+        resample2d.OPERATOR: target.resample,
+        attention.OPERATOR: target.attention,
+    }
+    return found | ({winograd_conv2d.OPERATOR: "cpp"} if target.winograd else {})
+
+
 def _packable() -> tuple[torch.dtype, ...]:
     """What oneDNN convolves in on this processor, nothing in a PyTorch without it."""
     if not torch.backends.mkldnn.is_available():

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdd_fast.backend import Backend
+from gdd_fast.backend import Backend, resolve
 from gdd_fast.engine.engines import Engine, Finish, choose_engine, make_engine
-from gdd_fast.engine.fold import fold, make_target
+from gdd_fast.engine.fold import chosen, fold, make_target
 from gdd_fast.engine.winograd_memory import DEFAULT_MEMORY, limit_winograd
 from gdd_fast.errors import ConfigError, InputError, WeightsError
 from gdd_fast.interop import hub
@@ -87,6 +87,7 @@ class OneStepGenerator:
         self.label_dim: int = network.label_dim
         self.engine = choose_engine(engine, self.device)
         target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
+        self._chosen = chosen(target)
         with torch.autocast("cpu", enabled=False):
             self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)
             if target.winograd:
@@ -99,6 +100,8 @@ class OneStepGenerator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.device = _device(self.device)  # which this process may not have
+        for implemented, backend in self._chosen.items():  # nor these, which are loaded here
+            resolve(backend, implemented, self.device.type)
         self._run = make_engine(self.engine, self.folded, self.device)
 
     @classmethod

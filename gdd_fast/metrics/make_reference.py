@@ -73,6 +73,6 @@ def write_reference(config: ReferenceConfig) -> int:
     return total
 
 
-def image_bar(total: int, what: str, world: World) -> tqdm:
-    """A bar of so many images, on the main rank."""
-    return tqdm(total=total, desc=what, unit="img", dynamic_ncols=True, disable=not world.is_main)
+def image_bar(total: int, what: str, world: World, delay: float = 0) -> tqdm:
+    """A bar of so many images, on the main rank; shown if it takes longer than `delay` seconds."""
+    return tqdm(total=total, desc=what, unit="img", delay=delay, dynamic_ncols=True, disable=not world.is_main)

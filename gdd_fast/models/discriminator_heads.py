@@ -141,9 +141,8 @@ class _BatchNorm(nn.BatchNorm2d):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        for statistics in (self.running_mean, self.running_var):  # of a run that was begun before this class
-            if statistics is not None:
-                statistics.nan_to_num_()
+        if not (self.running_mean + self.running_var).isfinite().all():  # type: ignore[operator]
+            self.reset_running_stats()  # of a run that was begun before this class
 
 
 class ClassMap(nn.Module):

@@ -61,6 +61,25 @@ def test_a_forward_replaced_on_the_instance_runs(name: str, layer: str, when: st
     assert (net(X) - plain).norm() > 1e-2 * plain.norm()
 
 
+@pytest.mark.parametrize("name", ["conv and batch norm", "EDM", "diffusers"])
+def test_hooks_for_all_modules_are_heard(name: str) -> None:
+    net, fast = pair(name)
+    plain = net(X)
+    kinds = (
+        nn.GroupNorm,
+        nn.BatchNorm2d,
+        type(net.get_submodule("net.enc.8x8_block0.norm0")) if name == "EDM" else nn.ReLU,
+    )
+
+    def double(module, inputs, output):
+        return 2 * output if isinstance(module, kinds) else None
+
+    with nn.modules.module.register_module_forward_hook(double):
+        assert_same(fast, net)
+        assert (net(X) - plain).norm() > 1e-2 * plain.norm()
+    assert_same(fast, net)
+
+
 @pytest.fixture
 def hf():
     return pytest.importorskip("accelerate")

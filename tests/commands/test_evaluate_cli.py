@@ -1,13 +1,14 @@
 """`python -m gdd_fast.evaluate`: distances of generators and of stored images, references kept and reused."""
 
-import contextlib
 import json
+import re
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from gdd_fast import evaluate as evaluate_command
 from gdd_fast.data.demo import demo_dataset
 from gdd_fast.evaluate import main
 from gdd_fast.metrics.features.efficientnet_lite import Lite0Features
@@ -210,16 +211,11 @@ def test_a_damaged_image_is_found_before_the_others_are_measured(net, real, tmp_
     assert "damaged.zip" in message and "000009" in message
 
 
-def test_reading_the_images_first_is_shown(net, real, monkeypatch, evaluate):
-    read = []
-
-    @contextlib.contextmanager
-    def bar(enabled):
-        yield lambda done, total: read.append((enabled, done, total))
-
-    monkeypatch.setattr("gdd_fast.evaluate.reading_bar", bar)
-    evaluate("--data", real, "--samples", real, "--features", "pixels")
-    assert read[-1] == (True, 128, 128)
+def test_reading_the_images_first_is_shown(real, capsys, monkeypatch):
+    bar = evaluate_command.image_bar
+    monkeypatch.setattr(evaluate_command, "image_bar", lambda *args, delay=0: bar(*args))  # if it takes a while
+    main([str(word) for word in ("--data", real, "--samples", real, "--features", "pixels")])
+    assert re.search(r"checked: 100%.* 128/128", capsys.readouterr().err)
 
 
 def test_images_of_another_size(net, real, tmp_path, keep, capsys):

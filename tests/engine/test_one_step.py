@@ -1,8 +1,12 @@
 """OneStepGenerator: images of seeds and labels, whatever the batch; what it refuses."""
 
 import copy
+import io
 import multiprocessing
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +22,14 @@ from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ops.group_norm_silu import OPERATOR
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.generate import generate
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
 from rehearsal import forbid_waiting
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"model_type": "SongUNet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
 
 
@@ -36,8 +42,16 @@ def conditional() -> OneStepGenerator:
     return OneStepGenerator.from_network(tiny(5))
 
 
+def saved_by_torch(generator):
+    """By pickle's protocol 2."""
+    file = io.BytesIO()
+    torch.save(generator, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g)), saved_by_torch])
 def test_copies_and_pickles_draw_the_same_bits(again, dtype) -> None:
     generator = OneStepGenerator.from_network(tiny(5), dtype=dtype)
     with torch.no_grad():
@@ -64,6 +78,24 @@ def test_a_spawned_process_can_have_one(conditional) -> None:
     assert np.array_equal(queue.get(timeout=120), conditional(2, 1, seeds=range(2)).numpy())
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_has_only_the_file_can_have_one(conditional, tmp_path) -> None:
+    """A spawned one imports this module, and with it what loads the extension."""
+    torch.save(conditional, tmp_path / "generator.pt")
+    program = "import sys, torch; g = torch.load(sys.argv[1], weights_only=False); "
+    program += "torch.save(g(2, 1, seeds=range(2)), sys.argv[2])"
+    files = [tmp_path / "generator.pt", tmp_path / "images.pt"]
+    subprocess.run([sys.executable, "-c", program, *files], check=True, timeout=120, cwd=ROOT)
+    assert torch.equal(torch.load(files[1]), conditional(2, 1, seeds=range(2)))
+
+
+def test_one_whose_operators_are_not_here_says_so(conditional) -> None:
+    state = conditional.__getstate__()
+    there = OneStepGenerator.__new__(OneStepGenerator)
+    with pytest.raises(BackendError, match=r"group_norm_silu: backend 'cuda' cannot run here"):
+        there.__setstate__({**state, "_chosen": {OPERATOR: "cuda"}})
 
 
 def levels(a: torch.Tensor, b: torch.Tensor) -> int:
