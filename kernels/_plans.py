@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._launch import Launch, noting
 
-# Of the types that Triton gives to numbers: how their bits lie in memory.
+# How the bits of the types that Triton gives to numbers lie in memory.
 _BITS = {"i1": "<i", "i32": "<i", "i64": "<q", "u1": "<I", "u32": "<I", "u64": "<Q", "fp32": "<f", "f32": "<f"}
 
 

@@ -38,7 +38,7 @@ def _largest(a, b, c, d):
 
 @triton.jit
 def _pixel_tile(H, W, C, pixel_blocks, channel_blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of a tile: where its windows begin, in the input and in the output; offsets within both; what is inside."""
+    """Where a tile's windows begin, in the input and in the output; offsets within both; what is inside."""
     pid = tl.program_id(0)
     channel = pid % channel_blocks * BLOCK_C
     rest = pid // channel_blocks
@@ -88,7 +88,7 @@ def channels_last_backward_kernel(
 
 @triton.jit
 def _row_tile(rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Of a tile: offsets of its elements in the upper rows of its windows, and in the output; what is inside."""
+    """Offsets of a tile's elements in the upper rows of its windows, and in the output; what is inside."""
     pid = tl.program_id(0)
     first = pid % column_blocks * BLOCK_W
     row = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # of the windows of all maps

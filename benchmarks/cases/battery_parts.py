@@ -8,13 +8,13 @@ second of one core for a Triton kernel that is not in the cache, 5 s for a proce
                   to disk, 15 s: 135 s
     correctness   127 cases, 125 kernels, float64 definitions (3 TFLOP at 1 TFLOP/s), 6 cases of whole networks:
                   240 s in one process, 50 in six
-    inference     9 generators of 7 peers, 5 cases of pieces; 1.6 s a peer, of which 0.5 are timed: 130 s
-    train         a case is 5 s of definitions in fp32 and 6 to 8 s a peer: 25 s, 7 cases 175 s; R1 in the rounds of
+    inference     9 generators of 7 peers, 5 cases of pieces; 1.6 s per peer, of which 0.5 are timed: 130 s
+    train         a case is 5 s of definitions in fp32 and 6 to 8 s per peer: 25 s, 7 cases 175 s; R1 in the rounds of
                   4 iterations 25 s more, most of it of the public settings' fp32 (0.5 s each time at batch 128)
-    ops           242 cases of 5 peers, 0.1 s a peer and 0.2 s a case: 180 s
+    ops           242 cases of 5 peers, 0.1 s per peer and 0.2 s per case: 180 s
     pipelines     45 s, of which SciPy's square root of a matrix takes 40
     tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
-    compiled      1 to 2 min a case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
+    compiled      1 to 2 min per case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
     waterfall     18 peers of two cases, 10 s each: 180 s, only when asked for
 """
 

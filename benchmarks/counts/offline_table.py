@@ -119,7 +119,7 @@ class Row:
 
 
 def instructions_per_result(launch: Launch, resources: Resources) -> float:
-    """Of the loops over tiles, for each element of the tile that a thread has."""
+    """Instructions of the loops over tiles, per element of the tile that a thread has."""
     constants = launch.case.constants
     tile = math.prod(v for name, v in constants.items() if name.startswith("BLOCK") and name != "BLOCK_G")
     tile *= 8 if launch.operator == "relu_bits" else 1  # bits of a byte
@@ -128,7 +128,7 @@ def instructions_per_result(launch: Launch, resources: Resources) -> float:
 
 
 def kilobytes_in_flight(launch: Launch, resources: Resources) -> float:
-    """Of a multiprocessor that is full of such programs; lanes without a channel ask for nothing."""
+    """Loads under way on a multiprocessor full of such programs; lanes without a channel ask for nothing."""
     constants, warps = launch.case.constants, launch.case.options["num_warps"]
     programs = resident_programs(resources.architecture, resources.registers, warps, resources.shared)
     used = constants["CHANNELS"] / constants["BLOCK_C"] if "CHANNELS" in constants else 1

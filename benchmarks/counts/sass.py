@@ -29,13 +29,13 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """That a load or store of one thread moves."""
+        """How many a load or store of one thread moves."""
         found = re.search(r"\.[USB]?(8|16|32|64|128)\b", self.name)
         return int(found[1]) // 8 if found else 4
 
     @property
     def target(self) -> int | None:
-        """Of a branch."""
+        """Where a branch goes."""
         return int(self.operands[-1], 16) if self.kind == "BRA" and self.operands[-1].startswith("0x") else None
 
     @property
@@ -152,7 +152,7 @@ def _text(cubin: bytes) -> bytes:
     return cubin[found[0][4] : found[0][4] + found[0][5]]
 
 
-# Of a multiprocessor: registers, in so many partitions, and warps; programs, and what each takes of shared memory
+# What a multiprocessor has: registers, in so many partitions, and warps; programs, and what each takes of shared memory
 # besides its own.
 _REGISTERS, _PARTITIONS, _WARPS, _PROGRAMS, _OWN_SHARED = 65536, 4, 64, 32, 1024
 _SHARED = {80: 164 * 1024, 90: 228 * 1024}

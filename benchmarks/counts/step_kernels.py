@@ -84,7 +84,7 @@ class Count:
 
 
 def count_kernels(step: Callable[[], object]) -> Count:
-    """Of one call, of `IMAGES` images if `Count.at` is to be asked; within a FakeTensorMode, or on meta tensors.
+    """The kernels of one call, within a FakeTensorMode or on meta tensors; for `Count.at`, a call with `IMAGES` images.
 
     FLOP are two for a multiply-add, of convolutions, matrix products and attention, backward passes included.
     """
@@ -175,7 +175,7 @@ class _Counting(TorchDispatchMode):
         return [whole]
 
     def _gradients(self, args, result, one: Callable[..., Kernel]) -> list[Kernel]:
-        """Of the input, the weight and the bias of a convolution, as far as they are asked for."""
+        """Kernels for the gradients of a convolution's input, weight and bias, as far as they are asked for."""
         dy, x, weight, *_, transposed, _, _, _ = args
         dx, dweight, dbias = result
         found = []
@@ -201,7 +201,7 @@ class _Counting(TorchDispatchMode):
 
 
 def _flop(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> float:
-    """Of a convolution: two for each multiplication by a weight."""
+    """FLOP of a convolution: two for each multiplication by a weight."""
     return 2.0 * (x if transposed else out).numel() * weight.shape[1:].numel()
 
 

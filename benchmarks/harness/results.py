@@ -54,11 +54,11 @@ class Row:
         return None if self.times is None else self.times[1]
 
     def copy_fraction(self, rates: dict[str, float]) -> float | None:
-        """Bytes a second as a share of the machine's copy bandwidth."""
+        """Bytes per second as a share of the machine's copy bandwidth."""
         return None if not self.bytes or not self.seconds else self.bytes / self.seconds / rates["copy"]
 
     def matmul_fraction(self, rates: dict[str, float]) -> float | None:
-        """FLOP a second as a share of the machine's matrix rate in this precision."""
+        """FLOP per second as a share of the machine's matrix rate in this precision."""
         rate = rates.get(self.precision)
         return None if not self.flops or not self.seconds or not rate else self.flops / self.seconds / rate
 

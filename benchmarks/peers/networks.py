@@ -99,7 +99,7 @@ def plain(net: nn.Module) -> Any:
 class _Convolution(nn.Conv2d):
     """PyTorch's convolution with the weights of a frozen one, and the activation that a folded network asks for.
 
-    Of SameConv2d it has TensorFlow's "SAME" padding, as timm writes it: an odd total is padded by hand.
+    In place of SameConv2d stands TensorFlow's "SAME" padding, as timm writes it: an odd total is padded by hand.
     """
 
     def __init__(self, module: FrozenConv2d) -> None:

@@ -164,7 +164,7 @@ class _FrozenBatchNormGradient(torch.autograd.Function):
 def _keeps_for_nothing(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether PyTorch's norm would keep x for the gradients of parameters and statistics that have none.
 
-    Of a CPU's small maps it does: autograd in Python takes longer than such a norm.
+    Small maps on a CPU do not count: autograd in Python takes longer than such a norm.
     """
     if x.is_cpu and x.numel() < SMALL:
         return False

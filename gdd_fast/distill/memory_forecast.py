@@ -68,7 +68,7 @@ class Forecast:
     steps: dict[str, Kept]
     """By the step: "G", "D", "R1"; "v" in the stage before."""
     first: "Forecast | None" = None
-    """Of the stage before the distillation, in a run that has one."""
+    """What the stage before the distillation takes, in a run that has one."""
 
     def bytes(self, images: int) -> int:
         """At most at a time, with so many images at once, in either stage."""

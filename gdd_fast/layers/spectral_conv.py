@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from gdd_fast.ops._memory_format import runs_eagerly
 
 _MOST_PIXELS = 128
-"""Of a result that is computed as a matrix product."""
+"""The most for which the result is computed as a matrix product."""
 
 
 class SpectralConv2d(nn.Conv2d):

@@ -1,6 +1,6 @@
 """3x3 convolutions of constant weights by Winograd's method, on a CPU: `conv2d(x, w, bias, padding=1)`.
 
-A tile of 4x4 pixels takes 36 products a pair of channels in place of 144: F(4x4, 3x3) of Lavin and Gray, arXiv
+A tile of 4x4 pixels takes 36 products per pair of channels in place of 144: F(4x4, 3x3) of Lavin and Gray, arXiv
 1509.09308. Sums and products are in float32 whatever the dtype of x. For inference: without gradients.
 
 "cpp" has AVX2 and AVX-512 kernels, on weights that are brought to its form once, by `winograd_weight`. They take four

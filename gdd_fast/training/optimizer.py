@@ -26,7 +26,7 @@ class AdamEma(torch.optim.Optimizer):
     The learning-rate schedulers of PyTorch, copy.deepcopy and pickle work as with its own optimizers; a copy has the
     counts, and averages of its own unless it is copied together with the network that they belong to.
 
-    Of parameters that FSDP2 has spread over processes each steps its parts, and all of them take a step or leave it out
+    Each process steps its parts of the parameters that FSDP2 has spread, and all of them take a step or leave it out
     together: every process calls `step`. The moments are spread alike, in `state_dict()` too; it loads whole ones.
 
     Args:

@@ -76,6 +76,6 @@ def _difference(
 
 
 def _squares(a: Tensor, b: Tensor) -> float:
-    """Of their difference, where both are finite."""
+    """The sum of the squares of their difference, where both are finite."""
     difference = a.double() - b.double()
     return difference[difference.isfinite()].square().sum().item()
