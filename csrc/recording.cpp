@@ -1,6 +1,7 @@
 // A sequence of operators, recorded once and repeated without Python: what a network of fixed shapes calls is the same
 // at every call, and where maps are small Python takes as long to say it as the operators take to compute it. Every
 // operator is called anew, through the dispatcher, on tensors of its own.
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -29,7 +30,18 @@ class Recording {
   bool add(const std::string& name, const std::string& overload, const pybind11::tuple& arguments,
            const pybind11::dict& options, const pybind11::object& result) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-    Step step{op, torch::jit::createStackForSchema(op.schema(), arguments, options, std::nullopt), {}, {}};
+    Step step{op, {}, {}, {}};
+    const auto& formals = op.schema().arguments();
+    for (size_t i = 0; i < formals.size(); i++) {
+      const pybind11::str option(formals[i].name());
+      if (i < arguments.size()) {
+        step.arguments.push_back(value(arguments[i], formals[i].type()));
+      } else if (options.contains(option)) {
+        step.arguments.push_back(value(options[option], formals[i].type()));
+      } else {
+        step.arguments.push_back(formals[i].default_value().value());
+      }
+    }
     for (size_t i = 0; i < step.arguments.size(); i++) {
       c10::IValue& argument = step.arguments[i];
       if (argument.isTensor() && argument.toTensor().defined()) {
@@ -104,6 +116,16 @@ class Recording {
     std::vector<std::pair<size_t, size_t>> read;  // which argument is which slot
     std::vector<size_t> last;                     // slots that no later step reads
   };
+
+  // A number may stand for a tensor; it has no say in the type of the result.
+  static c10::IValue value(const pybind11::handle& given, const c10::TypePtr& type) {
+    if (type->kind() == c10::TypeKind::TensorType && !THPVariable_Check(given.ptr()) && !given.is_none()) {
+      at::Tensor number = c10::scalar_to_tensor(torch::jit::toIValue(given, c10::NumberType::get()).toScalar());
+      number.unsafeGetTensorImpl()->set_wrapped_number(true);
+      return number;
+    }
+    return torch::jit::toIValue(given, type);
+  }
 
   void remember(const at::Tensor& t) {
     kept_.push_back(t);  // else another one may come to lie at its address

@@ -47,9 +47,9 @@ at::Tensor panel_conv2d(const at::Tensor& x, const Maybe& first, const Maybe& se
     if (!map.has_value()) continue;
     const at::Tensor& m = *map;
     check_map(m);
-    TORCH_CHECK_VALUE(
-        m.scalar_type() == x.scalar_type() && m.size(0) == c.images && m.size(2) == c.height && m.size(3) == c.width,
-        "panel_conv2d: maps must match in all but channels");
+    TORCH_CHECK_VALUE(m.scalar_type() == x.scalar_type() && m.size(0) == c.images &&
+                          (maps.empty() || (m.size(2) == height && m.size(3) == width)),
+                      "panel_conv2d: maps must match in all but channels");
     maps.push_back(m.contiguous(kFormat));
     c.channels.push_back(m.size(1));
     depth += m.size(1);
@@ -77,7 +77,8 @@ at::Tensor small_resample2d(const at::Tensor& x, const at::Tensor& kernel, const
     return up ? 2 * (in - 1) + taps - 2 * padding : (in + 2 * padding - taps) / 2 + 1;
   };
   const int64_t height = size(x.size(2)), width = size(x.size(3));
-  TORCH_CHECK_VALUE(x.size(2) + 2 * padding >= taps && x.size(3) + 2 * padding >= taps && height > 0 && width > 0,
+  const int64_t least = up ? 1 : taps - 2 * padding;
+  TORCH_CHECK_VALUE(x.size(2) >= least && x.size(3) >= least && height > 0 && width > 0,
                     "small_resample2d: ", x.sizes(), " is smaller than the filter");
   at::Tensor y = made(x, x.size(1), height, width);
   if (y.numel() == 0) return y;

@@ -77,7 +77,7 @@ def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Run
         case "graph":
             return GraphCache(network, CudaCapture(device))
         case _:
-            if device.type == "cpu" and has_extension():
+            if device.type == "cpu" and isinstance(network, nn.Module) and has_extension():
                 return Recorded(network)
             return functools.partial(_finished, network)
 

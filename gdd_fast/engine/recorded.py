@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gdd_fast.backend import extension
+from gdd_fast.errors import ConfigError
 
 MAX_RECORDINGS = 8
 
@@ -29,6 +30,8 @@ class Recorded:
     """`network(latents, rows)`, and what a `Finish` makes of its images; recordings of the last shapes are kept."""
 
     def __init__(self, network: nn.Module, limit: int = MAX_RECORDINGS) -> None:
+        if limit < 1:
+            raise ConfigError(f"at least 1 recording is kept, not {limit}")
         self.network = network
         self.limit = limit
         self._modules = list(network.modules())

@@ -157,7 +157,7 @@ def test_an_empty_batch_has_an_empty_result():
 def test_what_does_not_fit_is_refused():
     x, packed, bias = filled(1, 16, 4, 4), panel_weight([filled(32, 16, 3, 3)]), torch.zeros(32)
     for wrong in (x[:, :8], x.half(), x[0]):
-        with pytest.raises(ValueError, match="panel_conv2d|maps must be"):
+        with pytest.raises(ValueError, match=r"panel_conv2d|maps must be"):
             panel_conv2d(wrong, packed, bias, 3, 1)
     with pytest.raises(ValueError, match="panel_conv2d"):
         panel_conv2d(x, packed, bias, 1, 0)
