@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Operator, obstacle
-from gdd_fast.errors import InputError
 from gdd_fast.ops.attention import attention_ref
 from gdd_fast.ops.resample2d import resample2d_ref
 
