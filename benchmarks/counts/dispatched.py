@@ -116,6 +116,7 @@ def fake_engine(name: str, channels: int) -> Iterator[tuple[Preconditioned, Fold
         make_target(torch.device("cpu"), torch.bfloat16),
         convolve="plain",
         winograd=False,
+        small=False,
         layout=torch.channels_last,
         late_bias=True,
         norm="triton",

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from gdd_fast.backend import has_extension
 from gdd_fast.device import full_float32
+from gdd_fast.engine.recorded import Recorded
 from gdd_fast.errors import BackendError, ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
@@ -75,6 +77,8 @@ def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Run
         case "graph":
             return GraphCache(network, CudaCapture(device))
         case _:
+            if device.type == "cpu" and isinstance(network, nn.Module) and has_extension():
+                return Recorded(network)
             return functools.partial(_finished, network)
 
 

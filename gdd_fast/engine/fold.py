@@ -45,7 +45,7 @@ from gdd_fast.models.precond import EDMPrecond
 from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond
 from gdd_fast.models.unet_block import UNetBlock
-from gdd_fast.ops import attention, group_norm_silu, resample2d, residual, winograd_conv2d
+from gdd_fast.ops import attention, group_norm_silu, resample2d, residual, small_maps, winograd_conv2d
 from gdd_fast.ops.attention import check_triton
 
 SIGMA = 80.0
@@ -149,7 +149,9 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
     packed = channels_last_cpu and dtype in _packable()
     # AMX multiplies bfloat16 sixteen times as fast as AVX-512 does float32: Winograd's method saves a factor of four
     slower = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    winograd = channels_last_cpu and not slower and choose(winograd_conv2d.OPERATOR) == "cpp"
+    ours = channels_last_cpu and not slower and dtype in small_maps.DTYPES
+    winograd = ours and choose(winograd_conv2d.OPERATOR) == "cpp"
+    small = ours and choose(small_maps.OPERATOR) == "cpp" and small_maps.runs_here()
     norm, add, attend = (choose(module.OPERATOR) for module in (group_norm_silu, residual, attention))
     return Target(
         device=device,
@@ -162,6 +164,7 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         attention="auto" if backend == "auto" and not traced else attend,  # its "auto" looks at shapes as well
         statistics=norm == add == "triton",
         winograd=winograd,
+        small=small,
         late_bias=device.type == "cuda",
     )
 

@@ -101,7 +101,7 @@ class Resnet(nn.Module):
             h = self.norm2(h, add=temb[self.place])
         if self.act is not None:
             h = self.act(h)
-        return self.end(self.conv2(h), x)[0]
+        return self.end(self.conv2, h, x)[0]
 
 
 class SelfAttention(nn.Module):

@@ -7,6 +7,7 @@ With a map go its statistics, for the norm that reads it next, if what made the 
 does, and spares every norm that reads the map a pass over it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from gdd_fast.ops.group_norm_silu import group_norm_silu
 from gdd_fast.ops.pointwise import pointwise
 from gdd_fast.ops.resample2d import resample2d
 from gdd_fast.ops.residual import residual
+from gdd_fast.ops.small_maps import MOST_PRODUCTS, panel_conv2d, panel_weight, small_resample2d
 from gdd_fast.ops.winograd_conv2d import LEAST_TILES, takes, tiles, winograd_conv2d, winograd_weight
 
 Convolve = Literal["plain", "packed", "traced"]
@@ -34,6 +36,7 @@ class Target:
     layout: of images and weights, `gdd_fast.device.fast_layout`.
     statistics: whether residuals take the statistics of their results, for norms that can use them.
     winograd: convolve by `winograd_conv2d` where that has a kernel and the maps are large enough.
+    small: run what is small by the kernels of `gdd_fast.ops.small_maps`.
     late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
         product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
     """
@@ -48,6 +51,7 @@ class Target:
     attention: Backend
     statistics: bool
     winograd: bool
+    small: bool
     late_bias: bool
 
     @property
@@ -97,6 +101,24 @@ class WinogradWeight:
         return WinogradWeight, ()  # this processor's order, as above
 
 
+class PanelWeight:
+    """The weights of a convolution, and of those added to it, as `panel_conv2d` reads them, made for the first call."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, convs: "list[Convolution]") -> tuple[Tensor, Tensor]:
+        if self._made is None:
+            bias = convs[0].weight.new_zeros(convs[0].weight.shape[0], dtype=torch.float32)
+            for conv in convs:
+                bias = bias if conv.bias is None else bias + conv.bias
+            self._made = panel_weight([conv.weight for conv in convs]), bias
+        return self._made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PanelWeight, ()  # this processor's order, as above
+
+
 class Convolution(nn.Module):
     """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
 
@@ -115,8 +137,35 @@ class Convolution(nn.Module):
         self.weight = nn.Buffer(weight)
         self.packed = PackedWeight() if target.convolve == "packed" else None
         self.winograd = WinogradWeight() if target.winograd and padding == 1 and takes(weight) else None
+        fits = weight.shape[2:] in ((1, 1), (3, 3)) and padding <= 2
+        self.panels = PanelWeight() if target.small and fits and not self.pointwise else None
+        self.traced = target.convolve == "traced"
 
-    def forward(self, x: Tensor | Pair) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | Pair,
+        add: Tensor | None = None,
+        scale: float = 1.0,
+        parts: "Sequence[tuple[Convolution, Tensor]]" = (),
+    ) -> Tensor:
+        """The convolution, plus the convolutions of `parts`, plus `scale * add`."""
+        if self.panels is not None and self._small(x.shape):  # type: ignore[union-attr]
+            weight, bias = self.panels([self, *(conv for conv, _ in parts)])
+            maps = [part for _, part in parts]
+            return panel_conv2d(x, weight, bias, self.weight.shape[2], self.padding, parts=maps, add=add, scale=scale)  # type: ignore[arg-type]
+        y = self._convolve(x)
+        for conv, part in parts:
+            y = conv.add_to(y, part)
+        if add is None:
+            return y
+        return torch.add(y, add, alpha=scale) if self.traced else y.add_(add, alpha=scale)
+
+    def _small(self, shape: torch.Size) -> bool:
+        if self.winograd is not None and tiles(shape) >= LEAST_TILES:
+            return False
+        return shape[0] * shape[2] * shape[3] * self.weight.numel() <= MOST_PRODUCTS
+
+    def _convolve(self, x: Tensor | Pair) -> Tensor:
         if self.pointwise:
             return pointwise(x, self.weight, self.bias)
         if self.winograd is not None and tiles(x.shape) >= LEAST_TILES:  # type: ignore[union-attr]
@@ -129,6 +178,8 @@ class Convolution(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + self(x)`; with a packed weight in the memory of `y`."""
+        if self.panels is not None and self._small(x.shape):
+            return self(x, y)
         if self.packed is not None:
             geometry = [self.padding] * 2, [1, 1], [1, 1], 1
             fused = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -200,8 +251,12 @@ class Resampling(nn.Module):
         super().__init__()
         self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
         self.options: dict[str, Any] = {"up": up, "padding": padding, "box": box, "backend": target.resample}
+        self.small = target.small
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        if self.small:
+            up, padding = self.options["up"], self.options["padding"]
+            return small_resample2d(x, self.kernel, up=up, padding=padding, add=add, scale=scale)
         return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
 
 
@@ -215,22 +270,21 @@ class FusedResidual(nn.Module):
         self.backend = target.residual
         self.statistics = target.statistics
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        summed: Any = residual(h, x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
+    def forward(self, conv: Convolution, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        summed: Any = residual(conv(h), x, self.bias, self.scale, statistics=self.statistics, backend=self.backend)
         return summed if self.statistics else (summed, None)
 
 
 class Identity(nn.Module):
-    """End of a residual branch whose skip path changes nothing, and which comes scaled: `h + scale * x`, in the memory
-    of h. With a fused residual this is `FusedResidual`."""
+    """End of a residual branch whose skip path changes nothing, and which comes scaled: `conv(h) + scale * x`. With a
+    fused residual this is `FusedResidual`."""
 
-    def __init__(self, scale: float, target: Target) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.traced = target.convolve == "traced"
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
-        return torch.add(h, x, alpha=self.scale) if self.traced else h.add_(x, alpha=self.scale), None
+    def forward(self, conv: Convolution, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return conv(h, x, self.scale), None
 
 
 class Projection(nn.Module):
@@ -244,12 +298,11 @@ class Projection(nn.Module):
         self.convs = nn.ModuleList(convs)
         self.resample = resample
 
-    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, None]:
+    def forward(self, conv: Convolution, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, None]:
         if self.resample is not None:
             x = self.resample(x)
-        for conv, part in zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True):
-            h = conv.add_to(h, part)  # type: ignore[operator]
-        return h, None
+        parts = tuple(zip(self.convs, x if isinstance(x, tuple) else (x,), strict=True))
+        return conv(h, parts=parts), None
 
 
 class FusedProjection(nn.Module):
@@ -262,8 +315,8 @@ class FusedProjection(nn.Module):
         self.resample = resample
         self.add = add
 
-    def forward(self, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
-        return self.add(h, self.conv(x if self.resample is None else self.resample(x)))
+    def forward(self, conv: Convolution, h: Tensor, x: Tensor | Pair) -> tuple[Tensor, Tensor | None]:
+        return self.add(conv, h, self.conv(x if self.resample is None else self.resample(x)))
 
 
 class Resampled(nn.Module):
@@ -278,9 +331,9 @@ class Resampled(nn.Module):
         self.conv = conv
         self.scale = scale
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, conv: Convolution, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
         x = x if self.conv is None else self.conv(x)
-        return self.resample(x, add=h, scale=self.scale), None
+        return self.resample(x, add=conv(h), scale=self.scale), None
 
 
 class ConvolutionDown(nn.Module):

@@ -19,6 +19,7 @@ from gdd_fast.engine.folded_layers import (
 )
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops.attention import attention, attention_inference
+from gdd_fast.ops.small_maps import MOST_TOKENS, small_attention
 
 
 class Attention(nn.Module):
@@ -41,14 +42,17 @@ class Attention(nn.Module):
         self.end = end
         self.backend = target.attention
         self.traced = target.convolve == "traced"
+        self.small = target.small
 
     def forward(self, x: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
         h = self.qkv(self.norm(x, statistics))
-        if self.traced:
+        if self.small and h.shape[2] * h.shape[3] <= MOST_TOKENS:
+            h = small_attention(h, self.heads)
+        elif self.traced:
             h = attention(h, self.heads, "blocks", self.backend)
         else:
             h = attention_inference(h, self.heads, self.backend)
-        return (self.proj.add_to(x, h), None) if self.end is None else self.end(self.proj(h), x)
+        return (self.proj.add_to(x, h), None) if self.end is None else self.end(self.proj, h, x)
 
 
 class Block(nn.Module):
@@ -94,7 +98,7 @@ class Block(nn.Module):
                 h = self.norm1(h, add=next(rows))
             case "scale_shift":
                 h = self.norm1(h, scale=next(rows), shift=next(rows))
-        h, statistics = self.skip(self.conv1(h), x)
+        h, statistics = self.skip(self.conv1, h, x)
         return (h, statistics) if self.attention is None else self.attention(h, statistics)  # type: ignore[return-value]
 
 

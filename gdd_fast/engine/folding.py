@@ -65,7 +65,7 @@ class Folding:
     ) -> tuple[Convolution, Identity | FusedResidual]:
         """The last convolution of a branch, and its sum with a map that stays as it is."""
         if self.target.residual == "torch":
-            return Convolution(weight * scale, bias * scale, padding, self.target), Identity(scale, self.target)
+            return Convolution(weight * scale, bias * scale, padding, self.target), Identity(scale)
         return Convolution(weight, None, padding, self.target), FusedResidual(scale, bias, self.target)
 
 

@@ -89,7 +89,9 @@ def targets(dtype: torch.dtype = torch.float32) -> dict[str, Target]:
         "definitions": make_target(CPU, dtype, "torch"),
         "traced": make_target(CPU, dtype, traced=True),
         "gpu": dataclasses.replace(target, convolve="plain", late_bias=True),
-        "without AVX2": dataclasses.replace(target, convolve="plain", layout=torch.contiguous_format, winograd=False),
+        "without AVX2": dataclasses.replace(
+            target, convolve="plain", layout=torch.contiguous_format, winograd=False, small=False
+        ),
     }
 
 

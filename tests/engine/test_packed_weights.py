@@ -31,7 +31,7 @@ from gdd_fast.engine.fold import make_target
 from gdd_fast.engine.folded_layers import Convolution
 threads, pad = int(sys.argv[1]), {3: 1, 1: 0}
 torch.set_num_threads(threads)
-target = dataclasses.replace(make_target(torch.device("cpu"), torch.float32), winograd=False)
+target = dataclasses.replace(make_target(torch.device("cpu"), torch.float32), winograd=False, small=False)
 shapes = [(128, 32, 3), (256, 32, 3), (256, 16, 3), (512, 16, 3), (256, 8, 3), (512, 8, 1)]
 layers = [(Convolution(torch.randn(256, c, k, k), torch.zeros(256), pad[k], target), c, size) for c, size, k in shapes]
 downs = {size: Convolution(torch.randn(256, 512, 1, 1), None, 0, target) for size in (8, 16)}
