@@ -119,25 +119,27 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         windows, (n, height, width) = _windows(x, weight.shape[2:], stride, padding)
         y = (windows @ _rows(weight).t()).div_(sigma).view(n, height, width, -1).permute(0, 3, 1, 2)
-        ctx.save_for_backward(x, weight, u, v, sigma, y)
+        of_sigma = (u, v, y) if weight.requires_grad else (None,) * 3  # what its derivative is made of
+        ctx.save_for_backward(x, weight, sigma, *of_sigma)
         ctx.geometry = stride, padding
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, u, v, sigma, y = ctx.saved_tensors
+        x, weight, sigma, u, v, y = ctx.saved_tensors
         stride, padding = ctx.geometry
         for_x, for_weight = ctx.needs_input_grad[:2]
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # to be differentiated again: by the definition
             wanted = [t for t, needed in ((x, for_x), (weight, for_weight)) if needed]
-            y = F.conv2d(x, weight, None, stride, padding) / torch.dot(u, torch.mv(_rows(weight), v))
+            norm = torch.dot(u, torch.mv(_rows(weight), v)) if for_weight else sigma
+            y = F.conv2d(x, weight, None, stride, padding) / norm
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return next(found) if for_x else None, next(found) if for_weight else None, *nothing
         dx = dweight = None
         above = (dy / sigma).permute(0, 2, 3, 1).reshape(-1, len(weight))
         if for_x:
-            dx = _from_windows(above @ _rows(weight), x.shape, y.shape[2:], weight.shape[2:], stride, padding)
+            dx = _from_windows(above @ _rows(weight), x.shape, dy.shape[2:], weight.shape[2:], stride, padding)
         if for_weight:
             windows, _ = _windows(x, weight.shape[2:], stride, padding)
             product = above.t() @ windows

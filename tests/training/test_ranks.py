@@ -97,7 +97,8 @@ def test_two_processes(tmp_path, monkeypatch):
 
 
 # One G step and one D step of a batch of 8, whose images and latents are the same however they are shared out. The
-# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass.
+# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass. Convolutions of 2 and
+# of 8 images differ by rounding; the latents are such that it opens and closes no ReLU.
 STEPS = """
 import pathlib, sys
 import torch
@@ -108,7 +109,7 @@ folder, name, batch_gpu, reduction = pathlib.Path(sys.argv[1]), sys.argv[2], int
 with join("cpu") as world:
     config = tiny_config(folder, batch=8, batch_gpu=batch_gpu, logit_reduction=reduction)
     task = tiny_task(config, world)
-    latents = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))[world.rank :: world.size]
+    latents = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(1))[world.rank :: world.size]
     parts = iter([*latents.split(task.micro_batch)] * 2)
     task._draw = lambda: next(parts)
     task.heads.eval()

@@ -98,8 +98,8 @@ def group_norm_silu(
         if wanted(first, backend) and (planned := plans(_plan)) is not None:
             module, cache = planned
             y = module.planned_group_norm_silu(cache, *tensors, *known, backend)
-        elif first.is_cpu and backend in ("auto", "cpp") and known[0] is known[1] is None and runs_eagerly(first):
-            y = None if (module := extension()) is None else module.cpu_group_norm_silu(*tensors)
+        elif first.is_cpu and known[0] is known[1] is None and runs_eagerly(first) and chosen(first, backend) == "cpp":
+            y = extension().cpu_group_norm_silu(*tensors)  # type: ignore[union-attr]
         if y is not None:  # else something is to be refused, or it is for another implementation
             return y
     inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
