@@ -97,8 +97,8 @@ def test_two_processes(tmp_path, monkeypatch):
 
 
 # One G step and one D step of a batch of 8, whose images and latents are the same however they are shared out. The
-# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass. Convolutions of 2 and
-# of 8 images differ by rounding; the latents are such that it opens and closes no ReLU.
+# heads evaluate: batch statistics and spectral norms depend on which images are together in a pass. Convolutions of two
+# images and of eight differ by rounding; the latents are such that it opens and closes no ReLU.
 STEPS = """
 import pathlib, sys
 import torch
