@@ -35,10 +35,7 @@ class GroupNorm(nn.Module):
     def is_fused(self, x: Tensor | Pair) -> bool:
         """Whether a GPU kernel normalises maps like x: an addend before the norm then costs no pass over them, and
         statistics that come with x save one. On a CPU the convolution adds its bias for nothing."""
-        first = x[0] if isinstance(x, tuple) else x
-        if first.is_cpu and self.backend == "auto":
-            return False  # what `chosen` comes to, in a tenth of the time
-        return group_norm_silu.chosen(first, self.backend) == "triton"
+        return group_norm_silu.chosen(x[0] if isinstance(x, tuple) else x, self.backend) == "triton"
 
     def forward(
         self,
