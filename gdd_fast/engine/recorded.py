@@ -23,6 +23,10 @@ from gdd_fast.errors import ConfigError
 
 MAX_RECORDINGS = 8
 
+_ONE_AT_A_TIME = threading.Lock()
+"""PyTorch keeps whether a dispatch mode is on for the process: two threads that leave theirs in the order in which they
+entered would leave it on for good, and every operator on its slower way."""
+
 Replay = tuple[Callable[[list[Tensor]], list[Tensor] | None], TreeSpec]
 
 
@@ -67,7 +71,7 @@ class Recorded:
 
     def _record(self, inputs: list[Tensor], finish: Callable[[Tensor], Any] | None) -> tuple[Any, Replay | None]:
         recorder = _Recorder(inputs)
-        with recorder:
+        with _ONE_AT_A_TIME, recorder:
             result = self._run(inputs, finish)
         results, spec = tree_flatten(result)
         return result, (recorder.recording, spec) if recorder.complete and recorder.recording.finish(results) else None

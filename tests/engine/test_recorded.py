@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 from gdd_fast.backend import has_extension
 from gdd_fast.engine.recorded import Recorded
@@ -161,3 +161,4 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(4) as pool:
         for found, want in zip(pool.map(run, inputs), wanted, strict=True):
             assert torch.equal(found, want)
+    assert not is_in_torch_dispatch_mode()  # or every operator would take its slower way from now on
