@@ -195,8 +195,7 @@ class Distillation:
             loss_g.backward()
             return self.g_guard.apply()
 
-        guards = self.g_guard, self.d_guard
-        for guard in guards:
+        for guard in (self.g_guard, self.d_guard):
             guard.begin()
         self.adversary.train_heads(False)
         seen = two.start(partial(self.adversary.seen, real))
@@ -212,7 +211,7 @@ class Distillation:
         values |= self._discriminator_values(loss_d.detach(), logits)
         for name, value in values.items():
             self.averages.add(name, value)
-        for guard in guards:
+        for guard in (self.g_guard, self.d_guard):
             guard.end()
 
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
