@@ -129,8 +129,8 @@ class RunConfig(LoopSettings):
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
     after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
     process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
-    they differ or a capture fails. `threads`, on a CPU: the backward pass of the G step runs beside the D step of the
-    same images, each with half of the cores; `auto` is that for one process with `reuse_fakes`. Else it is `eager`.
+    they differ or a capture fails. `threads`, on a CPU: G steps and the images of the next run beside D steps, each
+    with half of the cores; `auto` is that for one process with `reuse_fakes`. Else it is `eager`.
     `compile`, on any device: the losses of the G and D steps by torch.compile, forward and backward, which takes
     minutes at the start; R1 steps stay eager."""
     fsdp: bool = False

@@ -15,6 +15,17 @@ Features = list[list[Tensor]]
 """What `ProjectedFeatures` gives: for each backbone its maps."""
 
 
+def logged(logits: Tensor) -> dict[str, Tensor]:
+    """The values for the log in what `Adversary.told_apart` says of its logits."""
+    fake_mean, fake_positive, real_mean, real_positive = logits.unbind()
+    return {
+        "logit_fake": fake_mean,
+        "logit_real": real_mean,
+        "sign_accuracy_fake": 1 - fake_positive,
+        "sign_accuracy_real": real_positive,
+    }
+
+
 class Adversary:
     """Frozen `features`, `r1_features` in the types of the R1 step (or the same object), and `heads`, which train.
 

@@ -6,8 +6,7 @@ nothing else: it is not in the loop. An iteration is a generator step, a discrim
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout
 from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
-from gdd_fast.distill.adversary import Adversary
+from gdd_fast.distill.adversary import Adversary, Features, logged
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.measuring import Evaluation
+from gdd_fast.distill.steps_at_once import StepsAtOnce
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
@@ -44,7 +44,6 @@ from gdd_fast.training.random_state import RandomState
 from gdd_fast.training.rates import RateDecay
 from gdd_fast.training.sharding import assembled, form_of, gathered, shard
 from gdd_fast.training.trial import Trial
-from gdd_fast.training.two_threads import TwoThreads
 
 GRID_SEEDS = range(64)
 
@@ -108,7 +107,6 @@ class Distillation:
         fixed = self.additional is None and not run.debug_finite
         apart = fixed and self.gan and config.loss.reuse_fakes and self.micro_batch == self.local_batch
         engine = choose_step_engine(run.engine, device, world.size, fixed=fixed, apart=apart)
-        self.two = TwoThreads() if engine == "threads" else None
         self.steps = CapturedSteps(
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,
@@ -135,31 +133,38 @@ class Distillation:
                 memory_limit=int(config.data.data_memory_gib * 2**30),
                 progress=progress,
             )
+        self.at_once: StepsAtOnce | None = None
+        if engine == "threads":
+            guards = self.g_guard, self.d_guard
+            self.at_once = StepsAtOnce(
+                self.adversary, guards, self._read, self._draw, self._make, self.stream, self.random
+            )
 
     def iteration(self, images: int) -> None:
         """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
         self._images = images
-        real, labels = next(self.stream)
-        real = real.float() / 127.5 - 1
+        if self.at_once is None:
+            real, labels = self._read()
+        else:
+            drawn = self.at_once.next()
+            real, labels = drawn.real, drawn.labels
         self.rates.set(images)
         self.g_guard.optimizer.average_weight.fill_(1 - self.ema.decay(images, self.batch))
         number = images // self.batch
-        if self.two is not None:
-            self._take_both(self.two, real, labels)
+        if self.at_once is not None:
+            self._log(self.at_once.take())
         elif self.additional is None:
             self.generator_step(labels)
         else:
             self.additional.begin(self.generator, images, number)
             self.generator_step(labels, real)
-            for name, value in self.additional.end(self.generator).items():
-                self.averages.add(name, value)
+            self._log(self.additional.end(self.generator))
         if not self.gan:
             return
-        if self.two is None:
+        if self.at_once is None:
             self.discriminator_step(real, labels)
         if self.r1_interval and number and number % self.r1_interval == 0:
-            with self._all_threads():
-                self.r1_step(real, labels)
+            self.r1_step(real, labels)
 
     def generator_step(self, labels: Tensor | None, *real: Tensor) -> None:
         """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average.
@@ -181,38 +186,21 @@ class Distillation:
         guard.begin()
         watch = self.watch and self.watch.step(guard.name, self._images, guard.optimizer)
         with watch or contextlib.nullcontext(), compiling(guard.name):
-            for name, value in self.steps(guard.name, step, *inputs).items():
-                self.averages.add(name, value)
+            self._log(self.steps(guard.name, step, *inputs))
         guard.end()
 
-    def _take_both(self, two: TwoThreads, real: Tensor, labels: Tensor | None) -> None:
-        """The G step and the D step of the same images: the way back of the first beside the second.
-
-        Neither changes what the other reads before both are done.
-        """
-
-        def back() -> Tensor:
-            loss_g.backward()
-            return self.g_guard.apply()
-
-        for guard in (self.g_guard, self.d_guard):
-            guard.begin()
-        self.adversary.train_heads(False)
-        seen = two.start(partial(self.adversary.seen, real))
-        features = self.features(one_step(self.generator, self._draw(), labels))
-        loss_g = self.adversary.fooled(features, labels)
-        real_features = seen.result()
-        norm_g = two.start(back)
-        self.adversary.train_heads(True)
-        features = [[x.detach() for x in maps] for maps in features]
-        loss_d, logits = self.adversary.told_apart(features, real_features, labels)
-        loss_d.backward()
-        values = {"loss_g": loss_g.detach(), "grad_norm_g": norm_g.result()}
-        values |= self._discriminator_values(loss_d.detach(), logits)
+    def _log(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.averages.add(name, value)
-        for guard in (self.g_guard, self.d_guard):
-            guard.end()
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        """Real images in [-1, 1], and their labels."""
+        real, labels = next(self.stream)
+        return real.float() / 127.5 - 1, labels
+
+    def _make(self, z: Tensor, label: Tensor | None) -> Features:
+        """What the discriminator looks at of the generator's images."""
+        return self.features(one_step(self.generator, z, label))
 
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
         self.adversary.train_heads(False)
@@ -256,19 +244,7 @@ class Distillation:
             loss.backward()
             total += loss.detach()
             seen.append(logits)
-        return self._discriminator_values(total, torch.stack(seen).mean(0))
-
-    def _discriminator_values(self, loss: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """Takes D's step. `logits` as of `Adversary.told_apart`."""
-        fake_mean, fake_positive, real_mean, real_positive = logits.unbind()
-        return {
-            "loss_d": loss,
-            "grad_norm_d": self.d_guard.apply(),
-            "logit_fake": fake_mean,
-            "logit_real": real_mean,
-            "sign_accuracy_fake": 1 - fake_positive,
-            "sign_accuracy_real": real_positive,
-        }
+        return {"loss_d": total, "grad_norm_d": self.d_guard.apply(), **logged(torch.stack(seen).mean(0))}
 
     def _loss_d(self, source: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """`Adversary.told_apart` for a micro-batch; `source` is the latents that fakes are made of, or the fakes."""
@@ -323,7 +299,7 @@ class Distillation:
             return {**skipped, **self.evaluation(self.averaged(), images)}
 
     def _all_threads(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.two is None else self.two.together()
+        return contextlib.nullcontext() if self.at_once is None else self.at_once.two.together()
 
     def averaged(self) -> Preconditioned:
         """The averaged generator, whole: itself, or a copy that is assembled of its parts. Every rank calls it."""
@@ -355,6 +331,7 @@ class Distillation:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
 
     def state(self) -> tuple[Sections, dict[str, Any]]:
+        random, stream = self._drawn_from()
         sections = {
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
@@ -363,19 +340,27 @@ class Distillation:
             "projection": max(self._all_features(), key=lambda f: f.dtype.itemsize).projection_state(),
             "g_optimizer": optimizer_tensors(self.g_guard.optimizer),
             "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
-            "random": self.random.tensors(),
+            "random": self.random.tensors(random),
         }
         if self.additional is not None:
             sections |= self.additional.state()
         values = {
             "g_optimizer": optimizer_values(self.g_guard.optimizer),
             "d_optimizer": optimizer_values(self.d_guard.optimizer),
-            "stream": self.stream.state_dict(),
+            "stream": stream,
             "skipped": {name: guard.skipped for name, guard in self._guards().items()},
         }
         return {name: gathered(tensors, self.world) for name, tensors in sections.items()}, values
 
+    def _drawn_from(self) -> tuple[Tensor, dict[str, Any]]:
+        """Where the generator of random numbers and the stream stand for the next iteration."""
+        if self.at_once is not None:
+            return self.at_once.drawn_from()
+        return self.random.generator.get_state(), self.stream.state_dict()
+
     def restore(self, saved: Checkpoint) -> None:
+        if self.at_once is not None:
+            self.at_once.forget()
         self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
         saved.load_module("generator", self.generator)
         saved.load_module("ema", self.ema.net)
@@ -403,5 +388,5 @@ class Distillation:
 
     def close(self) -> None:
         self.stream.close()
-        if self.two is not None:
-            self.two.close()
+        if self.at_once is not None:
+            self.at_once.close()

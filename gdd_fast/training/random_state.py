@@ -43,9 +43,10 @@ class RandomState:
             torch.manual_seed(self._derive("layers", images))
             yield
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state of every rank by rank number; called on every rank."""
-        return {str(rank): state for rank, state in enumerate(self._world.gather(self.generator.get_state()))}
+    def tensors(self, state: Tensor | None = None) -> dict[str, Tensor]:
+        """The state of every rank by rank number, or this one's earlier `state`; called on every rank."""
+        own = self.generator.get_state() if state is None else state
+        return {str(rank): state for rank, state in enumerate(self._world.gather(own))}
 
     def restore(self, states: dict[str, Tensor], images: int) -> None:
         """Go on where `tensors` was taken.

@@ -7,8 +7,8 @@ depend on when the other runs, so that results are the same each time.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ class TwoThreads:
         self._all = torch.get_num_threads()
         self._half = max(1, self._all // 2)
         self._other: ThreadPoolExecutor | None = None
+        self._last: Future[Any] | None = None
 
     def start(self, work: Callable[[], T]) -> "Future[T]":
         """Run `work` in the other thread, behind what it was given before; `result()` waits, and raises its errors."""
@@ -34,11 +35,14 @@ class TwoThreads:
             # OpenMP keeps a number for each thread
             share = {"initializer": torch.set_num_threads, "initargs": (self._half,)}
             self._other = ThreadPoolExecutor(1, thread_name_prefix="second", **share)
-        return self._other.submit(work)
+        started = self._last = self._other.submit(work)
+        return started
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All cores for this thread, while the other has nothing to do."""
+        """All cores for this thread, once the other has done its work."""
+        if self._last is not None:
+            wait([self._last])
         before = torch.get_num_threads()
         torch.set_num_threads(self._all)
         try:
@@ -51,7 +55,7 @@ class TwoThreads:
         if self._other is not None:
             self._other.shutdown()
             torch.set_num_threads(self._all)
-            self._other = None
+            self._other = self._last = None
 
 
 def at_once(beside: Callable[[], S], here: Callable[[], T], device: torch.device) -> tuple[S, T]:

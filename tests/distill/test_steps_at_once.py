@@ -1,4 +1,4 @@
-"""The G step's way back beside the D step (`--engine threads`) trains as one after the other does."""
+"""G steps beside D steps (`--engine threads`), each drawn ahead, train as one after the other does."""
 
 import copy
 import threading
@@ -10,9 +10,9 @@ from tiny_run import ALONE, BATCH, CLASSES, schedule_of, tiny_config, write_inpu
 from gdd_fast.config import to_dict
 from gdd_fast.distill import components
 from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.steps_at_once import StepsAtOnce
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.training import checkpoint, loop
-from gdd_fast.training.two_threads import TwoThreads
 
 pytestmark = pytest.mark.usefixtures("plain")
 
@@ -35,21 +35,25 @@ def make(given, tmp_path):
 
     def make(**settings):
         settings = {"run_dir": tmp_path / "run", "reuse_fakes": True, "r1_interval": 3, **options, **settings}
-        return Distillation(tiny_config(folder, **settings), copy.deepcopy(built), ALONE)
+        return Task(tiny_config(folder, **settings), copy.deepcopy(built), ALONE)
 
     return make
 
 
+class Task(Distillation):
+    """Draws latents for iteration `SKIPPED` of which no finite image comes."""
+
+    drawn = 0
+
+    def _draw(self):
+        z = super()._draw()
+        self.drawn += 1
+        return z.fill_(float("inf")) if self.drawn == SKIPPED + 1 else z
+
+
 def iterate(task, start, stop):
-    """Iteration `SKIPPED` has a weight, for its time, whose gradients are not finite."""
     for number in range(start, stop):
-        weight = next(p for p in task.generator.parameters() if p.requires_grad)
-        kept = weight.detach().clone()
-        if number == SKIPPED:
-            weight.detach().fill_(float("inf"))
         task.iteration(number * BATCH)
-        if number == SKIPPED:
-            weight.detach().copy_(kept)
 
 
 def assert_same(one, other):
@@ -65,7 +69,8 @@ def test_to_the_bit_with_r1_and_a_skipped_step_and_resumed(make, tmp_path):
     eager, whole, first, second = (make(engine=name) for name in ("eager", "threads", "threads", "threads"))
     iterate(eager, 0, 9)
     iterate(whole, 0, 9)
-    assert eager._guards()["g"].skipped == whole._guards()["g"].skipped == 1
+    for name in ("g", "d"):
+        assert eager._guards()[name].skipped == whole._guards()[name].skipped == 1
     assert_same(eager, whole)
     log, other = eager.averages.take(), whole.averages.take()
     assert log.keys() == other.keys() and log.keys() >= {"loss_g", "loss_d", "r1_penalty", "grad_norm_d"}
@@ -73,7 +78,9 @@ def test_to_the_bit_with_r1_and_a_skipped_step_and_resumed(make, tmp_path):
     iterate(first, 0, 4)
     sections, values = first.state()
     checkpoint.save(tmp_path / "state", sections, {**values, "images": 4 * BATCH})
+    iterate(second, 0, 1)  # what it has drawn ahead is of no use after
     second.restore(checkpoint.load(tmp_path / "state"))
+    second.drawn = 4
     iterate(second, 4, 9)
     assert_same(eager, second)
     for task in (eager, whole, first, second):
@@ -99,11 +106,28 @@ def test_the_two_parts_are_in_two_threads_at_the_same_time(make):
     task.close()
 
 
+def test_the_next_images_are_made_beside_the_end_of_a_d_step(make):
+    """A forward of the generator and a backward of the heads wait for each other."""
+    task, meeting, met = make(engine="threads"), threading.Barrier(2, timeout=30), []
+
+    def meet(*_):
+        if task.drawn == 2:
+            met.append(threading.get_ident())
+            meeting.wait()
+
+    task.generator.register_forward_hook(meet)
+    task.adversary.train_heads(True)
+    task.adversary.weights[0].register_hook(meet)
+    task.iteration(0)
+    assert len(set(met)) == 2
+    task.close()
+
+
 def test_auto_is_that_where_it_can_be(make, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert isinstance(make().two, TwoThreads)
+    assert isinstance(make().at_once, StepsAtOnce)
     for settings in ({"reuse_fakes": False}, {"batch_gpu": 2}, {"debug_finite": True}, {"engine": "eager"}):
-        assert make(**settings).two is None
+        assert make(**settings).at_once is None
     with pytest.raises(ConfigError, match="it needs --reuse-fakes"):
         make(engine="threads", batch_gpu=2)
 
@@ -114,7 +138,7 @@ def test_a_run_ends_its_thread_and_gives_back_the_cores_however_it_ends(make):
     try:
         task = make()
         loop.run(task, task.config.run_dir, to_dict(task.config), schedule_of(task.config), ALONE)
-        assert task.two is not None and torch.get_num_threads() == 2
+        assert task.at_once is not None and torch.get_num_threads() == 2
         broken = make(run_dir=task.config.run_dir / "broken", max_skipped_steps=1, duration_mimg=1e-3)
         next(p for p in broken.generator.parameters() if p.requires_grad).detach().fill_(float("nan"))
         with pytest.raises(DivergedError, match="generator steps in a row"):

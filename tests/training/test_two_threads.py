@@ -45,6 +45,14 @@ def test_work_begins_behind_what_was_given_before():
     two.close()
 
 
+def test_all_cores_are_given_when_the_other_has_done_its_work():
+    two, done = TwoThreads(), []
+    two.start(lambda: (threading.Event().wait(0.2), done.append(1)))
+    with two.together():
+        assert done == [1]
+    two.close()
+
+
 def test_an_error_in_the_other_thread_is_raised_where_its_result_is_asked_for():
     def fail():
         raise RuntimeError("no memory")
