@@ -177,7 +177,8 @@ def chosen(target: Target) -> dict[Operator, Backend]:
         resample2d.OPERATOR: target.resample,
         attention.OPERATOR: target.attention,
     }
-    return found | ({winograd_conv2d.OPERATOR: "cpp"} if target.winograd else {})
+    of_cpu = {winograd_conv2d.OPERATOR: target.winograd, small_maps.OPERATOR: target.small}
+    return found | {operator: "cpp" for operator, runs in of_cpu.items() if runs}
 
 
 def _packable() -> tuple[torch.dtype, ...]:

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdd_fast.backend import Operator, obstacle
-from gdd_fast.ops.attention import attention_ref
-from gdd_fast.ops.resample2d import resample2d_ref
 
 OPERATOR = Operator("small_maps", fused=frozenset({"cpp"}))
 
@@ -99,6 +97,3 @@ def small_resample2d(
 def small_attention(qkv: Tensor, heads: int) -> Tensor:
     """`attention(qkv, heads, "blocks")`, channels_last."""
     return torch.ops.gdd_fast_C.small_attention.default(qkv, heads)
-
-
-small_resample2d_ref, small_attention_ref = resample2d_ref, attention_ref
