@@ -27,6 +27,7 @@ from gdd_fast.data.dataset import ImageDataset
 from gdd_fast.device import fast_layout, gpu_arithmetic
 
 _CAPTURED = 6
+_IN_A_ROW = 4  # iterations of a timed call
 """Steps of each kind after which none is recorded or on trial any more."""
 
 
@@ -79,17 +80,21 @@ def _training(config: TrainConfig, network: str) -> Call:
     precisions = config.generator.g_precision, config.discriminator.d_precision
     rounds = itertools.count(1)
 
-    def iteration(past: int) -> Tensor:
-        """The one that stands `past` after one with R1."""
+    def iterate(first: int, count: int) -> Tensor:
+        """Those from `first` after one with R1 on; one may begin what the next goes on with."""
+        start = next(rounds) * task.r1_interval + first
         with gpu_arithmetic(*precisions):
-            task.iteration((next(rounds) * task.r1_interval + past) * task.batch)
-        if task.two is not None:
-            task.two.close()  # gives other peers their cores back
+            for number in range(start, start + count):
+                task.iteration(number * task.batch)
+        if task.at_once is not None:
+            task.at_once.close()  # gives other peers their cores back
         return torch.tensor(list(task.averages.take().values()))
 
     for _ in range(_CAPTURED):
-        iteration(0)
-    return WithParts([(partial(iteration, 1), 1 - 1 / task.r1_interval), (partial(iteration, 0), 1 / task.r1_interval)])
+        iterate(0, 1)
+    several = max(1, min(_IN_A_ROW, task.r1_interval - 1))
+    shares = (1 - 1 / task.r1_interval) / several, 1 / task.r1_interval
+    return WithParts([(partial(iterate, 1, several), shares[0]), (partial(iterate, 0, 1), shares[1])])
 
 
 def make_task(config: TrainConfig, network: str):
