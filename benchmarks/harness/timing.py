@@ -36,6 +36,7 @@ _LONG = 0.02
 _VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
 _SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
 _FLUSH_CPU = 16 << 20
+_REST = 0.01  # seconds in which threads that wait for more work go to sleep
 _FLUSH_GPU_CACHES = 4  # times the L2
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
@@ -92,7 +93,7 @@ class Sampler:
 
     def round(self) -> Any:
         """One measured round; returns the outputs of the call, or of its last part."""
-        self._flush.zero_()
+        self._forget_others()
         seconds, outputs = self._from_idle()
         if self._queued:
             outputs = None  # freed first, so that the allocator can give the same memory again
@@ -100,6 +101,14 @@ class Sampler:
         for clock, value in seconds.items():
             self._samples.setdefault(clock, []).append(value)
         return outputs
+
+    def _forget_others(self) -> None:
+        """Nothing of it in the caches; and on a CPU no thread of another peer, or of PyTorch, that still spins."""
+        if self._gpu:
+            self._flush.zero_()
+            return
+        ctypes.memset(self._flush.data_ptr(), 0, self._flush.nbytes)  # PyTorch would wake its threads for it
+        time.sleep(_REST)
 
     def timing(self) -> Timing:
         """Figures of the rounds so far."""

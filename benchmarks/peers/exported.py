@@ -24,6 +24,7 @@ def onnxruntime(path: Path, z: Tensor, classes: Tensor | None) -> Call:
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it takes a core from the next peer
     options.add_free_dimension_override_by_name("batch", len(z))
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {"latents": z.numpy()} | ({} if classes is None else {"classes": classes.numpy()})
