@@ -1,9 +1,9 @@
 """The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
 
-import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -310,11 +310,18 @@ def _write(task: Task, run_dir: Path, sections: Sections, values: dict[str, Any]
 
 
 def _keep_earlier(run_dir: Path, saved_at: int, images: int, keep: int) -> None:
-    """Give the checkpoint of `saved_at` images, about to be replaced, a name that stays; the last `keep - 1` do."""
-    newest = run_dir / CHECKPOINT
-    if keep > 1 and newest.exists():
-        with contextlib.suppress(FileExistsError):  # of a process that was killed between this and the new one
-            os.link(newest, run_dir / f"checkpoint-{saved_at:09d}.safetensors")
+    """Give the checkpoint of `saved_at` images, about to be replaced, a name that stays; the last `keep - 1` do.
+
+    What has that name already is of this checkpoint, if a process was killed between this and the new one; or of work
+    that was given up, and is replaced.
+    """
+    newest, kept = run_dir / CHECKPOINT, run_dir / f"checkpoint-{saved_at:09d}.safetensors"
+    if keep > 1 and newest.exists() and not (kept.exists() and kept.samefile(newest)):
+        with atomic_write(kept) as temporary:
+            try:
+                os.link(newest, temporary)
+            except OSError:  # not every file system has a second name for a file
+                shutil.copyfile(newest, temporary)
     earlier = {path.stem.partition("-")[2]: path for path in run_dir.glob("checkpoint-*.safetensors")}
     numbers = sorted(int(number) for number in earlier if number.isdecimal() and int(number) < images)
     for number in numbers[: max(0, len(numbers) - keep + 1)] if keep > 1 else []:

@@ -1,5 +1,6 @@
 """The loop itself, over a task that only counts: ticks, checkpoints, metrics, stopping, resuming."""
 
+import errno
 import json
 import os
 import signal
@@ -196,6 +197,26 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert run(again, tmp_path, CONFIG, schedule, ALONE) == Outcome(60, 20)
     assert again.sum == 150 and sorted(path.name for path in tmp_path.glob("checkpoint*")) == names
     assert [line["images"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_kept_checkpoints_are_of_the_work_that_goes_on(tmp_path, monkeypatch, links):
+    """Also where the work that was given up has left one of the same number, and on a disk without hard links."""
+
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    schedule = Schedule(50, 10, 10, keep=4)
+    run(Counting(), tmp_path, CONFIG, schedule, ALONE)
+    (tmp_path / "checkpoint-000000020.safetensors").replace(tmp_path / CHECKPOINT)
+    other = Counting()
+    other.at = {20: lambda: other.sum.add_(1000)}
+    run(other, tmp_path, CONFIG, schedule, ALONE)
+    kept = [tmp_path / f"checkpoint-0000000{n}.safetensors" for n in (20, 30, 40)]
+    assert sorted(tmp_path.glob("*checkpoint*")) == [*kept, tmp_path / CHECKPOINT]
+    assert [float(checkpoint.load(path).section("x")["sum"]) for path in kept] == [10, 1030, 1060]
 
 
 def test_other_settings_do_not_resume_and_touch_nothing(tmp_path):
