@@ -27,8 +27,9 @@ from gdd_fast.data.dataset import ImageDataset
 from gdd_fast.device import fast_layout, gpu_arithmetic
 
 _CAPTURED = 6
-_IN_A_ROW = 4  # iterations of a timed call
 """Steps of each kind after which none is recorded or on trial any more."""
+_IN_A_ROW = 4
+"""Iterations of a timed call."""
 
 
 def demo_case() -> Case:

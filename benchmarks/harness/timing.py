@@ -36,8 +36,8 @@ _LONG = 0.02
 _VERY_LONG = 1.0  # a call that needs no second one to be warm: it has run before, to be checked
 _SLEEP_CYCLES_PER_SECOND = 2e9  # at least as fast as any GPU's clock: the queue is filled long enough, or a bit longer
 _FLUSH_CPU = 16 << 20
-_REST = 0.01  # seconds in which threads that wait for more work go to sleep
 _FLUSH_GPU_CACHES = 4  # times the L2
+_REST = 0.01  # seconds in which threads that wait for more work go to sleep
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
@@ -103,7 +103,7 @@ class Sampler:
         return outputs
 
     def _forget_others(self) -> None:
-        """Nothing of it in the caches; and on a CPU no thread of another peer, or of PyTorch, that still spins."""
+        """The next call finds no data in caches and, on a CPU, no spinning thread of another peer or of PyTorch."""
         if self._gpu:
             self._flush.zero_()
             return

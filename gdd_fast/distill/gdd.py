@@ -21,7 +21,7 @@ from gdd_fast.distill.additional_losses import AdditionalLosses, build_additiona
 from gdd_fast.distill.adversary import Adversary, Features, logged
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.measuring import Evaluation
-from gdd_fast.distill.steps_at_once import StepsAtOnce
+from gdd_fast.distill.steps_at_once import Place, StepsAtOnce
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
 from gdd_fast.models.files.save import save_network
@@ -136,9 +136,8 @@ class Distillation:
         self.at_once: StepsAtOnce | None = None
         if engine == "threads":
             guards = self.g_guard, self.d_guard
-            self.at_once = StepsAtOnce(
-                self.adversary, guards, self._read, self._draw, self._make, self.stream, self.random
-            )
+            draws = self._place, self._read, self._draw
+            self.at_once = StepsAtOnce(self.adversary, guards, *draws, self._make)
 
     def iteration(self, images: int) -> None:
         """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
@@ -331,7 +330,7 @@ class Distillation:
         return {"g": self.g_guard, "d": self.d_guard, "r1": self.r1_guard}
 
     def state(self) -> tuple[Sections, dict[str, Any]]:
-        random, stream = self._drawn_from()
+        random, stream = self._place() if self.at_once is None else self.at_once.place()
         sections = {
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
@@ -352,10 +351,7 @@ class Distillation:
         }
         return {name: gathered(tensors, self.world) for name, tensors in sections.items()}, values
 
-    def _drawn_from(self) -> tuple[Tensor, dict[str, Any]]:
-        """Where the generator of random numbers and the stream stand for the next iteration."""
-        if self.at_once is not None:
-            return self.at_once.drawn_from()
+    def _place(self) -> Place:
         return self.random.generator.get_state(), self.stream.state_dict()
 
     def restore(self, saved: Checkpoint) -> None:

@@ -12,53 +12,49 @@ from typing import Any
 
 from torch import Tensor
 
-from gdd_fast.data import BatchStream
 from gdd_fast.distill.adversary import Adversary, Features, logged
 from gdd_fast.training.optimizer import StepGuard
-from gdd_fast.training.random_state import RandomState
 from gdd_fast.training.two_threads import TwoThreads
+
+Place = tuple[Tensor, dict[str, Any]]
+"""The states of the generator of random numbers and of the stream of real images."""
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What an iteration is of, and where the random numbers and the stream stood before."""
+class Drawn:
+    """What an iteration is of, and the place it was drawn from."""
 
     real: Tensor
     labels: Tensor | None
     fakes: "Future[Features]"
     """Of the generator's images, with their graph."""
-    random: Tensor
-    stream: dict[str, Any]
+    place: Place
 
 
 class StepsAtOnce:
     """Iterations that are each drawn while the one before ends.
 
-    `read` gives real images in [-1, 1] and labels of the `stream`, `draw` latents of `random`, and `make` the features
-    of the images of latents and labels. `guards` are of G and of D.
+    `guards` are of G and of D. `place` says where the next are drawn from: real images in [-1, 1] and labels, which
+    `read` gives, and latents, which `draw` does. `make` gives the features of the images of latents and labels.
     """
 
     def __init__(
         self,
         adversary: Adversary,
         guards: tuple[StepGuard, StepGuard],
+        place: Callable[[], Place],
         read: Callable[[], tuple[Tensor, Tensor | None]],
         draw: Callable[[], Tensor],
         make: Callable[[Tensor, Tensor | None], Features],
-        stream: BatchStream,
-        random: RandomState,
     ) -> None:
         self.two = TwoThreads()
         self._adversary, (self._g_guard, self._d_guard) = adversary, guards
-        self._read, self._draw, self._make = read, draw, make
-        self._stream, self._random = stream, random
-        self._next: _Drawn | None = None
+        self._place, self._read, self._draw, self._make = place, read, draw, make
+        self._next: Drawn | None = None
 
-    def drawn_from(self) -> tuple[Tensor, dict[str, Any]]:
-        """The states of `random` and `stream` that the next iteration is drawn from: where a saved run goes on."""
-        if self._next is not None:
-            return self._next.random, self._next.stream
-        return self._random.generator.get_state(), self._stream.state_dict()
+    def place(self) -> Place:
+        """The one that the next iteration is drawn from: where a saved run goes on."""
+        return self._place() if self._next is None else self._next.place
 
     def forget(self) -> None:
         """Draw the next iteration anew: weights, random numbers or the stream are about to be others."""
@@ -66,13 +62,13 @@ class StepsAtOnce:
             self._next.fakes.result()
             self._next = None
 
-    def next(self) -> _Drawn:
+    def next(self) -> Drawn:
         """What the next `take` is of."""
         if self._next is None:
-            before = self._random.generator.get_state(), self._stream.state_dict()
+            place = self._place()
             real, labels = self._read()
             z = self._draw()
-            self._next = _Drawn(real, labels, self.two.start(lambda: self._make(z, labels)), *before)
+            self._next = Drawn(real, labels, self.two.start(lambda: self._make(z, labels)), place)
         return self._next
 
     def take(self) -> dict[str, Tensor]:
