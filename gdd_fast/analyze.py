@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_fast.cli import command, parse
+from gdd_fast.cli import command, parse, start
 from gdd_fast.errors import require
 
 
@@ -53,14 +53,14 @@ class AnalyzeConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(AnalyzeConfig, name="analyze", args=arguments, description=__doc__)
     config.validate()
-    # imported late: --help needs no torch
-    from tqdm import tqdm
+    with start(__name__):  # imported late: --help needs no torch
+        from tqdm import tqdm
 
-    from gdd_fast.device import full_float32, pick_device
-    from gdd_fast.files import atomic_write
-    from gdd_fast.interop.hub import network_path
-    from gdd_fast.models.files.load import load_generator
-    from gdd_fast.report import layer_analysis, layer_map
+        from gdd_fast.device import full_float32, pick_device
+        from gdd_fast.files import atomic_write
+        from gdd_fast.interop.hub import network_path
+        from gdd_fast.models.files.load import load_generator
+        from gdd_fast.report import layer_analysis, layer_map
 
     device = pick_device(config.device)
     teacher = load_generator(network_path(config.teacher), device, "float32")

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TextIO, TypeVar
 
 from gdd_fast.errors import FULL, ConfigError, GddFastError, LostProcessError
@@ -73,8 +74,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            with _usable_streams():
-                _say_errors(main, args, kwargs)
+            with _usable_streams(), _said_errors():
+                main(*args, **kwargs)
         except BrokenPipeError:
             if not _stdout_is_gone():
                 raise
@@ -82,6 +83,31 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(128 + signal.SIGPIPE) from None
 
     return wrapped
+
+
+@contextlib.contextmanager
+def start(name: str) -> Iterator[None]:
+    """Around a command's imports, as `with start(__name__):`. PyTorch's take seconds, in which Ctrl-C and too little
+    memory end the process as they do in `command`. In a module that is imported, and not run, nothing is done.
+    """
+    if name != "__main__":
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not one that the shell told to ignore it
+        signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        with _usable_streams(), _said_errors():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """Nothing is begun yet. A KeyboardInterrupt would not always arrive: imports of NumPy and of PyTorch catch some."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 class _Unbreakable(io.TextIOBase):
@@ -129,11 +155,13 @@ def _usable_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
-def _say_errors(main: Callable[..., None], args: tuple, kwargs: dict) -> None:
+@contextlib.contextmanager
+def _said_errors() -> Iterator[None]:
+    """The statuses and lines of `command`, for a block."""
     try:
         _check_working_directory()
         try:
-            main(*args, **kwargs)
+            yield
         finally:
             sys.stdout.flush()  # an error in writing is reported here, and not by Python as it exits
     except LostProcessError as error:

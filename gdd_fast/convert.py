@@ -6,19 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import tyro
+from gdd_fast.cli import command, start
 
-from gdd_fast.cli import command
-from gdd_fast.errors import ConfigError, WeightsError
-from gdd_fast.files import atomic_folder, atomic_write, check_destination, check_writable, write_tensors
-from gdd_fast.models.files import pickle_reader
-from gdd_fast.models.files.bare_weights import SUFFIXES
-from gdd_fast.models.files.diffusers_folder import is_pipeline
-from gdd_fast.models.files.load import RUN_GENERATOR, load_generator, load_network, network_from_pickle, network_like
-from gdd_fast.models.files.save import save_network
-from gdd_fast.models.preconditioned import Preconditioned
-from gdd_fast.settings import Settings
+with start(__name__):
+    import torch
+    import tyro
+
+    from gdd_fast.errors import ConfigError, WeightsError
+    from gdd_fast.files import atomic_folder, atomic_write, check_destination, check_writable, write_tensors
+    from gdd_fast.models.files import pickle_reader
+    from gdd_fast.models.files.bare_weights import SUFFIXES
+    from gdd_fast.models.files.diffusers_folder import is_pipeline
+    from gdd_fast.models.files.load import (
+        RUN_GENERATOR,
+        load_generator,
+        load_network,
+        network_from_pickle,
+        network_like,
+    )
+    from gdd_fast.models.files.save import save_network
+    from gdd_fast.models.preconditioned import Preconditioned
+    from gdd_fast.settings import Settings
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt")
 OTHER_SUFFIXES = (".pkl", ".pth", ".ckpt", ".bin", ".zip")  # as a destination, these mean a file, not a folder

@@ -16,34 +16,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
-import tyro
-from torch import Tensor
+from gdd_fast.cli import command, parse, start
 
-from gdd_fast.acceleration import accelerate_foreign
-from gdd_fast.backend import Backend
-from gdd_fast.cli import command, parse
-from gdd_fast.config import named_paths
-from gdd_fast.data import ImageDataset, load_data, open_dataset
-from gdd_fast.data.dataset import choose_images
-from gdd_fast.device import full_float32
-from gdd_fast.errors import ConfigError, require
-from gdd_fast.files import check_destination
-from gdd_fast.interop.hub import network_path
-from gdd_fast.layers.backends import choose_backend
-from gdd_fast.metrics.features import FeatureExtractor
-from gdd_fast.metrics.make_reference import ReferenceConfig, image_bar, write_reference
-from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
-from gdd_fast.metrics.memorisation import Memorisation
-from gdd_fast.metrics.names import deviation_key, label
-from gdd_fast.metrics.population import Needs, Population, dataset_populations, generator_populations
-from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
-from gdd_fast.models.files.load import load_generator
-from gdd_fast.ranks import ALONE, World, is_main, join
-from gdd_fast.sampling.generate import SamplerConfig, generate
-from gdd_fast.sampling.seeds import check_class, parse_seeds
-from gdd_fast.settings import Settings
+with start(__name__):
+    import numpy as np
+    import torch
+    import tyro
+    from torch import Tensor
+
+    from gdd_fast.acceleration import accelerate_foreign
+    from gdd_fast.backend import Backend
+    from gdd_fast.config import named_paths
+    from gdd_fast.data import ImageDataset, load_data, open_dataset
+    from gdd_fast.data.dataset import choose_images
+    from gdd_fast.device import full_float32
+    from gdd_fast.errors import ConfigError, require
+    from gdd_fast.files import check_destination
+    from gdd_fast.interop.hub import network_path
+    from gdd_fast.layers.backends import choose_backend
+    from gdd_fast.metrics.features import FeatureExtractor
+    from gdd_fast.metrics.make_reference import ReferenceConfig, image_bar, write_reference
+    from gdd_fast.metrics.measure import Measurement, key_of, parse_metrics
+    from gdd_fast.metrics.memorisation import Memorisation
+    from gdd_fast.metrics.names import deviation_key, label
+    from gdd_fast.metrics.population import Needs, Population, dataset_populations, generator_populations
+    from gdd_fast.metrics.shared_judges import backbones_of, shared_judges
+    from gdd_fast.models.files.load import load_generator
+    from gdd_fast.ranks import ALONE, World, is_main, join
+    from gdd_fast.sampling.generate import SamplerConfig, generate
+    from gdd_fast.sampling.seeds import check_class, parse_seeds
+    from gdd_fast.settings import Settings
 
 
 @dataclass(frozen=True)

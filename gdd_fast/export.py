@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gdd_fast.cli import command, parse
-from gdd_fast.engine.portable import Precision, check_portable, write_portable
-from gdd_fast.errors import ConfigError
-from gdd_fast.files import check_destination
-from gdd_fast.interop.hub import network_path
-from gdd_fast.models.files.load import load_generator
-from gdd_fast.webpage.static_site import Page, check_site, write_site
+from gdd_fast.cli import command, parse, start
+
+with start(__name__):
+    from gdd_fast.engine.portable import Precision, check_portable, write_portable
+    from gdd_fast.errors import ConfigError
+    from gdd_fast.files import check_destination
+    from gdd_fast.interop.hub import network_path
+    from gdd_fast.models.files.load import load_generator
+    from gdd_fast.webpage.static_site import Page, check_site, write_site
 
 
 @dataclass(frozen=True)

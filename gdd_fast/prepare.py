@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import tyro
-from tqdm import tqdm
+from gdd_fast.cli import command, start
 
-from gdd_fast.cli import command
-from gdd_fast.data.conversion import convert
-from gdd_fast.data.sources import Labels, Split, open_source
-from gdd_fast.data.transform import Transform
-from gdd_fast.errors import ConfigError
-from gdd_fast.files import check_destination
-from gdd_fast.settings import Settings
+with start(__name__):
+    import numpy as np
+    import tyro
+    from tqdm import tqdm
+
+    from gdd_fast.data.conversion import convert
+    from gdd_fast.data.sources import Labels, Split, open_source
+    from gdd_fast.data.transform import Transform
+    from gdd_fast.errors import ConfigError
+    from gdd_fast.files import check_destination
+    from gdd_fast.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ signal's number, or 75 when --max-hours are over.
 
 from collections.abc import Sequence
 
-from gdd_fast.cli import command, parse
-from gdd_fast.config import default_settings, to_dict
-from gdd_fast.device import gpu_arithmetic
-from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
-from gdd_fast.files import check_writable
-from gdd_fast.ranks import is_main, join
-from gdd_fast.training import loop
-from gdd_fast.training.run_lock import only_process
+from gdd_fast.cli import command, parse, start
+
+with start(__name__):
+    from gdd_fast.config import default_settings, to_dict
+    from gdd_fast.device import gpu_arithmetic
+    from gdd_fast.distill.pretraining import TEACHER, PretrainConfig, Pretraining
+    from gdd_fast.files import check_writable
+    from gdd_fast.ranks import is_main, join
+    from gdd_fast.training import loop
+    from gdd_fast.training.run_lock import only_process
 
 
 @command

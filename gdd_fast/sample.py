@@ -17,30 +17,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import tyro
-from tqdm import tqdm
+from gdd_fast.cli import command, parse, start
 
-from gdd_fast.acceleration import accelerate_foreign
-from gdd_fast.backend import Backend
-from gdd_fast.cli import command, parse
-from gdd_fast.device import full_float32
-from gdd_fast.engine.engines import Engine, choose_engine
-from gdd_fast.engine.one_step import OneStepGenerator
-from gdd_fast.errors import ConfigError
-from gdd_fast.files import check_destination, check_writable
-from gdd_fast.interop.hub import network_path
-from gdd_fast.layers.backends import choose_backend
-from gdd_fast.layers.convolution import hold_frozen_weights
-from gdd_fast.models.files.load import load_generator, network_digest
-from gdd_fast.ranks import World, join
-from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
-from gdd_fast.sampling.grid import save_grid
-from gdd_fast.sampling.resume import Reserved, part_folder, reserve
-from gdd_fast.sampling.seeds import check_class, parse_seeds
-from gdd_fast.sampling.together import on_all_ranks
-from gdd_fast.sampling.writers import check_new_output
-from gdd_fast.settings import Settings
+with start(__name__):
+    import torch
+    import tyro
+    from tqdm import tqdm
+
+    from gdd_fast.acceleration import accelerate_foreign
+    from gdd_fast.backend import Backend
+    from gdd_fast.device import full_float32
+    from gdd_fast.engine.engines import Engine, choose_engine
+    from gdd_fast.engine.one_step import OneStepGenerator
+    from gdd_fast.errors import ConfigError
+    from gdd_fast.files import check_destination, check_writable
+    from gdd_fast.interop.hub import network_path
+    from gdd_fast.layers.backends import choose_backend
+    from gdd_fast.layers.convolution import hold_frozen_weights
+    from gdd_fast.models.files.load import load_generator, network_digest
+    from gdd_fast.ranks import World, join
+    from gdd_fast.sampling.generate import Batch, SamplerConfig, launch, to_host
+    from gdd_fast.sampling.grid import save_grid
+    from gdd_fast.sampling.resume import Reserved, part_folder, reserve
+    from gdd_fast.sampling.seeds import check_class, parse_seeds
+    from gdd_fast.sampling.together import on_all_ranks
+    from gdd_fast.sampling.writers import check_new_output
+    from gdd_fast.settings import Settings
 
 _GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
 

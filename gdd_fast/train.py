@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
-from gdd_fast.cli import command, parse, pop_option
+from gdd_fast.cli import command, parse, pop_option, start
 from gdd_fast.config import (
     AUTO,
     DEMO,
@@ -106,10 +106,10 @@ def settings_of(config: TrainConfig) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = read(sys.argv[1:] if arguments is None else arguments)
     config = asked.config
-    # imported late: --help needs no torch
-    from gdd_fast.distill import comparison, dry_run
-    from gdd_fast.distill.run import distill, preflight
-    from gdd_fast.ranks import is_main
+    with start(__name__):  # imported late: --help needs no torch
+        from gdd_fast.distill import comparison, dry_run
+        from gdd_fast.distill.run import distill, preflight
+        from gdd_fast.ranks import is_main
 
     if asked.dry_run:
         shown = dry_run.describe_recipe(config) if config.missing() else dry_run.describe(config, preflight(config))

@@ -170,3 +170,26 @@ def test_a_c_locale_and_nobody_at_a_terminal(inputs, tmp_path):
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert (out / "small.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("torch_does", "ends"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", (130, "interrupted\n")),
+        ("raise MemoryError", (2, "error: not enough memory")),
+    ],
+    ids=["ctrl-c", "memory"],
+)
+@pytest.mark.parametrize(
+    "command",
+    ["train --run-dir {0}", "analyze --teacher demo", "sample", "evaluate", "pretrain", "prepare", "convert", "export"],
+    ids=lambda words: words.split()[0],
+)
+def test_a_command_that_is_stopped_while_it_imports_torch(tmp_path, command, torch_does, ends):
+    (tmp_path / "torch.py").write_text(torch_does)
+    line = [sys.executable, "-m", *f"gdd_fast.{command}".format(tmp_path / "run").split()]
+    paths = f"{tmp_path}{os.pathsep}{ROOT}"
+    found = subprocess.run(line, env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True)
+    status, message = ends
+    assert found.returncode == status
+    assert found.stderr.startswith(message) and found.stderr.count("\n") == 1 and not found.stdout
