@@ -203,14 +203,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what it was made of, is for want of memory: a file that cannot be read is not damaged then.
 
     PyTorch's allocators raise RuntimeError, on a GPU a subclass; that one is known by its name, without torch. oneDNN
-    ("could not create a primitive"), the loader of libraries ("failed to map segment") and Python itself ("error return
-    without exception set") have errors that may mean anything else as well: here it depends on what memory is left.
+    ("could not create a primitive") and Python itself ("error return without exception set") have errors that may mean
+    anything else as well: here it depends on what memory is left.
     """
     named = getattr(error, "errno", None) == errno.ENOMEM or {kind.__name__ for kind in type(error).__mro__} & {
         "MemoryError",
         "OutOfMemoryError",
     }
     said = any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
+    # the loader of libraries, which says so where memory is short and where it may not execute what lies there
+    said = said or ("failed to map segment" in str(error) and "not permitted" not in str(error))
     ambiguous = isinstance(error, RuntimeError | SystemError | ImportError) and not isinstance(error, GddFastError)
     if named or said or (ambiguous and _memory_is_used_up()):
         return True

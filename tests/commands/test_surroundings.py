@@ -177,8 +177,9 @@ def test_a_c_locale_and_nobody_at_a_terminal(inputs, tmp_path):
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", (130, "interrupted\n")),
         ("raise MemoryError", (2, "error: not enough memory")),
+        ("raise ImportError('lib.so: failed to map segment from shared object')", (2, "error: not enough memory")),
     ],
-    ids=["ctrl-c", "memory"],
+    ids=["ctrl-c", "memory", "memory for a library"],
 )
 @pytest.mark.parametrize(
     "command",
