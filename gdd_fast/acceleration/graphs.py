@@ -198,8 +198,9 @@ def _key(leaves: list[Any], spec: TreeSpec, device: torch.device) -> Hashable:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     switches = (
         autocast,
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        # the older switches, such as allow_tf32, cannot be read where these say something else
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )
     return (spec, *parts, switches)

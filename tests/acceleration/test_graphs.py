@@ -102,6 +102,24 @@ def test_kinds_of_calls_are_captured_for_themselves_and_changing_numbers_never()
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("switches")
+def test_precisions_make_kinds_of_their_own_whichever_interface_sets_them() -> None:
+    net, forwards = captured()
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    kinds = [
+        (cudnn, "allow_tf32", True),
+        (cudnn, "allow_tf32", False),
+        (products, "fp32_precision", "tf32"),
+        (cudnn.conv, "fp32_precision", "tf32"),
+    ]
+    for number, (switch, name, value) in enumerate(kinds, 1):
+        setattr(switch, name, value)
+        for seed in range(CALLS):
+            net(image(seed))
+        assert forwards.capture.number == number
+
+
+@torch.no_grad()
 def test_the_cache_is_bounded() -> None:
     net, forwards = captured()
     forwards.limit = 2
