@@ -2,8 +2,9 @@
 
 What is captured is whatever the network's forward does, by gdd_fast's operators or its own. A CUDA graph repeats
 kernels on the memory that they were captured with, so before every replay one walk over the modules makes sure that
-the result would be the same: no hook, no training mode, every parameter and buffer where it was. Values may change:
-they are read anew. What a forward does in Python (counters, prints) is not repeated.
+the result would be the same: no hook, no training mode, every module the one it was, every parameter and buffer where
+it was. Values may change: they are read anew. What a forward does in Python (counters, prints) is not repeated, and
+numbers and functions that modules hold are those of the capture.
 
 A call is of the kind of another if its tensors agree in shape, strides and type, its other arguments are equal, and the
 switches of precision are the same. A kind is captured at its `CALLS`-th call: numbers that change from call to call are
@@ -78,7 +79,7 @@ class Forwards:
             self._refused.clear()
             self._places = places
             if anew:
-                return "weights lie elsewhere than before: captured anew", None
+                return "weights or modules are not where they were: captured anew", None
         reason = self._refused.get(key) or self._too_early(key)
         if reason is not None:
             return reason, None
@@ -171,7 +172,7 @@ def _only_tensors(result: Any) -> Any:
 
 
 def _changed(net: nn.Module, places: list[int]) -> str | None:
-    """Why a replay would not be what a call is, or None; `places` gets the addresses of parameters and buffers."""
+    """Why a replay would not be what a call is, or None; `places` gets the addresses of modules and weights."""
     if modules._has_any_global_hook():
         return "a global hook listens"
     waiting = [net]
@@ -183,6 +184,7 @@ def _changed(net: nn.Module, places: list[int]) -> str | None:
             return f"a hook listens to a {type(module).__name__}"
         if "forward" in module.__dict__:
             return f"the forward of a {type(module).__name__} was replaced on the instance"
+        places.append(id(module))
         for t in module._parameters.values():
             if t is not None:
                 places.append(t.data_ptr())

@@ -53,10 +53,10 @@ class Captured:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU()
 
     def forward(self, x, time=1, *, scale=None):
-        y = nn.functional.silu(self.norm(self.conv(x))) * time
+        y = self.act(self.norm(self.conv(x))) * time
         return {"sample": y if scale is None else y * scale, "mean": y.mean()}
 
 
@@ -159,8 +159,8 @@ def test_what_a_replay_would_miss_runs_as_it_is() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["in place", "data", "assigned", "loaded", "cast"])
-def test_weights_that_change_are_seen(how: str) -> None:
+@pytest.mark.parametrize("how", ["in place", "data", "assigned", "loaded", "cast", "without weights"])
+def test_weights_and_modules_that_change_are_seen(how: str) -> None:
     net, forwards = captured()
     for seed in range(CALLS + 1):
         net(image(seed))
@@ -174,6 +174,8 @@ def test_weights_that_change_are_seen(how: str) -> None:
         net.norm = other.norm
     elif how == "loaded":
         net.load_state_dict(other.state_dict(), assign=True)
+    elif how == "without weights":
+        net.act = nn.ReLU().eval()
     else:
         net.double().float()
     plain = gdd_fast.restore(copy.deepcopy(net))
@@ -181,7 +183,7 @@ def test_weights_that_change_are_seen(how: str) -> None:
         torch.testing.assert_close(net(image(seed)), plain(image(seed)), rtol=0, atol=0)
     assert forwards.capture.number == (1 if how == "in place" else 2)
     if how != "in place":
-        assert forwards.reasons["weights lie elsewhere than before: captured anew"] == 1
+        assert forwards.reasons["weights or modules are not where they were: captured anew"] == 1
 
 
 @dataclass
