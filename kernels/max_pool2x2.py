@@ -3,8 +3,11 @@
 In channels_last memory the channels of a pixel lie side by side: a program has a tile of pixels of one row of windows
 by channels, and reads the four tiles that its windows are made of. In contiguous memory the two columns of a window lie
 side by side: a program has a tile of rows of windows by their columns, and reads the two rows of each whole, which
-registers then part into columns. Offsets of rows are 64-bit, those within a tile 32-bit.
+registers then part into columns. Their rows are W = PART * parts pixels: what PART divides is aligned to as many, which
+Triton knows by itself of multiples of 16 alone. Offsets of rows are 64-bit, those within a tile 32-bit.
 """
+
+import math
 
 import torch
 import triton
@@ -87,8 +90,13 @@ def channels_last_backward_kernel(
 
 
 @triton.jit
-def _row_tile(rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+def _row_tile(rows, H, parts, column_blocks, PART: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     """Offsets of a tile's elements in the upper rows of its windows, and in the output; what is inside."""
+    W = parts * PART
+    if PART == 1:
+        width, even = W // 2, W // 2 * 2
+    else:
+        width, even = parts * (PART // 2), W
     pid = tl.program_id(0)
     first = pid % column_blocks * BLOCK_W
     row = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # of the windows of all maps
@@ -98,15 +106,17 @@ def _row_tile(rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.cons
     narrow = first + tl.arange(0, BLOCK_W)
     valid = (row < rows)[:, None]
     read = top[:, None] + wide[None, :]
-    written = (row * (W // 2))[:, None] + narrow[None, :]
-    return read, valid & (wide < W // 2 * 2)[None, :], written, valid & (narrow < W // 2)[None, :]
+    written = (row * width)[:, None] + narrow[None, :]
+    return read, valid & (wide < even)[None, :], written, valid & (narrow < width)[None, :]
 
 
 @triton.jit
-def contiguous_kernel(x, y, places, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    read, inside, written, within = _row_tile(rows, H, W, column_blocks, BLOCK_R, BLOCK_W)
+def contiguous_kernel(
+    x, y, places, rows, H, parts, column_blocks, PART: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    read, inside, written, within = _row_tile(rows, H, parts, column_blocks, PART, BLOCK_R, BLOCK_W)
     upper = _comparable(tl.load(x + read, inside, other=0))
-    lower = _comparable(tl.load(x + W + read, inside, other=0))
+    lower = _comparable(tl.load(x + parts * PART + read, inside, other=0))
     a, b = tl.split(tl.reshape(upper, (BLOCK_R, BLOCK_W, 2)))
     c, d = tl.split(tl.reshape(lower, (BLOCK_R, BLOCK_W, 2)))
     value, place = _largest(a, b, c, d)
@@ -115,15 +125,17 @@ def contiguous_kernel(x, y, places, rows, H, W, column_blocks, BLOCK_R: tl.const
 
 
 @triton.jit
-def contiguous_backward_kernel(dy, places, dx, rows, H, W, column_blocks, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    read, inside, written, within = _row_tile(rows, H, W, column_blocks, BLOCK_R, BLOCK_W)
+def contiguous_backward_kernel(
+    dy, places, dx, rows, H, parts, column_blocks, PART: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    read, inside, written, within = _row_tile(rows, H, parts, column_blocks, PART, BLOCK_R, BLOCK_W)
     gradient = tl.load(dy + written, within, other=0)
     place = tl.load(places + written, within, other=0)
     zero = tl.zeros_like(gradient)
     upper = tl.join(tl.where(place == 0, gradient, zero), tl.where(place == 1, gradient, zero))
     lower = tl.join(tl.where(place == 2, gradient, zero), tl.where(place == 3, gradient, zero))
     tl.store(dx + read, tl.reshape(upper, (BLOCK_R, 2 * BLOCK_W)), inside)
-    tl.store(dx + W + read, tl.reshape(lower, (BLOCK_R, 2 * BLOCK_W)), inside)
+    tl.store(dx + parts * PART + read, tl.reshape(lower, (BLOCK_R, 2 * BLOCK_W)), inside)
 
 
 def _cut(channels_last: bool, n: int, c: int, h: int, w: int, block: int) -> tuple[int, tuple, dict[str, int]]:
@@ -137,7 +149,9 @@ def _cut(channels_last: bool, n: int, c: int, h: int, w: int, block: int) -> tup
     block_w = min(power_of_2(width), block)
     block_r = block // block_w
     rows, columns = n * c * height, ceil_div(width, block_w)
-    return ceil_div(rows, block_r) * columns, (rows, h, w, columns), {"BLOCK_R": block_r, "BLOCK_W": block_w}
+    part = math.gcd(w, 16)
+    constants = {"PART": part, "BLOCK_R": block_r, "BLOCK_W": block_w}
+    return ceil_div(rows, block_r) * columns, (rows, h, w // part, columns), constants
 
 
 @on_its_device

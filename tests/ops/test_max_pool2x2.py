@@ -109,7 +109,7 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
     options, cases = {"num_warps": 4}, []
     kinds = {
         "channels_last": (("H", "W", "C", "pixel_blocks", "channel_blocks"), {"BLOCK_P": 16, "BLOCK_C": 64}),
-        "contiguous": (("rows", "H", "W", "column_blocks"), {"BLOCK_R": 8, "BLOCK_W": 128}),
+        "contiguous": (("rows", "H", "parts", "column_blocks"), {"BLOCK_R": 8, "BLOCK_W": 128}),
     }
     half = {"BLOCK_R": 4, "BLOCK_W": 128}  # as `max_pool2x2_backward` launches them
     for dtype in ("*fp32", "*bf16", "*fp64"):
@@ -117,6 +117,8 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
             for kernel, maps in ((f"{name}_kernel", "xy"), (f"{name}_backward_kernel", ("dy", "dx"))):
                 signature = {**dict.fromkeys(maps, dtype), "places": "*u8", **dict.fromkeys(sizes, "i32")}
                 tile = half if kernel == "contiguous_backward_kernel" else constants
-                cases.append(TritonCase(kernel, signature, tile, options))
+                parts = (1, 2, 16) if name == "contiguous" else (None,)  # odd rows, even ones, those of most networks
+                tiles = [tile if part is None else {**tile, "PART": part} for part in parts]
+                cases += [TritonCase(kernel, signature, each, options) for each in tiles]
     for resources in compile_triton("gdd_fast.kernels.max_pool2x2", cases):
         resources.assert_no_spills()
