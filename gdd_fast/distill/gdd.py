@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.acceleration import accelerate_foreign
-from gdd_fast.config import TrainConfig
+from gdd_fast.config import StepEngine, TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout
 from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
@@ -46,6 +46,15 @@ from gdd_fast.training.sharding import assembled, form_of, gathered, shard
 from gdd_fast.training.trial import Trial
 
 GRID_SEEDS = range(64)
+
+
+def step_engine(config: TrainConfig, device: torch.device, processes: int) -> StepEngine:
+    """How the steps of a run are taken on `device`. Raises as `choose_step_engine`."""
+    run, loss, ablation = config.run, config.loss, config.ablation
+    local_batch, micro_batch = split_batch(run.batch, run.batch_gpu, processes)
+    fixed = not ablation.adds_losses and not run.debug_finite
+    apart = fixed and ablation.gan == "on" and loss.reuse_fakes and micro_batch == local_batch
+    return choose_step_engine(run.engine, device, processes, fixed=fixed, apart=apart)
 
 
 class Distillation:
@@ -104,9 +113,7 @@ class Distillation:
         """The images of the last G step, with `reuse_fakes`."""
         if config.loss.reuse_fakes and self.judges_fakes:
             self._fakes = torch.zeros(self._shape(self.local_batch), device=device)
-        fixed = self.additional is None and not run.debug_finite
-        apart = fixed and self.gan and config.loss.reuse_fakes and self.micro_batch == self.local_batch
-        engine = choose_step_engine(run.engine, device, world.size, fixed=fixed, apart=apart)
+        engine = step_engine(config, device, world.size)
         self.steps = CapturedSteps(
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,

@@ -8,7 +8,7 @@ from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic, pick_device
 from gdd_fast.distill import comparison, components, first_stage, memory_forecast
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.gdd import Distillation, step_engine
 from gdd_fast.distill.measuring import BEST, Evaluation, build_measurement
 from gdd_fast.files import check_writable
 from gdd_fast.metrics.shared_judges import shared_judges
@@ -17,8 +17,6 @@ from gdd_fast.ranks import is_main, join, world_size
 from gdd_fast.report import report_page
 from gdd_fast.report.run_record import SAMPLES
 from gdd_fast.training import loop
-from gdd_fast.training.batches import split_batch
-from gdd_fast.training.captured_steps import choose_step_engine
 from gdd_fast.training.compiled_losses import check_compiler
 from gdd_fast.training.loggers import check_loggers
 from gdd_fast.training.run_lock import only_process
@@ -54,8 +52,7 @@ def preflight(config: TrainConfig) -> Components:
     config.validate()
     for folder in ("", SAMPLES, RUN_GENERATOR, BEST, first_stage.FOLDER):
         check_writable(config.run_dir / folder)
-    split_batch(config.run.batch, config.run.batch_gpu, world_size())
-    choose_step_engine(config.run.engine, pick_device(config.run.device), world_size())
+    step_engine(config, pick_device(config.run.device), world_size())
     built = components.build(config)
     first_stage.check(config, built.generator)
     if config.run.fsdp:

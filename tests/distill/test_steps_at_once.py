@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_run import ALONE, BATCH, CLASSES, schedule_of, tiny_config, write_inputs
 
-from gdd_fast.config import to_dict
+from gdd_fast.config import override, to_dict
 from gdd_fast.distill import components
 from gdd_fast.distill.gdd import Distillation
+from gdd_fast.distill.run import preflight
 from gdd_fast.distill.steps_at_once import StepsAtOnce
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.training import checkpoint, loop
@@ -129,7 +130,7 @@ def test_auto_is_that_where_it_can_be(make, monkeypatch):
     for settings in ({"reuse_fakes": False}, {"batch_gpu": 2}, {"debug_finite": True}, {"engine": "eager"}):
         assert make(**settings).at_once is None
     with pytest.raises(ConfigError, match="it needs --reuse-fakes"):
-        make(engine="threads", batch_gpu=2)
+        preflight(override(make().config, engine="threads", batch_gpu=2))
 
 
 def test_a_run_ends_its_thread_and_gives_back_the_cores_however_it_ends(make):
