@@ -154,6 +154,11 @@ def check_readable(path: Path) -> None:
     """
     with path.open("rb"):
         pass
+    check_name(path)
+
+
+def check_name(path: Path) -> None:
+    """Raise `ConfigError` for a name that is no text: safetensors writes such a file and does not read it."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

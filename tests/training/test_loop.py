@@ -96,6 +96,12 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
 
 
+def test_a_folder_whose_checkpoint_could_not_be_read_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="this name is not UTF-8"):
+        run(Counting(), tmp_path / os.fsdecode(b"r-\xff"), CONFIG, Schedule(100, 50, 50), ALONE)
+    assert not os.listdir(tmp_path)
+
+
 def test_a_checkpoint_is_of_its_moment_while_training_goes_on(tmp_path, monkeypatch):
     """The writer of the checkpoint of 50 images waits until all iterations are done."""
     finished, kept, write = threading.Event(), [], checkpoint.save
