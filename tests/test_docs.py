@@ -18,6 +18,8 @@ def test_the_site_builds(tmp_path):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    front = (site / "index.html").read_text()
+    assert 'src="images/cifar16.png"' in front and 'href="accelerate/"' in front, "the README is the first page"
     api = (site / "api" / "sampling" / "index.html").read_text()
     assert "Standard normal" in api or "latents" in api, "docstrings are on the API pages"
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.reports.tables`: the tables of docs/benchmarks.md and README.md, of benchmarks/results/*.json.
 
-What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README one short
-table per device, in the docs every row, one table per group. `--check` changes nothing and
-exits with 1 if a file does not agree with the results.
+What stands between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is replaced: in the README a short
+table of the newest record, in the docs every row, one table per group. `--check` changes nothing and exits with 1 if a
+file does not agree with the results.
 """
 
 import argparse
@@ -27,9 +27,11 @@ def load_all(folder: Path = FOLDER) -> list[Results]:
 
 
 def readme(records: Sequence[Results]) -> str:
-    """The short tables: one line per case, its peers side by side, and how many times faster ours is than `stock`."""
+    """A short table of the newest record, of a GPU if there is one: one line per case, its peers side by side, and how
+    many times faster ours is than `stock`."""
     parts = _preface(records)
-    for record in records:
+    of_first_kind = [r for r in records if r.machine["type"] == records[0].machine["type"]]
+    for record in sorted(of_first_kind, key=lambda r: r.machine["date"])[-1:]:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
         if cases:
             parts += [_machine_line(record), _short_table(cases)]

@@ -1,9 +1,8 @@
-// The inner loops of small_maps.cpp for one instruction set, which includes this once per set as winograd_conv2d.cpp
-// does winograd_kernels.h, with GDD_FAST_ISA, GDD_FAST_VECTOR, GDD_FAST_MM and GDD_FAST_ROWS.
+// The inner loops of small maps for one instruction set; panels.cpp includes this by cpu/vector_sets.h.
 
 using Vector = GDD_FAST_VECTOR;
 constexpr int64_t kVector = sizeof(Vector) / sizeof(float);
-constexpr int64_t kRows = GDD_FAST_ROWS;
+constexpr int64_t kRows = GDD_FAST_EITHER(8, 6);  // of a product that are kept in registers, two vectors each
 
 // sums[r, :] = sum over taps t and k of t.rows[r][k] * t.weight[k, :], a panel of `Vectors` vectors wide.
 template <int64_t Rows, int64_t Vectors>

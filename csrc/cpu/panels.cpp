@@ -15,29 +15,8 @@
 namespace gdd_fast::cpu {
 
 #ifdef GDD_FAST_PANELS
-namespace avx512 {
-#define GDD_FAST_ISA __attribute__((target("avx512f")))
-#define GDD_FAST_VECTOR __m512
-#define GDD_FAST_MM(name) _mm512_##name
-#define GDD_FAST_ROWS 8
-#include "cpu/panel_kernels.h"
-#undef GDD_FAST_ISA
-#undef GDD_FAST_VECTOR
-#undef GDD_FAST_MM
-#undef GDD_FAST_ROWS
-}  // namespace avx512
-
-namespace avx2 {
-#define GDD_FAST_ISA __attribute__((target("avx2,fma")))
-#define GDD_FAST_VECTOR __m256
-#define GDD_FAST_MM(name) _mm256_##name
-#define GDD_FAST_ROWS 6
-#include "cpu/panel_kernels.h"
-#undef GDD_FAST_ISA
-#undef GDD_FAST_VECTOR
-#undef GDD_FAST_MM
-#undef GDD_FAST_ROWS
-}  // namespace avx2
+#define GDD_FAST_KERNELS "cpu/panel_kernels.h"
+#include "cpu/vector_sets.h"
 #endif
 
 const Panels& panels() {

@@ -29,29 +29,8 @@ constexpr int64_t kTiles = 64;  // of a run: its 36 rows of points and of produc
 constexpr int64_t kPad = 16;    // between rows whose distance is else a power of two, for which caches have few places
 
 #ifdef GDD_FAST_WINOGRAD
-namespace avx512 {
-#define GDD_FAST_ISA __attribute__((target("avx512f")))
-#define GDD_FAST_VECTOR __m512
-#define GDD_FAST_MM(name) _mm512_##name
-#define GDD_FAST_ROWS 14
-#include "cpu/winograd_kernels.h"
-#undef GDD_FAST_ISA
-#undef GDD_FAST_VECTOR
-#undef GDD_FAST_MM
-#undef GDD_FAST_ROWS
-}  // namespace avx512
-
-namespace avx2 {
-#define GDD_FAST_ISA __attribute__((target("avx2,fma")))
-#define GDD_FAST_VECTOR __m256
-#define GDD_FAST_MM(name) _mm256_##name
-#define GDD_FAST_ROWS 6
-#include "cpu/winograd_kernels.h"
-#undef GDD_FAST_ISA
-#undef GDD_FAST_VECTOR
-#undef GDD_FAST_MM
-#undef GDD_FAST_ROWS
-}  // namespace avx2
+#define GDD_FAST_KERNELS "cpu/winograd_kernels.h"
+#include "cpu/vector_sets.h"
 #endif
 
 // The loops for T of one instruction set.

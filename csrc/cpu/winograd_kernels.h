@@ -1,15 +1,9 @@
-// The inner loops of winograd_conv2d for one instruction set. winograd_conv2d.cpp includes this once per set, within a
-// namespace of its own, with these macros: a target attribute names instructions that the rest of the file may not use,
-// and a template cannot carry one that depends on its argument.
-//
-//   GDD_FAST_ISA      the attribute of every function here
-//   GDD_FAST_VECTOR   vector type, GDD_FAST_MM(name) the intrinsic of that name for it
-//   GDD_FAST_ROWS     most rows of a product that are kept in registers, two vectors each
+// The inner loops of winograd_conv2d for one instruction set; winograd_conv2d.cpp includes this by cpu/vector_sets.h.
 
 using Vector = GDD_FAST_VECTOR;
 constexpr int64_t kVector = sizeof(Vector) / sizeof(float);
-constexpr int64_t kPanel = 2 * kVector;  // output channels that are computed at once
-constexpr int64_t kRows = GDD_FAST_ROWS;
+constexpr int64_t kPanel = 2 * kVector;            // output channels that are computed at once
+constexpr int64_t kRows = GDD_FAST_EITHER(14, 6);  // of a product that are kept in registers, two vectors each
 
 #define GDD_FAST_STEP GDD_FAST_ISA GDD_FAST_INLINE
 

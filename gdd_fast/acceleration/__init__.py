@@ -57,9 +57,9 @@ def accelerate(
 
     Args:
         net: a module; put it on its device first, as what is worth replacing depends on it.
-        backend: "auto" replaces what is no slower on the network's device. Any other name of gdd_fast.backend replaces
-            everything that is known and runs that implementation of the operators that have it, PyTorch's definition of
-            the others.
+        backend: "auto" replaces what is no slower on the network's device, at batch 1 too. Any other name of
+            gdd_fast.backend replaces everything that is known and runs that implementation of the operators that have
+            it, PyTorch's definition of the others.
         engine: "eager", or "graph": forwards without gradient are captured as CUDA graphs, one for each kind of call
             (shapes, strides and types of its tensors, its other arguments), and replayed, so that a small batch does
             not wait for the host. With gradients, hooks, training mode or after weights moved, the forward runs as it
@@ -78,22 +78,12 @@ def accelerate(
         raise InputError(f"accelerate: give a torch.nn.Module, not {type(net).__name__}")
     if backend not in get_args(Backend):
         raise BackendError(f"accelerate: unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
-    restore(net)
-    first = next(itertools.chain(net.parameters(), net.buffers()), None)
-    if first is not None and first.is_meta:
-        raise InputError(
-            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
-            "them away (sequential offload), accelerate before these are added"
-        )
-    device = torch.device("cpu") if first is None else first.device
     if engine not in get_args(NetworkEngine):
         raise BackendError(f"accelerate: unknown engine {engine!r}; there are {', '.join(get_args(NetworkEngine))}")
+    device = _device_of(net)
     if engine == "graph" and device.type != "cuda":
         raise BackendError(f'accelerate: engine "graph" is of CUDA graphs and cannot run on {device}; use "eager"')
-    decisions = Decisions(net, backend, device)
-    for decide in (edm.decide, unet2d.decide, frozen.decide):
-        decide(decisions)
-    done = decisions.carry_out()
+    done = _replace(net, backend, device, captured=engine == "graph")
     if engine == "graph":
         forwards = capture_forwards(net, device, CudaCapture(device, contextlib.nullcontext))
         done = dataclasses.replace(done, forwards=forwards)
@@ -104,8 +94,26 @@ def accelerate(
     return net
 
 
+def _device_of(net: nn.Module) -> torch.device:
+    return next((t.device for t in itertools.chain(net.parameters(), net.buffers())), torch.device("cpu"))
+
+
+def _replace(net: nn.Module, backend: Backend, device: torch.device, *, captured: bool) -> Report:
+    restore(net)
+    if device.type == "meta":
+        raise InputError(
+            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
+            "them away (sequential offload), accelerate before these are added"
+        )
+    decisions = Decisions(net, backend, device, captured)
+    for decide in (edm.decide, unet2d.decide, frozen.decide):
+        decide(decisions)
+    return decisions.carry_out()
+
+
 def accelerate_foreign(net: nn.Module, backend: Backend = "auto") -> None:
     """`accelerate` for a network whose layers come from another library (`Preconditioned.foreign`); leaves others
-    alone. Loops and samplers call it for every network they are given, once it is on its device. Prints nothing."""
+    alone. Loops and samplers call it for every network they are given, once it is on its device: their steps are
+    captured or their batches large, so that the time of launches does not count."""
     if getattr(net, "foreign", False):
-        accelerate(net, backend=backend, report=True)
+        _replace(net, backend, _device_of(net), captured=True)

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from gdd_fast.acceleration.class_exchange import Fast, difference, exchange, obstacle
 from gdd_fast.acceleration.summary import Entry, Report
-from gdd_fast.backend import Backend, Operator, resolve
+from gdd_fast.backend import Backend, Operator, has_extension, resolve
 
 
 @dataclass
 class Decisions:
     """The modules of a network, and what was decided about each; a module is decided about once.
 
-    `place` is the device that the network is on; its type decides what "auto" finds worth replacing.
+    `place` is the device that the network is on; its type decides what "auto" finds worth replacing. `captured`: calls
+    are replayed, so that what the host takes to launch them does not matter.
     """
 
     net: nn.Module
     backend: Backend
     place: torch.device
+    captured: bool = False
     names: dict[nn.Module, str] = field(init=False)
     replaced: dict[nn.Module, tuple[type[Fast], Any, str]] = field(default_factory=dict)
     left: dict[nn.Module, str] = field(default_factory=dict)
@@ -76,13 +78,23 @@ class Decisions:
         BackendError if it cannot run here.
         """
         if self.backend == "auto":
-            return None if resolve("auto", operator, self.place.type) == "torch" else "auto"
+            found = resolve("auto", operator, self.place.type)
+            return None if found == "torch" or (found == "triton" and self._launches_slowly) else "auto"
         if self.backend not in operator.fused:
             return "torch"
         return resolve(self.backend, operator, self.place.type)
 
+    @property
+    def _launches_slowly(self) -> bool:
+        return self.place.type == "cuda" and not self.captured and not has_extension()
+
     def missing(self, operator: Operator) -> str:
         """The reason for leaving a module for which `backend_of(operator)` is None."""
+        if self._launches_slowly:
+            return (
+                "the extension is not built, and Triton's own launcher takes the host twice as long as the original "
+                'at small batches: build it, or ask for backend="triton" or engine="graph"'
+            )
         return f"{operator.name} has no fused implementation for {self.place.type} here: PyTorch's is as fast"
 
     def carry_out(self) -> Report:

@@ -10,6 +10,7 @@ from torch import nn
 
 import edm_style
 from gdd_fast import accelerate, restore
+from gdd_fast.acceleration import replacements
 from gdd_fast.backend import obstacle
 from gdd_fast.models.edm import ncsnpp
 from gdd_fast.models.precond import EDMPrecond
@@ -283,3 +284,23 @@ def test_a_pipeline_draws_the_same_images(diffusers, backend, tmp_path):
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert abs(draw() - want).max() < 1e-6
+
+
+def test_auto_leaves_what_triton_itself_would_launch(monkeypatch):
+    """On a GPU without the extension; a capture, or a backend asked for by name, has it all the same."""
+    monkeypatch.setattr(replacements, "has_extension", lambda: False)
+    monkeypatch.setattr(replacements, "resolve", lambda backend, operator, device: "triton")
+    net, gpu, cpu = nn.Sequential(), torch.device("cuda"), torch.device("cpu")
+    given = {
+        (backend, device, captured): replacements.Decisions(net, backend, device, captured).backend_of(
+            group_norm_silu.OPERATOR
+        )
+        for backend in ("auto", "triton")
+        for device in (gpu, cpu)
+        for captured in (False, True)
+    }
+    assert [which for which, found in given.items() if found is None] == [("auto", gpu, False)]
+    left = replacements.Decisions(net, "auto", gpu).missing(group_norm_silu.OPERATOR)
+    assert "extension is not built" in left and 'engine="graph"' in left
+    monkeypatch.setattr(replacements, "has_extension", lambda: True)
+    assert replacements.Decisions(net, "auto", gpu).backend_of(group_norm_silu.OPERATOR) == "auto"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, held back for a block; what a run asks of them is in test_loop.py."""
+"""SIGINT and SIGTERM, held back for a block; what a run asks of them is in test_loop_stops.py."""
 
 import os
 import signal

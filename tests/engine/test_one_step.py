@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gdd_fast
 from benchmarks.counts import exactness
 from benchmarks.counts.exactness import TEACHER, compare
+from gdd_fast.backend import has_extension
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.models.files.save import save_network
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.ops import small_maps, winograd_conv2d
 from gdd_fast.ops.group_norm_silu import OPERATOR
 from gdd_fast.ops.to_uint8 import to_uint8
 from gdd_fast.sampling.generate import generate
@@ -96,6 +98,31 @@ def test_one_whose_operators_are_not_here_says_so(conditional) -> None:
     there = OneStepGenerator.__new__(OneStepGenerator)
     with pytest.raises(BackendError, match=r"group_norm_silu: backend 'cuda' cannot run here"):
         there.__setstate__({**state, "_chosen": {OPERATOR: "cuda"}})
+
+
+class OursCalled(TorchDispatchMode):
+    """The extension's operators that are called, by the beginning of their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, _, name = function._schema.name.partition("::")
+        if namespace == "gdd_fast_C":
+            known = (operator.name for operator in (OPERATOR, winograd_conv2d.OPERATOR))
+            self.names.add(next((start for start in known if name.startswith(start)), small_maps.OPERATOR.name))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_whoever_takes_a_pickle_up_is_asked_for_each_kernel_that_it_runs(backend) -> None:
+    generator = OneStepGenerator.from_network(fill(GDDPrecond(SIZE, 3, **SMALL["ncsnpp"])), backend=backend)
+    with OursCalled() as called:
+        generator(2, seeds=range(2))
+    asked_for = {operator.name for operator, runs in generator.__getstate__()["_chosen"].items() if runs == "cpp"}
+    assert called.names == asked_for
+    assert bool(asked_for) == (backend == "auto" and has_extension())
 
 
 def levels(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -101,7 +101,7 @@ def test_compiles_without_graph_breaks(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 32, 16, 16), (3, 64, 64, 32)], ids=str)
 def test_auto_on_a_cpu_is_the_extension_at_every_size(shape, dtype, layout, monkeypatch):
-    """It was measured to be no slower than plain PyTorch at any; see docs/cpu_operators.md."""
+    """With SiLU it was measured to be no slower than plain PyTorch at any; see docs/cpu_operators.md."""
     case = Case(shape, 2, dtype=dtype, layout=layout, backend="cpp", requires_grad=False)
     want, cpp = case.ref(*case.inputs), case.fused(*case.inputs)
     for module, name in ((definition, "formula"), (definition, "forward"), (fused, "forward_cpp")):
@@ -109,6 +109,37 @@ def test_auto_on_a_cpu_is_the_extension_at_every_size(shape, dtype, layout, monk
     auto = case.call(group_norm_silu, *case.inputs)
     assert torch.equal(auto, cpp) and auto.stride() == cpp.stride()
     torch.testing.assert_close(auto, want, rtol=0.02, atol=0.02)
+
+
+STOCK = """
+import pytest, torch
+from torch.nn.functional import group_norm
+from gdd_fast.errors import InputError
+from gdd_fast.ops.group_norm_silu import group_norm_silu
+avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+weight, bias = torch.randn(2, 256)
+for dtype, stock in ((torch.float32, True), (torch.bfloat16, avx2), (torch.float16, False)):
+    x = torch.randn(4, 256, 32, 32).to(dtype, memory_format=torch.channels_last)
+    want = group_norm(x, 32, weight, bias)
+    def same(x=x, **options):
+        y = group_norm_silu(x, 32, weight, bias, **{"activation": None} | options)
+        assert y.stride() == x.stride() and y.dtype == x.dtype
+        torch.testing.assert_close(y, want[: len(x)], rtol=0.02, atol=0.02)
+        return torch.equal(y, want[: len(x)])
+    with torch.no_grad():
+        assert same() == stock and not same(backend="cpp") and not same(x[:1])
+        with pytest.raises(InputError):
+            group_norm_silu(x, 7, weight, bias, activation=None)
+    assert not same()
+"""
+
+
+@pytest.mark.skipif(not has_extension(), reason="the extension gdd_fast._C is not built")
+@pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
+def test_large_maps_with_nothing_around_them_are_pytorch_s(instructions):
+    """Where that was measured to be faster; see docs/cpu_operators.md."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
+    subprocess.run([sys.executable, "-c", STOCK], env=environment, check=True)
 
 
 OTHER_SETS = """

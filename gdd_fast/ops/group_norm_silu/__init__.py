@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gdd_fast.backend import Backend, Operator, chooser, extension
 from gdd_fast.errors import InputError
@@ -99,6 +100,10 @@ def group_norm_silu(
             module, cache = planned
             y = module.planned_group_norm_silu(cache, *tensors, *known, backend)
         elif first.is_cpu and known[0] is known[1] is None and runs_eagerly(first) and chosen(first, backend) == "cpp":
+            alone = skip is add is scale is shift is None and not silu
+            if alone and backend == "auto" and not torch.is_grad_enabled() and _stock_is_faster(first, weight, bias):
+                check(NormInputs(*tensors), known)
+                return functional.group_norm(first, num_groups, weight, bias, eps)
             y = extension().cpu_group_norm_silu(*tensors)  # type: ignore[union-attr]
         if y is not None:  # else something is to be refused, or it is for another implementation
             return y
@@ -112,6 +117,17 @@ def group_norm_silu(
         # off the CPU PyTorch's norm loses channels_last; a compiler chooses for itself
         return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(inputs.x))
     return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
+
+
+def _stock_is_faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether PyTorch's norm takes a large channels_last map on this CPU, with nothing around it, sooner than ours
+    (docs/cpu_operators.md), and takes these parameters as they are. It computes in float32, too."""
+    if x.dim() != 4 or x.numel() < 1 << 20 or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if x.shape[2] * x.shape[3] < 1024 or weight.dtype != bias.dtype:
+        return False
+    rounds_slowly = x.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return weight.dtype in (torch.float32, x.dtype) if rounds_slowly else x.dtype == weight.dtype == torch.float32
 
 
 def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
