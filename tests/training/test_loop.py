@@ -10,7 +10,7 @@ import torch
 from counting_task import CONFIG, Counting, lines
 from tiny_run import ALONE
 
-from gdd_fast.errors import CheckpointError
+from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.training import checkpoint, loggers
 from gdd_fast.training.loop import CHECKPOINT, Outcome, Schedule, run
 from gdd_fast.training.output import Averages
