@@ -11,7 +11,6 @@ import io
 import json
 import os
 import resource
-import select
 import signal
 import sys
 import time
@@ -63,24 +62,19 @@ def pop_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, 
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr, never a traceback, for what is not the program's fault.
 
-    Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C;
-    141 and no message if the reader of the output has gone, as with `| head`. Under torchrun the first process says the
-    line; all leave it for torchrun, which shows it with the number of the process that failed first.
+    Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C.
+    Under torchrun the first process says the line; all leave it for torchrun, which shows it with the number of the
+    process that failed first.
 
-    Output that cannot be written does not end the work: a stream that is closed, and a stderr whose reader has died or
-    whose disk is full, lose their lines.
+    Output that cannot be written does not end the work: a stream that is closed, whose reader has gone or whose disk is
+    full loses its lines. Where the work ends well, lines of stdout that were lost end it with 141 and no message if the
+    reader has gone, as with `| head`, and as any full disk otherwise.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        try:
-            with _usable_streams(), _said_errors():
-                main(*args, **kwargs)
-        except BrokenPipeError:
-            if not _stdout_is_gone():
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
+        with _usable_streams() as output, _said_errors(), _unless_lost(output):
+            main(*args, **kwargs)
 
     return wrapped
 
@@ -97,7 +91,7 @@ def start(name: str) -> Iterator[None]:
     if before is signal.default_int_handler:  # not one that the shell told to ignore it
         signal.signal(signal.SIGINT, _end_at_once)
     try:
-        with _usable_streams(), _said_errors():
+        with _usable_streams() as output, _said_errors(), _unless_lost(output):
             yield
     finally:
         signal.signal(signal.SIGINT, before)
@@ -111,20 +105,28 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 class _Unbreakable(io.TextIOBase):
-    """A text stream that drops what its file does not take any more."""
+    """A text stream that drops what its file does not take any more. `lost`: why it has first done so."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._noting():
             self._stream.write(text)
-            self._stream.flush()
+        self.flush()
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._noting():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or error
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -138,21 +140,41 @@ class _Unbreakable(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _usable_streams() -> Iterator[None]:
-    """Streams that can be written to, for a block; Python has None for one that was closed when it started (`>&-`)."""
+def _usable_streams() -> Iterator[_Unbreakable]:
+    """Streams that can be written to, for a block, which gets stdout; Python has None for one that was closed when it
+    started (`>&-`).
+    """
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
-        sys.stdout, sys.stderr = before[0] or nowhere, _Unbreakable(before[1] or nowhere)
+        output = _Unbreakable(before[0] or nowhere)
+        sys.stdout, sys.stderr = output, _Unbreakable(before[1] or nowhere)
         stdout = before[0]
         strict = isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict"
         if strict:  # a file's name may have letters that this terminal's encoding has not: shown as stderr shows them
             stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
-            yield
+            yield output
         finally:
+            if output.lost:  # else Python tries once more as it exits
+                with contextlib.suppress(OSError):  # not a file of the operating system
+                    os.dup2(nowhere.fileno(), output.fileno())
             if strict:
                 stdout.reconfigure(errors="strict")  # type: ignore[union-attr]
             sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def _unless_lost(output: _Unbreakable) -> Iterator[None]:
+    """A block that ends well raises why not all of `output` could be written; it has a status of its own otherwise."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code or not output.lost:
+            raise
+    if isinstance(output.lost, BrokenPipeError):
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    if output.lost:
+        raise OSError(output.lost.errno, output.lost.strerror, "standard output") from None
 
 
 @contextlib.contextmanager
@@ -160,10 +182,7 @@ def _said_errors() -> Iterator[None]:
     """The statuses and lines of `command`, for a block."""
     try:
         _check_working_directory()
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # an error in writing is reported here, and not by Python as it exits
+        yield
     except LostProcessError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -246,14 +265,3 @@ def _what_the_system_refuses(error: OSError) -> str | None:
     if error.errno in FULL:
         return f"{path}{error.strerror}; make room, or write to another disk"
     return f"{path}{error.strerror}; choose another path, or mend this one" if path else None
-
-
-def _stdout_is_gone() -> bool:
-    """Whether nobody reads standard output any more: a pipe's writing end is then in error, whatever one asks of it."""
-    try:
-        output = sys.stdout.fileno()
-    except OSError:  # not a file of the operating system
-        return False
-    poll = select.poll()
-    poll.register(output, 0)
-    return bool(poll.poll(0))

@@ -102,14 +102,14 @@ def convert(config: ConvertConfig) -> Preconditioned:
         return net
     state = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
     if config.destination.suffix.lower() == ".pt":
-        with atomic_write(config.destination) as temporary, temporary.open("wb") as file:
+        with atomic_write(config.destination, new=not config.overwrite) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(state, file)  # a file of Python's, whose errors say what the system has answered
             except RuntimeError as error:
                 # torch's own complaint, about the archive that it could therefore not close
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     else:
-        write_tensors(config.destination, state)
+        write_tensors(config.destination, state, new=not config.overwrite)
     return net
 
 

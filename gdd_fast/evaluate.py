@@ -11,8 +11,9 @@ Metrics: fid, fd (Frechet distance of other networks), kid, is, pr (precision an
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,20 +149,26 @@ class EvaluateConfig(Settings):
 
 
 @full_float32()
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, show: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
     """The metrics of `config`, as plain JSON types; writes the sheet of `nn`.
 
     `metrics`: values by key, with several rounds their means; then also `rounds`, each round's values, and `std`, their
     deviation, and `min`. Under torchrun every process takes its share of the batches; the values are those of one
-    process, to the bit, and the first process has them: others get an empty result. Raises a `GddFastError` if an
-    option, a file or the weights cannot work, before anything is computed.
+    process, to the bit, and the first process has them: others get an empty result. `show` is called with the result
+    before the sheet is written, which a full disk may refuse. Raises a `GddFastError` if an option, a file or the
+    weights cannot work, before anything is computed.
     """
     config.validate()
     with join(config.device) as world:
-        return _evaluate(config, world)
+        result, save_sheet = _evaluate(config, world)
+        if world.is_main:
+            show(result)
+            save_sheet()
+        return result
 
 
-def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
+def _evaluate(config: EvaluateConfig, world: World) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The result, and what writes the sheet of `nn`."""
     device = world.device
     measurement = Measurement(
         parse_metrics(config.metrics, config.features),
@@ -214,7 +221,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "class_index": config.class_index,
         "generator_device": config.generator_device,
     }
-    rounds = []
+    rounds, save_sheet = [], lambda: None
     for number in range(config.rounds):
         span = max(config.seed_list) - min(config.seed_list) + 1
         seeds = [seed + number * span for seed in config.seed_list]
@@ -237,9 +244,13 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         rounds.append(measurement.values(generated, real))
         if number == 0:
             ours = _of(samples, config.images) if net is None else _of_seeds(net, seeds, config.sampler, options)
-            rounds[0] |= _neighbours(config, measurement, generated, real, ours, dataset, held_out, of_dataset)
+            found = _neighbours(config, measurement, generated, real, held_out, of_dataset)
+            if found is not None:
+                rounds[0] |= found[0]
+                training = _of(dataset, config.data_images)
+                save_sheet = partial(found[1].save_sheet, config.nn_sheet, ours, training)
     if not world.is_main:
-        return {}
+        return {}, save_sheet
     result = {
         "metrics": {key: float(np.mean([values[key] for values in rounds if key in values])) for key in rounds[0]},
         "generated_images": generated[0].count,
@@ -250,7 +261,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         result["rounds"] = rounds
         result["std"] = {key: float(np.std([values[key] for values in rounds])) for key in keys}
         result["min"] = {key: min(values[key] for values in rounds) for key in keys}
-    return result
+    return result, save_sheet
 
 
 def _check_counts(
@@ -275,22 +286,19 @@ def _neighbours(
     measurement: Measurement,
     generated: list[Population],
     real: list[Population],
-    images_of,
-    dataset: ImageDataset | None,
     held_out: ImageDataset | None,
     of_dataset,
-) -> dict[str, float]:
-    """The values of `nn`, and its sheet; nothing if it was not asked for."""
+) -> tuple[dict[str, float], Memorisation] | None:
+    """The values of `nn` and what they are of; None if it was not asked for."""
     network = next((request.network for request in measurement.requests if request.metric == "nn"), None)
     if network is None:
-        return {}
+        return None
     unseen = None
     if held_out is not None:
         alone = {"extractors": [measurement.extractor(network)], "needs": [Needs(statistics=False, rows=True)]}
         unseen = of_dataset(held_out, "held out", None, **alone, world=ALONE)[0].rows
     found = Memorisation.of(measurement.of(network, generated).rows, measurement.of(network, real).rows, unseen)
-    found.save_sheet(config.nn_sheet, images_of, _of(dataset, config.data_images))
-    return {key_of(name, measurement.extractor(network)): value for name, value in found.values().items()}
+    return {key_of(name, measurement.extractor(network)): value for name, value in found.values().items()}, found
 
 
 def _of(dataset: ImageDataset, max_images: int | None):
@@ -347,9 +355,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"statistics of {count} real images -> {config.out}")
         return
     config = parse(EvaluateConfig, name="evaluate", args=args, description=__doc__)
-    result = evaluate(config)
-    if is_main():
-        print(json.dumps(result) if config.json else report(result))
+    evaluate(config, show=lambda result: print(json.dumps(result) if config.json else report(result), flush=True))
 
 
 if __name__ == "__main__":

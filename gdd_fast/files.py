@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Yield a path for a file of the same name; on success what was written there is flushed to disk and moved to
     `path`.
 
-    If the body raises, nothing is left, and whatever was at `path` stays as it was. The file lies in a hidden folder
+    If the body raises, nothing is left, and whatever was at `path` stays as it was. With `new` it stays too if it is
+    there at the end, such as another process's, and `FileExistsError` is raised. The file lies in a hidden folder
     beside `path` until then, since some writers make further files of their own beside theirs, safetensors among them.
     What killed processes have left of `path` is removed, but not what others are writing now.
     """
-    with atomic_folder(Path(path)) as temporary:
+    path = Path(path)
+    with atomic_folder(path) as temporary:
         yield temporary
         # some writers make files that only their owner may read
         temporary.chmod(0o666 & temporary.parent.stat().st_mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if new and path.exists():
+            raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(path))
 
 
 @contextlib.contextmanager
@@ -91,12 +95,14 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         os.close(descriptor)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None, *, new: bool = False
+) -> None:
     """Write a safetensors file, as `atomic_write`. Raises `OSError` if the system refuses, as for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic_write(path) as temporary:
+    with atomic_write(path, new=new) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
         except SafetensorError as error:
@@ -154,6 +160,11 @@ def check_readable(path: Path) -> None:
     """
     with path.open("rb"):
         pass
+    check_name(path)
+
+
+def check_name(path: Path) -> None:
+    """Raise `ConfigError` for a name that is no text: safetensors writes such a file and does not read it."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gdd_fast
+from gdd_fast.cli import command, start
 from gdd_fast.errors import GddFastError
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "timm", "torchvision")
@@ -190,6 +191,7 @@ def _readable(value: Any) -> str:
     return {None: "not found", True: "yes", False: "no", "": "-"}.get(value, str(value))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gdd_fast.info", description="Versions, devices, what is available."
@@ -199,9 +201,10 @@ def main(argv: list[str] | None = None) -> None:
         "--memory", nargs="+", metavar="PRESET", help="also forecast the GPU memory of these; some seconds each"
     )
     args = parser.parse_args(argv)
-    report = collect()
-    if args.memory:
-        report["memory"] = _section(partial(memory, args.memory))
+    with start(__name__):  # nearly all of the time goes into imports
+        report = collect()
+        if args.memory:
+            report["memory"] = _section(partial(memory, args.memory))
     print(json.dumps(report, indent=2) if args.json else render(report))
 
 

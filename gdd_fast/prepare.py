@@ -51,9 +51,8 @@ def prepare(config: PrepareConfig) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        count, channels, height, width = convert(
-            source, config.dest, config.transform, max_images=config.max_images, progress=progress
-        )
+        options = {"max_images": config.max_images, "progress": progress, "new": not config.overwrite}
+        count, channels, height, width = convert(source, config.dest, config.transform, **options)
     classes = "no labels" if source.labels is None else _classes(source.labels[:count])
     print(f"{count} images {width}x{height}, {'gray' if channels == 1 else 'RGB'}, {classes} -> {config.dest}")
     if source.left_out:

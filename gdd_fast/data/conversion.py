@@ -18,11 +18,13 @@ def convert(
     *,
     max_images: int | None = None,
     progress: Progress | None = None,
+    new: bool = False,
 ) -> tuple[int, ...]:
     """Write the first `max_images` images of `source` to `dest`, an EDM zip or an .npz by its suffix.
 
     Returns the shape (N, C, H, W) of what was written. Raises `DataError` for the first image that cannot be read or
-    transformed, or comes out unlike the first one; `dest` is then left as it was.
+    transformed, or comes out unlike the first one; `dest` is then left as it was. `new` as of
+    `atomic_write`.
     """
     if max_images is not None and max_images < 1:
         raise ConfigError(f"--max-images must be at least 1, not {max_images}")
@@ -41,5 +43,5 @@ def convert(
             if progress is not None:
                 progress(index + 1, count)
 
-    write_dataset(dest, items())
+    write_dataset(dest, items(), new=new)
     return count, *shape

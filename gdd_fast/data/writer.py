@@ -31,16 +31,17 @@ def write_edm_zip(path: str | Path, images: Iterable[np.ndarray], labels: Sequen
     write_dataset(Path(path), zip(images, repeat(None) if labels is None else labels, strict=labels is not None))
 
 
-def write_dataset(path: Path, items: Iterable[Item]) -> None:
+def write_dataset(path: Path, items: Iterable[Item], *, new: bool = False) -> None:
     """Write items to `path`, an EDM zip or an .npz by its suffix; either all have a class or none has.
 
     The .npz holds `images` uint8 (N, H, W) or (N, H, W, 3) and, with classes, `labels` int64 (N,); at 32x32 and below
-    it is about half as large as PNGs. The same items give the same bytes. Errors as `write_edm_zip`.
+    it is about half as large as PNGs. The same items give the same bytes. Errors as `write_edm_zip`; `new` as
+    of `atomic_write`.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITERS:
         raise DataError(f"{path}: the name of a data set must end in {' or '.join(WRITERS)}")
-    with atomic_write(path) as temporary:
+    with atomic_write(path, new=new) as temporary:
         WRITERS[suffix](temporary, _checked(items))
 
 

@@ -10,6 +10,7 @@ In float16 the weights and activations are float16, and inputs, outputs and the 
 A file is compared with the network before it takes its name: one that computes something else is never left behind.
 """
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,12 +102,16 @@ def write_portable(
         if path.suffix.lower() == ".onnx":
             write_onnx(program, temporary, {"sigma": str(sigma), "dtype": dtype, "classes": str(net.label_dim)})
         else:
+            archive = io.BytesIO()  # PyTorch's own writer of files ends the process where a disk is full
             with _torch_warns_of_itself():
-                torch.export.save(program, temporary)
+                torch.export.save(program, archive)
+            temporary.write_bytes(archive.getbuffer())
         difference = compare(net, open_portable(temporary), sigma=sigma, images=images)
         if difference.levels > ALLOWED_LEVELS[dtype]:
             advice = "" if dtype == "float32" else "; export it as float32"
-            raise WeightsError(f"{path} was not written: {difference}, more than rounding in {dtype} explains{advice}")
+            raise WeightsError(
+                f"{path.name} was not written: {difference}, more than rounding in {dtype} explains{advice}"
+            )
     return difference
 
 

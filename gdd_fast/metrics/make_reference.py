@@ -69,7 +69,7 @@ def write_reference(config: ReferenceConfig) -> int:
             options = {"batch": config.batch, "max_images": config.data_images, "progress": bar.update, "world": world}
             found = dataset_populations(dataset, measurement.extractors, needs, **options)
         if world.is_main:
-            save_reference(found[0], config.out, rows=config.with_features)
+            save_reference(found[0], config.out, rows=config.with_features, new=True)
     return total
 
 

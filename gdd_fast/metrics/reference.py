@@ -71,14 +71,16 @@ def choose_reference(
     return None
 
 
-def save_reference(population: Population, path: str | Path, *, rows: bool = False) -> None:
-    """Write an npz that EDM's and clean-fid's code reads as well. Atomic. With `rows`, the features themselves too."""
+def save_reference(population: Population, path: str | Path, *, rows: bool = False, new: bool = False) -> None:
+    """Write an npz that EDM's and clean-fid's code reads as well. With `rows`, the features themselves
+    too. `new` as of `atomic_write`.
+    """
     statistics = population.statistics
     known = {"n": statistics.count, "image_shape": statistics.image_shape}
     extra = {name: value for name, value in known.items() if value is not None}
     if rows:
         extra["feats"] = population.rows.cpu().numpy()
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path, new=new) as temporary, temporary.open("wb") as file:
         mu, sigma = statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()
         np.savez(file, mu=mu, sigma=sigma, features=statistics.features, **extra)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from gdd_fast.cli import command, parse
+from gdd_fast.cli import command, parse, start
 from gdd_fast.errors import require
 from gdd_fast.files import check_destination
 
@@ -36,7 +36,8 @@ class ReportConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(ReportConfig, name="report", args=arguments, description=__doc__)
     config.validate()
-    from gdd_fast.report.report_page import write_page  # imported late: --help needs no torch
+    with start(__name__):  # imported late: --help needs no torch
+        from gdd_fast.report.report_page import write_page
 
     write_page(config.runs, config.out)
     print(f"wrote {config.out}")

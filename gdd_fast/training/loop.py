@@ -16,7 +16,7 @@ import torch
 
 from gdd_fast.config import ADJUSTABLE, RESUMABLE, differences
 from gdd_fast.errors import CheckpointError, ConfigError, DivergedError
-from gdd_fast.files import atomic_write, remove_leftovers_within
+from gdd_fast.files import atomic_write, check_name, remove_leftovers_within
 from gdd_fast.ranks import World
 from gdd_fast.settings import LoopSettings
 from gdd_fast.signals import StopRequest
@@ -225,9 +225,10 @@ def run(
 def stored_values(run_dir: Path) -> dict[str, Any] | None:
     """The JSON values of the checkpoint in `run_dir`, among them its `images`, `config` and `contents`; None without.
 
-    Raises `CheckpointError` if it cannot be read, or is none of a run.
+    Raises `CheckpointError` if it cannot be read, or is none of a run; `ConfigError` where none could be.
     """
     path = run_dir / CHECKPOINT
+    check_name(path)
     if not path.exists():
         return None
     values = checkpoint.load_values(path)

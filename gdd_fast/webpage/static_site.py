@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from gdd_fast.engine.portable import Difference, Precision, write_portable
 from gdd_fast.errors import ConfigError
-from gdd_fast.files import atomic_write, check_writable
+from gdd_fast.files import atomic_folder, atomic_write, check_writable
 from gdd_fast.models.preconditioned import Preconditioned
 
 ONNXRUNTIME_WEB = "1.30.0"
@@ -65,8 +65,8 @@ def write_site(
     sigma: float | None = None,
     images: int = 64,
 ) -> Difference:
-    """Write the page of `net` as `folder`; a page that is there already is replaced. `model.json`, which the page reads
-    first, goes last.
+    """Write the page of `net` as `folder`: a new one whole or not at all; of a page that is there already the files are
+    replaced, `model.json`, which the page reads first, last.
 
     Arguments and what is raised as of `write_portable`; and ConfigError for images that are neither gray nor of three
     colours, names that are not one for each class, or a runtime that is not the npm package.
@@ -80,6 +80,8 @@ def write_site(
     if page.class_names and len(page.class_names) != net.label_dim:
         raise ConfigError(f"--class-names takes {net.label_dim} names, not {len(page.class_names)}")
     with ExitStack() as stack:
+        if not folder.exists():
+            folder = stack.enter_context(atomic_folder(folder))
         sources = [] if page.runtime is None else _runtime(page.runtime, stack)
         where = CDN if page.runtime is None else "runtime"
         difference = write_portable(net, folder / "generator.onnx", dtype=dtype, sigma=sigma, images=images)
@@ -88,25 +90,26 @@ def write_site(
             (folder / "runtime").mkdir()
             for source in sources:
                 shutil.copyfile(source, folder / "runtime" / source.name)
-    for asset in ASSETS.iterdir():
-        shutil.copyfile(asset, folder / asset.name)
-    description = {
-        "format": FORMAT,
-        "title": page.title,
-        "resolution": net.img_resolution,
-        "channels": net.img_channels,
-        "classes": net.label_dim,
-        "class_names": list(page.class_names) or None,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "images": page.grid,
-        "model": "generator.onnx",
-        "bytes": (folder / "generator.onnx").stat().st_size,
-        "runtime": {
-            device: {kind: f"{where}/{name}" for kind, name in files.items()} for device, files in RUNTIME_FILES.items()
-        },
-    }
-    with atomic_write(folder / "model.json") as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        for asset in ASSETS.iterdir():
+            shutil.copyfile(asset, folder / asset.name)
+        description = {
+            "format": FORMAT,
+            "title": page.title,
+            "resolution": net.img_resolution,
+            "channels": net.img_channels,
+            "classes": net.label_dim,
+            "class_names": list(page.class_names) or None,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "images": page.grid,
+            "model": "generator.onnx",
+            "bytes": (folder / "generator.onnx").stat().st_size,
+            "runtime": {
+                device: {kind: f"{where}/{name}" for kind, name in files.items()}
+                for device, files in RUNTIME_FILES.items()
+            },
+        }
+        with atomic_write(folder / "model.json") as temporary:
+            temporary.write_text(json.dumps(description, indent=2) + "\n")
     return difference
 
 

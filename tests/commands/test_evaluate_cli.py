@@ -1,6 +1,8 @@
 """`python -m gdd_fast.evaluate`: distances of generators and of stored images, references kept and reused."""
 
+import errno
 import json
+import os
 import re
 import zipfile
 
@@ -120,6 +122,18 @@ def test_nearest_images_are_those_of_the_data_whatever_a_reference_holds(net, re
         values.append(json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"])
     assert values[0] == values[1]
     assert (tmp_path / "data.png").read_bytes() == (tmp_path / "reference.png").read_bytes()
+
+
+def test_values_are_said_although_their_sheet_cannot_be_written(net, real, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
+
+    monkeypatch.setattr("gdd_fast.metrics.memorisation.save_panel", full)
+    asked = ["--net", net, "--data", real, "--images", "30", "--metrics", "nn@pixels", "--device", "cpu", "--json"]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([*map(str, asked), "--nn-sheet", str(tmp_path / "sheet.png")])
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["metrics"] and "sheet.png: No space left" in said.err
 
 
 def counting(kind, seen):

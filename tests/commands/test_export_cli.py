@@ -1,6 +1,10 @@
 """`python -m gdd_fast.export`: a file from a run, and what is refused before a network is read."""
 
 import builtins
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from gdd_fast.export import main
 from gdd_fast.models.files.load import RUN_GENERATOR, as_generator
 from gdd_fast.models.files.save import save_network
 from gdd_fast.sampling.seeds import SeedStreams
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_becomes_a_program(tmp_path, capsys):
@@ -26,6 +32,25 @@ def test_a_run_becomes_a_program(tmp_path, capsys):
     with torch.no_grad():
         images = torch.export.load(out).module()(latents)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def test_a_program_for_a_full_disk(tmp_path):
+    """In a process of its own: PyTorch's writer of files would end it."""
+    save_network(tiny_network(), tmp_path / "net")
+    script = """
+import resource
+from gdd_fast.export import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+main(["--net", "net", "--out", "new/generator.pt2", "--images", "2"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    line = "error: new/generator.pt2: File too large; make room, or write to another disk"
+    assert (found.returncode, found.stderr.splitlines()[-1]) == (2, line)
+    assert not os.listdir(tmp_path / "new")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from gdd_fast import files
+from gdd_fast import convert, evaluate, files, prepare
 from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write, check_writable
+from gdd_fast.metrics import make_reference
 
 
 def test_a_file_appears_whole_with_the_usual_permissions(tmp_path):
@@ -64,6 +65,39 @@ def test_two_that_write_the_same_file_at_once(tmp_path):
             second.write_text("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_two_that_write_the_same_new_file_at_once(tmp_path):
+    path = tmp_path / "file"
+    kept = pytest.raises(FileExistsError, match="another process has written it meanwhile")
+    with kept, atomic_write(path, new=True) as first:
+        first.write_text("first")
+        with atomic_write(path, new=True) as second:
+            second.write_text("second")
+    assert path.read_text() == "second" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("command", ["prepare", "convert x.pt", "convert x.safetensors", "evaluate ref"])
+def test_an_output_that_another_process_has_made_meanwhile_is_kept(inputs, tmp_path, capsys, monkeypatch, command):
+    """It is refused when it is there at the start; what takes a while is between the two."""
+    out = tmp_path / {"prepare": "x.zip", "evaluate ref": "x.npz"}.get(command, command.split()[-1])
+    main, flags, place, name = {
+        "prepare": (prepare.main, ["--source", inputs / "data.zip", "--dest", out], prepare, "open_source"),
+        "evaluate ref": (
+            evaluate.main,
+            ["ref", "--data", inputs / "data.zip", "--features", "pixels", "--device", "cpu", "--out", out],
+            make_reference,
+            "load_data",
+        ),
+    }.get(command, (convert.main, [inputs / "teacher", out], convert, "_read"))
+    read = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *given: out.write_text("theirs") and read(*given))
+    with pytest.raises(SystemExit) as end:
+        main([str(flag) for flag in flags])
+    assert end.value.code == 2
+    line = f"error: {out}: another process has written it meanwhile; choose another path, or mend this one"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert out.read_text() == "theirs" and os.listdir(tmp_path) == [out.name]
 
 
 def test_a_disk_without_locks(tmp_path, monkeypatch):

@@ -177,6 +177,44 @@ def test_a_reader_that_has_gone():
     assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.parametrize(("ends", "status"), [(0, 141), (130, 130), (75, 75)])
+def test_a_reader_that_goes_does_not_end_the_work_nor_decide_its_status(tmp_path, ends, status):
+    """As the `tee` of `train 2>&1 | tee log`, which dies of the same Ctrl-C."""
+    script = f"""
+import pathlib
+from gdd_fast.cli import command
+
+@command
+def main():
+    for number in range(2):
+        print("a line")
+        pathlib.Path("done").write_text(str(number))
+    raise SystemExit({ends})
+
+main()
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": writer, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, **streams)
+    os.close(writer)
+    assert (process.returncode, process.stderr, (tmp_path / "done").read_text()) == (status, b"", "1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_for_stdout_is_said_when_the_work_is_done(monkeypatch, capsys):
+    @command
+    def main(_):
+        print("a line")
+        done.append(True)
+
+    done = []
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        line = refused(main, capsys, "")
+    assert done and line.startswith("error: standard output: No space left on device; make room")
+
+
 class TestUnderTorchrun:
     """The environment as torchrun sets it; torchrun itself shows what the file says of the process that fails first."""
 

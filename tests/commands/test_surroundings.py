@@ -183,7 +183,10 @@ def test_a_c_locale_and_nobody_at_a_terminal(inputs, tmp_path):
 )
 @pytest.mark.parametrize(
     "command",
-    ["train --run-dir {0}", "analyze --teacher demo", "sample", "evaluate", "pretrain", "prepare", "convert", "export"],
+    [
+        *("train --run-dir {0}", "analyze --teacher demo", "report {0}", "sample", "evaluate", "pretrain", "prepare"),
+        *("convert", "export"),
+    ],
     ids=lambda words: words.split()[0],
 )
 def test_a_command_that_is_stopped_while_it_imports_torch(tmp_path, command, torch_does, ends):
@@ -194,3 +197,18 @@ def test_a_command_that_is_stopped_while_it_imports_torch(tmp_path, command, tor
     status, message = ends
     assert found.returncode == status
     assert found.stderr.startswith(message) and found.stderr.count("\n") == 1 and not found.stdout
+
+
+@pytest.mark.parametrize("gone", ["ctrl-c", "reader"])
+def test_info_ends_as_other_commands_do(tmp_path, gone):
+    """What it lacks does not end it; this does."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT)" if gone == "ctrl-c" else "raise ImportError"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, "-m", "gdd_fast.info"]
+    found = subprocess.run(line, env=env, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == ((130, "interrupted\n") if gone == "ctrl-c" else (141, ""))

@@ -10,7 +10,7 @@ import torch
 from counting_task import CONFIG, Counting, lines
 from tiny_run import ALONE
 
-from gdd_fast.errors import CheckpointError
+from gdd_fast.errors import CheckpointError, ConfigError
 from gdd_fast.training import checkpoint, loggers
 from gdd_fast.training.loop import CHECKPOINT, Outcome, Schedule, run
 from gdd_fast.training.output import Averages
@@ -47,6 +47,12 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert again.sum == 450 and again.closed == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert run(Counting(), tmp_path, CONFIG, Schedule(120, 50, 50), ALONE) == Outcome(120, 20)
+
+
+def test_a_folder_whose_checkpoint_could_not_be_read_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="this name is not UTF-8"):
+        run(Counting(), tmp_path / os.fsdecode(b"r-\xff"), CONFIG, Schedule(100, 50, 50), ALONE)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_checkpoint_is_of_its_moment_while_training_goes_on(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from edm_reference import SIZE, SMALL, fill
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.precond import GDDPrecond
+from gdd_fast.webpage import static_site
 from gdd_fast.webpage.static_site import CDN, ONNXRUNTIME_WEB, RUNTIME_FILES, Page, check_site, write_site
 
 HARNESS = Path(__file__).with_name("harness.html")
@@ -58,6 +59,19 @@ def test_file_is_the_network_in_standard_operators(site):
     }
     assert [shapes[name][1:] for name in ("latents", "classes", "images")] == [[3, 16, 16], [], [3, 16, 16]]
     assert all(isinstance(shape[0], str) for shape in shapes.values())  # any number of images
+
+
+def test_a_page_is_there_whole_or_not_at_all(site, net, tmp_path, monkeypatch):
+    """Half of one would be taken for a folder of somebody else's by the same command."""
+
+    def stopped(source, destination):
+        assert Path(destination).parent.joinpath("generator.onnx").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(static_site.shutil, "copyfile", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_site(net, tmp_path / "page", Page(), images=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_runs_without_gdd_fast(site, net, tmp_path):
