@@ -91,7 +91,8 @@ def train(folders: Folders, only: Sequence[str], budget: Budget) -> None:
     prepare(folders, budget)
     teach(folders, budget)
     for run, milestone in order(folders.study.all_runs(), only):
-        if milestone in folders.reached(run) or folders.failure(run).exists():
+        # a run that went by a milestone, which the plan has since then, cannot go back to it
+        if milestone <= max(folders.reached(run), default=0) or folders.failure(run).exists():
             continue
         budget.check()
         distill(folders, run, milestone, budget)

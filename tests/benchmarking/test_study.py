@@ -107,6 +107,19 @@ def test_trained_judged_and_tabled_and_goes_on(tmp_path, tiny_study, capsys):
         assert f"(tiny-{picture}.png)" in (tmp_path / "tables/tiny.md").read_text()
 
 
+def test_a_run_does_not_go_back_to_a_milestone_that_it_went_by(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(training, "distill", lambda folders, run, milestone, budget: trained.append(milestone))
+    for milestones in ((8, 16), (4, 16, 32)):
+        study = dataclasses.replace(TINY, runs=(Run("a", "", milestones=milestones),))
+        folders = Folders(study, tmp_path)
+        with StopRequest() as stop:
+            training.train(folders, (), training.Budget(None, stop))
+        for milestone in trained:
+            write_json(folders.snapshot(study.runs[0], milestone) / "config.json", {})
+    assert trained == [8, 16, 32]
+
+
 def test_a_run_that_fails_is_passed_over(tmp_path, monkeypatch):
     bad = dataclasses.replace(TINY, runs=(Run("bad", "", {"batch": 1}, milestones=(8, 16)),))
     folders = Folders(bad, tmp_path)
