@@ -183,7 +183,6 @@ FASHION16_LOSSES = replace(
             if run.name in ("level-3", "frechet", "frechet-gan", "at-64", "two-backbones")
         ),
     ),
-    seed_sets=1,
 )
 
 CIFAR32 = Study(

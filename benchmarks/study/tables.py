@@ -166,6 +166,7 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, (by_images, by_minutes) = plt.subplots(1, 2, figsize=(14, 4.5), sharey=True, layout="constrained")
     runs = list(dict.fromkeys(row["what"] for row in results["rows"] if row["trained"]))
@@ -187,6 +188,12 @@ def draw_curves(folders: Folders, results: dict[str, Any], path: Path) -> None:
     by_minutes.set(xscale="log", xlabel="processor minutes")
     figure.legend(loc="outside right center", fontsize=7)
     for axes in (by_images, by_minutes):
+        axes.xaxis.set(
+            major_locator=ticker.LogLocator(subs=(1, 2, 5)),
+            major_formatter=ticker.StrMethodFormatter("{x:,.0f}"),
+            minor_formatter=ticker.NullFormatter(),
+        )
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(alpha=0.3, which="both")
     figure.suptitle(results["title"])
     with atomic_write(path) as temporary:
