@@ -110,8 +110,11 @@ def device_name(device: torch.device) -> str:
 
 
 def file_name(device: torch.device) -> str:
-    """The device's results file: "nvidia-h200.json", "intel-xeon-processor-2-threads.json"."""
-    name = device_name(device) + (f" {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    """The device's results file: "nvidia-h200.json", "intel-xeon-processor-2-threads.json". A processor that imitates
+    an older one has another, "amd-epyc-avx2-2-threads.json".
+    """
+    older = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    name = device_name(device) + (f" {older} {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     return slug(name) + ".json"
 
 

@@ -27,11 +27,12 @@ def load_all(folder: Path = FOLDER) -> list[Results]:
 
 
 def readme(records: Sequence[Results]) -> str:
-    """A short table of the newest record, of a GPU if there is one: one line per case, its peers side by side, and how
-    many times faster ours is than `stock`."""
+    """A short table of the newest record, of a GPU if there is one and of no imitated processor: one line per case, its
+    peers side by side, and how many times faster ours is than `stock`."""
     parts = _preface(records)
     of_first_kind = [r for r in records if r.machine["type"] == records[0].machine["type"]]
-    for record in sorted(of_first_kind, key=lambda r: r.machine["date"])[-1:]:
+    newest_last = sorted(of_first_kind, key=lambda r: (not r.machine.get("onednn_max_cpu_isa"), r.machine["date"]))
+    for record in newest_last[-1:]:
         cases = [case for case in _cases(record) if case[0].group in HEADLINES]
         if cases:
             parts += [_machine_line(record), _short_table(cases)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import conftest
-from benchmarks.harness import case, timing
+from benchmarks.harness import case, machine, timing
 from benchmarks.harness.case import OUT_OF_MEMORY, Bench, Case, Effort, UnavailableError, measure_case
 from benchmarks.harness.checks import Accuracy, Closeness, MismatchError, poisoned
 from benchmarks.harness.results import Results, Row, format_seconds
@@ -334,6 +334,19 @@ def test_peers_in_graphs_have_no_peak(peer, monkeypatch):
     bench = Bench({peer: lambda: lambda: torch.ones(1), "stock": lambda: lambda: torch.ones(1)}, lambda outputs: None)
     found = {r.peer: r.peak_bytes for r in measure_case(Case("g", "c", lambda device: bench), CPU, QUICK)}
     assert found == {peer: None, "stock": 7}
+
+
+def test_a_processor_that_imitates_an_older_one_has_a_record_of_its_own(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    own = machine.file_name(cpu)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine.file_name(cpu) == own.replace(f"-{torch.get_num_threads()}-", f"-avx2-{torch.get_num_threads()}-")
+    records = [
+        Results({**MACHINE, "date": date, "onednn_max_cpu_isa": older}, RATES, [Row("generator", case, "stock", 4)])
+        for date, older, case in (("2026-01-02", "AVX2", "imitated"), ("2026-01-01", None, "real"))
+    ]
+    assert "| generator, real |" in tables.readme(records) and "imitated" not in tables.readme(records)
 
 
 def test_tables_replace_what_is_between_the_markers(tmp_path):
