@@ -87,14 +87,15 @@ def start(name: str) -> Iterator[None]:
     if name != "__main__":
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not one that the shell told to ignore it
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not one that the shell told to ignore it
+    if ours:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
         with _usable_streams() as output, _said_errors(), _unless_lost(output):
             yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = {"(CONTRIBUTING.md": "(contributing.md"}
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri != "index.md":
         return markdown
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    for there, here in ELSEWHERE.items():
-        text = text.replace(there, here)
-    return text
+    text = README.read_text(encoding="utf-8")
+    return text.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")

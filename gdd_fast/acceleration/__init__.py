@@ -95,16 +95,17 @@ def accelerate(
 
 
 def _device_of(net: nn.Module) -> torch.device:
-    return next((t.device for t in itertools.chain(net.parameters(), net.buffers())), torch.device("cpu"))
-
-
-def _replace(net: nn.Module, backend: Backend, device: torch.device, *, captured: bool) -> Report:
-    restore(net)
+    device = next((t.device for t in itertools.chain(net.parameters(), net.buffers())), torch.device("cpu"))
     if device.type == "meta":
         raise InputError(
             "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
             "them away (sequential offload), accelerate before these are added"
         )
+    return device
+
+
+def _replace(net: nn.Module, backend: Backend, device: torch.device, *, captured: bool) -> Report:
+    restore(net)
     decisions = Decisions(net, backend, device, captured)
     for decide in (edm.decide, unet2d.decide, frozen.decide):
         decide(decisions)

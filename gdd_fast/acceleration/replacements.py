@@ -78,19 +78,19 @@ class Decisions:
         BackendError if it cannot run here.
         """
         if self.backend == "auto":
-            found = resolve("auto", operator, self.place.type)
-            return None if found == "torch" or (found == "triton" and self._launches_slowly) else "auto"
+            nothing = resolve("auto", operator, self.place.type) == "torch" or self._launches_slowly(operator)
+            return None if nothing else "auto"
         if self.backend not in operator.fused:
             return "torch"
         return resolve(self.backend, operator, self.place.type)
 
-    @property
-    def _launches_slowly(self) -> bool:
-        return self.place.type == "cuda" and not self.captured and not has_extension()
+    def _launches_slowly(self, operator: Operator) -> bool:
+        waits = self.place.type == "cuda" and not self.captured and not has_extension()
+        return waits and resolve("auto", operator, self.place.type) == "triton"
 
     def missing(self, operator: Operator) -> str:
         """The reason for leaving a module for which `backend_of(operator)` is None."""
-        if self._launches_slowly:
+        if self._launches_slowly(operator):
             return (
                 "the extension is not built, and Triton's own launcher takes the host twice as long as the original "
                 'at small batches: build it, or ask for backend="triton" or engine="graph"'

@@ -23,8 +23,7 @@ def convert(
     """Write the first `max_images` images of `source` to `dest`, an EDM zip or an .npz by its suffix.
 
     Returns the shape (N, C, H, W) of what was written. Raises `DataError` for the first image that cannot be read or
-    transformed, or comes out unlike the first one; `dest` is then left as it was. `new` as of
-    `atomic_write`.
+    transformed, or comes out unlike the first one; `dest` is then left as it was. `new` as of `atomic_write`.
     """
     if max_images is not None and max_images < 1:
         raise ConfigError(f"--max-images must be at least 1, not {max_images}")

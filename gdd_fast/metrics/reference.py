@@ -72,8 +72,8 @@ def choose_reference(
 
 
 def save_reference(population: Population, path: str | Path, *, rows: bool = False, new: bool = False) -> None:
-    """Write an npz that EDM's and clean-fid's code reads as well. With `rows`, the features themselves
-    too. `new` as of `atomic_write`.
+    """Write an npz that EDM's and clean-fid's code reads as well. With `rows`, the features themselves too. `new`
+    as of `atomic_write`.
     """
     statistics = population.statistics
     known = {"n": statistics.count, "image_shape": statistics.image_shape}

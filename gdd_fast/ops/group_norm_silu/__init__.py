@@ -100,7 +100,7 @@ def group_norm_silu(
             module, cache = planned
             y = module.planned_group_norm_silu(cache, *tensors, *known, backend)
         elif first.is_cpu and known[0] is known[1] is None and runs_eagerly(first) and chosen(first, backend) == "cpp":
-            alone = skip is add is scale is shift is None and not silu
+            alone = not silu and skip is add is scale is shift is None
             if alone and backend == "auto" and not torch.is_grad_enabled() and _stock_is_faster(first, weight, bias):
                 check(NormInputs(*tensors), known)
                 return functional.group_norm(first, num_groups, weight, bias, eps)
