@@ -1,10 +1,4 @@
-"""Data parallelism: each rank sees its share of the batch, gradients are averaged in one flat all-reduce.
-
-One buffer instead of DistributedDataParallel's hooks: the D step runs the heads twice before its backward pass and the
-R1 step differentiates twice, both outside what those hooks support. GDD-I on CIFAR-10 exchanges 8.8 M (generator) and
-20.7 M (heads) float32 gradients, 118 MB per iteration: about 1 ms over NVLink beside hundreds of compute, so hiding the
-exchange behind the backward pass would bring nothing.
-"""
+"""The processes that train, sample or measure together, as torchrun starts them, and what they tell one another."""
 
 import contextlib
 import os
@@ -38,25 +32,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def average_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks; all must have one dtype."""
-        tensors = list(tensors)
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        with _exchange():
-            dist.all_reduce(flat)
-        flat /= self.size
-        means = flat.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
-
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers. Exchanged by the hosts alone: asked for in every iteration, it must not
         wait for what their GPUs have still to do."""
         if self.size == 1:
             return number
         votes = torch.tensor([number])
-        with _exchange():
+        with exchanging():
             dist.all_reduce(votes, dist.ReduceOp.MAX)
         return int(votes.item())
 
@@ -66,7 +48,7 @@ class World:
             return [tensor.cpu()]
         own = tensor.to(self.device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        with _exchange():
+        with exchanging():
             dist.all_gather(parts, own)
         return [part.cpu() for part in parts]
 
@@ -79,7 +61,7 @@ class World:
         """What the main rank has given, of plain types, on every rank."""
         held = [value]
         if self.size > 1:
-            with _exchange():
+            with exchanging():
                 dist.broadcast_object_list(held, 0, device=torch.device("cpu"))
         return held[0]
 
@@ -108,14 +90,14 @@ class World:
         form = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64)
         if self.is_main and mine is not None:
             form[: mine.ndim + 1] = torch.tensor([_DTYPES.index(mine.dtype), mine.ndim - 1, *mine.shape[1:]])
-        with _exchange():
+        with exchanging():
             dist.broadcast(form, 0)
         kind, dimensions, *sizes = form.tolist()
         padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
         if mine is not None:
             padded[: len(mine)] = mine.cpu()
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main or everywhere else []
-        with _exchange():
+        with exchanging():
             if everywhere:
                 dist.all_gather(parts, padded)
             else:
@@ -124,7 +106,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            with _exchange():
+            with exchanging():
                 dist.barrier()
 
 
@@ -133,7 +115,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @contextlib.contextmanager
-def _exchange() -> Iterator[None]:
+def exchanging() -> Iterator[None]:
     """Raises `LostProcessError` if another process of the world is not there any more."""
     try:
         yield

@@ -127,9 +127,9 @@ class RunConfig(LoopSettings):
     """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     engine: StepEngine = "auto"
     """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
-    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU for one
-    process, if its memory holds that: the first replays are compared with eager steps, and the run goes on eagerly if
-    they differ or a capture fails. `threads`, on a CPU: G steps and the images of the next run beside D steps, each
+    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, if its memory
+    holds that: the first replays are compared with eager steps, and the run goes on eagerly if they differ or a
+    capture fails. `threads`, on a CPU: G steps and the images of the next run beside D steps, each
     with half of the cores; `auto` is that for one process with `reuse_fakes`. Else it is `eager`.
     `compile`, on any device: the losses of the G and D steps by torch.compile, forward and backward, which takes
     minutes at the start; R1 steps stay eager."""
@@ -182,6 +182,16 @@ class TrainConfig:
     @property
     def total_images(self) -> int:
         return round(self.run.duration_mimg * 1e6)
+
+    @property
+    def is_for_cpus(self) -> bool:
+        """Whether it computes in float32 alone, as the recipes do that are sized for a CPU."""
+        return {self.generator.g_precision, self.discriminator.d_precision, self.loss.r1_precision} == {"fp32"}
+
+    @property
+    def has_fixed_steps(self) -> bool:
+        """Whether its steps do the same in every iteration, without the host and without other processes."""
+        return not (self.ablation.adds_losses or self.run.debug_finite or self.run.fsdp)
 
     def missing(self) -> list[str]:
         """One message for each thing that is still needed before the run can begin."""

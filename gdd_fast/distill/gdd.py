@@ -7,6 +7,7 @@ nothing else: it is not in the loop. An iteration is a generator step, a discrim
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def step_engine(config: TrainConfig, device: torch.device, processes: int) -> St
     """How the steps of a run are taken on `device`. Raises as `choose_step_engine`."""
     run, loss, ablation = config.run, config.loss, config.ablation
     local_batch, micro_batch = split_batch(run.batch, run.batch_gpu, processes)
-    fixed = not ablation.adds_losses and not run.debug_finite
+    fixed = config.has_fixed_steps
     apart = fixed and ablation.gan == "on" and loss.reuse_fakes and micro_batch == local_batch
     return choose_step_engine(run.engine, device, processes, fixed=fixed, apart=apart)
 
@@ -118,6 +119,7 @@ class Distillation:
             CudaGraphs(device, self.random.generator) if engine == "graph" else None,
             Trial(self.changing, self.random) if run.engine == "auto" else None,
         )
+        self._applied = {kind: partial(self._apply, kind) for kind in self._guards()}
         self.loss_g, self.loss_d = self._loss_g, self._loss_d
         if engine == "compile":
             self.loss_g, self.loss_d = compiled(self._loss_g), compiled(self._loss_d)
@@ -177,23 +179,40 @@ class Distillation:
 
         Losses that an ablation adds look at the `real` images.
         """
-        self._take(self.g_guard, self._generator_step, labels, *real)
+        self._take("g", self._generator_step, labels, *real)
 
     def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
         """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
-        self._take(self.d_guard, self._discriminator_step, real, labels)
+        self._take("d", self._discriminator_step, real, labels)
 
     def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
         """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
-        self._take(self.r1_guard, self._r1_step, real, labels)
+        self._take("r1", self._r1_step, real, labels)
 
-    def _take(self, guard: StepGuard, step: Step, *inputs: Tensor | None) -> None:
-        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here."""
+    def _take(self, kind: str, step: Step, *inputs: Tensor | None) -> None:
+        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here.
+
+        Between several processes it is two, and no capture holds what they exchange.
+        """
+        guard = self._guards()[kind]
         guard.begin()
         watch = self.watch and self.watch.step(guard.name, self._images, guard.optimizer)
         with watch or contextlib.nullcontext(), compiling(guard.name):
             self._log(self.steps(guard.name, step, *inputs))
+            if self.world.size > 1:
+                guard.exchange()
+                self._log(self.steps(f"{guard.name}, exchanged", self._applied[kind]))
         guard.end()
+
+    def _ended(self, kind: str) -> dict[str, Tensor]:
+        """The end of a step: its gradients applied, or, between several processes, ready for their exchange."""
+        if self.world.size == 1:
+            return self._apply(kind)
+        self._guards()[kind].pack()
+        return {}
+
+    def _apply(self, kind: str) -> dict[str, Tensor]:
+        return {f"grad_norm_{kind}": self._guards()[kind].apply()}
 
     def _log(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -222,7 +241,7 @@ class Distillation:
             if self._fakes is not None and fakes is not None:
                 self._fakes[i * self.micro_batch :][: self.micro_batch].copy_(fakes)
             total += loss.detach()
-        return {"loss_g": total, "grad_norm_g": self.g_guard.apply()}
+        return {"loss_g": total, **self._ended("g")}
 
     def _loss_g(self, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """The GAN's loss of G for a micro-batch, and the images that it is of."""
@@ -250,7 +269,7 @@ class Distillation:
             loss.backward()
             total += loss.detach()
             seen.append(logits)
-        return {"loss_d": total, "grad_norm_d": self.d_guard.apply(), **logged(torch.stack(seen).mean(0))}
+        return {"loss_d": total, **logged(torch.stack(seen).mean(0)), **self._ended("d")}
 
     def _loss_d(self, source: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """`Adversary.told_apart` for a micro-batch; `source` is the latents that fakes are made of, or the fakes."""
@@ -267,7 +286,7 @@ class Distillation:
                 loss, penalty = self.adversary.gradient_penalty(part, label)
                 loss.backward()
                 penalties.append(penalty)
-        return {"grad_norm_r1": self.r1_guard.apply(), "r1_penalty": torch.stack(penalties).mean()}
+        return {"r1_penalty": torch.stack(penalties).mean(), **self._ended("r1")}
 
     def changing(self) -> Iterator[Tensor]:
         """Every tensor that steps change: weights, buffers, averages, moments, counts and images kept for the next."""
@@ -277,9 +296,7 @@ class Distillation:
             yield from net.parameters()
             yield from net.buffers()
         for guard in self._guards().values():
-            yield guard.count
-            for state in guard.optimizer.state.values():
-                yield from (t for t in state.values() if isinstance(t, Tensor))
+            yield from guard.changing()
 
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""

@@ -147,14 +147,16 @@ def forecast(
             weight.requires_grad_(False)
         steps = {"G": _kept(losses["G"], own), **steps}
     ranks = world_size() if config.run.fsdp else 1
-    trains = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) // ranks
-    trains += sum(map(_size, trained))
+    generators = sum(map(_size, (p for p in generator.parameters() if p.requires_grad))) // ranks
+    heads_train = sum(map(_size, trained))
+    trains = generators + heads_train
     frozen = {id(net): _weights(net) for net in (features, r1_features)}
     fixed = {
         "generator and its moving average": 2 * _weights(generator) // ranks,
         **({"its blocks that --fsdp gathers": _gathered(generator)} if ranks > 1 else {}),
         "backbones, projections and heads": sum(frozen.values()) + _weights(heads),
         "gradients": trains,
+        **_exchanged((generators if ranks == 1 else 0) + heads_train * len(steps.keys() - {"G"})),
         "optimizers": 2 * trains,
         **_beside(config, data_bytes),
     }
@@ -177,10 +179,16 @@ def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: in
     fixed = {
         "network and its moving average": 2 * weights,
         "gradients": trains,
+        **_exchanged(trains),
         "optimizer": 2 * trains,
         **_beside(config, data_bytes),
     }
     return Forecast(fixed, steps)
+
+
+def _exchanged(size: int) -> dict[str, int]:
+    """The buffers of the ranks' gradients, one for each step that has some of its own."""
+    return {"gradients that processes exchange": size} if world_size() > 1 else {}
 
 
 def _beside(config: TrainConfig, data_bytes: int) -> dict[str, int]:
@@ -233,7 +241,7 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
     local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
     if device.type != "cuda":
         return override(config, batch_gpu=images) if run.batch_gpu == AUTO else config
-    capture = run.engine == "auto" and world_size == 1 and not config.ablation.adds_losses
+    capture = run.engine == "auto" and config.has_fixed_steps
     if run.batch_gpu != AUTO and not capture:
         return config
     found = of_components(config, parts)

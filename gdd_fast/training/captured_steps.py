@@ -6,7 +6,9 @@ weights, moments, averages and counts in place. What it reads and writes has to 
 - inputs are copied to buffers of their own before a replay;
 - learning rates, the average's weight and the counts of `AdamEma` are tensors, filled outside the step;
 - whether a step is left out is decided on the device; the host looks at its count between steps (`StepGuard`);
-- gradients begin and end within the step, and so does every accumulation over micro-batches and the ranks' exchange;
+- gradients begin and end within the step, with every accumulation over micro-batches. Between several processes a step
+  ends where they are packed into a buffer that stays; the ranks add the buffers up, and what follows is a step of its
+  own (training/exchange.py): no graph holds a collective, and no rank depends on whether another one captures;
 - values for the log are returned, and added up by the caller before the next replay.
 
 `Recorder` is the interface. `CudaGraphs` is that of a GPU. The tests have another, tests/rehearsal.py, which replays on
@@ -136,12 +138,10 @@ class CudaGraphs:
 def choose_step_engine(
     engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True, apart: bool = True
 ) -> StepEngine:
-    """What "auto" is: "graph" on a GPU for one process whose steps are `fixed`, on trial; on a CPU "threads" for one
-    process whose G and D steps can be taken `apart`, if PyTorch has two threads or more; else "eager".
+    """What "auto" is: "graph" on a GPU if steps are `fixed`, on trial; on a CPU "threads" for one process whose G and D
+    steps can be taken `apart`, if PyTorch has two threads or more; else "eager".
 
     "compile" runs anywhere, and its steps are not captured: see `compiled_losses`.
-
-    The exchange of several processes has not been captured yet on any machine.
 
     Raises ConfigError for an unknown name and for threads that cannot be; BackendError for the wrong device.
     """
@@ -150,7 +150,7 @@ def choose_step_engine(
     threads = apart and processes == 1
     if engine == "auto":
         if device.type == "cuda":
-            return "graph" if processes == 1 and fixed else "eager"
+            return "graph" if fixed else "eager"
         return "threads" if threads and device.type == "cpu" and torch.get_num_threads() > 1 else "eager"
     if engine == "graph" and device.type != "cuda":
         raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")

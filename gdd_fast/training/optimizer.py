@@ -1,6 +1,6 @@
 """Adam with the finite check and the moving average in one pass, and the guard that counts skipped steps."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from gdd_fast.config import Nonfinite
 from gdd_fast.errors import ConfigError, DivergedError
 from gdd_fast.ops.adam_ema import Group, adam_ema_, check_options
 from gdd_fast.ranks import World
+from gdd_fast.training.exchange import GradientExchange
 from gdd_fast.training.sharding import is_sharded, laid_out_as, own_part
 
 _MISSING = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
@@ -178,12 +179,16 @@ class AdamEma(torch.optim.Optimizer):
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Raise ConfigError if a moment has not its parameter's shape, which torch.optim.Optimizer does not look at."""
-        params = (p for group in self.param_groups for p in group["params"])
+        params = _parameters(self)
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         for p, number in zip(params, numbers, strict=False):  # counts that differ are refused by the caller
             for name, moment in state_dict["state"].get(number, {}).items():
                 if name != "step" and moment.shape != p.shape:
                     raise ConfigError(f"{name} of parameter {number} is {tuple(moment.shape)}, it is {tuple(p.shape)}")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _add_verdict(sharded: Any, lists: list[list[Tensor]]) -> None:
@@ -235,7 +240,8 @@ class StepGuard:
 
     def __init__(self, name: str, optimizer: AdamEma, world: World, limit: int, nonfinite: Nonfinite = "skip") -> None:
         self.name, self.optimizer, self.limit, self.nonfinite = name, optimizer, limit, nonfinite
-        self._world = world
+        whole = [p for p in _parameters(optimizer) if not is_sharded(p)]  # FSDP2 averages the others' gradients
+        self._ranks = GradientExchange(whole, world) if world.size > 1 else None
         self.count = torch.zeros_like(optimizer.skipped)
         """On the device: how many steps were skipped."""
         self._on_host = torch.zeros((), dtype=torch.int64, pin_memory=self.count.is_cuda)
@@ -259,13 +265,15 @@ class StepGuard:
     def step(self) -> Tensor:
         """Apply the accumulated gradients and clear them; nothing changes if they are not finite.
 
-        `begin`, `apply` and `end` in turn: a step that is captured has `apply` alone within it.
-        Returns what `apply` returns.
+        `begin`, `pack`, `exchange`, `apply` and `end` in turn: steps that are captured have `pack` and `apply` within
+        them. Returns what `apply` returns.
 
         Raises:
             DivergedError: the last `limit` steps were skipped; this one is not tried.
         """
         self.begin()
+        self.pack()
+        self.exchange()
         norm = self.apply()
         self.end()
         return norm
@@ -276,15 +284,25 @@ class StepGuard:
             raise DivergedError(f"{self.limit} {self.name} steps in a row had gradients that were not finite")
         self.optimizer.read_rates()
 
+    def pack(self) -> None:
+        """Bring the gradients to where the ranks exchange them. One process has nothing to exchange."""
+        if self._ranks is not None:
+            self._ranks.pack()
+
+    def exchange(self) -> None:
+        """Between `pack` and `apply`, and outside of any capture: the ranks add their gradients up."""
+        if self._ranks is not None:
+            self._ranks.average()
+
     def apply(self) -> Tensor:
-        """What the device does: the gradients are averaged, applied if they are finite, and cleared.
+        """What the device does: the gradients are applied if they are finite, and cleared.
 
         Returns the Euclidean norm of all gradients together, averaged over the ranks, float32 () on their device.
         """
         # Averaged before they are looked at, so that the ranks agree: one that is not finite makes the mean so.
-        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in params]
-        self._world.average_(g for g in gradients if not is_sharded(g))  # FSDP2 has averaged those that are
+        if self._ranks is not None:
+            self._ranks.unpack()
+        gradients = [p.grad for p in _parameters(self.optimizer) if p.grad is not None]
         if self.nonfinite == "replace":
             for gradient in map(own_part, gradients):
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
@@ -300,6 +318,14 @@ class StepGuard:
         if self._copied is not None:
             self._copied.record()
         self._unread = True
+
+    def changing(self) -> Iterator[Tensor]:
+        """Every tensor that steps change but the parameters: counts, moments, and what the ranks exchange."""
+        yield self.count
+        for state in self.optimizer.state.values():
+            yield from (t for t in state.values() if isinstance(t, Tensor))
+        if self._ranks is not None:
+            yield self._ranks.buffer
 
     def restore(self, skipped: int) -> None:
         """Go on counting from a checkpoint's `skipped`."""

@@ -12,6 +12,7 @@ from gdd_fast.distill.gdd import Distillation
 from gdd_fast.layers.spectral_conv import SpectralConv2d
 from gdd_fast.training import checkpoint
 from gdd_fast.training.captured_steps import CapturedSteps
+from gdd_fast.training.exchange import GradientExchange
 from gdd_fast.training.optimizer import StepGuard, make_adam
 from gdd_fast.training.trial import Trial
 from rehearsal import Rehearsal, forbid_waiting
@@ -138,28 +139,39 @@ def on_meta(module):
                     kept[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
 
 
-def test_nothing_in_an_iteration_waits_for_the_device(inputs, built):
-    """Through all three steps and the optimizers, on a device that is not the host's and has no values to wait for.
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nothing_in_an_iteration_waits_for_the_device(inputs, built, processes):
+    """Through all three steps and the optimizers, on a device that is not the host's and has no values to wait for; of
+    two processes, what comes before and after their exchange.
 
     Meta tensors: autograd refuses fake ones on CUDA in a PyTorch that is built without it.
     """
     task = task_of(inputs, built, None, batch_gpu=2)
     task.random.generator = None  # there is none for a device that is not there
     gpu = torch.device("meta")
-    task.world = type(ALONE)(0, 1, gpu)
+    task.world = type(ALONE)(0, processes, gpu)
     for module in (task.generator, task.features, task.r1_features, task.heads):
         on_meta(module)
     task.adversary.weights = [p for p in task.heads.parameters() if p.requires_grad]
     for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
         guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
-        guard.name, guard.nonfinite, guard._world = name, "skip", task.world
+        guard.name, guard.nonfinite = name, "skip"
         guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
         guard.optimizer.read_rates()
         guard.count = torch.zeros_like(guard.optimizer.skipped)
+        guard._ranks = GradientExchange(net.parameters(), task.world) if processes > 1 else None
         setattr(task, name, guard)
     real = torch.empty(BATCH, 1, 16, 16, device=gpu)
     with forbid_waiting():
-        values = {**task._generator_step(None), **task._discriminator_step(real, None), **task._r1_step(real, None)}
+        values = {}
+        for kind, step in (
+            ("g", lambda: task._generator_step(None)),
+            ("d", lambda: task._discriminator_step(real, None)),
+            ("r1", lambda: task._r1_step(real, None)),
+        ):
+            values |= step()
+            if processes > 1:
+                values |= task._apply(kind)
     assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
         LOGGED, ("meta", 0)
     )

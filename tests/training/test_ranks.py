@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_run import tiny_config, tiny_flags, tiny_task, write_inputs
 
 from gdd_fast.device import pick_device
@@ -46,16 +47,22 @@ import json, pathlib, sys
 import torch
 from tiny_run import tiny_config, tiny_task
 from gdd_fast.ranks import join
+from gdd_fast.training.exchange import GradientExchange
 
 folder = pathlib.Path(sys.argv[1])
 with join("cpu") as world:
     mine = torch.full((2, 2), float(world.rank)), torch.arange(3.0) * (world.rank + 1)
-    world.average_(mine)
-    bad = torch.tensor([float("nan") if world.rank else 1.0])
-    world.average_([bad])
+    mine = [*mine, torch.tensor([float("nan") if world.rank else 1.0])]
+    weights = [torch.nn.Parameter(torch.zeros_like(t)) for t in mine]
+    for weight, gradient in zip(weights, mine):
+        weight.grad = gradient
+    exchange = GradientExchange(weights, world)
+    exchange.pack()
+    exchange.average()
+    exchange.unpack()
     found = {
-        "average": [t.tolist() for t in mine],
-        "nan": bool(bad.isnan().all()),
+        "average": [w.grad.tolist() for w in weights[:2]],
+        "nan": bool(weights[2].grad.isnan().all()),
         "largest": world.largest(15 if world.rank else 0),
         "gather": [t.tolist() for t in world.gather(torch.tensor([world.rank], dtype=torch.uint8))],
     }
@@ -204,8 +211,6 @@ def test_a_process_that_dies_in_training_ends_them_all(tmp_path, death, said, fs
 
 def test_a_world_of_one():
     one = torch.ones(2)
-    ALONE.average_([one])
-    ALONE.average_([])
     ALONE.barrier()
     assert one.tolist() == [1, 1] and ALONE.largest(3) == 3 and ALONE.is_main
     assert [t.tolist() for t in ALONE.gather(one)] == [[1, 1]]
@@ -278,32 +283,20 @@ def test_random_numbers_of_a_run():
         assert draws(same) not in (following, numbers)
 
 
-def test_what_is_frozen_is_neither_exchanged_nor_hooked(tmp_path, plain):
+def test_what_is_frozen_is_neither_exchanged_nor_hooked(tmp_path, plain, monkeypatch):
     """An iteration with all of its steps; freezing convolutions leaves few of the generator's weights."""
     exchanged = []
-
-    class Recording(World):
-        def average_(self, tensors):
-            exchanged.append(sorted(id(t) for t in tensors))
-
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer: exchanged.append(buffer.numel()))
     write_inputs(tmp_path)
-    task = tiny_task(tiny_config(tmp_path, r1_interval=1), Recording(0, 1, torch.device("cpu")))
-    gradients = {}
-    for guard in (task.g_guard, task.d_guard, task.r1_guard):
-        keep = guard.apply
-
-        def apply(keep=keep, guard=guard):
-            trained = [p for group in guard.optimizer.param_groups for p in group["params"]]
-            gradients[guard.name] = trained, sorted(id(p.grad) for p in trained)
-            return keep()
-
-        guard.apply = apply
+    task = tiny_task(tiny_config(tmp_path, r1_interval=1), World(0, 2, torch.device("cpu")))
     for number in range(2):
         task.iteration(number * task.batch)
-    assert [ids for _, ids in gradients.values()] == exchanged[-3:]
     weights = list(task.generator.parameters())
-    trained = gradients["generator"][0]
-    assert 0 < len(trained) < len(weights) and all(p.requires_grad for p in trained)
+    trained = [p for p in weights if p.requires_grad]
+    assert 0 < len(trained) < len(weights)
+    heads = [p for p in task.heads.parameters() if p.requires_grad]
+    g, d = (sum(-(-p.numel() // 4) * 4 for p in params) for params in (trained, heads))  # 16 bytes at a time
+    assert exchanged == [g, d, g, d, d]
     frozen = [p for net in (task.generator, task.features, task.r1_features) for p in net.parameters()]
     frozen = [p for p in frozen if not p.requires_grad]
     assert sum(p.numel() for p in frozen) > sum(p.numel() for p in trained)
