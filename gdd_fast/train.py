@@ -7,11 +7,12 @@
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
 --preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
-docs/precision.md lists; flags override them. With a --teacher of your own and no --preset, the settings follow from its
-resolution and size, and are printed. Running the same command again resumes, and shows the report again once the run is
-finished. SIGINT or SIGTERM saves the state after the iteration in progress; the exit status is then 128 + the signal's
-number (130, 143), 75 when --max-hours are over, 2 for bad input, 0 for a finished run. After a process that failed,
-torchrun prints a traceback of its own and exits with 1: the line that begins "error:" says why.
+docs/precision.md lists, and on a GPU is fast; flags override them. With a --teacher of your own and no --preset, the
+settings follow from its resolution and size, and are printed. Running the same command again resumes, and shows the
+report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in progress; the exit
+status is then 128 + the signal's number (130, 143), 75 when --max-hours are over, 2 for bad input, 0 for a finished
+run. After a process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:"
+says why.
 """
 
 import sys
@@ -46,7 +47,8 @@ class Command:
 def read(arguments: Sequence[str]) -> Command:
     """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
 
-    Without a preset it is the demo's, and with a teacher the one that fits it. Raises `ConfigError`, and what reading
+    Without a preset it is the demo's, and with a teacher the one that fits it. On a GPU the precision of a recipe for
+    CPUs is that of the others. Raises `ConfigError`, and what reading
     the teacher raises.
     """
     name, arguments = pop_option(arguments, "preset", default="")
@@ -56,6 +58,13 @@ def read(arguments: Sequence[str]) -> Command:
     recipe = preset(name or DEMO) if name or teacher == DEMO else _recipe_of(teacher, velocity)
     if precision:
         recipe = in_precision(recipe, precision)
+    asked = _asked(recipe, arguments)
+    if not precision and recipe.is_for_cpus and _runs_on_gpu(asked.config):
+        asked = _asked(in_precision(recipe, "fast"), arguments)
+    return asked
+
+
+def _asked(recipe: TrainConfig, arguments: Sequence[str]) -> Command:
     about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
     asked = parse(Command, Command(recipe), name="train", args=arguments, description=about)
     if asked.dry_run and asked.config.missing():
@@ -63,6 +72,13 @@ def read(arguments: Sequence[str]) -> Command:
     else:
         asked.config.validate()
     return asked
+
+
+def _runs_on_gpu(config: TrainConfig) -> bool:
+    with start(__name__):  # imported late: --help, which has ended by now, needs no torch
+        from gdd_fast.device import pick_device
+
+    return pick_device(config.run.device).type == "cuda"
 
 
 def _recipe_of(teacher: str, velocity: str) -> TrainConfig:

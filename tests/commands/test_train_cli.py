@@ -237,3 +237,24 @@ def test_settings_of_torch_are_the_runs_own_and_put_back(inputs, tmp_path, monke
     flags = tiny_flags(inputs, run_dir=tmp_path / "run", duration_mimg=4e-6)
     main([*flags, "--g-precision", precision, "--d-precision", precision])
     assert during == [(arithmetic, arithmetic, True)] and settings() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "precisions"),
+    [
+        ([], ("bf16", "bf16", "tf32")),
+        (["--preset", "demo-gdd", "--d-precision", "fp32"], ("bf16", "fp32", "tf32")),
+        (["--precision", "public"], ("bf16", "fp32", "fp32")),
+        (["--device", "cpu"], ("fp32", "fp32", "fp32")),
+    ],
+)
+def test_recipes_for_cpus_are_taken_as_fast_on_a_gpu(monkeypatch, flags, precisions):
+    def of(flags):
+        config = read(flags).config
+        return config.generator.g_precision, config.discriminator.d_precision, config.loss.r1_precision
+
+    small = ["--teacher", "demo", "--data", "demo"]
+    assert of(small) == ("fp32", "fp32", "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert of(flags) == precisions and of([*small, *flags]) == precisions
+    assert of(["--preset", "cifar10-uncond-gdd-i", "--data", "x.zip", "--teacher", "x.pkl"]) == ("bf16", "bf16", "tf32")
