@@ -1,4 +1,4 @@
-// The autograd of gdd_fast/ops/max_pool2x2.py around Triton's kernels, in C++.
+// The autograd of gdd_fast/ops/max_pool2x2.py in C++, around Triton's kernels and those of a CPU.
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +11,7 @@
 
 #include "binders.h"
 #include "launch_plan.h"
+#include "max_pool2x2.h"
 #include "strides.h"
 
 namespace gdd_fast {
@@ -22,7 +23,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// What the gradient goes back to, and by whose kernels.
+// What the gradient goes back to, and by whose kernels: without plans the extension's own, on a CPU.
 struct Pooled : torch::CustomClassHolder {
   int64_t height, width;
   at::MemoryFormat format;
@@ -34,6 +35,9 @@ using Holder = c10::intrusive_ptr<Pooled>;
 
 at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Pooled& of) {
   const at::Tensor dy = gradient.contiguous(of.format);
+  if (!of.plans) {
+    return max_pool2x2_backward(dy, places, of.height, of.width, of.format == at::MemoryFormat::ChannelsLast);
+  }
   const auto options = dy.options().memory_format(of.format);
   const std::vector<int64_t> size = {dy.size(0), dy.size(1), of.height, of.width};
   // no window holds an odd last row or column
@@ -69,9 +73,15 @@ struct Spread : torch::autograd::Function<Spread> {
   }
 };
 
+std::vector<at::Tensor> pooled(const at::Tensor& x, const Plan& plan) {
+  if (plan) return (*plan)(x);
+  auto [y, places] = max_pool2x2(x);
+  return {std::move(y), std::move(places)};
+}
+
 struct MaxPool : torch::autograd::Function<MaxPool> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Plan& plan, const Holder& of) {
-    const std::vector<at::Tensor> made = (*plan)(x);
+    const std::vector<at::Tensor> made = pooled(x, plan);
     ctx->save_for_backward({made[1]});
     ctx->saved_data["of"] = c10::IValue::make_capsule(of);
     return made[0];
@@ -84,14 +94,14 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 };
 
-// Nothing where the operator is not Triton's, or the call is another's to make.
+// Nothing where the operator is not Triton's though there are plans, or the call is another's to make.
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& map, const std::string& backend) {
   if (map.dim() != 4 || !unobserved(map)) return std::nullopt;
   const at::MemoryFormat format = memory_format(map);
   const at::Tensor x = map.contiguous(format);
-  const Plan plan = plans->find(Direction::kForward, backend, x, {});
-  if (!plan) return std::nullopt;
-  if (!at::GradMode::is_enabled() || !x.requires_grad()) return (*plan)(x)[0];
+  const Plan plan = plans ? plans->find(Direction::kForward, backend, x, {}) : Plan();
+  if (plans && !plan) return std::nullopt;
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return pooled(x, plan)[0];
   return MaxPool::apply(x, plan, c10::make_intrusive<Pooled>(x, format, plans));
 }
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, chooser
+from gdd_fast.backend import Backend, Operator, chooser, extension
 from gdd_fast.errors import InputError
-from gdd_fast.ops._memory_format import memory_format
+from gdd_fast.ops._memory_format import memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
 
 OPERATOR = Operator("max_pool2x2", fused=frozenset({"triton", "cpp"}))
@@ -43,13 +43,17 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
         BackendError: the backend asked for cannot run here.
     """
     if wanted(x, backend) and (planned := plans(_plan)) is not None:
-        extension, cache = planned
-        y = extension.planned_max_pool2x2(cache, x, backend)
+        module, cache = planned
+        y = module.planned_max_pool2x2(cache, x, backend)
         if y is not None:
             return y
     implementation = _chosen(x, backend)
     if implementation == "torch":
         return max_pool2x2_ref(x)
+    if implementation == "cpp" and runs_eagerly(x):
+        y = extension().planned_max_pool2x2(None, x, backend)  # type: ignore[union-attr]
+        if y is not None:
+            return y
     return _MaxPool.apply(x.contiguous(memory_format=memory_format(x)), implementation)
 
 
