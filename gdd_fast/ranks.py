@@ -4,18 +4,18 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gdd_fast.device import pick_device
 from gdd_fast.errors import ConfigError, LostProcessError
 
 T = TypeVar("T")
-_DTYPES = (torch.uint8, torch.float32)
-_MOST_DIMENSIONS = 4
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -65,44 +65,29 @@ class World:
                 dist.broadcast_object_list(held, 0, device=torch.device("cpu"))
         return held[0]
 
-    def in_order(self, tensors: Iterable[Tensor], *, everywhere: bool = False) -> Iterator[Tensor]:
-        """On the main rank the tensors (n, ...) of all ranks, the first of each, then the second of each, and so on;
-        with `everywhere` on all of them.
+    def in_order(self, items: Iterable[T], *, everywhere: bool = False) -> Iterator[T]:
+        """On the main rank the items of all ranks, the first of each, then the second of each, and so on; with
+        `everywhere` on all of them.
 
-        uint8 or float32; they differ in n alone, and the first rank has as many as any. What has travelled arrives on
-        the CPU. Other ranks give theirs and get nothing: they have to go through the iterator all the same.
+        Items are tensors and plain types, or tuples and lists of them; tensors that have travelled arrive on the CPU.
+        Other ranks give theirs and get nothing: they have to go through the iterator all the same.
         """
         if self.size == 1:
-            yield from tensors
+            yield from items
             return
-        own = iter(tensors)
+        own = iter(items)
         while True:
-            mine = next(own, None)
-            counts = [int(n) for n in self.gather(torch.tensor([0 if mine is None else len(mine)]))]
-            if not any(counts):
+            mine = list(islice(own, 1))  # nothing, where another rank has one more
+            if not self.largest(len(mine)):
                 return
-            parts = self._together(mine, counts, everywhere)
-            if self.is_main or everywhere:
-                yield from (part[:count] for part, count in zip(parts, counts, strict=True) if count)
-
-    def _together(self, mine: Tensor | None, counts: list[int], everywhere: bool) -> list[Tensor]:
-        """Tensors of all ranks as bytes of one size, on the main rank or on all."""
-        form = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64)
-        if self.is_main and mine is not None:
-            form[: mine.ndim + 1] = torch.tensor([_DTYPES.index(mine.dtype), mine.ndim - 1, *mine.shape[1:]])
-        with exchanging():
-            dist.broadcast(form, 0)
-        kind, dimensions, *sizes = form.tolist()
-        padded = torch.zeros(max(counts), *sizes[:dimensions], dtype=_DTYPES[kind])
-        if mine is not None:
-            padded[: len(mine)] = mine.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main or everywhere else []
-        with exchanging():
-            if everywhere:
-                dist.all_gather(parts, padded)
-            else:
-                dist.gather(padded, parts or None)
-        return parts
+            mine = tree_map_only(Tensor, Tensor.cpu, mine)
+            found: list[list[T]] = [[] for _ in range(self.size)]
+            with exchanging():
+                if everywhere:
+                    dist.all_gather_object(found, mine)
+                else:
+                    dist.gather_object(mine, found if self.is_main else None)
+            yield from chain.from_iterable(found)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -40,7 +40,6 @@ with start(__name__):
     from gdd_fast.sampling.grid import save_grid
     from gdd_fast.sampling.resume import Reserved, part_folder, reserve
     from gdd_fast.sampling.seeds import check_class, parse_seeds
-    from gdd_fast.sampling.together import on_all_ranks
     from gdd_fast.sampling.writers import check_new_output
     from gdd_fast.settings import Settings
 
@@ -156,7 +155,7 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
             bar.write(f"{config.out}: going on after {done} images")
             bar.update(done)
         left = seeds[done:]
-        for part in on_all_ranks(world, images_of(world.share(left, config.batch)), left):
+        for part in world.in_order(images_of(world.share(left, config.batch))):
             if writer is not None:
                 writer.put(part.seeds, part.images, part.classes)
             if config.grid is not None and bar.n < _GRID_IMAGES:

@@ -1,6 +1,6 @@
 """A set of images as one feature network sees it: what metrics are computed from, gathered batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,26 +76,15 @@ def gather(
     """
     needs = needs or [Needs()] * len(extractors)
     found: list[Population] = []
-    forms: list[tuple[tuple[int, ...], list[int]]] = []
-
-    def features_of_batches() -> Iterator[Tensor]:
-        for images in batches:
-            features = [extractor(images) for extractor in extractors]
-            forms.append((tuple(images.shape[1:]), [f.shape[1] for f in features]))
-            yield torch.cat(features, 1)
-
-    form = None
-    for together in world.in_order(features_of_batches(), everywhere=everywhere):
-        if form is None:  # a rank without a batch of its own does not know it
-            form = world.from_main(forms[0] if forms else None) if everywhere else forms[0]
-        shape, sizes = form
-        for i, features in enumerate(together.split(sizes, 1)):
-            features = features.to(extractors[i].device)
+    of_batches = ((tuple(images.shape[1:]), [extractor(images) for extractor in extractors]) for images in batches)
+    for shape, features in world.in_order(of_batches, everywhere=everywhere):
+        for i, (extractor, own) in enumerate(zip(extractors, features, strict=True)):
+            own = own.to(extractor.device)
             if i == len(found):
-                found.append(_empty(extractors[i].name, shape, features, needs[i]))
-            found[i].update(features)
+                found.append(_empty(extractor.name, shape, own, needs[i]))
+            found[i].update(own)
         if progress is not None:
-            progress(len(together))
+            progress(len(own))
     for population in found:
         population.finish()
     return found
