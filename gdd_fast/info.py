@@ -134,14 +134,14 @@ def memory(presets: Sequence[str]) -> dict[str, Any]:
     import torch
 
     from gdd_fast.config import preset
-    from gdd_fast.distill.dry_run import TEACHERS, forecast_recipe
+    from gdd_fast.distill.dry_run import forecast_recipe
     from gdd_fast.distill.memory_forecast import GB
 
     def row(name: str) -> dict[str, Any]:
         config = preset(name)
-        if name.split("-")[0] not in TEACHERS:
-            return {"unavailable": f"the networks of {name} are its teacher's: `gdd_fast.train --dry-run` reads that"}
         found, batch = forecast_recipe(config), config.run.batch
+        if found is None:
+            return {"unavailable": f"the networks of {name} are its teacher's: `gdd_fast.train --dry-run` reads that"}
         cards = {f"--batch-gpu on {card} GB": n or "none fits" for card, n in found.on_cards(batch).items()}
         for index in range(torch.cuda.device_count()):
             size = torch.cuda.get_device_properties(index).total_memory

@@ -13,26 +13,19 @@ from gdd_fast.distill.freeze import FreezeReport, freeze
 from gdd_fast.distill.memory_forecast import Forecast, forecast, of_components
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
-from gdd_fast.models.edm import adm, ncsnpp
+from gdd_fast.models.edm import published
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.ranks import world_size
 from gdd_fast.training.batches import split_batch
-
-# By what the names of presets begin with: resolution, classes where it is conditional, the arguments of the network.
-TEACHERS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "cifar10": (32, 10, ncsnpp()),
-    "ffhq": (64, 0, ncsnpp(channel_mult=[1, 2, 2, 2])),
-    "afhqv2": (64, 0, ncsnpp(channel_mult=[1, 2, 2, 2])),
-    "imagenet": (64, 1000, adm()),
-}
 
 
 def describe_recipe(config: TrainConfig) -> str:
     """What can be said without data or teacher: the configuration, the parameters and what is frozen of the networks of
     the preset's paper, and what is still needed. Reads no file."""
     lines = [json.dumps(to_dict(config), indent=2), ""]
-    if _known(config) in TEACHERS:
-        net, features, r1_features, heads = _networks_of(config)
+    arguments = published(config.preset)
+    if arguments is not None:
+        net, features, r1_features, heads = _networks_of(config, arguments)
         size = f"3 x {net.img_resolution}^2, {net.label_dim} classes"
         lines.append(f"Teacher of this preset: {type(net.model).__name__}, {size}")
         lines += _networks(freeze(net, config.generator.freeze), features, heads)
@@ -41,29 +34,28 @@ def describe_recipe(config: TrainConfig) -> str:
     return "\n".join([*lines, "", "Still needed:", *(f"  {message}" for message in config.missing())])
 
 
-def forecast_recipe(config: TrainConfig) -> Forecast:
-    """The memory of a preset of the paper, without its data set, teacher or weights; some seconds."""
-    net, features, r1_features, heads = _networks_of(config)
+def forecast_recipe(config: TrainConfig) -> Forecast | None:
+    """The memory of a preset of the paper, without its data set, teacher or weights; some seconds. None for others."""
+    arguments = published(config.preset)
+    if arguments is None:
+        return None
+    net, features, r1_features, heads = _networks_of(config, arguments)
     freeze(net, config.generator.freeze)
     return forecast(config, net, features, r1_features, heads)
 
 
-def _known(config: TrainConfig) -> str:
-    return config.preset.split("-")[0]
-
-
-def _networks_of(config: TrainConfig) -> tuple[GDDPrecond, ProjectedFeatures, ProjectedFeatures, DiscriminatorHeads]:
-    """Generator, backbones, those of the R1 step, and heads of a preset of the paper, on the meta device."""
-    resolution, classes, arguments = TEACHERS[_known(config)]
-    classes = classes if config.data.cond else 0
+def _networks_of(
+    config: TrainConfig, arguments: dict[str, Any]
+) -> tuple[GDDPrecond, ProjectedFeatures, ProjectedFeatures, DiscriminatorHeads]:
+    """Generator of these arguments, backbones, those of the R1 step, and heads, on the meta device."""
     options = config.discriminator
     with torch.device("meta"):
-        net = GDDPrecond(resolution, 3, classes, **arguments)
+        net = GDDPrecond(**arguments if config.data.cond else {**arguments, "label_dim": 0})
         net.dtype = dtype_of(config.generator.g_precision)
         types = [dtype_of(p) for p in (options.d_precision, config.loss.r1_precision)]
         features, r1_features = (_features(options, dtype) for dtype in types)
         r1_features = features if types[0] == types[1] else r1_features
-        sizes = (features.channels, features.resolutions, classes)
+        sizes = (features.channels, features.resolutions, net.label_dim)
         heads = DiscriminatorHeads(*sizes, width=options.head_width, dtype=types[0])
     return net, features, r1_features, heads
 
