@@ -156,21 +156,27 @@ class FastAttention(Fast):
         return y if scale == 1 else y * scale
 
 
-def _decide_attention(decisions: Decisions, block: nn.Module) -> None:
-    processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
+_LAYERS = {"group_norm": nn.GroupNorm, "to_q": nn.Linear, "to_k": nn.Linear, "to_v": nn.Linear}
+
+
+def attention_obstacle(block: nn.Module) -> str | None:
+    """Why an Attention of diffusers' is not one over the image's own pixels, normalised once; or None."""
     absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
-    parts = kinds(block, "group_norm", "to_q", "to_k", "to_v")
-    if type(block.processor) is not processor:
-        decisions.leave(block, "its processor is not diffusers' scaled_dot_product_attention")
-        return
+    if type(block.processor) is not library_class("diffusers.models.attention_processor", "AttnProcessor2_0"):
+        return "its processor is not diffusers' scaled_dot_product_attention"
     if any(getattr(block, name, None) is not None for name in absent) or block.is_cross_attention:
-        decisions.leave(block, "it attends to something else than the image's own pixels, or normalises more than once")
+        return "it attends to something else than the image's own pixels, or normalises more than once"
+    if kinds(block, *_LAYERS) != _LAYERS or len({getattr(block, f"to_{name}").weight.shape for name in "qkv"}) > 1:
+        return "it is not made of a GroupNorm and three Linear layers of one size"
+    return None
+
+
+def _decide_attention(decisions: Decisions, block: nn.Module) -> None:
+    reason = attention_obstacle(block)
+    if reason is not None:
+        decisions.leave(block, reason)
         return
-    if parts != {"group_norm": nn.GroupNorm, "to_q": nn.Linear, "to_k": nn.Linear, "to_v": nn.Linear} or (
-        block.to_k.weight.shape != block.to_q.weight.shape or block.to_v.weight.shape != block.to_q.weight.shape
-    ):
-        decisions.leave(block, "it is not made of a GroupNorm and three Linear layers of one size")
-        return
+    parts = kinds(block, *_LAYERS)
     norm = decisions.backend_of(group_norm_silu.OPERATOR)
     state = AttentionState(norm, decisions.backend_of(residual.OPERATOR), parts, type(block.processor))
     inputs = lambda generator: [torch.randn(2, block.query_dim, SIZE, SIZE, generator=generator)]

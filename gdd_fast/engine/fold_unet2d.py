@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gdd_fast.acceleration import restore
 from gdd_fast.acceleration.class_exchange import library_class
+from gdd_fast.acceleration.diffusers_unet import attention_obstacle
 from gdd_fast.engine.folded_layers import (
     Convolution,
     FusedProjection,
@@ -187,7 +188,7 @@ class _Folder(Folding):
                     setattr(module, name, self.resnet(child))
                 elif isinstance(child, other):
                     setattr(module, name, self.unfolded(child))
-                elif type(child) is attention and _is_plain(child):
+                elif type(child) is attention and attention_obstacle(child) is None and child.residual_connection:
                     setattr(module, name, SelfAttention(self.attention(child)))
         outside = [block for block in unet.down_blocks if hasattr(block, "skip_conv")]
         center = unet.config.center_input_sample
@@ -321,20 +322,6 @@ class _Folder(Folding):
     def unfolded(self, block: nn.Module) -> Unfolded:
         constants, place = self.condition(lambda emb: [emb])
         return Unfolded(block, constants[0][None] if constants else None, place)
-
-
-def _is_plain(block: nn.Module) -> bool:
-    """Whether an attention is one over the image's own pixels, normalised once, with its residual."""
-    processor = library_class("diffusers.models.attention_processor", "AttnProcessor2_0")
-    absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
-    return (
-        type(block.processor) is processor
-        and not block.is_cross_attention
-        and block.residual_connection
-        and block.group_norm is not None
-        and all(getattr(block, name, None) is None for name in absent)
-        and block.to_q.weight.shape == block.to_k.weight.shape == block.to_v.weight.shape
-    )
 
 
 def _bias(layer: nn.Module) -> Tensor:
