@@ -1,12 +1,10 @@
-// frozen_conv2d and gdd_fast_C::frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and
-// frozen_conv2d_relu.py in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms
-// a layer and step, as much as a small depthwise convolution. planned_frozen_conv2d_relu is the same with the bits
-// packed by Triton's kernels.
+// frozen_conv2d and planned_frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and frozen_conv2d_relu.py
+// in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms a layer and step, as
+// much as a small depthwise convolution. With plans the bits are packed by Triton's kernels, without on a CPU.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <memory>
@@ -169,14 +167,6 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const Bias
   return y;
 }
 
-at::Tensor frozen_conv2d_relu(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double ceiling) {
-  const Geometry g = {stride.front(),   stride.back(),   padding.front(), padding.back(),
-                      dilation.front(), dilation.back(), groups};
-  return differentiated(x, bias) ? differentiable(x, weight, bias, g, ceiling, Plans())
-                                 : convolve_and_clamp(x, weight, bias, g, ceiling, Plans());
-}
-
 // x, weight and bias in the type that is computed in, as `prepare` in Python makes them; nothing where its checks there
 // find something, or a mode or a tensor of another class has a say.
 struct Prepared {
@@ -218,9 +208,10 @@ Geometry pushed(const pybind11::handle& stride, const pybind11::handle& padding,
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
                                   const pybind11::handle& stride, const pybind11::handle& padding,
                                   const pybind11::handle& dilation, int64_t groups, double ceiling) {
+  const Geometry g = pushed(stride, padding, dilation, groups);
+  const pybind11::gil_scoped_release without_python;
   const auto given = prepared(x, weight, bias);
   if (!given) return std::nullopt;
-  const Geometry g = pushed(stride, padding, dilation, groups);
   if (differentiated(given->x, given->bias)) {
     return differentiable(given->x, given->weight, given->bias, g, ceiling, plans);
   }
@@ -245,10 +236,3 @@ static const Bind bind_calls([](pybind11::module_& m) {
 });
 
 }  // namespace gdd_fast
-
-TORCH_LIBRARY_FRAGMENT(gdd_fast_C, m) {
-  m.def(
-      "frozen_conv2d_relu(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups, float ceiling) -> Tensor",
-      &gdd_fast::frozen_conv2d_relu);
-}

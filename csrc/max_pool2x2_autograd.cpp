@@ -107,6 +107,8 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& map, con
 
 }  // namespace
 
-static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_max_pool2x2", &planned); });
+static const Bind bind_planned([](pybind11::module_& m) {
+  m.def("planned_max_pool2x2", &planned, pybind11::call_guard<pybind11::gil_scoped_release>());
+});
 
 }  // namespace gdd_fast

@@ -110,6 +110,8 @@ at::Tensor masked(const Plans& plans, const at::Tensor& dy, const at::Tensor& bi
                                     : mask(plans, dy.contiguous(format), bits);
 }
 
-static const Bind bind_planned([](pybind11::module_& m) { m.def("planned_relu_bits", &planned); });
+static const Bind bind_planned([](pybind11::module_& m) {
+  m.def("planned_relu_bits", &planned, pybind11::call_guard<pybind11::gil_scoped_release>());
+});
 
 }  // namespace gdd_fast

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdd_fast.backend import Backend, Operator, chooser
+from gdd_fast.backend import Backend, Operator, chooser, extension
 from gdd_fast.errors import ConfigError
 from gdd_fast.ops._memory_format import memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
@@ -77,9 +77,14 @@ def frozen_conv2d_relu(
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
     implementation = _choose(backend, x.device.type)
-    if implementation == "triton" and wanted(x, backend) and (planned := plans(plan_bits)) is not None:
-        extension, cache = planned
-        y = extension.planned_frozen_conv2d_relu(
+    planned = None
+    if implementation == "triton" and wanted(x, backend):
+        planned = plans(plan_bits)
+    elif implementation == "cpp" and runs_eagerly(x):
+        planned = extension(), None
+    if planned is not None:
+        module, cache = planned
+        y = module.planned_frozen_conv2d_relu(
             cache, x, weight, bias, stride, padding, dilation, groups, CEILING[activation]
         )
         if y is not None:  # else something is to be refused
@@ -88,8 +93,6 @@ def frozen_conv2d_relu(
         return frozen_conv2d_relu_ref(x, weight, bias, stride, padding, dilation, groups, activation)
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
-    if implementation == "cpp" and runs_eagerly(x):
-        return torch.ops.gdd_fast_C.frozen_conv2d_relu.default(x, weight, bias, *g, ceiling)
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         if implementation == "triton" and not torch.compiler.is_compiling():  # a compiler joins bias and clamp itself
             y = _dense(convolve(x, weight, None, g))
