@@ -45,33 +45,7 @@ struct Held : torch::CustomClassHolder {
 };
 using Holder = c10::intrusive_ptr<Held>;
 
-void keep(AutogradContext* ctx, const Holder& held) { ctx->saved_data["held"] = c10::IValue::make_capsule(held); }
-Holder kept(AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<Held>(ctx->saved_data["held"].toCapsule());
-}
-
-at::Tensor bias_gradient(AutogradContext* ctx, const Held& held, const at::Tensor& dy) {
-  return held.has_bias && ctx->needs_input_grad(2) ? dy.sum({0, 2, 3}) : at::Tensor();
-}
-
-at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, const Holder& held);
-
-struct Convolution : torch::autograd::Function<Convolution> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
-                            const Holder& held) {
-    ctx->save_for_backward({weight});
-    keep(ctx, held);
-    return convolve(x, weight, bias, held->geometry);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const auto weight = ctx->get_saved_variables()[0];
-    const Holder held = kept(ctx);
-    at::Tensor dx;
-    if (ctx->needs_input_grad(0)) dx = input_gradient(dys[0], weight, held);
-    return {dx, Variable(), bias_gradient(ctx, *held, dys[0]), Variable()};
-  }
-};
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g);
 
 // Linear in dy; its derivative is the convolution again.
 struct InputGradient : torch::autograd::Function<InputGradient> {
@@ -82,14 +56,13 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& weight, const Holder& held) {
     ctx->save_for_backward({weight});
-    keep(ctx, held);
+    ctx->saved_data["held"] = c10::IValue::make_capsule(held);
     return compute(dy, weight, *held);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& ddxs) {
-    const Holder held = c10::make_intrusive<Held>(ddxs[0], Bias(), kept(ctx)->geometry);
-    const at::Tensor ddy = Convolution::apply(ddxs[0], ctx->get_saved_variables()[0], Bias(), held);
-    return {ddy, Variable(), Variable()};
+    const Holder held = c10::static_intrusive_pointer_cast<Held>(ctx->saved_data["held"].toCapsule());
+    return {convolution(ddxs[0], ctx->get_saved_variables()[0], Bias(), held->geometry), Variable(), Variable()};
   }
 };
 
@@ -100,15 +73,16 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, const 
 
 // A node as PyTorch generates them for its own operators. torch::autograd::Function, as above, costs half as much again
 // as this operator's other work: what is generic in it runs per call, dispatch to autograd within among it.
-struct ConvolutionReluBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable weight, bits;
+struct ConvolutionBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable weight, bits;  // bits: of the ReLU behind it, where there is one
   Holder held;
 
   variable_list apply(variable_list&& dys) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list gradients(2);
     if (!dys[0].defined()) return gradients;
-    const at::Tensor kernel = weight.unpack(), dy = masked(held->plans, dys[0], bits.unpack(), held->out_format);
+    const at::Tensor kernel = weight.unpack(), packed = bits.unpack();
+    const at::Tensor dy = packed.defined() ? masked(held->plans, dys[0], packed, held->out_format) : dys[0];
     if (task_should_compute_output(0)) gradients[0] = input_gradient(dy, kernel, held);
     if (held->has_bias && task_should_compute_output(1)) gradients[1] = dy.sum({0, 2, 3});
     return gradients;
@@ -120,7 +94,7 @@ struct ConvolutionReluBackward : torch::autograd::Node {
     bits.reset_data();
   }
 
-  std::string name() const override { return "FrozenConvolutionReluBackward"; }
+  std::string name() const override { return "FrozenConvolutionBackward"; }
 };
 
 // Graphs are held by std::shared_ptr up to some version of PyTorch, and by c10::intrusive_ptr after it.
@@ -131,6 +105,21 @@ auto make_node() {
   } else {
     return c10::make_intrusive<T>();
   }
+}
+
+void record(const at::Tensor& y, const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Holder& held,
+            const at::Tensor& bits) {
+  const auto node = make_node<ConvolutionBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, bias.value_or(at::Tensor())));
+  node->weight = torch::autograd::SavedVariable(weight, false);
+  if (bits.defined()) node->bits = torch::autograd::SavedVariable(bits, false);
+  node->held = held;
+  torch::autograd::set_history(y, node);
+}
+
+void refuse_forward_mode(const at::Tensor& x, const Bias& bias, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined() && !(bias.has_value() && bias->_fw_grad(0).defined()), name,
+                              " has no forward-mode derivative: pass backend=\"torch\"");
 }
 
 // A GPU's convolution adds its bias in a pass of its own: Triton's kernel does on the way.
@@ -148,8 +137,7 @@ at::Tensor convolve_and_clamp(const at::Tensor& x, const at::Tensor& weight, con
 
 at::Tensor differentiable(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
                           double ceiling, const Plans& plans) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined() && !(bias.has_value() && bias->_fw_grad(0).defined()),
-                              "frozen_conv2d_relu has no forward-mode derivative: pass backend=\"torch\"");
+  refuse_forward_mode(x, bias, "frozen_conv2d_relu");
   at::Tensor y, bits;
   const auto held = c10::make_intrusive<Held>(x, bias, g, plans);
   {
@@ -159,12 +147,7 @@ at::Tensor differentiable(const at::Tensor& x, const at::Tensor& weight, const B
     y = y.contiguous(held->out_format);
     bits = pack_bits(plans, y, ceiling, plans ? bias.value_or(at::Tensor()) : at::Tensor());
   }
-  const auto node = make_node<ConvolutionReluBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x, bias.value_or(at::Tensor())));
-  node->weight = torch::autograd::SavedVariable(weight, false);
-  node->bits = torch::autograd::SavedVariable(bits, false);
-  node->held = held;
-  torch::autograd::set_history(y, node);
+  record(y, x, weight, bias, held, bits);
   return y;
 }
 
@@ -173,8 +156,15 @@ bool differentiated(const at::Tensor& x, const Bias& bias) {
 }
 
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g) {
-  return differentiated(x, bias) ? Convolution::apply(x, weight, bias, c10::make_intrusive<Held>(x, bias, g))
-                                 : convolve(x, weight, bias, g);
+  if (!differentiated(x, bias)) return convolve(x, weight, bias, g);
+  refuse_forward_mode(x, bias, "frozen_conv2d");
+  at::Tensor y;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    y = convolve(x, weight, bias, g);
+  }
+  record(y, x, weight, bias, c10::make_intrusive<Held>(x, bias, g), at::Tensor());
+  return y;
 }
 
 // x, weight and bias in the type that is computed in, as `prepare` in Python makes them; nothing where its checks there

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from gdd_fast.cli import command, parse, pop_option, start
 from gdd_fast.config import (
@@ -48,8 +49,8 @@ def read(arguments: Sequence[str]) -> Command:
     """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
 
     Without a preset it is the demo's, and with a teacher the one that fits it. On a GPU the precision of a recipe for
-    CPUs is that of the others. Raises `ConfigError`, and what reading
-    the teacher raises.
+    CPUs is that of the others; a run goes on in the one that it was begun in. Raises `ConfigError`, `CheckpointError`,
+    and what reading the teacher raises.
     """
     name, arguments = pop_option(arguments, "preset", default="")
     precision, arguments = pop_option(arguments, "precision", default="")
@@ -59,8 +60,10 @@ def read(arguments: Sequence[str]) -> Command:
     if precision:
         recipe = in_precision(recipe, precision)
     asked = _asked(recipe, arguments)
-    if not precision and recipe.is_for_cpus and _runs_on_gpu(asked.config):
-        asked = _asked(in_precision(recipe, "fast"), arguments)
+    if not precision and recipe.is_for_cpus:
+        fast = _asked(in_precision(recipe, "fast"), arguments)
+        if _is_taken(fast.config, asked.config):
+            return fast
     return asked
 
 
@@ -74,11 +77,24 @@ def _asked(recipe: TrainConfig, arguments: Sequence[str]) -> Command:
     return asked
 
 
-def _runs_on_gpu(config: TrainConfig) -> bool:
+def _is_taken(fast: TrainConfig, as_is: TrainConfig) -> bool:
+    """Whether the first of the two is: the one that the run folder's checkpoint is of, else by the device."""
     with start(__name__):  # imported late: --help, which has ended by now, needs no torch
         from gdd_fast.device import pick_device
+        from gdd_fast.training.loop import stored_values
 
-    return pick_device(config.run.device).type == "cuda"
+    on_gpu = pick_device(fast.run.device).type == "cuda"
+    stored = stored_values(fast.run_dir)
+    if stored is not None:
+        of_run, *both = map(_precisions, (stored["config"], to_dict(fast), to_dict(as_is)))
+        if of_run in both:
+            return of_run == both[0]
+    return on_gpu
+
+
+def _precisions(config: dict[str, Any]) -> list[str | None]:
+    sections = (("generator", "g_precision"), ("discriminator", "d_precision"), ("loss", "r1_precision"))
+    return [config.get(section, {}).get(name) for section, name in sections]
 
 
 def _recipe_of(teacher: str, velocity: str) -> TrainConfig:

@@ -53,13 +53,13 @@ class FastConv(Fast):
     _gdd_fast: tuple[int, int]  # the padding, in numbers
 
     def fast_forward(self, x: Tensor) -> Tensor:
-        if not _saves(x, self):
+        weight = self.weight
+        if not _saves(x, weight):
             return super().forward(x)
         x = self._padded(x)
-        dtype = autocast_dtype(x)
-        weight = converted(self.weight, dtype, memory_format(x))
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return frozen_conv2d(x, weight, bias, self.stride, self._gdd_fast, self.dilation, self.groups)
+        if memory_format(x) is torch.channels_last:
+            weight = converted(weight, autocast_dtype(x), torch.channels_last)
+        return frozen_conv2d(x, weight, self.bias, self.stride, self._gdd_fast, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> Tensor:
         return x
@@ -78,10 +78,11 @@ class FastConvSame(FastConv):
         return total // 2, total - total // 2
 
 
-def _saves(x: Tensor, conv: nn.Conv2d) -> bool:
+def _saves(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's convolution would keep x for the gradient of a weight that has none."""
-    fits = x.dim() == 4 and (x.dtype == conv.weight.dtype or autocast_dtype(x) != x.dtype)
-    return fits and x.requires_grad and torch.is_grad_enabled() and not conv.weight.requires_grad
+    if not (x.requires_grad and torch.is_grad_enabled()) or weight.requires_grad or x.dim() != 4:
+        return False
+    return x.dtype == weight.dtype or autocast_dtype(x) != x.dtype
 
 
 def _decide_conv(decisions: Decisions, conv: nn.Conv2d) -> None:

@@ -156,7 +156,7 @@ def forecast(
         **({"its blocks that --fsdp gathers": _gathered(generator)} if ranks > 1 else {}),
         "backbones, projections and heads": sum(frozen.values()) + _weights(heads),
         "gradients": trains,
-        **_exchanged((generators if ranks == 1 else 0) + heads_train * len(steps.keys() - {"G"})),
+        **_exchanged((generators if ranks == 1 else 0) + 2 * heads_train),  # D's and R1's
         "optimizers": 2 * trains,
         **_beside(config, data_bytes),
     }
@@ -187,7 +187,7 @@ def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: in
 
 
 def _exchanged(size: int) -> dict[str, int]:
-    """The buffers of the ranks' gradients, one for each step that has some of its own."""
+    """The buffers of the ranks' gradients, one for each of the steps, whether or not the run takes it."""
     return {"gradients that processes exchange": size} if world_size() > 1 else {}
 
 

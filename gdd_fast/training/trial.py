@@ -45,6 +45,8 @@ class Trial:
             reason = _difference(expected, found, before, after, self._state())
         if reason is not None:
             self._put_back(after)
+            for t in self._state():
+                t.grad = None  # a step leaves none, and a recording that raised may
             self._random.renew(drawn_after)
         return expected, reason
 

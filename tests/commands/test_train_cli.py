@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_run import BATCH, tiny_flags, write_inputs
 
-from gdd_fast.config import override
+from gdd_fast.config import override, to_dict
 from gdd_fast.distill import comparison, dry_run
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.memory_forecast import Forecast, Kept
@@ -258,3 +258,17 @@ def test_recipes_for_cpus_are_taken_as_fast_on_a_gpu(monkeypatch, flags, precisi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert of(flags) == precisions and of([*small, *flags]) == precisions
     assert of(["--preset", "cifar10-uncond-gdd-i", "--data", "x.zip", "--teacher", "x.pkl"]) == ("bf16", "bf16", "tf32")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in_on_another_device(tmp_path, monkeypatch, gpu):
+    flags = ["--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    begun = read(flags).config
+    values = {"images": begun.total_images, "config": to_dict(begun), "contents": {}}
+    checkpoint.save(tmp_path / "run" / loop.CHECKPOINT, {"net": {"weight": torch.zeros(1)}}, values)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not gpu)
+    assert read(flags).config == begun
+    elsewhere = read(["--run-dir", str(tmp_path / "other")]).config
+    assert elsewhere.generator.g_precision != begun.generator.g_precision
+    assert read([*flags, "--precision", "public"]).config.loss.r1_precision == "fp32"

@@ -1,6 +1,7 @@
 """An iteration that is recorded and replayed is the eager one, to the bit; and on a GPU nothing in it would wait."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gdd_fast.layers.spectral_conv import SpectralConv2d
 from gdd_fast.training import checkpoint
 from gdd_fast.training.captured_steps import CapturedSteps
 from gdd_fast.training.exchange import GradientExchange
-from gdd_fast.training.optimizer import StepGuard, make_adam
+from gdd_fast.training.optimizer import AdamEma, StepGuard, make_adam
 from gdd_fast.training.trial import Trial
 from rehearsal import Rehearsal, forbid_waiting
 
@@ -99,18 +100,28 @@ class Stale:
         return lambda: step(*first)
 
 
+class Interrupted(Stale):
+    """A recorder that fails where gradients are there and not yet applied."""
+
+    def record(self, step, inputs):
+        with mock.patch.object(AdamEma, "step", side_effect=RuntimeError("CUDA error: not while capturing")):
+            return step(*inputs)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_recording_on_trial_is_used_if_right_and_leaves_no_trace_if_not(inputs, built, capsys, options):
     """What `--engine auto` does on a GPU. A step's state that the trial forgot would differ from the eager run's."""
     stop, recorder = 6, Rehearsal(warm_up=1)
-    tasks = [task_of(inputs, built, r, trial=r is not None, **options) for r in (None, recorder, Stale())]
+    recorders = (None, recorder, Stale(), Interrupted())
+    tasks = [task_of(inputs, built, r, trial=r is not None, **options) for r in recorders]
     for task in tasks[:2]:
         iterate(task, 0, stop)
     assert tasks[1].steps.recorder is recorder and recorder.replays == 2 * (stop - 2)
     assert capsys.readouterr().err == ""
-    iterate(tasks[2], 0, stop)
-    assert tasks[2].steps.recorder is None
-    assert "Steps run eagerly, as a captured one did not do what it should: " in capsys.readouterr().err
+    for task in tasks[2:]:
+        iterate(task, 0, stop)
+        assert task.steps.recorder is None
+        assert "Steps run eagerly, as a captured one did not do what it should: " in capsys.readouterr().err
     for task in tasks[1:]:
         compare(tasks[0], task, {"g": 0, "d": 0, "r1": 0})
 
