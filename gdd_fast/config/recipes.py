@@ -126,6 +126,7 @@ def recipe_for(
     recipe = _freeze_variant(AUTO, _BY_TEACHER[like], 1)
     if like == DEMO:  # whose small batches, falling rates and images used twice are for a run of minutes
         recipe = override(recipe, lr_decay_kimg=20, batch=32, reuse_fakes=False, duration_mimg=0.036)
+        recipe = override(recipe, disc_resolution=64)  # photographs need it: docs/study.md
     if parameters < 500_000:
         recipe = override(recipe, freeze=0, g_lr=3e-4)
     if learns_velocity:
