@@ -8,7 +8,6 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -198,10 +197,7 @@ Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, 
   Plan plan = plans->find(Direction::kForward, backend, given, {double(groups), eps, double(silu)});
   if (!plan) return std::nullopt;
   Call call{groups, eps, silu, plans, std::move(plan), backend, given[kInputs], given[kInputs + 1]};
-  const auto differentiated = [](const at::Tensor& t) {
-    return t.defined() && (t.requires_grad() || t._fw_grad(0).defined());
-  };
-  if (!at::GradMode::is_enabled() || std::none_of(given, given + kInputs, differentiated)) {
+  if (!wants_gradient({given, given + kInputs})) {
     return forward_pass({given, given + kInputs}, call)[0];
   }
   return GroupNormSiluFunction::apply(given[kX], optional(given[kSkip]), given[kWeight], given[kBias],

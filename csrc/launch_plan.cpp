@@ -85,6 +85,11 @@ bool unobserved(at::ArrayRef<at::Tensor> tensors) {
                       [](const at::Tensor& t) { return t.defined() && at::isTensorSubclassLike(t); });
 }
 
+bool wants_gradient(at::ArrayRef<at::Tensor> tensors) {
+  const auto has = [](const at::Tensor& t) { return t.defined() && (t.requires_grad() || t._fw_grad(0).defined()); };
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), has);
+}
+
 LaunchPlan::LaunchPlan(at::Device device, size_t inputs, const py::tuple& description) : device_(device) {
   results_ = description[0].cast<size_t>();
   for (const auto& made : description[1].cast<std::vector<at::Tensor>>()) {

@@ -88,4 +88,7 @@ using Plan = std::shared_ptr<const LaunchPlan>;
 // Whether a call with these is computed at once: no dispatch mode is active, and no tensor is of another class.
 bool unobserved(at::ArrayRef<at::Tensor> tensors);
 
+// Whether autograd has a say in a call with these: it is on, and one of them has a gradient of either mode.
+bool wants_gradient(at::ArrayRef<at::Tensor> tensors);
+
 }  // namespace gdd_fast

@@ -101,7 +101,7 @@ std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& map, con
   const at::Tensor x = map.contiguous(format);
   const Plan plan = plans ? plans->find(Direction::kForward, backend, x, {}) : Plan();
   if (plans && !plan) return std::nullopt;
-  if (!at::GradMode::is_enabled() || !x.requires_grad()) return pooled(x, plan)[0];
+  if (!wants_gradient(x)) return pooled(x, plan)[0];
   return MaxPool::apply(x, plan, c10::make_intrusive<Pooled>(x, format, plans));
 }
 

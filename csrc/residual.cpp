@@ -2,8 +2,6 @@
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <iterator>
 #include <optional>
 #include <string>
 
@@ -56,11 +54,8 @@ std::optional<std::pair<at::Tensor, at::Tensor>> planned(const Plans& plans, con
   if (given[2].defined()) given[2] = given[2].contiguous();
   const Plan plan = plans->find(Direction::kForward, backend, given, {scale, double(statistics)});
   if (!plan) return std::nullopt;
-  const auto differentiated = [](const at::Tensor& t) {
-    return t.defined() && (t.requires_grad() || t._fw_grad(0).defined());
-  };
   const auto made =
-      at::GradMode::is_enabled() && std::any_of(std::begin(given), std::end(given), differentiated)
+      wants_gradient(given)
           ? Residual::apply(given[0], given[1], bias.has_value() ? std::optional(given[2]) : std::nullopt, scale, plan)
           : (*plan)(given);
   return std::pair(made[0], made[1]);

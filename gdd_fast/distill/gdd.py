@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gdd_fast.acceleration import accelerate_foreign
-from gdd_fast.config import StepEngine, TrainConfig
+from gdd_fast.config import TrainConfig
 from gdd_fast.data import BatchStream
 from gdd_fast.device import fast_layout
 from gdd_fast.distill.additional_losses import AdditionalLosses, build_additional
 from gdd_fast.distill.adversary import Adversary, Features, logged
 from gdd_fast.distill.components import Components
 from gdd_fast.distill.measuring import Evaluation
+from gdd_fast.distill.step_engine import step_engine
 from gdd_fast.distill.steps_at_once import Place, StepsAtOnce
 from gdd_fast.models.discriminator import ProjectedFeatures
 from gdd_fast.models.files.load import RUN_GENERATOR, holds_network
@@ -34,7 +35,7 @@ from gdd_fast.sampling.grid import save_grid
 from gdd_fast.sampling.sampler import one_step
 from gdd_fast.sampling.seeds import latents
 from gdd_fast.training.batches import chunks, split_batch
-from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step, choose_step_engine
+from gdd_fast.training.captured_steps import CapturedSteps, CudaGraphs, Step
 from gdd_fast.training.checkpoint import Checkpoint, Sections, optimizer_tensors, optimizer_values
 from gdd_fast.training.compiled_losses import compiled, compiling
 from gdd_fast.training.ema import Ema
@@ -49,15 +50,6 @@ from gdd_fast.training.trial import Trial
 GRID_SEEDS = range(64)
 
 
-def step_engine(config: TrainConfig, device: torch.device, processes: int) -> StepEngine:
-    """How the steps of a run are taken on `device`. Raises as `choose_step_engine`."""
-    run, loss, ablation = config.run, config.loss, config.ablation
-    local_batch, micro_batch = split_batch(run.batch, run.batch_gpu, processes)
-    fixed = config.has_fixed_steps
-    apart = fixed and ablation.gan == "on" and loss.reuse_fakes and micro_batch == local_batch
-    return choose_step_engine(run.engine, device, processes, fixed=fixed, apart=apart)
-
-
 class Distillation:
     """The task of `loop.run` that turns a teacher into a one-step generator."""
 
@@ -70,15 +62,14 @@ class Distillation:
         self.config, self.world, self.batch = config, world, run.batch
         self.evaluation = evaluation
         self.local_batch, self.micro_batch = split_batch(run.batch, run.batch_gpu, world.size)
-        layouts = [fast_layout(device, p) for p in (config.generator.g_precision, config.discriminator.d_precision)]
-        self.layout = layouts[0]
+        precisions = config.generator.g_precision, config.discriminator.d_precision
+        self.layout, heads_layout = (fast_layout(device, precision) for precision in precisions)
         self.generator = parts.generator.train()
         if not run.fsdp:
             self.generator.to(device, memory_format=self.layout)  # type: ignore[call-overload]
         accelerate_foreign(self.generator, run.backend)
-        self.features = parts.features.to(device)
-        self.r1_features = parts.r1_features.to(device)
-        self.heads = parts.heads.to(device, memory_format=layouts[1]).train()  # type: ignore[call-overload]
+        self.features, self.r1_features = parts.features.to(device), parts.r1_features.to(device)
+        self.heads = parts.heads.to(device, memory_format=heads_layout).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
         # what is sampled and exported: published distances are float32's
         self.ema.net.dtype = torch.float32  # type: ignore[assignment]
@@ -90,9 +81,8 @@ class Distillation:
             shard(self.generator, world)
             shard(averaged, world)
         self.adversary = Adversary(self.features, self.r1_features, self.heads, config.loss, self.local_batch)
-        r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
-        self.operators = parts.operators
-        self.contents = parts.contents
+        self.r1_interval = config.loss.r1_interval if config.loss.r1_gamma else 0
+        self.operators, self.contents = parts.operators, parts.contents
         backend = parts.operators["adam_ema"]
         self.additional = build_additional(config, parts, self.generator, world)
         averages, weights = self.ema.averages, list(self.generator.parameters())
@@ -100,13 +90,12 @@ class Distillation:
             weights += self.additional.parameters()
             averages = averages | self.additional.averages
         g_optimizer = make_adam(weights, config.generator.g_lr, averages=averages, backend=backend)
-        d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, r1_interval, backend=backend)
+        d_optimizer = make_adam(self.heads.parameters(), config.discriminator.d_lr, self.r1_interval, backend=backend)
         self.rates = RateDecay(g_optimizer, d_optimizer, reference=run.lr_decay_kimg * 1e3)
         limits = run.max_skipped_steps, run.nonfinite
         self.g_guard = StepGuard("generator", g_optimizer, world, *limits)
         self.d_guard = StepGuard("discriminator", d_optimizer, world, *limits)
         self.r1_guard = StepGuard("R1", d_optimizer, world, *limits)
-        self.r1_interval = r1_interval
         self.gan = config.ablation.gan == "on"
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
@@ -190,9 +179,8 @@ class Distillation:
         self._take("r1", self._r1_step, real, labels)
 
     def _take(self, kind: str, step: Step, *inputs: Tensor | None) -> None:
-        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here.
-
-        Between several processes it is two, and no capture holds what they exchange.
+        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here. Between
+        several processes it is two, and no capture holds what they exchange.
         """
         guard = self._guards()[kind]
         guard.begin()

@@ -8,8 +8,9 @@ from gdd_fast.config import TrainConfig, default_settings, loggers, to_dict
 from gdd_fast.device import gpu_arithmetic, pick_device
 from gdd_fast.distill import comparison, components, first_stage, memory_forecast
 from gdd_fast.distill.components import Components
-from gdd_fast.distill.gdd import Distillation, step_engine
+from gdd_fast.distill.gdd import Distillation
 from gdd_fast.distill.measuring import BEST, Evaluation, build_measurement
+from gdd_fast.distill.step_engine import step_engine
 from gdd_fast.files import check_writable
 from gdd_fast.metrics.shared_judges import shared_judges
 from gdd_fast.models.files.load import RUN_GENERATOR

@@ -11,6 +11,7 @@ others in the same calls.
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,9 @@ class GradientExchange:
         sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in self._params]
         self.buffer = torch.zeros(sum(sizes), device=self._params[0].device if self._params else world.device)
         """All of them, one after the other."""
-        parts = zip(self._params, self.buffer.split(sizes), strict=True) if sizes else ()
-        strides = [torch.empty_like(p, device="meta").stride() for p in self._params]
         self._places = {
-            p: part.as_strided(p.shape, stride, part.storage_offset())
-            for (p, part), stride in zip(parts, strides, strict=True)
+            p: self.buffer.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), end - size)
+            for p, size, end in zip(self._params, sizes, accumulate(sizes), strict=True)
         }
 
     @torch.no_grad()

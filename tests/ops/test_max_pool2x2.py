@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from benchmarks.counts.offline import TritonCase, compile_triton
+from gdd_fast.backend import extension
 from gdd_fast.errors import InputError
 from gdd_fast.ops.max_pool2x2 import OPERATOR, max_pool2x2, max_pool2x2_ref
 from parity import backends, device_for
@@ -122,3 +124,11 @@ def test_triton_kernels_compile_for_ampere_and_hopper():
                 cases += [TritonCase(kernel, signature, each, options) for each in tiles]
     for resources in compile_triton("gdd_fast.kernels.max_pool2x2", cases):
         resources.assert_no_spills()
+
+
+@pytest.mark.skipif(extension() is None, reason="gdd_fast._C is not built")
+def test_a_derivative_of_forward_mode_is_refused_and_not_lost():
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(1, 2, 4, 4), torch.ones(1, 2, 4, 4))
+        with pytest.raises(RuntimeError, match="jvp"):
+            max_pool2x2(x, "cpp")
