@@ -139,11 +139,12 @@ def check_writable(folder: Path) -> None:
     """Raise `ConfigError` if `folder` cannot be made or written to. Leaves nothing behind."""
     folder = folder.absolute()
     try:
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
     except OSError as error:  # such as a name that is too long
         raise ConfigError(f"{folder} cannot be a folder: {error.strerror}; choose another one") from None
     if not existing.is_dir():
-        raise ConfigError(f"{folder} cannot be a folder: {existing} is a file; choose another one")
+        what = "a file" if existing.exists() else "a link to nothing"
+        raise ConfigError(f"{folder} cannot be a folder: {existing} is {what}; choose another one")
     try:
         # Tried, as permissions do not tell: not of read-only disks, nor of /proc, where root has them all.
         with tempfile.TemporaryFile(dir=existing):

@@ -125,7 +125,7 @@ def named_paths(flag: str, entries: Sequence[str]) -> dict[str, Path]:
     """`--flag name=path ...` as a mapping; raises `ConfigError` for a malformed entry."""
     for entry in entries:
         require(all(entry.partition("=")[::2]), f"{flag} takes name=path, not {entry!r}")
-    return {name: Path(path) for name, _, path in (entry.partition("=") for entry in entries)}
+    return {name: Path(path).expanduser() for name, _, path in (entry.partition("=") for entry in entries)}
 
 
 def loggers(log: str) -> tuple[str, ...]:

@@ -8,11 +8,13 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from gdd_fast.cli import command, parse, pop_option
+from gdd_fast.config.checks import named_paths
 from gdd_fast.errors import ConfigError, GddFastError, WeightsError
 from gdd_fast.train import read
 
@@ -21,14 +23,24 @@ COMMANDS = ("train", "sample", "evaluate", "pretrain", "prepare", "convert", "ex
 
 @dataclass(frozen=True)
 class Options:
+    folder: Path = Path()
+    """Where."""
     some_number: int = 3
     """How many."""
 
 
 def test_flags_are_field_names():
-    assert parse(Options, name="x", args=[]) == Options(3)
-    assert parse(Options, name="x", args=["--some-number", "4"]) == Options(4)
-    assert parse(Options, Options(5), name="x", args=[]) == Options(5)
+    assert parse(Options, name="x", args=[]) == Options()
+    assert parse(Options, name="x", args=["--some-number", "4"]) == Options(some_number=4)
+    assert parse(Options, Options(some_number=5), name="x", args=[]) == Options(some_number=5)
+
+
+def test_a_home_folder_behind_an_equals_sign(monkeypatch):
+    """A shell leaves the ~ of `--folder=~/runs` and of `--backbone-weights vgg16=~/file` as it is."""
+    monkeypatch.setenv("HOME", "/home/of")
+    assert parse(Options, name="x", args=["--folder=~/runs=1"]).folder == Path("/home/of/runs=1")
+    assert pop_option(["--name=~", "a=~/b"], "name", "") == ("/home/of", ["a=~/b"])
+    assert named_paths("--weights", ["vgg16=~/file"]) == {"vgg16": Path("/home/of/file")}
 
 
 @pytest.mark.parametrize("arguments", [["--other", "4"], ["--some-number", "four"], ["4"]])

@@ -116,6 +116,9 @@ def test_check_writable_creates_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         check_writable(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="link is a link to nothing"):
+        check_writable(tmp_path / "link" / "run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
