@@ -69,7 +69,8 @@ def _memory(config: TrainConfig, found: Forecast) -> str:
     """The forecast's table for a run of as many processes as there are now."""
     local_batch, _ = split_batch(config.run.batch, None, world_size())
     asked = config.run.batch_gpu
-    return found.table(local_batch, local_batch if asked in (None, AUTO) else min(int(asked), local_batch))
+    images = local_batch if asked in (None, AUTO) else min(int(asked), local_batch)
+    return found.table(local_batch, images, captured=config.has_fixed_steps)
 
 
 def _networks(frozen: FreezeReport, features: torch.nn.Module, heads: torch.nn.Module) -> list[str]:

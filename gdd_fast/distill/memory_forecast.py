@@ -86,30 +86,41 @@ class Forecast:
         return _LEARNING if self.first.bytes(images) > self._own_bytes(images) else _DISTILLING
 
     def captured_bytes(self, images: int) -> int:
-        """At most at a time with captured steps: the R1 step first runs beside the memory of the graphs of G and D."""
-        two = max(self.steps[name].bytes(images) for name in ("G", "D"))
-        r1 = self.steps["R1"].bytes(images) if "R1" in self.steps else 0
-        return sum(self.fixed.values()) + int((1 + MARGIN) * (two + r1))
+        """At most at a time with captured steps on trial: the largest one runs as it is once more beside the graphs, which
+        share the memory of the largest (training/trial.py)."""
+        largest = max(kept.bytes(images) for kept in self.steps.values())
+        return sum(self.fixed.values()) + int((1 + MARGIN) * 2 * largest)
 
-    def largest(self, memory: int, local_batch: int) -> int | None:
-        """The most images at once, of 2 and more that divide `local_batch`, that `memory` bytes hold; or None."""
+    def largest(self, memory: int, local_batch: int, *, captured: bool = False) -> int | None:
+        """The most images at once, of 2 and more that divide `local_batch`, that `memory` bytes hold; or None.
+
+        With eager steps; `captured`: with graphs of them.
+        """
         divisors = (n for n in range(local_batch, 1, -1) if local_batch % n == 0)
-        return next((n for n in divisors if self.bytes(n) <= memory), None)
+        fitting = (n for n in divisors if self.bytes(n) <= memory)
+        return next((n for n in fitting if not captured or self.captured_bytes(n) <= memory), None)
 
-    def on_cards(self, local_batch: int) -> dict[int, int | None]:
+    def on_cards(self, local_batch: int, *, captured: bool = False) -> dict[int, int | None]:
         """`largest` on each of `CARDS`, by its GB."""
-        return {card: self.largest(card * GB, local_batch) for card in CARDS}
+        return {card: self.largest(card * GB, local_batch, captured=captured) for card in CARDS}
 
-    def table(self, local_batch: int, images: int) -> str:
-        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold."""
+    def table(self, local_batch: int, images: int, *, captured: bool = False) -> str:
+        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold; `captured`: with graphs
+        of the steps too."""
         stage = self.stage(images)
         total = f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"
         lines = [total + (f", by the stage of {stage}" if stage else "")]
         for name, found in ((_LEARNING, self.first), (_DISTILLING, self)) if self.first else (("", self),):
             lines += [f"{name.capitalize()}: {found._own_bytes(images) / GB:.1f} GB"] if name else []
             lines += found._parts(images)
-        cards = ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in self.on_cards(local_batch).items())
-        return "\n".join([*lines, f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {cards}"])
+        lines.append(f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {self._cards(local_batch)}")
+        if captured:
+            lines.append(f"  with steps captured as graphs: {self._cards(local_batch, captured=True)}")
+        return "\n".join(lines)
+
+    def _cards(self, local_batch: int, *, captured: bool = False) -> str:
+        found = self.on_cards(local_batch, captured=captured)
+        return ", ".join(f"{card} GB: {n or 'none fits'}" for card, n in found.items())
 
     def _parts(self, images: int) -> list[str]:
         lines = [f"  {name:<44}{size / GB:8.2f} GB" for name, size in self.fixed.items()]
@@ -246,7 +257,7 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
         return config
     found = of_components(config, parts)
     if run.batch_gpu == AUTO:
-        images = automatic(found, device, local_batch)
+        images = automatic(found, device, local_batch, captured=run.engine == "graph")
         config = override(config, batch_gpu=images)
     if capture and found.captured_bytes(images) > memory_of(device):
         print(f"Steps run eagerly: with captured ones {images} images at once may not fit on {device}", file=sys.stderr)
@@ -259,14 +270,19 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def automatic(found: Forecast, device: torch.device, local_batch: int) -> int:
-    """As many images at once as the GPU's memory holds.
+def automatic(found: Forecast, device: torch.device, local_batch: int, *, captured: bool = False) -> int:
+    """As many images at once as the GPU's memory holds, as `Forecast.largest`.
 
     Raises ConfigError if the forecast is that not even two fit.
     """
     memory = memory_of(device)
-    images = found.largest(memory, local_batch)
+    images = found.largest(memory, local_batch, captured=captured)
     if images is None:
+        if captured and found.largest(memory, local_batch) is not None:
+            raise ConfigError(
+                f"--batch-gpu auto: {device} has {memory / GB:.1f} GB, and two images at once need about "
+                f"{found.captured_bytes(2) / GB:.1f} with captured steps: use --engine auto"
+            )
         stage = found.stage(2)
         ways = "--g-precision bf16" if stage == _LEARNING else "--d-precision bf16, fewer --backbones,"
         raise ConfigError(

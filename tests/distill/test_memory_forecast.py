@@ -11,6 +11,9 @@ from gdd_fast.distill import components, memory_forecast
 from gdd_fast.distill.memory_forecast import GB, Forecast, Kept, automatic, of_components, own_storages, saved_bytes
 from gdd_fast.errors import ConfigError
 from gdd_fast.layers.spectral_conv import SpectralConv2d
+from gdd_fast.training.captured_steps import WARM_UP, CapturedSteps
+from gdd_fast.training.random_state import RandomState
+from gdd_fast.training.trial import Trial
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +72,36 @@ def test_fsdp_divides_what_belongs_to_the_generator(inputs, monkeypatch):
     assert 0 < part["its blocks that --fsdp gathers"] < 3 * whole[net]
 
 
-def test_captured_steps_need_room_for_r1_beside_the_graphs():
-    found = Forecast({"weights": GB}, {"G": Kept(0, GB), "D": Kept(0, 2 * GB), "R1": Kept(0, 4 * GB)})
-    assert (found.bytes(1), found.captured_bytes(1)) == (6 * GB, int(8.5 * GB))
+class Pool:
+    """A recorder that counts: graphs share the memory of the largest step, eager steps take theirs beside it."""
+
+    warm_up = WARM_UP
+
+    def __init__(self):
+        self.held = self.most = 0
+
+    def eagerly(self, step, inputs):
+        self.most = max(self.most, self.held + step.size)
+        return {}
+
+    def record(self, step, inputs):
+        self.held = max(self.held, step.size)
+        self.most = max(self.most, self.held)
+        return dict
+
+
+@pytest.mark.parametrize("sizes", [{"G": 1, "D": 2, "R1": 4}, {"G": 4, "D": 1, "R1": 2}, {"G": 3, "D": 2}])
+def test_captured_steps_need_room_for_their_trials_beside_the_graphs(sizes):
+    """As much as the loop's own recordings on trial take, in iterations of which every third has an R1 step."""
+    pool = Pool()
+    steps = CapturedSteps(pool, Trial(list, RandomState(0, ALONE)))
+    for number in range(30):
+        for name, size in sizes.items():
+            if name != "R1" or number % 3 == 2:
+                steps(name, SimpleNamespace(size=size))
+    assert steps.recorder is pool and len(steps._recorded) == len(sizes)
+    found = Forecast({"weights": GB}, {name: Kept(0, size * GB) for name, size in sizes.items()})
+    assert found.captured_bytes(1) == GB + int(1.25 * pool.most * GB)
 
 
 def test_largest_batch_divides_and_fits():
@@ -81,6 +111,8 @@ def test_largest_batch_divides_and_fits():
         assert 256 % images == 0 and found.bytes(images) <= card * GB < found.bytes(2 * images)
     assert found.largest(GB, 256) is None
     assert "24 GB: 64, 40 GB: 128" in found.table(256, 64)
+    assert "captured" not in found.table(256, 64)
+    assert "with steps captured as graphs: 24 GB: 32, 40 GB: 64" in found.table(256, 64, captured=True)
 
 
 @pytest.mark.parametrize(("size", "stage"), [(1, "distillation"), (3, "learning v")])
@@ -116,6 +148,13 @@ def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monke
     card.total_memory = found.captured_bytes(4)
     settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
     assert (settled.batch_gpu, settled.engine) == (4, "auto") and capsys.readouterr().err == ""
+    graphs = override(config, engine="graph")
+    assert memory_forecast.settle(graphs, built, torch.device("cuda"), 1).run.batch_gpu == 4
+    card.total_memory -= 1
+    assert memory_forecast.settle(graphs, built, torch.device("cuda"), 1).run.batch_gpu == 2
+    card.total_memory = found.bytes(2)
+    with pytest.raises(ConfigError, match="two images at once need .* with captured steps: use --engine auto"):
+        memory_forecast.settle(graphs, built, torch.device("cuda"), 1)
     card.total_memory = found.bytes(2) - 1
     with pytest.raises(ConfigError, match="two images at once need"):
         automatic(found, torch.device("cuda"), 4)
