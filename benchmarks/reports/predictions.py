@@ -10,7 +10,8 @@ Writes the table in docs/roofline.md: a prediction, no measurement. FLOP, bytes,
   takes the longer of the two. A graph takes the device's time alone.
 - Adam and the average move OPTIMIZER bytes for each trained weight, in as many operators for each of its tensors.
 - `public`: the public code's settings on PyTorch's modules; float32 without TF32 but for the generator in bf16; it
-  samples in float32. `fast`: gdd_fast's defaults, R1 in TF32; it samples by the folded engine in bf16.
+  samples in float32. `fast`: gdd_fast's defaults, R1 in TF32; it samples by the folded engine in bf16, which has to be
+  asked for: trained networks are exported in float32.
 - `max-autotune`: the best plain PyTorch in bf16. All between two products is one kernel without intermediate results,
   and replayed as a graph; R1 and the optimizers stay eager and unfused. It cannot be better than that.
 - Data, logging and the exchange between GPUs are free, memory suffices.

@@ -86,8 +86,8 @@ class Forecast:
         return _LEARNING if self.first.bytes(images) > self._own_bytes(images) else _DISTILLING
 
     def captured_bytes(self, images: int) -> int:
-        """At most at a time with captured steps on trial: the largest one runs as it is once more beside the graphs, which
-        share the memory of the largest (training/trial.py)."""
+        """At most at a time with captured steps on trial (training/trial.py): the largest one runs as it is once more
+        beside the graphs, which share the memory of the largest."""
         largest = max(kept.bytes(images) for kept in self.steps.values())
         return sum(self.fixed.values()) + int((1 + MARGIN) * 2 * largest)
 
@@ -105,8 +105,10 @@ class Forecast:
         return {card: self.largest(card * GB, local_batch, captured=captured) for card in CARDS}
 
     def table(self, local_batch: int, images: int, *, captured: bool = False) -> str:
-        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold; `captured`: with graphs
-        of the steps too."""
+        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold.
+
+        `captured`: with graphs of the steps too.
+        """
         stage = self.stage(images)
         total = f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"
         lines = [total + (f", by the stage of {stage}" if stage else "")]

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cases import network_cases
+from benchmarks.cases import network_cases, pipeline_cases
 from benchmarks.cases.layer_calls import ConvCall, MapCall, layers
 from benchmarks.cases.operator_cases import operator_cases
 from benchmarks.cases.operator_inputs import conv_problem, cudnn_convolution_relu, cudnn_group_norm, pool_problem
-from benchmarks.cases.pipeline_cases import pipeline_cases, read_images
+from benchmarks.cases.pipeline_cases import read_images
 from benchmarks.cases.waterfall_cases import sampling_case
 from benchmarks.counts.step_kernels import Count, count_kernels
 from benchmarks.harness.case import UnavailableError
@@ -25,6 +25,7 @@ from benchmarks.harness.checks import MismatchError
 from benchmarks.harness.operator_case import operator_case
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockGenerator
+from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.models.edm import adm, ncsnpp
 from gdd_fast.models.precond import GDDPrecond
 
@@ -90,7 +91,7 @@ def test_operator_cases_take_turns_and_name_each_case_once():
 
 
 def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
-    case = pipeline_cases(False)[0]
+    case = pipeline_cases.pipeline_cases(False)[0]
     assert case.group == "sampling to disk"
     bench = case.build(CPU)
     path = bench.peers["gdd_fast"]()()
@@ -102,6 +103,17 @@ def test_sampling_to_disk_refuses_missing_and_wrong_images(tmp_path):
             Image.fromarray(read_images(path)[0] if image is None else image).save(folder / f"{index:06d}.png")
         with pytest.raises(MismatchError, match="images" if image is None else "levels"):
             bench.check(folder)
+
+
+def test_sampling_to_disk_has_the_type_that_the_command_samples_in(monkeypatch):
+    """Float32, as trained networks are exported, beside the faster one of a GPU."""
+    monkeypatch.setattr(pipeline_cases, "_half", lambda device: torch.bfloat16)
+    made, make = [], OneStepGenerator.from_network
+    monkeypatch.setattr(OneStepGenerator, "from_network", lambda *a, **k: made.append(k["dtype"]) or make(*a, **k))
+    bench = pipeline_cases.pipeline_cases(False)[0].build(CPU)
+    for peer in ("gdd_fast", "gdd_fast defaults"):
+        bench.check(bench.peers[peer]()())
+    assert made == [torch.bfloat16, torch.float32]
 
 
 def test_bytes_of_backward_are_what_it_reads():

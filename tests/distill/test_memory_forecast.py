@@ -153,7 +153,7 @@ def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monke
     card.total_memory -= 1
     assert memory_forecast.settle(graphs, built, torch.device("cuda"), 1).run.batch_gpu == 2
     card.total_memory = found.bytes(2)
-    with pytest.raises(ConfigError, match="two images at once need .* with captured steps: use --engine auto"):
+    with pytest.raises(ConfigError, match=r"two images at once need .* with captured steps: use --engine auto"):
         memory_forecast.settle(graphs, built, torch.device("cuda"), 1)
     card.total_memory = found.bytes(2) - 1
     with pytest.raises(ConfigError, match="two images at once need"):
