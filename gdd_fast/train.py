@@ -63,18 +63,17 @@ def read(arguments: Sequence[str]) -> Command:
     if not precision and recipe.is_for_cpus:
         fast = _asked(in_precision(recipe, "fast"), arguments)
         if _is_taken(fast.config, asked.config):
-            return fast
-    return asked
-
-
-def _asked(recipe: TrainConfig, arguments: Sequence[str]) -> Command:
-    about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
-    asked = parse(Command, Command(recipe), name="train", args=arguments, description=about)
+            asked = fast
     if asked.dry_run and asked.config.missing():
         asked.config.validate_settings()
     else:
         asked.config.validate()
     return asked
+
+
+def _asked(recipe: TrainConfig, arguments: Sequence[str]) -> Command:
+    about = f"{__doc__}\nPresets: {', '.join(PRESETS)}."
+    return parse(Command, Command(recipe), name="train", args=arguments, description=about)
 
 
 def _is_taken(fast: TrainConfig, as_is: TrainConfig) -> bool:

@@ -246,6 +246,7 @@ def test_settings_of_torch_are_the_runs_own_and_put_back(inputs, tmp_path, monke
         (["--preset", "demo-gdd", "--d-precision", "fp32"], ("bf16", "fp32", "tf32")),
         (["--precision", "public"], ("bf16", "fp32", "fp32")),
         (["--device", "cpu"], ("fp32", "fp32", "fp32")),
+        (["--g-precision", "tf32"], ("tf32", "bf16", "tf32")),  # which the recipe for CPUs could not be combined with
     ],
 )
 def test_recipes_for_cpus_are_taken_as_fast_on_a_gpu(monkeypatch, flags, precisions):
