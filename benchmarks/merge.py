@@ -14,6 +14,8 @@ from benchmarks.harness.results import Results
 
 _LISTS = ("verdicts", "cut_off", "died")
 _OF_ONE_RUN = ("running", "done")
+_KIND = ("device", "cpu_capability", "onednn_max_cpu_isa")
+"""What the machines of all records have in common; a processor that imitates an older one is another."""
 
 
 def merged(records: Sequence[Results]) -> tuple[Results, list[str]]:
@@ -21,8 +23,10 @@ def merged(records: Sequence[Results]) -> tuple[Results, list[str]]:
     last = records[-1]
     whole, lines = Results(last.machine, last.rates), []
     for record in records:
-        if record.machine["device"] != last.machine["device"]:
-            raise ValueError(f"one file is of {record.machine['device']} and another of {last.machine['device']}")
+        for name in _KIND:
+            of, other = record.machine.get(name), last.machine.get(name)
+            if of != other:
+                raise ValueError(f"one file is of {name} {of} and another of {other}")
         mark = {} if record.machine["commit"] == last.machine["commit"] else {"commit": record.machine["commit"]}
         timed = {row.key for row in whole.rows if row.seconds is not None}
         for row in record.rows:

@@ -202,8 +202,9 @@ def test_records_of_several_calls_are_put_together(tmp_path, capsys):
         "old": 1,
         "new": 1,
     }
-    Results({"device": "other", "commit": "c"}, {}).save(files[1])
-    assert merge.main([str(path) for path in files]) == 2
+    for other in ({"device": "other"}, {"device": "d", "onednn_max_cpu_isa": "AVX2"}):
+        Results({**other, "commit": "c"}, {}).save(files[1])
+        assert merge.main([str(path) for path in files]) == 2
 
 
 def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monkeypatch):
