@@ -1,6 +1,7 @@
 """The device of a run, how a GPU computes float32 on it, and how cuDNN chooses."""
 
 import contextlib
+import platform
 from collections.abc import Iterator
 from typing import Literal
 
@@ -32,13 +33,15 @@ def fast_layout(device: torch.device, precision: Precision = "bf16") -> torch.me
 
     On a GPU that is what tensor cores read, channels_last, and where they are not used, in fp32 without TF32, NCHW:
     there channels_last took 1.6 times as long (pytorch issue 44943). On a CPU it is channels_last from AVX2 on.
-    With SSE4.1 or AVX, oneDNN convolves it (`jit:sse41`, `jit:avx` in its verbose log) in 1.6 times the time of NCHW;
-    from AVX2 on (`brg_conv`) it is as fast or faster. Other processors have not been measured and use PyTorch's
-    default. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate older processors.
+    With SSE4.1 or AVX, oneDNN convolves float32 so (`jit:sse41`, `jit:avx` in its verbose log) in 1.6 times the time of
+    NCHW, from AVX2 on (`brg_conv`) as fast or faster; bfloat16 is PyTorch's own there, and takes half as long so. Other
+    processors have not been measured and use PyTorch's default. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` imitate
+    older processors.
     """
     if device.type != "cpu":
         return torch.contiguous_format if precision == "fp32" else torch.channels_last
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+    older = precision == "bf16" and platform.machine().lower() in ("x86_64", "amd64")
+    if older or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         return torch.channels_last
     return torch.contiguous_format
 

@@ -144,14 +144,14 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
-    layout = fast_layout(device)
+    layout = fast_layout(device, "fp32" if device.type == "cpu" and dtype == torch.float32 else "bf16")
     channels_last_cpu = device.type == "cpu" and layout is torch.channels_last
     packed = channels_last_cpu and dtype in _packable()
     # AMX multiplies bfloat16 sixteen times as fast as AVX-512 does float32: Winograd's method saves a factor of four
     slower = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    ours = channels_last_cpu and not slower and dtype in small_maps.DTYPES
+    ours = channels_last_cpu and not slower and dtype in small_maps.DTYPES and small_maps.runs_here()
     winograd = ours and choose(winograd_conv2d.OPERATOR) == "cpp"
-    small = ours and choose(small_maps.OPERATOR) == "cpp" and small_maps.runs_here()
+    small = ours and choose(small_maps.OPERATOR) == "cpp"
     norm, add, attend = (choose(module.OPERATOR) for module in (group_norm_silu, residual, attention))
     return Target(
         device=device,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from gdd_fast.config import RECIPES, differences, preset, to_dict
 from gdd_fast.device import fast_layout
+from gdd_fast.engine.fold import make_target
 from gdd_fast.errors import ConfigError
 from gdd_fast.models.backbones import build_backbone, fold_batch_norm, probe_batch_norm
 from gdd_fast.models.discriminator_heads import DiscriminatorHeads
@@ -55,6 +57,23 @@ def test_the_page_names_all_that_the_recipes_differ_in():
 def test_layouts():
     assert fast_layout(GPU, "bf16") is fast_layout(GPU, "tf32") is torch.channels_last
     assert fast_layout(GPU, "fp32") is torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "channels_last"),
+    [
+        ("x86_64", "AVX2", {"fp32", "bf16"}),
+        ("x86_64", "DEFAULT", {"bf16"}),
+        ("aarch64", "DEFAULT", set()),
+    ],
+)
+def test_layouts_of_a_cpu(monkeypatch, machine, capability, channels_last):
+    """Of an engine too, which has no settings of a run."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        expected = torch.channels_last if precision in channels_last else torch.contiguous_format
+        assert fast_layout(CPU, precision) is make_target(CPU, dtype, "torch").layout is expected
 
 
 def test_probed_backbones_are_those_that_saw_zeros_in_training():
