@@ -266,7 +266,7 @@ def test_what_is_left_out_and_which_classes_there_are_is_said(tmp_path, capsys):
     main(["--source", str(tmp_path / "in"), "--dest", str(tmp_path / "out.zip")])
     said = capsys.readouterr().out
     assert "3 images" in said and "8 classes (2 of them with images)" in said
-    assert "left out, not known as images: 1 .heic" in said
+    assert "left out, not recognised as images: 1 .heic" in said
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"batch": 4.5}, "--batch is a whole number, not 4.5"),
         ({"batch": True}, "--batch is a whole number, not True"),
         ({"cond": 1}, "--cond is True or False, not 1"),
-        ({"backbones": "vgg16"}, "--backbones takes several values, not 'vgg16'"),
+        ({"backbones": "vgg16"}, "--backbones takes several values: give a list, not 'vgg16'"),
         ({"run_dir": 3}, "--run-dir is a path, not 3"),
         ({"data": 3}, "--data is text, not 3"),
     ],

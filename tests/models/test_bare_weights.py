@@ -123,7 +123,7 @@ def test_what_the_command_and_the_loader_say(net, like, tmp_path):
     torch.save(net.state_dict(), path)
     with pytest.raises(ConfigError, match="pass --like"):
         convert(ConvertConfig(path, tmp_path / "out"))
-    with pytest.raises(WeightsError, match=r"weights\.pth is weights alone.*--like"):
+    with pytest.raises(WeightsError, match=r"weights\.pth holds weights alone.*--like"):
         load_generator(path)
     with pytest.raises(ConfigError, match="says what it is"):
         convert(ConvertConfig(Path(like), tmp_path / "out", like="cifar10-cond"))
