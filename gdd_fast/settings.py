@@ -91,19 +91,19 @@ def _converted(kind: Any, value: Any, flag: str) -> Any:
 
 def _path(value: Any, flag: str) -> Path:
     if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{flag} is a path, not {value!r}")
+        raise ConfigError(f"{flag} must be a path, not {value!r}")
     return Path(value)
 
 
 def _text(value: Any, flag: str) -> str:
     if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{flag} is text, not {value!r}")
+        raise ConfigError(f"{flag} must be text, not {value!r}")
     return os.fspath(value)
 
 
 def _flag(value: Any, flag: str) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's is not a subclass of Python's
-        raise ConfigError(f"{flag} is True or False, not {value!r}")
+        raise ConfigError(f"{flag} must be True or False, not {value!r}")
     return bool(value)
 
 
@@ -111,13 +111,13 @@ def _whole(value: Any, flag: str) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ConfigError(f"{flag} is a whole number, not {value!r}")
+        raise ConfigError(f"{flag} must be a whole number, not {value!r}")
     return operator.index(value)
 
 
 def _number(value: Any, flag: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConfigError(f"{flag} is a number, not {value!r}")
+        raise ConfigError(f"{flag} must be a number, not {value!r}")
     return value if type(value) in (int, float) else float(value)
 
 
