@@ -106,7 +106,7 @@ def load_generator(
     else:
         if path.is_file() and path.suffix.lower() in bare_weights.SUFFIXES:
             raise WeightsError(
-                f"{path} is weights alone: name their network once, "
+                f"{path} holds weights alone: name their network once, "
                 f"python -m gdd_fast.convert {path} FOLDER --like NET|PRESET, and give that folder."
             )
         problem = "is not a network" if path.exists() else "does not exist"
