@@ -186,8 +186,9 @@ def chooser(operator: Operator) -> Callable[..., Backend]:
 def resolve_all(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
     """The backend that each operator runs, by name, if one is chosen for all, as a command's `--backend` does.
 
-    A backend requested by name applies to the operators that have it; the others run their definition. Raises
-    BackendError if no operator has it, or where `resolve` raises it for one that does.
+    A backend requested by name applies to the operators that have it; the others run their definition.
+
+    Raises BackendError if no operator has it, or where `resolve` raises it for one that does.
     """
     operators = sorted(set(operators), key=lambda operator: operator.name)
     named = backend in ("triton", "cuda", "cpp")

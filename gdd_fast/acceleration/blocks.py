@@ -1,5 +1,6 @@
-"""What the U-Net blocks of different projects have in common, computed with their own layers. A backend of None means
-plain PyTorch, as the block itself would compute.
+"""What the U-Net blocks of different projects have in common, computed with their own layers.
+
+A backend of None means plain PyTorch, as the block itself would compute.
 """
 
 from collections.abc import Mapping
@@ -24,8 +25,7 @@ def normalise(
     shift: Tensor | None = None,
     activation: Literal["silu"] | None = "silu",
 ) -> Tensor:
-    """`group_norm_silu` with the parameters of the group norm `norm`, not called itself. `add`, `scale`, `shift`: (N,
-    C)."""
+    """`group_norm_silu` with the parameters of the group norm `norm`, not called. `add`, `scale`, `shift`: (N, C)."""
     groups, weight, bias, eps = norm.num_groups, norm.weight, norm.bias, norm.eps
     if backend is not None:
         options = {"add": add, "scale": scale, "shift": shift, "activation": activation, "backend": backend}

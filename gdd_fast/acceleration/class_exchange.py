@@ -1,8 +1,8 @@
-"""How a module can compute differently yet stay what it is: its class is exchanged for a subclass with another
-`forward`. The subclass combines a mixin of ours, a `Fast`, with the module's own class, and takes that class's name. So
-`isinstance`, the state_dict, parameters, hooks, attributes and code that asks for a class name see no difference,
-`super().forward` is the original, and setting the class back restores the module. PyTorch's parametrisations and FSDP2
-work in the same way.
+"""How a module computes differently yet stays what it is: its class is exchanged for a subclass with another `forward`.
+
+The subclass combines a mixin of ours, a `Fast`, with the module's own class, whose name it takes. So `isinstance`, the
+state_dict, parameters, hooks, attributes and code that asks for a class name see no difference, `super().forward` is
+the original, and giving the class back restores the module. PyTorch's parametrisations and FSDP2 work likewise.
 
 Whether a mixin may run is decided at every call, since modes, `requires_grad` and hooks can change after the exchange:
 by `ordinary` for all mixins, then by each mixin itself. What a mixin needs besides the module is in `module._gdd_fast`,
@@ -102,8 +102,7 @@ def give_back(module: nn.Module) -> bool:
 
 
 def covered(module: nn.Module) -> bool:
-    """Whether another class was put on top of ours, as FSDP2 and parametrisations do; `give_back` would lose that
-    class."""
+    """Whether another class was put on top of ours, as FSDP2 and parametrisations do; `give_back` would lose it."""
     return isinstance(module, Fast) and "original" not in vars(type(module))
 
 
@@ -124,10 +123,11 @@ def library_class(module: str, name: str) -> type | None:
 
 
 def ordinary(module: nn.Module) -> bool:
-    """Whether `module` is called for an ordinary computation, on ordinary tensors. It is not under torch.func
-    transforms or forward-mode derivatives, which do not know our operators; nor under torch.jit tracing, whose result
-    must run without gdd_fast; nor if a parameter is of a tensor subclass, such as quantised or distributed ones, which
-    have operators of their own.
+    """Whether `module` is called for an ordinary computation, on ordinary tensors.
+
+    It is not under torch.func transforms or forward-mode derivatives, which do not know our operators; nor under
+    torch.jit tracing, whose result must run without gdd_fast; nor if a parameter is of a tensor subclass, such as
+    quantised or distributed ones, which have operators of their own.
     """
     if torch.compiler.is_compiling():
         return plain(module)

@@ -163,8 +163,9 @@ class _FrozenBatchNormGradient(torch.autograd.Function):
 
 
 def _keeps_for_nothing(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether PyTorch's norm would keep x for gradients of parameters and statistics that need none. Small maps on a
-    CPU do not count: autograd in Python takes longer than norming them.
+    """Whether PyTorch's norm would keep x for gradients of parameters and statistics that need none.
+
+    Small maps on a CPU do not count: autograd in Python takes longer than norming them.
     """
     if x.is_cpu and x.numel() < SMALL:
         return False

@@ -14,9 +14,10 @@ from gdd_fast.backend import Backend, Operator, has_extension, resolve
 
 @dataclass
 class Decisions:
-    """The modules of a network and the decision about each, which is made once. `place` is the network's device; its
-    type decides what "auto" finds worth replacing. `captured`: calls are replayed from a graph, so the host's launch
-    times do not matter.
+    """The modules of a network and the decision about each, which is made once.
+
+    `place` is the network's device; its type decides what "auto" finds worth replacing. `captured`: calls are replayed
+    from a graph, so the host's launch times do not matter.
     """
 
     net: nn.Module
@@ -36,8 +37,7 @@ class Decisions:
         return module not in self.replaced and module not in self.left and module not in self.inside
 
     def replace(self, module: nn.Module, mixin: type[Fast], state: Any, note: str) -> bool:
-        """Note that `module` is to be replaced, or left if its class forbids that; returns whether it will be
-        replaced."""
+        """Mark `module` to be replaced, or left if its class forbids that; returns whether it will be replaced."""
         reason = obstacle(module)
         if reason is not None:
             self.leave(module, reason)
@@ -68,13 +68,14 @@ class Decisions:
         self.left[module] = reason
 
     def absorb(self, *modules: nn.Module | None) -> None:
-        """Note that these are computed by a replaced module that holds them."""
+        """Mark these as computed by a replaced module that holds them."""
         self.inside.update(module for module in modules if module is not None)
 
     def backend_of(self, operator: Operator) -> Backend | None:
-        """The backend to call `operator` with, or None if "auto" has only its definition in plain PyTorch. A backend
-        requested by name applies to the operators that have it; the others run their definition. Raises BackendError if
-        that backend cannot run here.
+        """The backend to call `operator` with, or None if "auto" has only its definition in plain PyTorch.
+
+        A backend requested by name applies to the operators that have it; the others run their definition. Raises
+        BackendError if that backend cannot run here.
         """
         if self.backend == "auto":
             nothing = resolve("auto", operator, self.place.type) == "torch" or self._launches_slowly(operator)

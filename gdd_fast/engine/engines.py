@@ -88,6 +88,7 @@ def _finished(network: Network, latents: Tensor, rows: Tensor | None, finish: Fi
 
 class GraphCache:
     """A network that is captured once per batch size and `Finish`; the `limit` most recently used graphs are kept.
+
     Threads take turns, as all replays of a graph share the memory of its inputs and images.
     """
 

@@ -1,6 +1,7 @@
-"""The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them. Weights are in the
-compute dtype and the target's layout from the start, nothing requires a gradient, and a layer may overwrite activations
-that only it reads: a projection on a skip path accumulates into the branch that it ends.
+"""The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them.
+
+Weights are in the compute dtype and the target's layout from the start, nothing requires a gradient, and a layer may
+overwrite activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
 
 A map is passed along with its statistics, for the norms that read it, if the operator that made the map computed them.
 A fused residual does, which saves each such norm a pass over the map.
@@ -83,8 +84,9 @@ class PackedWeight:
 
 
 class WinogradWeight:
-    """A 3x3 weight and its bias as `winograd_conv2d` reads them, made at the first call and kept. They take four times
-    the memory of the float32 weight.
+    """A 3x3 weight and its bias as `winograd_conv2d` reads them, made at the first call and kept.
+
+    They take four times the memory of the float32 weight.
     """
 
     def __init__(self) -> None:
@@ -286,8 +288,7 @@ class Identity(nn.Module):
 
 
 class Projection(nn.Module):
-    """End of a residual branch whose skip path is a 1x1 convolution of a pair or of a tensor, downsampled first if need
-    be.
+    """End of a residual branch whose skip path is a 1x1 convolution of a pair or a (perhaps downsampled) tensor.
 
     The scale of both paths is in their weights, and the projection's bias in that of the branch's last convolution.
     """

@@ -65,10 +65,11 @@ class OneStepGenerator:
         sigma: float | None = None,
         winograd_memory: float = DEFAULT_MEMORY,
     ) -> None:
-        """A generator with the current weights of `network`, which is not changed, and kept as `.network`. By default
-        it has the network's device and compute dtype. `sigma` is the noise level of the one evaluation, by default the
-        network's `sigma_init`. Other arguments and errors are as in `from_pretrained`; also raises InputError if
-        `network` is not one of gdd_fast's.
+        """A generator with the current weights of `network`, which is not changed, and kept as `.network`.
+
+        By default it has the network's device and compute dtype. `sigma` is the noise level of the one evaluation, by
+        default the network's `sigma_init`. Other arguments and errors are as in `from_pretrained`; also raises
+        InputError if `network` is not one of gdd_fast's.
         """
         if not winograd_memory >= 0:
             raise ConfigError(f"winograd_memory must be 0 or more, not {winograd_memory}")

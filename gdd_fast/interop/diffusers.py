@@ -51,8 +51,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(cls, network: Preconditioned) -> "GeneratorModel":
-        """A component around `network` itself, not a copy. Raises ConfigError for a network that is not one of
-        gdd_fast's."""
+        """A component around `network` itself, not a copy. Raises ConfigError if it is not a network of gdd_fast."""
         precond = next((name for name, kind in PRECONDS.items() if type(network) is kind), None)
         if precond is None:
             raise ConfigError(f"a pipeline takes a network of gdd_fast, not {type(network).__name__}")
@@ -70,8 +69,9 @@ class GeneratorModel(ModelMixin, ConfigMixin):
         torch_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> "GeneratorModel":
-        """As diffusers', with weights in `dtype` (or `torch_dtype`, diffusers' other name for it). They are read as
-        stored and cast by the network, which leaves its embedding's frequencies in float32.
+        """As diffusers', with weights in `dtype` (or `torch_dtype`, diffusers' other name for it).
+
+        They are read as stored and cast by the network, which leaves its embedding's frequencies in float32.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         dtype = torch_dtype if dtype is None else dtype
@@ -129,8 +129,7 @@ class OneStepPipeline(DiffusionPipeline):
     ) -> str:
         """As diffusers', with a card that names teacher, data, metrics and the licence of each.
 
-        All but licences are known only if the pipeline was made from a training run's folder; licences are as in
-        `hub.save_pretrained`. Returns the commit's address.
+        The first three are known of a pipeline made from a run's folder; licences are as in `hub.save_pretrained`.
         """
         licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
         loading = (
@@ -188,10 +187,11 @@ class OneStepPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def engine(self) -> OneStepGenerator:
-        """The network as a fast generator, remade if it has moved, changed its dtype or got other weights. No flag
-        reliably shows that a weight has changed (fused optimizers and diffusers' EMAModel leave no trace), so the
-        weights are compared with a copy of those that were folded, which doubles their memory. If a layer has hooks, a
-        replaced forward or parameters of another class, as for offloading, the model itself is called.
+        """The network as a fast generator, remade if it has moved, changed its dtype or got other weights.
+
+        No flag reliably shows that a weight has changed (fused optimizers and diffusers' EMAModel leave no trace), so
+        the weights are compared with a copy of those that were folded, which doubles their memory. If a layer has
+        hooks, a replaced forward or parameters of another class, as for offloading, the model itself is called.
         """
         network, device = self.model.network, self._execution_device
         if not all(silent(module) for module in self.model.modules()):

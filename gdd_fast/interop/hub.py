@@ -62,6 +62,7 @@ def save_pretrained(
     **push_to_hub_kwargs: Any,
 ) -> str | None:
     """Write `net` to a folder, each file atomically, with weights in `dtype`. An existing README.md is left alone.
+
     `license`, `teacher_license` and `data_license` are the Hub's identifiers, such as apache-2.0, and override what is
     known on the card. With `push_to_hub=True` the folder is also uploaded to `repo_id` (by default the folder's name).
 
@@ -128,10 +129,12 @@ def from_pretrained(
 
 
 def locate(name_or_path: str | Path, **options: Any) -> Path:
-    """Where a network is: the path itself if it exists, else the folder that `download` fetches, given its options. A
-    repository's name is a string of letters, digits, `-`, `_`, `.` and at most one `/`, such as "user/name". What can
-    only be a path (a Path, a .pkl) is returned even if missing; `load_generator` then says so. Raises WeightsError for
-    a string that is neither, and where `download` does.
+    """Where a network is: the path itself if it exists, else the folder that `download` fetches, given its options.
+
+    A repository's name is a string of letters, digits, `-`, `_`, `.` and at most one `/`, such as "user/name". What can
+    only be a path (a Path, a .pkl) is returned even if missing; `load_generator` then says so.
+
+    Raises WeightsError for a string that is neither, and where `download` does.
     """
     path = Path(name_or_path)
     if path.exists() or isinstance(name_or_path, Path) or path.suffix.lower() == ".pkl":
@@ -142,8 +145,9 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
 
 
 def network_path(name: str | Path) -> Path:
-    """The path of a network that a command names: `demo`, a path, or a Hub repository of our format or of a pipeline. A
-    name inside an existing folder (runs/mine if there is runs/) is a path, and the Hub is not asked. Raises
+    """The path of a network that a command names: `demo`, a path, or a Hub repository, ours or a pipeline.
+
+    A name inside an existing folder (runs/mine if there is runs/) is a path, and the Hub is not asked. Raises
     WeightsError if there is no such network.
     """
     path = teacher_path(str(name))
@@ -155,8 +159,9 @@ def network_path(name: str | Path) -> Path:
 
 
 def locate_teacher(name: str) -> Path:
-    """As `locate`, and also finds the folder of a repository that holds a diffusers pipeline, such as
-    google/ddpm-cifar10-32. Raises WeightsError for a string that names neither.
+    """As `locate`; also the folder of a repository that holds a diffusers pipeline, as google/ddpm-cifar10-32.
+
+    Raises WeightsError for a string that names neither.
     """
     if Path(name).exists() or Path(name).suffix.lower() == ".pkl" or not _REPOSITORY.fullmatch(name):
         return locate(name)
@@ -208,9 +213,10 @@ def _no_answer(repo_id: str, filename: str, options: dict[str, Any]) -> Connecti
 
 
 def download(repo_id: str, **options: Any) -> Path:
-    """The folder in huggingface_hub's cache that holds a repository's network; options as for `hf_hub_download`. If the
-    Hub does not answer the first time, only the cache is read. Raises WeightsError if there is no such repository, it
-    holds no network, or the Hub cannot be reached and the network is not in the cache.
+    """The folder in huggingface_hub's cache that holds a repository's network; options as for `hf_hub_download`.
+
+    If the Hub does not answer the first time, only the cache is read. Raises WeightsError if there is no such
+    repository, it holds no network, or the Hub cannot be reached and the network is not in the cache.
     """
     try:
         import huggingface_hub  # noqa: F401

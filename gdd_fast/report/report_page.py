@@ -176,8 +176,9 @@ def _tiles(run: RunRecord) -> str:
 
 
 def _samples(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Sheets from the same noise: the teacher, one step before training, and one step at the slider's position. Sheets
-    that several runs start from are shown once, with the runs' own sheets beside them.
+    """Sheets from the same noise: the teacher, one step before training, and one step at the slider's position.
+
+    Sheets that several runs start from are shown once, with the runs' own sheets beside them.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for k, (run, name) in enumerate(zip(runs, names, strict=True)):

@@ -64,8 +64,9 @@ def columns(run: RunRecord) -> dict[str, list[float | None]]:
 
 
 def metric_names(runs: Sequence[RunRecord]) -> list[str]:
-    """The columns that measure the generator: all except those of training and of the machine, and except deviations
-    and the teacher's values, which are shown with them.
+    """The columns that measure the generator: all except those of training and of the machine.
+
+    Left out, too, are deviations and the teacher's values, which are shown with them.
     """
     known = {key for _, _, keys in (*TRAINING, *MACHINE) for key in keys} | set(AXES)
     names = dict.fromkeys(key for run in runs for key in columns(run) if key not in known)
@@ -91,8 +92,7 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
-    """The rows of the table of runs: the text shown, and the number by which runs are compared (lower is better) or
-    None."""
+    """The rows of the table of runs: the text shown, and the number, if any, by which runs compare (lowest is best)."""
     data = columns(run)
     rows: dict[str, tuple[str, float | None]] = {"state": (state(run), None)}
     rows["images seen"] = (f"{run.images:,} of {run.total_images:,}", None)

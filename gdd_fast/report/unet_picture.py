@@ -15,8 +15,9 @@ SIDE = NAME + CELL * len(SLOTS)
 
 
 def record(net: nn.Module) -> dict[str, Any]:
-    """What `picture` draws of a preconditioned network of EDM's: JSON types, with numbers of parameters (scalars). A
-    layer is frozen if its parameters do not require gradients.
+    """What `picture` draws of a preconditioned network of EDM's: JSON types, with numbers of parameters (scalars).
+
+    A layer is frozen if its parameters do not require gradients.
     """
     model = net.model
     parts = {

@@ -66,9 +66,10 @@ def write_site(
     images: int = 64,
 ) -> Difference:
     """Write the page of `net` to `folder`: a new folder whole or not at all. In an existing page the files are
-    replaced, with `model.json`, which the page reads first, last. Arguments, result and errors are those of
-    `write_portable`; also raises ConfigError for images that are neither gray nor RGB, a wrong number of class names,
-    or a runtime that is not the npm package.
+    replaced, with `model.json`, which the page reads first, last.
+
+    Arguments, result and errors are those of `write_portable`; also raises ConfigError for images that are neither gray
+    nor RGB, a wrong number of class names, or a runtime that is not the npm package.
     """
     folder = Path(folder)
     check_site(folder, page)

@@ -167,9 +167,9 @@ def test_flags_and_checkpoints_of_before(inputs, tmp_path):
         ({"teacher_loss": "cd", "target_ema": 1.0}, "--target-ema must be at least 0 and below 1"),
         ({"teacher_loss": "cd", "teacher_loss_levels": 1}, "--teacher-loss-levels must be at least 2"),
         ({"feature_weights": ("lpips=a.pth",)}, "no loss looks through a feature network"),
-        ({**FRECHET, "frechet_population": 200}, "has 256 features, and a covariance"),
-        ({"frechet_loss": ("lite0",), "frechet_population": 1280}, "has 1280 features, and a covariance"),
-        ({"frechet_loss": ("lpips",)}, "LPIPS has more features"),
+        ({**FRECHET, "frechet_population": 200}, "has 256 features, and their covariance"),
+        ({"frechet_loss": ("lite0",), "frechet_population": 1280}, "has 1280 features, and their covariance"),
+        ({"frechet_loss": ("lpips",)}, "LPIPS has too many features"),
         ({"frechet_loss": ("pixel",)}, "unknown features 'pixel'"),
     ],
 )
