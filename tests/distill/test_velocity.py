@@ -141,9 +141,9 @@ MEASURED = {"evaluate_images": 8, "evaluate_ticks": 1}
         ({"evaluate_metrics": "fid", "feature_weights": ("inception=none.pth",), **MEASURED}, r"none\.pth"),
         ({"evaluate_ref": ("none.npz",), **MEASURED}, r"none\.npz"),
         ({"log": "wandb"}, "--log wandb needs wandb"),
-        ({"engine": "graph"}, "--engine graph is of CUDA graphs"),
+        ({"engine": "graph"}, "--engine graph needs CUDA"),
         ({"fsdp": True}, "--fsdp is for EDM's networks"),
-        ({"batch": 6}, "--batch 6 cannot be shared equally by 4"),
+        ({"batch": 6}, "--batch 6 cannot be divided equally among 4"),
     ],
 )
 def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(folder, monkeypatch, changes, words):
