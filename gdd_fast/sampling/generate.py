@@ -146,8 +146,7 @@ def launch(
 ) -> Iterator[Batch]:
     """As `generate`, but a GPU may still be computing the batches it yields: nothing waits, and no image is checked.
 
-    At most `batch` images at a time, all of class `class_index` or each of a class drawn; draws are on
-    `generator_device`.
+    At most `batch` images at a time, of `class_index` alone or of classes that seeds draw, on `generator_device`.
     """
     sampler = sampler or SamplerConfig()
     sampler.validate()
