@@ -252,7 +252,7 @@ def test_pretrain_goes_on_from_a_teacher(folder):
     pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
     net = load_generator(out / "teacher")
     assert not net.predicts_noise
-    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network, .*pretrained/teacher"):
+    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network folder, .*pretrained/teacher"):
         load_generator(out)
     stored = loop.stored_values(out)
     with pytest.raises(CheckpointError, match="with another --teacher"):  # none

@@ -106,7 +106,7 @@ def test_files_that_are_none(tmp_path, canary):
     (tmp_path / "text.pt").write_text("hello")
     for path, reason in (
         (broken, "cannot be read"),
-        (tmp_path / "text.pt", "no file of torch.save"),
+        (tmp_path / "text.pt", "not a torch.save file"),
         (hostile, "more than tensors"),
         (empty, "cannot be read"),
         (several, "--key can be net or opt"),
