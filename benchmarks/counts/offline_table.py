@@ -43,14 +43,14 @@ Made by `python -m benchmarks.counts.offline_table` with Triton {triton}. Every 
 NCSN++ at 32 and 64 and ADM at 64 pixels, VGG-16 and EfficientNet-lite0 at 224, batches of 1, 16 and 256, channels_last
 and contiguous, bfloat16 and float32.
 
-A row is a kernel with its tile; `forms` counts what Triton makes of it for types, group sizes and what it knows of the
-other arguments. The one of them that asks for most is compiled: the fullest in arguments, in bfloat16 if it comes in
-it, with the fewest channels in its block, of the layer that stands last; `id` is a digest of all. Registers are a
-thread's, spilled bytes a thread's, shared memory a program's in bytes. Of the machine code: `instructions` of a thread
-in all; `per result` those of its loops over tiles (benchmarks/counts/sass.py), for each element of the tile that a
-thread has, of a pair of maps the mean of both; `load` is the mean width of these loops' loads in bytes; `in flight` the
-kilobytes that a multiprocessor has asked for at once, with as many programs as its registers and shared memory hold,
-less those of lanes without a channel. Each as "sm_80 / sm_90".
+A row is a kernel with its tile; `forms` counts the variants that Triton makes of it for types, group sizes and what it
+knows of the other arguments. The most demanding one is compiled: in bfloat16 if there is such a form, with the most
+arguments and the fewest channels in its block, of the layer in the last column; `id` is a digest of all forms.
+Registers and spilled bytes are per thread, shared memory is in bytes per program. From the machine code come
+`instructions`, a thread's in total; `per result`, those of its loops over tiles (benchmarks/counts/sass.py) per
+element of the tile that a thread has, for a pair of maps the mean of both; `load`, the mean width of these loops'
+loads in bytes; and `in flight`, the kilobytes that a multiprocessor has requested at once, with as many programs as
+its registers and shared memory hold, less those of lanes without a channel. Each is given as "sm_80 / sm_90".
 
 Sources: {sources}
 

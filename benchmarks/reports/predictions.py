@@ -1,19 +1,19 @@
 """`python -m benchmarks.reports.predictions`: images/s on GPUs that nobody has measured here, to be held against them.
 
 Writes the table in docs/roofline.md: a prediction, no measurement. FLOP, bytes, kernels and operators are counted
-(benchmarks/counts/step_kernels.py), the rest is assumed:
+(benchmarks/counts/step_kernels.py); the rest is assumed:
 
-- A product runs at ATTAINED of the data sheet's dense rate of its type, on the multiprocessors that its results fill in
-  tiles of TILE x TILE; a weight's gradient fills all. The time of a kernel is that, or its bytes at ATTAINED["memory"]
-  of the bandwidth, or LAUNCH, whichever is longest. Kernels do not overlap.
-- The host needs HOST for each dispatched operator, ours or PyTorch's, and works ahead of the device: an eager iteration
-  takes the longer of the two. A graph takes the device's time alone.
-- Adam and the average move OPTIMIZER bytes for each trained weight, in as many operators for each of its tensors.
-- `public`: the public code's settings on PyTorch's modules; float32 without TF32 but for the generator in bf16; it
-  samples in float32. `fast`: gdd_fast's defaults, R1 in TF32; it samples by the folded engine in bf16.
-- `max-autotune`: the best plain PyTorch in bf16. All between two products is one kernel without intermediate results,
-  and replayed as a graph; R1 and the optimizers stay eager and unfused. It cannot be better than that.
-- Data, logging and the exchange between GPUs are free, memory suffices.
+- A matrix product runs at ATTAINED of the data sheet's dense rate for its type, on the multiprocessors that its results
+  fill in tiles of TILE x TILE; a weight's gradient fills all. The time of a kernel is that, or its bytes at
+  ATTAINED["memory"] of the bandwidth, or LAUNCH, whichever is longest. Kernels do not overlap.
+- The host needs HOST per dispatched operator, ours or PyTorch's, and works ahead of the device: an eager iteration
+  takes the longer of the two times. A graph takes the device's time alone.
+- Adam and the average move OPTIMIZER bytes per trained weight, in OPTIMIZER operators per tensor.
+- `public`: the public code's settings on PyTorch's modules; float32 without TF32 except for the generator in bf16; it
+  samples in float32. `fast`: gdd_fast's defaults, R1 in TF32; it samples with the folded engine in bf16.
+- `max-autotune`: the best plain PyTorch in bf16. Everything between two products is one kernel without intermediate
+  results, and replayed as a graph; R1 and the optimizers stay eager and unfused. Compiled code cannot do better.
+- Data, logging and the exchange between GPUs are free, and there is enough memory.
 """
 
 import copy
@@ -49,8 +49,8 @@ TILE = 64
 OPTIMIZER = {"public": (100, 3.0), "fast": (36, 0.05), "max-autotune": (44, 0.05)}
 """Bytes for each weight: 25, 9 and 11 passes in float32; and operators for each tensor."""
 
-PUBLISHED = """The one figure there is to hold it against: the paper's 5 M images in 6 hours on 8 A100s are
-29 images/s of a GPU with 32 images, by the public code."""
+PUBLISHED = """There is one figure to compare with: the paper's 5 M images in 6 hours on 8 A100s with the
+public code are 29 images/s per GPU, with 32 images each."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def table(training: dict[str, Steps], sampling: dict[str, Count]) -> str:
 
 def counted(training: dict[str, Steps]) -> str:
     """Markdown: what the table is made of."""
-    heads = "| of an image at batch 256 | GFLOP fp32 | GFLOP bf16 | MB | kernels in a step | operators |"
+    heads = "| per image at batch 256 | GFLOP fp32 | GFLOP bf16 | MB | kernels per step | operators |"
     lines = [heads, "|---|---|---|---|---|---|"]
     for row, found in training.items():
         for name, count in found.steps.items():
@@ -197,7 +197,7 @@ def section() -> str:
         [
             f"{BEGIN}\n## Predictions",
             "**Arithmetic, not measured**; made by `python -m benchmarks.reports.predictions`. Images/s of one GPU\n"
-            f"that trains {PRESET} with so many images at once, and samples its generator's one step with so many:",
+            f"that trains {PRESET}, or samples its generator in one step, by the number of images in a batch:",
             table(training, sampling),
             PUBLISHED,
             assumptions,

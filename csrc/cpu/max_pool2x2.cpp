@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // values read below which a second thread does not pay
 constexpr int64_t kLine = 64;      // bytes of the cache's lines
-constexpr int64_t kAhead = 8;      // columns of the image
+constexpr int64_t kAhead = 2048;   // bytes of each of the two rows
 
 // The first of equal values; NaN wins. Places are as wide as the values compared, so that both are in vectors alike.
 template <typename T>
@@ -36,6 +36,13 @@ GDD_FAST_INLINE void largest(const T& a, const T& b, const T& c, const T& d, T& 
   place = static_cast<uint8_t>(where);
 }
 
+// Asks for `count` values from kAhead bytes behind `data` on. Rows are passed over a few hundred bytes at a time, in
+// turns, which no prefetcher of the processor follows.
+template <int kWrite, typename T>
+GDD_FAST_INLINE void fetch(const T* data, int64_t count, int64_t ahead = kAhead) {
+  for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(data + ahead / sizeof(T) + i, kWrite);
+}
+
 // One row of windows of the two input rows `top` and `bottom`.
 template <typename T>
 GDD_FAST_INLINE void pool_row(const T* top, const T* bottom, T* y, uint8_t* places, int64_t columns, int64_t channels) {
@@ -50,11 +57,10 @@ GDD_FAST_INLINE void pool_row(const T* top, const T* bottom, T* y, uint8_t* plac
     const T *a = top + column * 2 * channels, *c = bottom + column * 2 * channels;
     T* out = y + column * channels;
     uint8_t* place = places + column * channels;
-    // both rows are read a few hundred bytes at a time, in turns, which no prefetcher of the processor follows
-    for (int64_t i = 0; i < 2 * channels; i += kLine / sizeof(T)) {
-      __builtin_prefetch(a + kAhead * channels + i);
-      __builtin_prefetch(c + kAhead * channels + i);
-    }
+    fetch<0>(a, 2 * channels);
+    fetch<0>(c, 2 * channels);
+    fetch<1>(out, channels, kAhead / 2);
+    fetch<1>(place, channels, kAhead / 2 / sizeof(T));
 #pragma GCC ivdep
     for (int64_t i = 0; i < channels; i++) largest(a[i], a[channels + i], c[i], c[channels + i], out[i], place[i]);
   }
@@ -79,6 +85,8 @@ GDD_FAST_INLINE void spread_row(const Word* dy, const uint8_t* places, Word* top
     const Word* in = dy + column * channels;
     const uint8_t* from = places + column * channels;
     Word *a = top + column * 2 * channels, *c = bottom + column * 2 * channels;
+    fetch<1>(a, 2 * channels);
+    fetch<1>(c, 2 * channels);
 #pragma GCC ivdep
     for (int64_t i = 0; i < channels; i++) {
       const Word value = in[i], place = from[i];
