@@ -3,8 +3,8 @@
 Public names, imported on first use so that `import gdd_fast` is quick:
 
     load_generator(path, device=None, dtype=None)    an EDM or GDD .pkl, a network folder or a run folder -> nn.Module
-    OneStepGenerator.from_pretrained(path, ...)      the same, as a fast function from seeds to images
-    accelerate(net, backend="auto", report=False)    the same network, faster: EDM's, diffusers', timm's, torchvision's
+    OneStepGenerator.from_pretrained(path, ...)      the same as a fast function from seeds to images
+    accelerate(net, backend="auto", report=False)    makes a network of EDM, diffusers, timm or torchvision faster
     restore(net)                                     undoes accelerate
 """
 

@@ -1,9 +1,9 @@
 """What each layer of a diffusion network does at each noise level: `python -m gdd_fast.analyze --teacher PATH`.
 
 For every residual branch: how large its output is, and how the denoised image changes without it, at the noise levels
-that EDM's sampler passes through. With --student, a generator distilled from it, the same at that one's only level.
-Writes the numbers (.json) and a map of layers against noise levels (.svg); `gdd_fast.report` shows what lies in a run
-folder as layer_analysis.json.
+that EDM's sampler passes through. With --student, the same for a generator distilled from it, at its only noise level.
+Writes the numbers (.json) and a map of layers against noise levels (.svg); `gdd_fast.report` shows the
+layer_analysis.json of a run folder.
 """
 
 import json
@@ -20,15 +20,15 @@ class AnalyzeConfig:
     """What `analyze` measures."""
 
     teacher: str
-    """The diffusion network: EDM .pkl or network folder; `demo` is the bundled one."""
+    """The diffusion network: EDM .pkl or network folder; `demo` is the bundled teacher."""
     student: Path | None = None
     """A one-step generator distilled from it: a training run folder, network folder or .pkl."""
     out: Path | None = None
     """The .json to write, with the .svg beside it. Default: layer_analysis.json in --student's folder, or here."""
     levels: int = 18
-    """Noise levels of the teacher: the steps of EDM's sampler."""
+    """How many noise levels to analyse the teacher at: the steps of EDM's sampler."""
     images: int = 16
-    """Images that each figure is a mean over, from seed 0 on."""
+    """How many images each figure is the mean of, from seed 0 on."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
 
@@ -45,7 +45,7 @@ class AnalyzeConfig:
 
         require(self.levels >= 2, f"--levels must be at least 2, not {self.levels}")
         require(self.images >= 1, f"--images must be at least 1, not {self.images}")
-        require(self.destination.suffix == ".json", f"--out is a .json, not {self.destination}")
+        require(self.destination.suffix == ".json", f"--out must be a .json file, not {self.destination}")
         check_destination(self.destination)
 
 

@@ -1,14 +1,14 @@
 """Which implementation of an operator runs, and why.
 
-Every operator has its definition in plain PyTorch ("torch") and any of three fused implementations:
+Every operator has a definition in plain PyTorch ("torch") and some of three fused implementations:
 
     "triton"    kernels/<op>.py: CUDA tensors, and CPU tensors under Triton's interpreter (TRITON_INTERPRET=1)
     "cuda"      csrc/cuda/<op>.cu in the extension gdd_fast._C: CUDA tensors
     "cpp"       csrc/cpu/<op>.cpp in the same extension: CPU tensors
 
-A backend asked for by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
-run here; `resolve` decides it and nothing else does; `resolve_all` asks it for every operator of a run (`--backend`).
-`python -m gdd_fast.info` shows the outcome of both with the reasons.
+A backend requested by name runs, or `BackendError` says why it cannot. "auto" takes the first of `PREFERENCE` that can
+run here. `resolve` alone decides this; `resolve_all` asks it for every operator of a run (`--backend`). `python -m
+gdd_fast.info` shows the results of both, with the reasons.
 """
 
 import functools
@@ -29,8 +29,8 @@ Backend = Literal["auto", "torch", "triton", "cuda", "cpp"]
 
 REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in the checkout, or reinstall gdd_fast"
 
-# By device type, best first; any other device runs the definition. On a GPU the Triton kernels come first: they are the
-# ones tuned per architecture.
+# By device type, best first; any other device runs the definition. On a GPU the Triton kernels come first: only they
+# are tuned per architecture.
 PREFERENCE: dict[str, tuple[Backend, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpp", "torch")}
 
 
@@ -39,10 +39,10 @@ _ANYWHERE: tuple[Backend, ...] = ("torch",)
 
 @dataclass(frozen=True)
 class Operator:
-    """What is known of an operator before it sees a tensor: its name and its fused implementations.
+    """What is known about an operator before it sees a tensor: its name and its fused implementations.
 
-    "auto" passes over the `opt_in` ones: they are not known to be faster than the definition. Without `float64` only
-    the definition computes in it.
+    "auto" skips those in `opt_in`, which are not known to be faster than the definition. Without `float64`, only the
+    definition computes in that dtype.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Operator:
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The compiled extension gdd_fast._C with its operators registered, or None where it is not built.
+    """The compiled extension gdd_fast._C, with its operators registered, or None if it is not built.
 
     Raises BackendError if it is built but does not load, was built against another torch, or, in a checkout, from
-    sources other than those in csrc/. Such a build is neither run nor passed over as if absent.
+    sources other than those in csrc/. Such a build is neither used nor silently ignored.
     """
     if find_spec("gdd_fast._C") is None:
         return None
@@ -78,7 +78,7 @@ def extension() -> ModuleType | None:
 def check_build(info: dict[str, Any], torch_version: str, sources: str | None = None) -> None:
     """Raise BackendError if the extension described by `info` does not fit this torch, this Python or these sources.
 
-    `sources`: the digest of the sources that it should have been built from, if they are there.
+    `sources`: the digest of the sources it should have been built from, if they are available.
     """
     # the local part (+cpu, +cu130) is not compared: a build without CUDA runs with any of them
     built = info["torch"].split("+")[0]
@@ -92,15 +92,15 @@ def check_build(info: dict[str, Any], torch_version: str, sources: str | None = 
 
 
 def has_extension() -> bool:
-    """Whether gdd_fast._C is built; raises BackendError if it is and does not load."""
+    """Whether gdd_fast._C is built. Raises BackendError where `extension` does."""
     return extension() is not None
 
 
 def obstacle(operator: Operator, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `operator` on tensors of `device` ("cpu", "cuda", ...) here, or None if it can.
 
-    Raises BackendError if the answer needs the extension and that does not load, or Triton's launch options
-    (kernels/tuned.json) and those are damaged.
+    Raises BackendError if the answer needs the extension and that does not load, or needs Triton's launch options
+    (kernels/tuned.json) and these are damaged.
     """
     if backend == "torch":
         return None
@@ -127,7 +127,7 @@ def _triton_obstacle(device: str) -> str | None:
         return None
     if device != "cpu":
         return f"the Triton kernels take CUDA tensors, not {device}"
-    # Triton reads the same variable; asking triton itself would import it on machines that never use it
+    # Triton reads this variable too; asking triton itself would import it on machines that never use it
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
         return "Triton kernels run on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
     _check_launch_table()
@@ -136,7 +136,7 @@ def _triton_obstacle(device: str) -> str | None:
 
 @functools.cache
 def _check_launch_table() -> None:
-    """Raise BackendError if the launch options are damaged: to pass over the kernels in silence would be slow."""
+    """Raise BackendError if the launch options are damaged: silently skipping the kernels would be slow."""
     from gdd_fast.kernels import _launch, _tuned
 
     try:
@@ -150,7 +150,7 @@ def _check_launch_table() -> None:
 def resolve(backend: Backend, operator: Operator, device: str) -> Backend:
     """The implementation that runs: `backend` itself, or for "auto" the first in PREFERENCE that can.
 
-    Raises BackendError for an unknown name, a backend that cannot run here, and an extension that does not load.
+    Raises BackendError for an unknown name, a backend that cannot run here, or an extension that does not load.
     """
     if backend == "auto":
         candidates = (b for b in PREFERENCE.get(device, _ANYWHERE) if b not in operator.opt_in)
@@ -166,8 +166,8 @@ def resolve(backend: Backend, operator: Operator, device: str) -> Backend:
 def chooser(operator: Operator) -> Callable[..., Backend]:
     """`choose(backend, device, double=False)`: how every operator decides, before it calls torch.ops with the result.
 
-    It is `resolve`, except that float64 (`double`) runs the definition of an operator that has nothing else for it.
-    torch.compile runs it while it traces and takes the result for a constant, as by
+    `choose` is `resolve`, except that with "auto", float64 (`double`) runs the definition if the operator's other
+    backends do not compute in it. torch.compile calls it while tracing and treats the result as a constant, as with
     torch.compiler.assume_constant_result, which would import the compiler and with it triton.
     """
 
@@ -184,11 +184,11 @@ def chooser(operator: Operator) -> Callable[..., Backend]:
 
 
 def resolve_all(backend: Backend, operators: Iterable[Operator], device: str) -> dict[str, Backend]:
-    """What each operator runs, by name, when one backend is chosen for all of them, as a command's `--backend` does.
+    """The backend that each operator runs, by name, if one is chosen for all, as a command's `--backend` does.
 
-    A backend asked for by name is for the operators that have it; the others run their definition.
+    A backend requested by name applies to the operators that have it; the others run their definition.
 
-    Raises BackendError where `resolve` does for an operator that has it, and if no operator has it.
+    Raises BackendError if no operator has it, or where `resolve` raises it for one that does.
     """
     operators = sorted(set(operators), key=lambda operator: operator.name)
     named = backend in ("triton", "cuda", "cpp")
@@ -198,6 +198,6 @@ def resolve_all(backend: Backend, operators: Iterable[Operator], device: str) ->
 
 
 def summary(runs: Mapping[str, str]) -> str:
-    """What `resolve_all` returns, in one line, the definitions first."""
+    """The result of `resolve_all` on one line, the definitions first."""
     backends = sorted(set(runs.values()), key=lambda backend: (backend != "torch", backend))
     return "; ".join(f"{b} for {', '.join(name for name in runs if runs[name] == b)}" for b in backends)

@@ -8,5 +8,5 @@ BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 
 def teacher_path(name: str) -> Path:
-    """Where a teacher lies; `demo` is the bundled one."""
+    """The path of a teacher; `demo` is the bundled one."""
     return BUNDLED_TEACHER if name == DEMO else Path(name)

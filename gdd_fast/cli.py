@@ -1,6 +1,6 @@
 """Command lines from dataclasses, and how a command ends.
 
-Flags are field names, help texts are the docstrings under the fields.
+Flags are field names; help texts are the docstrings under the fields.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import TextIO, TypeVar
 from gdd_fast.errors import FULL, ConfigError, GddFastError, LostProcessError
 
 T = TypeVar("T")
-_LET_THE_OTHER_SPEAK = 3.0  # seconds in which torchrun sees which process ended first
+_LET_THE_OTHER_SPEAK = 3.0  # seconds, for torchrun to see which process ended first
 
 
 def parse(
@@ -36,7 +36,7 @@ def parse(
 
     Unknown flags and values of the wrong type end the process with status 2.
     """
-    import tyro  # a command without flags of its own, and a library call, need none
+    import tyro  # imported late: library calls, and commands without flags of their own, do not need it
 
     return tyro.cli(
         cls,
@@ -49,32 +49,32 @@ def parse(
 
 
 def pop_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
-    """The value of `--name VALUE` or `--name=VALUE`, the last one given, and the other arguments."""
+    """The value of `--name VALUE` or `--name=VALUE`, the last if given twice, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}", dest="value", default=default)
     try:
         found, rest = parser.parse_known_args(with_home(arguments))
     except argparse.ArgumentError:
-        raise ConfigError(f"--{name} takes a value") from None
+        raise ConfigError(f"--{name} needs a value") from None
     return found.value, rest
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:
-    """`--flag=~/folder` as `--flag ~/folder` is read: bash replaces a ~ at the start of a word only."""
+    """Expand the ~ in `--flag=~/folder` too: bash expands a ~ only at the start of a word."""
     parts = (argument.partition("=") for argument in arguments)
     return [f"{flag}{sign}{os.path.expanduser(v) if flag.startswith('--') else v}" for flag, sign, v in parts]
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` end with one line on stderr, never a traceback, for what is not the program's fault.
+    """Make `main` end with one line on stderr, never a traceback, for errors that are not the program's fault.
 
-    Status 2 on a `GddFastError`, on a path that the system refuses, a full disk and too little memory; 130 on Ctrl-C.
-    Under torchrun the first process says the line; all leave it for torchrun, which shows it with the number of the
-    process that failed first.
+    The exit status is 2 for a `GddFastError`, a path that the system refuses, a full disk or too little memory, and 130
+    for Ctrl-C. Under torchrun the first process prints its line; all pass theirs to torchrun, which shows that of the
+    first to fail.
 
-    Output that cannot be written does not end the work: a stream that is closed, whose reader has gone or whose disk is
-    full loses its lines. Where the work ends well, lines of stdout that were lost end it with 141 and no message if the
-    reader has gone, as with `| head`, and as any full disk otherwise.
+    Output that cannot be written does not stop the work: a stream that is closed, has lost its reader or is on a full
+    disk loses its lines. If stdout has lost lines, a run that otherwise succeeds ends with status 141 and no message if
+    the reader is gone, as with `| head`, and else with the error of a full disk.
     """
 
     @functools.wraps(main)
@@ -87,13 +87,13 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def start(name: str) -> Iterator[None]:
-    """Around a command's imports, as `with start(__name__):`. PyTorch's take seconds, in which Ctrl-C and too little
-    memory end the process as they do in `command`. In a module that is imported, and not run, nothing is done.
+    """Wraps a command's imports: `with start(__name__):`. Importing PyTorch takes seconds; Ctrl-C and too little memory
+    end the process then as they do in `command`. Does nothing in a module that is imported, not run.
     """
     if name != "__main__":
         yield
         return
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not one that the shell told to ignore it
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if the shell made us ignore it
     if ours:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
@@ -105,14 +105,14 @@ def start(name: str) -> Iterator[None]:
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    """Nothing is begun yet. A KeyboardInterrupt would not always arrive: imports of NumPy and of PyTorch catch some."""
+    """End at once, as nothing has begun. A KeyboardInterrupt can get lost: NumPy's and PyTorch's imports catch some."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 class _Unbreakable(io.TextIOBase):
-    """A text stream that drops what its file does not take any more. `lost`: why it has first done so."""
+    """A text stream that drops what its file no longer takes. `lost`: the first error that made it do so."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -148,8 +148,8 @@ class _Unbreakable(io.TextIOBase):
 
 @contextlib.contextmanager
 def _usable_streams() -> Iterator[_Unbreakable]:
-    """Streams that can be written to, for a block, which gets stdout; Python has None for one that was closed when it
-    started (`>&-`).
+    """For a block, make stdout and stderr streams that never fail; yields stdout. A stream that was closed when Python
+    started (`>&-`) is None in sys.
     """
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
@@ -157,13 +157,13 @@ def _usable_streams() -> Iterator[_Unbreakable]:
         sys.stdout, sys.stderr = output, _Unbreakable(before[1] or nowhere)
         stdout = before[0]
         strict = isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict"
-        if strict:  # a file's name may have letters that this terminal's encoding has not: shown as stderr shows them
+        if strict:  # a file name may have letters that the terminal's encoding lacks: show them as stderr does
             stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             yield output
         finally:
-            if output.lost:  # else Python tries once more as it exits
-                with contextlib.suppress(OSError):  # not a file of the operating system
+            if output.lost:  # else Python tries again as it exits
+                with contextlib.suppress(OSError):  # it is no file of the operating system
                     os.dup2(nowhere.fileno(), output.fileno())
             if strict:
                 stdout.reconfigure(errors="strict")  # type: ignore[union-attr]
@@ -172,7 +172,7 @@ def _usable_streams() -> Iterator[_Unbreakable]:
 
 @contextlib.contextmanager
 def _unless_lost(output: _Unbreakable) -> Iterator[None]:
-    """A block that ends well raises why not all of `output` could be written; it has a status of its own otherwise."""
+    """If the block succeeds but `output` has lost lines, raise why; a block that fails keeps its own status."""
     try:
         yield
     except SystemExit as end:
@@ -186,7 +186,7 @@ def _unless_lost(output: _Unbreakable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _said_errors() -> Iterator[None]:
-    """The statuses and lines of `command`, for a block."""
+    """For a block: turn errors into the exit statuses and lines that `command` describes."""
     try:
         _check_working_directory()
         yield
@@ -206,38 +206,38 @@ def _said_errors() -> Iterator[None]:
 
 
 def _check_working_directory() -> None:
-    """PyTorch asks for it in the middle of its work, wherever the files lie."""
+    """PyTorch asks for the working directory in the middle of its work, even if no path is relative to it."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise ConfigError("the working directory is gone: cd to one that is there") from None
+        raise ConfigError("the working directory no longer exists: cd to one that does") from None
 
 
 def _line_for(error: Exception) -> str | None:
-    """What to say of an error that is not the program's fault; None for any other."""
+    """The message for an error that is not the program's fault; None for any other."""
     detail = str(error).strip().partition("\n")[0]
     if "can't start new thread" in detail:
-        return "the system starts no more threads: too little memory, or too many processes (ulimit -v, ulimit -u)"
+        return "the system cannot start more threads: too little memory, or too many processes (ulimit -v, ulimit -u)"
     if _is_out_of_memory(error):
-        return f"not enough memory{f' ({detail})' if detail else ''}: ask for less at once"
+        return f"not enough memory{f' ({detail})' if detail else ''}: use smaller batches"
     if isinstance(error, GddFastError):
         return str(error)
     return _what_the_system_refuses(error) if isinstance(error, OSError) else None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it was made of, is for want of memory: a file that cannot be read is not damaged then.
+    """Whether `error`, or an error behind it, was a lack of memory: then a file that cannot be read is not damaged.
 
-    PyTorch's allocators raise RuntimeError, on a GPU a subclass; that one is known by its name, without torch. oneDNN
-    ("could not create a primitive") and Python itself ("error return without exception set") have errors that may mean
-    anything else as well: here it depends on what memory is left.
+    PyTorch's allocators raise RuntimeError, on a GPU a subclass of it, recognised by name so that torch is not
+    imported. Errors of oneDNN ("could not create a primitive") and Python itself ("error return without exception set")
+    can have other causes: here the memory that is left decides.
     """
     named = getattr(error, "errno", None) == errno.ENOMEM or {kind.__name__ for kind in type(error).__mro__} & {
         "MemoryError",
         "OutOfMemoryError",
     }
     said = any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
-    # the loader of libraries, which says so where memory is short and where it may not execute what lies there
+    # the dynamic loader says this if memory is short, and also if it may not execute files there
     said = said or ("failed to map segment" in str(error) and "not permitted" not in str(error))
     ambiguous = isinstance(error, RuntimeError | SystemError | ImportError) and not isinstance(error, GddFastError)
     if named or said or (ambiguous and _memory_is_used_up()):
@@ -247,7 +247,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_is_used_up() -> bool:
-    """Whether less than an eighth is left of what `ulimit -v` allows this process."""
+    """Whether less than an eighth of what `ulimit -v` allows this process is left."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY or not os.path.exists("/proc/self/statm"):
         return False
@@ -267,7 +267,7 @@ def _end(message: str) -> None:
 
 
 def _what_the_system_refuses(error: OSError) -> str | None:
-    """The line for an error that is about a path, or a disk that is full; None for any other."""
+    """The line for an error about a path or a full disk; None for any other."""
     path = "" if error.filename is None else f"{error.filename}: "
     if error.errno in FULL:
         return f"{path}{error.strerror}; make room, or write to another disk"

@@ -1,4 +1,4 @@
-"""Networks between pickles, folders and state_dict files: `python -m gdd_fast.convert SOURCE DESTINATION`."""
+"""Convert networks between pickles, folders and state_dict files: `python -m gdd_fast.convert SOURCE DESTINATION`."""
 
 import json
 from collections.abc import Sequence
@@ -38,16 +38,16 @@ class ConvertConfig(Settings):
 
     source: tyro.conf.Positional[Path]
     """EDM, GDD, D2O or SiD .pkl (nothing in it is executed), network folder, or training run folder (its EMA
-    generator); or weights alone with EDM's names, .safetensors, .pt or .pth, with --like."""
+    generator); or, with --like, a file of weights alone under EDM's names: .safetensors, .pt or .pth."""
     destination: tyro.conf.Positional[Path]
     """New folder for config.json and model.safetensors; or a state_dict file, .safetensors or .pt (plain tensors)."""
     key: str = "ema"
-    """Which network of a file that holds several: training snapshots have `ema` and `net`."""
+    """Which network of a file that holds several; training snapshots have `ema` and `net`."""
     like: str | None = None
-    """The network that weights alone belong to: a path to such a network, EDM's name of it (edm-cifar10-32x32-cond-vp),
-    or a preset (cifar10-cond)."""
+    """The network that weights alone belong to: a path to such a network, EDM's name for it
+    (edm-cifar10-32x32-cond-vp), or a preset (cifar10-cond)."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How a folder stores the weights. They are float32 again when loaded; what float16 rounded off is lost."""
+    """How a folder stores the weights. They are float32 again when loaded; what float16 rounds off is lost."""
     overwrite: bool = False
     """Replace what is at the destination."""
 
@@ -63,7 +63,7 @@ class ConvertConfig(Settings):
         """Raise `ConfigError` for the first option that cannot work, before the network is read."""
         destination, wanted = self.destination, " or ".join(STATE_DICT_SUFFIXES)
         if self.bare and self.like is None:
-            raise ConfigError(f"{self.source} is weights alone: pass --like NET|PRESET to say of which network")
+            raise ConfigError(f"{self.source} holds weights alone: pass --like NET|PRESET to say of which network")
         if self.like is not None and not self.bare:
             raise ConfigError(f"--like is for weights alone ({', '.join(SUFFIXES)}); {self.source} says what it is")
         if destination.suffix.lower() in OTHER_SUFFIXES:
@@ -71,7 +71,7 @@ class ConvertConfig(Settings):
         if destination.resolve() == self.source.resolve():
             raise ConfigError(f"{destination} is the source itself: give another destination")
         if self.to_state_dict and self.dtype != "float32":
-            raise ConfigError(f"a state_dict file is float32, as EDM's networks are: leave out --dtype {self.dtype}")
+            raise ConfigError(f"a state_dict file is float32, like EDM's networks: leave out --dtype {self.dtype}")
         if destination.exists():
             if destination.is_dir() == self.to_state_dict:
                 kind = "folder" if self.to_state_dict else "file"
@@ -104,9 +104,9 @@ def convert(config: ConvertConfig) -> Preconditioned:
     if config.destination.suffix.lower() == ".pt":
         with atomic_write(config.destination, new=not config.overwrite) as temporary, temporary.open("wb") as file:
             try:
-                torch.save(state, file)  # a file of Python's, whose errors say what the system has answered
+                torch.save(state, file)  # to a Python file object, whose errors carry the system's reason
             except RuntimeError as error:
-                # torch's own complaint, about the archive that it could therefore not close
+                # torch's own error is about the archive, which it then could not close
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     else:
         write_tensors(config.destination, state, new=not config.overwrite)
@@ -126,7 +126,7 @@ def _read(source: Path, key: str) -> Preconditioned:
 
 
 def describe(net: Preconditioned) -> str:
-    """What the network is, and the arguments that EDM's or GDD's class of the same name takes for its state_dict."""
+    """What the network is, and the arguments with which EDM's or GDD's class of that name can load its state_dict."""
     arguments = {
         name: value for name, value in net.init_config().items() if name not in ("sigma_eps", "sigma_init", "dtype")
     }

@@ -1,9 +1,9 @@
-"""Everything a user can get wrong, one class per kind; each message says what was wrong and what to do."""
+"""Everything a user can get wrong, one class per kind. Each message says what was wrong and what to do."""
 
 import errno
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""`errno` of a disk, or a share of one, that is full."""
+"""The values of `errno` for a full disk or quota, and for a file that is too large."""
 
 
 class GddFastError(Exception):
@@ -15,7 +15,7 @@ class ConfigError(GddFastError, ValueError):
 
 
 class InputError(GddFastError, ValueError):
-    """A tensor of a shape, type or device that a function does not take."""
+    """A tensor of a shape, dtype or device that a function does not accept, or another unusable argument."""
 
 
 class DataError(GddFastError, ValueError):
@@ -35,7 +35,7 @@ class CheckpointError(GddFastError):
 
 
 class BackendError(GddFastError, RuntimeError):
-    """An implementation of an operator that was asked for by name and cannot run here."""
+    """An implementation of an operator that was requested by name and cannot run here."""
 
 
 class DivergedError(GddFastError):
@@ -47,7 +47,7 @@ class NotFiniteError(GddFastError):
 
 
 class LostProcessError(GddFastError):
-    """Another process of the same run has ended before its time. What is wrong is told by that one."""
+    """Another process of the same run ended early. That process's own message says what went wrong."""
 
 
 def require(condition: bool, message: str) -> None:

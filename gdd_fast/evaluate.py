@@ -1,12 +1,12 @@
-"""How far images are from real ones: `python -m gdd_fast.evaluate --net PATH --data real.zip --images 5000`.
+"""Measure how far images are from real ones: `python -m gdd_fast.evaluate --net PATH --data real.zip --images 5000`.
 
     python -m gdd_fast.evaluate --net G --ref cifar10-32x32.npz --metrics fid --images 50000 --rounds 3
     python -m gdd_fast.evaluate --net G --data real.zip --metrics fid,kid,pr,dc,is,fd@lite2
     python -m gdd_fast.evaluate --net G --data real.zip --held-out test.zip --metrics nn@lite2
     python -m gdd_fast.evaluate ref --data real.zip --features inception --out real.npz
 
-Metrics: fid, fd (Frechet distance of other networks), kid, is, pr (precision and recall), dc (density and coverage), nn
-(nearest training images). docs/metrics.md says what compares with what.
+Metrics: fid, fd (Frechet distance with other networks), kid, is, pr (precision and recall), dc (density and coverage),
+nn (nearest training images). docs/metrics.md says which values are comparable.
 """
 
 import json
@@ -54,19 +54,19 @@ class EvaluateConfig(Settings):
     """What `evaluate` measures."""
 
     net: str | None = None
-    """The generator: EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the
-    name of a repository of the Hub that holds one; `demo` is the bundled teacher."""
+    """The generator: EDM .pkl, network folder, training run folder (its EMA generator), diffusers pipeline, or the name
+    of a Hub repository that holds one; `demo` is the bundled teacher."""
     samples: Path | None = None
-    """Instead of --net, images already made: a zip, folder or npz as gdd_fast.sample writes them."""
+    """Existing images to measure instead of --net: a zip, folder or npz as gdd_fast.sample writes it."""
     data: str | None = None
     """The real images: EDM-style zip, folder or npz; `demo-test` is the held-out part of the bundled set."""
     ref: tuple[Path, ...] = ()
-    """Statistics of the real images, of `evaluate ref` or EDM's, EDM2's, clean-fid's or torch-fidelity's, instead of
-    --data or beside it."""
+    """Statistics of the real images, instead of --data or in addition to it: a file from `evaluate ref`, EDM, EDM2,
+    clean-fid or torch-fidelity."""
     metrics: str = "fd"
-    """Comma-separated: fid, fd, kid, is, pr, dc, nn; `metric@network` for another network, such as kid@lite2."""
+    """Comma-separated: fid, fd, kid, is, pr, dc, nn; `metric@network` names another network, such as kid@lite2."""
     features: str | None = None
-    """Networks of the metrics that do not name one, comma-separated: inception, lite0, lite2, vgg16, resnet56, dinov2,
+    """Networks for the metrics that do not name one, comma-separated: inception, lite0, lite2, vgg16, resnet56, dinov2,
     clip, lpips, lpips-vgg, pixels, timm:NAME. By default lite0,pixels for fd and inception for the others."""
     feature_resolution: int | None = None
     """Resolution at which features are computed; by default each network's own, such as 64 for lite0 and 16 for
@@ -74,31 +74,31 @@ class EvaluateConfig(Settings):
     feature_weights: tuple[str, ...] = ()
     """Local weight files of feature networks, each `name=path`."""
     images: int = 5000
-    """How many images to generate, from seed 0 on; of --samples, at most how many to use. Published FIDs: 50000."""
+    """How many images to generate, from seed 0 on; of --samples, how many to use at most. Published FIDs use 50000."""
     rounds: int = 1
-    """Measure so many times, each with the seeds that follow; the lowest of three is what EDM reports."""
+    """How many times to measure, each time with the next seeds; EDM reports the lowest of three."""
     data_images: int | None = None
-    """Of --data, at most how many to use; by default all."""
+    """How many images of --data to use at most; by default all."""
     held_out: str | None = None
-    """For nn: real images that were not trained on, to say how near unseen ones are."""
+    """For nn: real images that were not trained on, to tell how near unseen images are."""
     nn_sheet: Path = Path("neighbours.png")
-    """For nn: where samples beside their nearest training images are drawn."""
+    """For nn: the .png that shows samples beside their nearest training images."""
     seeds: str | None = None
     """Generate these seeds instead, such as 0-49999."""
     class_index: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Generate only this class; otherwise each seed draws its own."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     batch: int = 64
-    """Images through the networks at once."""
+    """Images per pass through the networks."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
-    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
-    named one runs the operators that have it, and their definitions for the others."""
+    """Which implementation of the fused operators runs: `auto` takes the best available, `torch` their definitions.
+    With any other, operators that lack it run their definition."""
     generator_device: Literal["cpu", "cuda"] = "cpu"
-    """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
+    """Where random numbers are drawn. `cpu` gives the same latents on every machine, `cuda` those of EDM's code."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Compute type of the generator; by default the one it was saved with."""
+    """Compute dtype of the generator; by default the one it was saved with."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -114,10 +114,10 @@ class EvaluateConfig(Settings):
         require(self.net is None or self.samples is None, "--net and --samples: choose one")
         require(not (self.net is None and self.samples is None), "nothing to evaluate: pass --net or --samples")
         self._refuse_unused(names)
-        require(names.count("nn") <= 1, "--metrics nn takes one network")
+        require(names.count("nn") <= 1, "--metrics nn takes only one network")
         if "nn" in names:
-            require(self.data is not None, "--metrics nn looks for the nearest images of --data")
-            require(self.nn_sheet.suffix.lower() == ".png", f"--nn-sheet is a .png, not {self.nn_sheet}")
+            require(self.data is not None, "--metrics nn looks for the nearest images in --data, which is not given")
+            require(self.nn_sheet.suffix.lower() == ".png", f"--nn-sheet must be a .png file, not {self.nn_sheet}")
             check_destination(self.nn_sheet)
         require(self.images >= 2, f"--images must be at least 2, not {self.images}")
         require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
@@ -142,7 +142,7 @@ class EvaluateConfig(Settings):
             "--sampler and its options": self.sampler != SamplerConfig(),
         }
         for name, given in generator.items():
-            require(self.net is not None or not given, f"{name} is for a generator (--net), and none is given")
+            require(self.net is not None or not given, f"{name} is for a generator (--net), which is not given")
         require(self.data is not None or self.data_images is None, "--data-images limits --data, which is not given")
         require(self.seeds is None or self.images == EvaluateConfig.images, "--seeds and --images: choose one")
         require(self.held_out is None or "nn" in metrics, "--held-out is for --metrics nn")
@@ -152,11 +152,11 @@ class EvaluateConfig(Settings):
 def evaluate(config: EvaluateConfig, show: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
     """The metrics of `config`, as plain JSON types; writes the sheet of `nn`.
 
-    `metrics`: values by key, with several rounds their means; then also `rounds`, each round's values, and `std`, their
-    deviation, and `min`. Under torchrun every process takes its share of the batches; the values are those of one
-    process, to the bit, and the first process has them: others get an empty result. `show` is called with the result
-    before the sheet is written, which a full disk may refuse. Raises a `GddFastError` if an option, a file or the
-    weights cannot work, before anything is computed.
+    The result has `metrics`, the values by key; after several rounds these are means, and `rounds` (each round's
+    values), `std` (their standard deviation) and `min` are there too. Under torchrun every process takes its share of
+    the batches; the values are bitwise those of a single process. The first process returns them, the others an empty
+    result. `show` is called with the result before the sheet is written, since a full disk may refuse that. Raises a
+    `GddFastError`, before anything is computed, if an option, a file or the weights cannot work.
     """
     config.validate()
     with join(config.device) as world:
@@ -168,7 +168,7 @@ def evaluate(config: EvaluateConfig, show: Callable[[dict[str, Any]], None] = la
 
 
 def _evaluate(config: EvaluateConfig, world: World) -> tuple[dict[str, Any], Callable[[], None]]:
-    """The result, and what writes the sheet of `nn`."""
+    """The result, and a function that writes the sheet of `nn`."""
     device = world.device
     measurement = Measurement(
         parse_metrics(config.metrics, config.features),
@@ -189,7 +189,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> tuple[dict[str, Any], Cal
     known = measurement.references(config.ref, shape, complete=dataset is not None)
     _check_counts(config, measurement, samples, dataset, held_out, known)
     for images, most in ((samples, config.images), (held_out, None)):
-        if images is not None:  # not found damaged when all the others are measured
+        if images is not None:  # a damaged one is found now, not after all the others were measured
             share = world.share(choose_images(len(images), most).tolist(), config.batch)
             with image_bar(len(share), "checked", world, delay=2) as bar:
                 images.validate(share, lambda done, _, bar=bar: bar.update(done - bar.n))
@@ -212,7 +212,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> tuple[dict[str, Any], Cal
             return dataset_populations(images, extractors, needs, **options)
 
     for request in measurement.requests:
-        if request.metric == "nn":  # its sheet shows images by their place in the data, which a reference does not have
+        if request.metric == "nn":  # its sheet shows images by their index in the data, which a reference does not have
             known[measurement.extractors.index(measurement.extractor(request.network))] = None
     real = measurement.completed(known, lambda *networks: of_dataset(dataset, "real", config.data_images, *networks))
 
@@ -272,7 +272,7 @@ def _check_counts(
     held_out: ImageDataset | None,
     known: list[Population | None],
 ) -> None:
-    """Raise `ConfigError`, before images are made, where there are too few for what is asked."""
+    """Raise `ConfigError`, before images are made, if there are too few for a metric."""
     if held_out is not None and len(held_out) < 2:
         raise ConfigError(f"--held-out {config.held_out} holds {len(held_out)} image; it needs at least 2")
     there = None if dataset is None else min(len(dataset), config.data_images or len(dataset))
@@ -289,7 +289,7 @@ def _neighbours(
     held_out: ImageDataset | None,
     of_dataset,
 ) -> tuple[dict[str, float], Memorisation] | None:
-    """The values of `nn` and what they are of; None if it was not asked for."""
+    """The values of `nn` and what they were computed from; None if it was not asked for."""
     network = next((request.network for request in measurement.requests if request.metric == "nn"), None)
     if network is None:
         return None
@@ -302,13 +302,13 @@ def _neighbours(
 
 
 def _of(dataset: ImageDataset, max_images: int | None):
-    """Images by their place among those that were counted."""
+    """A function from indices among the measured images to those images."""
     chosen = choose_images(len(dataset), max_images)
     return lambda places: torch.from_numpy(dataset.images([int(chosen[place]) for place in places]))
 
 
 def _of_seeds(net: torch.nn.Module, seeds: list[int], sampler: SamplerConfig, options: dict[str, Any]):
-    """Images made once more from their seeds."""
+    """The same for generated images, which are made again from their seeds."""
 
     def images(places: Sequence[int]) -> Tensor:
         batches = generate(net, [seeds[place] for place in places], sampler, **options)
@@ -337,11 +337,11 @@ def report(result: dict[str, Any]) -> str:
 
 
 def check_same_form(ours: tuple[int, ...], real: tuple[int, ...], where: str) -> None:
-    """Features would resize anything to anything: images of another size are another question, not a distance."""
+    """Raise `ConfigError` if sizes differ. Feature networks would resize both, but the distance would mean nothing."""
     if ours != real:
         raise ConfigError(
-            f"the generated images are {ours[0]} x {ours[1]}^2 and those of {where} {real[0]} x {real[1]}^2; "
-            "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
+            f"the generated images are {ours[0]} x {ours[1]}^2, those of {where} are {real[0]} x {real[1]}^2; "
+            "compare images of the same size and channels (python -m gdd_fast.prepare resizes)"
         )
 
 

@@ -1,4 +1,4 @@
-"""A one-step generator for use without gdd_fast: an ONNX file, a program of torch.export, or a web page.
+"""Export a one-step generator for use without gdd_fast: an ONNX file, a torch.export program, or a web page.
 
 `python -m gdd_fast.export --net PATH --out generator.onnx`
 `python -m gdd_fast.export --net PATH --web DIR`
@@ -24,18 +24,18 @@ class ExportConfig:
     """What `export` writes."""
 
     net: str
-    """EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the name of a
-    repository of the Hub that holds one; `demo` is the bundled teacher."""
+    """EDM .pkl, network folder, training run folder (its EMA generator), diffusers pipeline, or the name of a Hub
+    repository that holds one; `demo` is the bundled teacher."""
     out: Path | None = None
-    """A file, replaced if it exists: .onnx for ONNX's runtimes, .pt2 for torch.export.load."""
+    """A file, replaced if it exists: .onnx for ONNX runtimes, .pt2 for torch.export.load."""
     web: Path | None = None
     """A new folder: a static page that runs the generator in the visitor's browser."""
     dtype: Precision = "float32"
-    """What the file stores and computes in. float16 halves it, and moves images by a few of 255 levels."""
+    """What the file stores and computes in. float16 halves its size and changes pixels by a few of 255 levels."""
     sigma: float | None = None
-    """Noise level of the one evaluation."""
+    """Noise level of the one evaluation; by default the network's own."""
     images: int = 64
-    """How many images of the file are compared with the network's."""
+    """How many images to compare between the file and the network."""
     page: Page = field(default_factory=Page)
     """The web page."""
 
@@ -56,10 +56,10 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Write the files of `config` and print how far their images are from the network's.
+    """Write the files that `config` asks for and print how far their images are from the network's.
 
-    Raises a `GddFastError` before anything is written if an option, the network or a library does not allow it, and
-    WeightsError, with nothing written, if a file's images are not the network's.
+    Raises a `GddFastError` before anything is written if an option, the network or a missing library does not allow it,
+    and WeightsError, with no such file left, if a file's images are not the network's.
     """
     config.validate()
     net = load_generator(network_path(config.net))

@@ -1,4 +1,4 @@
-"""Which sources the extension is made of: setup.py writes their digest into a build, gdd_fast.backend compares it."""
+"""The sources of the extension: setup.py stores their digest in a build, and gdd_fast.backend compares it."""
 
 import hashlib
 from pathlib import Path

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
-    """Yield a path for a file of the same name; on success what was written there is flushed to disk and moved to
-    `path`.
+    """Yield a temporary path with the name of `path`; on success, what was written there is flushed to disk and moved
+    to `path`.
 
-    If the body raises, nothing is left, and whatever was at `path` stays as it was. With `new` it stays too if it is
-    there at the end, such as another process's, and `FileExistsError` is raised. The file lies in a hidden folder
-    beside `path` until then, since some writers make further files of their own beside theirs, safetensors among them.
-    What killed processes have left of `path` is removed, but not what others are writing now.
+    If the body raises, nothing is left, and whatever was at `path` stays as it was. With `new`, a file that is at
+    `path` by then, such as another process's, stays too, and `FileExistsError` is raised. The temporary file is in a
+    hidden folder beside `path`, as some writers, safetensors among them, create further files beside theirs. Leftovers
+    of killed processes that were writing `path` are removed, but not what others are writing now.
     """
     path = Path(path)
     with atomic_folder(path) as temporary:
         yield temporary
-        # some writers make files that only their owner may read
+        # some writers make files that only the owner may read
         temporary.chmod(0o666 & temporary.parent.stat().st_mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -43,7 +43,7 @@ def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_write` for a folder, which the body makes; at `path` there is nothing, or an empty folder."""
+    """As `atomic_write`, for a folder that the body creates. `path` must not exist or be an empty folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     with _folder_beside(path) as folder:
@@ -52,7 +52,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.replace(path)
             sync_folder(path.parent)
-        except OSError as error:  # the name that means something to whoever reads the message
+        except OSError as error:  # name the path that the reader of the message knows
             if error.filename is None and error.errno in FULL:
                 error.filename = str(path)
             elif str(error.filename).startswith(str(temporary)):
@@ -62,12 +62,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """A hidden folder, removed at the end, that is locked as long as this process lives, where the disk has locks."""
+    """A hidden folder, removed at the end; until then this process holds a lock on it, if the disk supports locks."""
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         folder.mkdir()
         with _locked(folder) as lock:
-            if lock is False:  # taken for a leftover before it was locked
+            if lock is False:  # another process took it for a leftover before it was locked
                 continue
             try:
                 yield folder
@@ -78,7 +78,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Whether `folder` is there and locked by this block alone; None if its disk has no locks."""
+    """Yields whether `folder` exists and only this block has it locked; None if its disk does not support locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -106,24 +106,24 @@ def write_tensors(
         try:
             save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
         except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))  # all that is left of the system's answer
+            number = re.search(r"os error (\d+)", str(error))  # all that is left of the system's error
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What processes killed while they wrote `path` have left, and what others are writing it to now."""
+    """The temporary folders of `path`: of processes killed while writing it, and of those writing it now."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.????????"))
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes killed while they wrote `path` have left. What others are writing now stays."""
+    """Delete what processes that were killed while writing `path` left behind. What others are writing now stays."""
     _remove(leftovers(path))
 
 
 def remove_leftovers_within(folder: Path) -> None:
-    """`remove_leftovers` of whatever was written in `folder`, or in a folder that is there in it."""
+    """`remove_leftovers` for everything written in `folder` or in a folder directly inside it."""
     found = (path for pattern in (".*", "*/.*") for path in folder.glob(pattern))
     _remove(path for path in found if re.search(r"\.[0-9a-f]{8}$", path.name) and path.is_dir())
 
@@ -140,24 +140,24 @@ def check_writable(folder: Path) -> None:
     folder = folder.absolute()
     try:
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for instance, the name is too long
         raise ConfigError(f"{folder} cannot be a folder: {error.strerror}; choose another one") from None
     if not existing.is_dir():
         what = "a file" if existing.exists() else "a link to nothing"
         raise ConfigError(f"{folder} cannot be a folder: {existing} is {what}; choose another one")
     try:
-        # Tried, as permissions do not tell: not of read-only disks, nor of /proc, where root has them all.
+        # Tried out, as permissions do not tell: not on read-only disks, nor in /proc, where root has them all.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        # A folder that takes no files at all, such as /proc, says that its own path does not exist.
-        reason = "it takes no files" if error.errno == errno.ENOENT else error.strerror
+        # A folder that accepts no files at all, such as /proc, reports that its own path does not exist.
+        reason = "it accepts no files" if error.errno == errno.ENOENT else error.strerror
         raise ConfigError(f"{folder} cannot be written to: {existing}: {reason}; choose another one") from None
 
 
 def check_readable(path: Path) -> None:
-    """Raise the OSError of a file that may not be read: safetensors says that there is none. Raise `ConfigError` for a
-    name that is no text, which safetensors does not read.
+    """Raise the OSError of a file that may not be read, for which safetensors would say that it does not exist. Raise
+    `ConfigError` for a name that is not UTF-8, which safetensors cannot read.
     """
     with path.open("rb"):
         pass
@@ -165,22 +165,22 @@ def check_readable(path: Path) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Raise `ConfigError` for a name that is no text: safetensors writes such a file and does not read it."""
+    """Raise `ConfigError` for a name that is not UTF-8: safetensors can write such a file but not read it."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: this name is not UTF-8, and safetensors reads no such file; rename it") from None
+        raise ConfigError(f"{path}: this name is not UTF-8, which safetensors cannot read; rename it") from None
 
 
 def check_destination(path: Path) -> None:
-    """Raise `ConfigError` if no file can be written at `path`. Leaves nothing behind; a file there stays."""
+    """Raise `ConfigError` if no file can be written at `path`. Leaves nothing behind; an existing file stays."""
     check_writable(path.absolute().parent)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in a JSON text. Raises `ValueError` for any other text, for NaN, and for values nested too deeply."""
+    """The value of a JSON text. Raises `ValueError` if it is not JSON, has NaN or infinities, or nests too deeply."""
     try:
         return json.loads(text, parse_constant=_no_number)
     except RecursionError:
@@ -188,11 +188,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk: a file's new name in it is durable only then."""
+    """Flush a folder to disk: only then is a new file name in it durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

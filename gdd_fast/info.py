@@ -1,8 +1,7 @@
 """`python -m gdd_fast.info [--json] [--memory PRESET ...]`: what is installed, what this machine has, and what gdd_fast
 makes of it.
 
-Every section is gathered on its own; what is missing is reported in its place, with the reason, and never ends the
-command.
+Every section is gathered on its own; what is missing is reported in its place, with the reason, and is never fatal.
 """
 
 import argparse
@@ -29,7 +28,7 @@ PACKAGE_FOLDER = Path(__file__).parent
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of gdd_fast, Python and the packages it uses; None where one is not installed."""
+    """Versions of gdd_fast, Python and the packages it uses; None for those not installed."""
     found: dict[str, str | None] = {"gdd_fast": gdd_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -63,7 +62,8 @@ def extension() -> dict[str, Any]:
 
 
 def operators() -> dict[str, Any]:
-    """For every operator and device type of this machine: what "auto" runs, and for each backend "yes" or why not."""
+    """For every operator and device type of this machine: what "auto" runs, and for each backend "yes" or the
+    obstacle."""
     from gdd_fast.backend import obstacle, resolve
 
     def rows(operator: Any, device: str) -> dict[str, str]:
@@ -74,7 +74,7 @@ def operators() -> dict[str, Any]:
 
 
 def backends() -> dict[str, Any]:
-    """For every device type: what `--backend` makes of each choice, or why it refuses it."""
+    """For every device type and choice of `--backend`: what each operator runs, or why the choice is refused."""
     from gdd_fast.backend import resolve_all, summary
 
     def row(backend: str, device: str) -> str:
@@ -97,7 +97,7 @@ def _device_types() -> list[str]:
 
 
 def _operators() -> list[Any]:
-    """Every operator of the package that has more than its definition, by name."""
+    """Every operator of the package that has fused implementations, by name."""
     import gdd_fast.ops
 
     names = sorted(module.name for module in pkgutil.iter_modules(gdd_fast.ops.__path__))
@@ -106,7 +106,7 @@ def _operators() -> list[Any]:
 
 
 def weights() -> dict[str, str | None]:
-    """Where the ImageNet weights of each backbone are on this machine; None: to be fetched from the hub when needed."""
+    """Where the ImageNet weights of each backbone are on this machine; None: fetched from the Hub when needed."""
     from huggingface_hub import try_to_load_from_cache
 
     from gdd_fast.models.backbone_weights import HUB_FILE, HUB_REPOSITORIES
@@ -129,8 +129,8 @@ def assets() -> dict[str, bool]:
 
 
 def memory(presets: Sequence[str]) -> dict[str, Any]:
-    """By preset, the memory of a GPU that a run takes, as `train --dry-run` forecasts it without the data set; and
-    the largest `--batch-gpu` on cards of so many GB, and on this machine's GPUs."""
+    """By preset: the GPU memory that a run takes without the data set, as `train --dry-run` forecasts it, and the
+    largest `--batch-gpu` for cards of several sizes in GB and for this machine's GPUs."""
     import torch
 
     from gdd_fast.config import preset
@@ -141,7 +141,7 @@ def memory(presets: Sequence[str]) -> dict[str, Any]:
         config = preset(name)
         found, batch = forecast_recipe(config), config.run.batch
         if found is None:
-            return {"unavailable": f"the networks of {name} are its teacher's: `gdd_fast.train --dry-run` reads that"}
+            return {"unavailable": f"the networks of {name} depend on its teacher: `gdd_fast.train --dry-run` reads it"}
         cards = {f"--batch-gpu on {card} GB": n or "none fits" for card, n in found.on_cards(batch).items()}
         for index in range(torch.cuda.device_count()):
             size = torch.cuda.get_device_properties(index).total_memory
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--memory", nargs="+", metavar="PRESET", help="also forecast the GPU memory of these; some seconds each"
+        "--memory", nargs="+", metavar="PRESET", help="also forecast these presets' GPU memory; some seconds each"
     )
     args = parser.parse_args(argv)
     with start(__name__):  # nearly all of the time goes into imports

@@ -1,4 +1,4 @@
-"""Make a data set: `python -m gdd_fast.prepare --source cifar-10-python.tar.gz --dest cifar10-32x32.zip`."""
+"""Make a training data set: `python -m gdd_fast.prepare --source cifar-10-python.tar.gz --dest cifar10-32x32.zip`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,25 +22,25 @@ with start(__name__):
 
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
-    """Convert images to a data set for training: one size, gray or RGB, lossless."""
+    """Convert images to a training data set: all of one size, gray or RGB, lossless."""
 
     source: Path
-    """Folder or zip of images, CIFAR-10 python archive, folder with idx files of the MNIST family, or .npz."""
+    """Folder or zip of images, CIFAR-10 Python archive, folder with idx files of the MNIST family, or .npz."""
     dest: Path
     """The data set to write: a .zip in EDM's format, or an .npz."""
     split: Split = "train"
     """Which part of a CIFAR-10 archive or of idx files; other sources have no parts."""
     labels: Labels = "auto"
-    """`auto`: as the source states them, if it does; `folders`: one class per first-level folder; `none`."""
+    """`auto`: those that the source states, if any; `folders`: one class per first-level folder; `none`."""
     transform: Annotated[Transform, tyro.conf.arg(name="")] = field(default_factory=Transform)
     max_images: int | None = None
-    """Only that many, the first ones in the order of the source (image files: of their names)."""
+    """Convert only this many, the first in the source's order (image files: by name)."""
     overwrite: bool = False
     """Replace `--dest` if it exists."""
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write the data set and print a line about it; raises `GddFastError` before anything is written if it cannot."""
+    """Write the data set and print a line about it. Raises a `GddFastError`, with nothing written, if it cannot."""
     if config.dest.exists() and not config.overwrite:
         raise ConfigError(f"{config.dest} exists; --overwrite replaces it")
     check_destination(config.dest)
@@ -57,11 +57,11 @@ def prepare(config: PrepareConfig) -> None:
     print(f"{count} images {width}x{height}, {'gray' if channels == 1 else 'RGB'}, {classes} -> {config.dest}")
     if source.left_out:
         others = ", ".join(f"{number} {suffix}" for suffix, number in sorted(source.left_out.items()))
-        print(f"left out, not known as images: {others}")
+        print(f"left out, not recognised as images: {others}")
 
 
 def _classes(labels: np.ndarray) -> str:
-    """What a network will be told: numbers go up to the largest label, whether or not each has images."""
+    """How many classes a network will have: one per number up to the largest label, with or without images."""
     number, used = int(labels.max()) + 1, len(np.unique(labels))
     return f"{number} classes" + ("" if used == number else f" ({used} of them with images)")
 

@@ -1,11 +1,11 @@
 """`python -m gdd_fast.pretrain`: train a diffusion teacher from scratch with EDM's denoising loss.
 
     python -m gdd_fast.pretrain --data cifar10-32x32.zip --run-dir runs/teacher
-    python -m gdd_fast.pretrain --data my-images.zip --teacher my-ddpm --run-dir runs/v    # goes on, and predicts v
+    python -m gdd_fast.pretrain --data my-images.zip --teacher my-ddpm --run-dir runs/v    # trains on, to predict v
 
-The averaged network is written to RUN_DIR/teacher, which `gdd_fast.train --teacher` takes. Running the same command
+The averaged network is written to RUN_DIR/teacher; pass that to `gdd_fast.train --teacher`. Running the same command
 again resumes. SIGINT or SIGTERM saves the state after the iteration in progress; the exit status is then 128 + the
-signal's number, or 75 when --max-hours are over.
+signal's number. It is 75 when --max-hours is reached.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The processes that train, sample or measure together, as torchrun starts them, and what they tell one another."""
+"""The processes that train, sample or measure together, as torchrun starts them, and their exchanges."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together. A single process is a world of size 1 in which every exchange is a no-op."""
+    """The processes that work together. A single process is a world of size 1, in which every exchange is a no-op."""
 
     rank: int
     size: int
@@ -33,8 +33,8 @@ class World:
         return self.rank == 0
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers. Exchanged by the hosts alone: asked for in every iteration, it must not
-        wait for what their GPUs have still to do."""
+        """The largest of the ranks' numbers. The hosts exchange them: called in every iteration, this must not wait for
+        pending work of the GPUs."""
         if self.size == 1:
             return number
         votes = torch.tensor([number])
@@ -43,7 +43,7 @@ class World:
         return int(votes.item())
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """This tensor of every rank, in rank order, on the CPU; shapes must agree."""
+        """This tensor of every rank, in rank order, on the CPU; shapes and dtypes must agree."""
         if self.size == 1:
             return [tensor.cpu()]
         own = tensor.to(self.device)
@@ -53,12 +53,12 @@ class World:
         return [part.cpu() for part in parts]
 
     def share(self, items: Sequence[T], batch: int) -> list[T]:
-        """This rank's part of `items`: of their batches of `batch` every size-th, from the rank-th on."""
+        """This rank's part of `items`: with these in batches of `batch`, every size-th batch from the rank-th on."""
         starts = range(self.rank * batch, len(items), self.size * batch)
         return [item for start in starts for item in items[start : start + batch]]
 
     def from_main(self, value: T) -> T:
-        """What the main rank has given, of plain types, on every rank."""
+        """The main rank's `value`, made of plain types, on every rank."""
         held = [value]
         if self.size > 1:
             with exchanging():
@@ -66,18 +66,18 @@ class World:
         return held[0]
 
     def in_order(self, items: Iterable[T], *, everywhere: bool = False) -> Iterator[T]:
-        """On the main rank the items of all ranks, the first of each, then the second of each, and so on; with
-        `everywhere` on all of them.
+        """On the main rank, or with `everywhere` on every rank: the items of all ranks, the first of each, then the
+        second of each, and so on.
 
-        Items are tensors and plain types, or tuples and lists of them; tensors that have travelled arrive on the CPU.
-        Other ranks give theirs and get nothing: they have to go through the iterator all the same.
+        Items are tensors and plain types, or tuples and lists of them; exchanged tensors arrive on the CPU. Ranks that
+        get nothing must exhaust the iterator all the same, to send their items.
         """
         if self.size == 1:
             yield from items
             return
         own = iter(items)
         while True:
-            mine = list(islice(own, 1))  # nothing, where another rank has one more
+            mine = list(islice(own, 1))  # empty if another rank has one more
             if not self.largest(len(mine)):
                 return
             mine = tree_map_only(Tensor, Tensor.cpu, mine)
@@ -96,12 +96,12 @@ class World:
 
 
 ALONE = World(0, 1, torch.device("cpu"))
-"""For what a process computes by itself."""
+"""For what a process computes on its own."""
 
 
 @contextlib.contextmanager
 def exchanging() -> Iterator[None]:
-    """Raises `LostProcessError` if another process of the world is not there any more."""
+    """Raises `LostProcessError` if another process of the world has gone."""
     try:
         yield
     except RuntimeError as error:
@@ -116,18 +116,18 @@ def _lost(error: RuntimeError) -> LostProcessError:
 
 
 def _is_of_a_lost_process(error: RuntimeError) -> bool:
-    """Whether gloo or NCCL says in an exchange that was not ours, FSDP's, that the other side is not there any more."""
+    """Whether gloo or NCCL reports, from an exchange of FSDP's and not ours, that the other side has gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def world_size() -> int:
-    """The number of processes that torchrun started, 1 without it. Raises `ConfigError` as `join`."""
+    """The number of processes that torchrun started, 1 without it. Raises `ConfigError` as `join` does."""
     launched = _launched()
     return 1 if launched is None else launched[1]
 
 
 def is_main() -> bool:
-    """Whether this process is the one of its run that writes and prints. Raises `ConfigError` as `join`."""
+    """Whether this process is the one of its run that writes and prints. Raises `ConfigError` as `join` does."""
     launched = _launched()
     return launched is None or launched[0] == 0
 
@@ -143,22 +143,22 @@ def _launched() -> tuple[int, int, int] | None:
         rank, size, local = -1, 0, -1
     if not (0 <= rank < size and local >= 0):
         said = ", ".join(f"{name}={os.environ[name]!r:.20}" for name in _TORCHRUN)
-        raise ConfigError(f"{said} in the environment are not as torchrun sets them; start with torchrun")
+        raise ConfigError(f"{said} in the environment are not what torchrun would set; start with torchrun")
     return rank, size, local
 
 
 def _check_environment(names: Iterable[str]) -> None:
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} not in the environment, as torchrun sets it; start with torchrun")
+        raise ConfigError(f"{' and '.join(missing)} not in the environment, but torchrun sets it; start with torchrun")
 
 
 @contextlib.contextmanager
 def join(option: str) -> Iterator[World]:
-    """Enter the world torchrun started this process in, or a world of one; leave it at the end.
+    """Enter the world in which torchrun started this process, or a world of one; leave it at the end.
 
-    Raises `ConfigError` for a device that is not there and for an environment that only half looks like torchrun's, and
-    `LostProcessError` if the block ends because another process of the world has.
+    Raises `ConfigError` for a missing device or an environment that is only partly torchrun's, and `LostProcessError`
+    if the block ends because another process of the world did.
     """
     device = pick_device(option)
     launched = _launched()
@@ -171,11 +171,11 @@ def join(option: str) -> Iterator[World]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")  # an error here: more processes than GPUs
         torch.cuda.set_device(device)
-    # The store outlives a group. A second one in the same processes must not find the addresses of the first there.
+    # The store outlives a group: a second group in the same processes must not find the first one's addresses in it.
     _check_environment(_ADDRESS)
     try:
         store, _, _ = next(dist.rendezvous("env://"))
-    except (ValueError, RuntimeError) as error:  # no port, no such host, a port that another program has
+    except (ValueError, RuntimeError) as error:  # no port, no such host, or a port in use by another program
         where, why = ":".join(os.environ[name] for name in _ADDRESS), str(error).partition("\n")[0]
         raise ConfigError(f"the processes of this run cannot meet at {where} ({why}); start with torchrun") from error
     number = (store.add("gdd_fast.joined", 1) - 1) // size
@@ -187,5 +187,5 @@ def join(option: str) -> Iterator[World]:
         if not _is_of_a_lost_process(error):
             raise
         raise _lost(error) from error
-    # Not after an error: the other ranks may not be there to take leave of, and torchrun ends them.
+    # Not after an error: the other ranks may be gone already, and torchrun ends those that are not.
     dist.destroy_process_group()

@@ -1,12 +1,12 @@
-"""Images from a one-step generator, or from a diffusion teacher in many steps.
+"""Generate images with a one-step generator, or with a diffusion teacher in many steps.
 
 `python -m gdd_fast.sample --net PATH --seeds 0-63 --grid grid.png --out images.zip`
 
 Under torchrun (`torchrun --standalone --nproc_per_node=8 -m gdd_fast.sample ...`) every process makes its share of the
-batches, and the first one writes them: the same files as of one process.
+batches and the first one writes them: the files are those of a single process.
 
-Ctrl-C and SIGTERM keep every image that is finished; a second signal stops at once. The same command then goes on where
-the run stopped. The exit status is 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input.
+Ctrl-C and SIGTERM keep every finished image; a second signal stops at once. The same command then continues where the
+run stopped. The exit status is 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ with start(__name__):
     from gdd_fast.sampling.writers import check_new_output
     from gdd_fast.settings import Settings
 
-_GRID_IMAGES = 400  # a sheet of more is not looked at, and a run of 50,000 must not hold its images in memory
+_GRID_IMAGES = 400  # nobody looks at a larger sheet, and a run of 50,000 must not hold its images in memory
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,32 @@ class SampleConfig(Settings):
     """What `sample` makes."""
 
     net: str
-    """EDM .pkl, network folder, training run folder (its EMA generator), pipeline of diffusers', or the name of a
-    repository of the Hub that holds one; `demo` is the bundled teacher."""
+    """EDM .pkl, network folder, training run folder (its EMA generator), diffusers pipeline, or the name of a Hub
+    repository that holds one; `demo` is the bundled teacher."""
     out: Path | None = None
     """Where the images go: a .zip, an .npz (arr_0 uint8 NHWC, arr_1 classes), or a new folder of PNGs."""
     grid: Path | None = None
-    """A PNG with the images side by side (the first 400)."""
+    """A PNG that shows the first 400 images side by side."""
     seeds: str = "0-63"
     """Numbers and ranges, such as 0-63,100. The image of a seed does not depend on the other seeds."""
     class_index: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Make only this class; otherwise each seed draws its own."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     batch: int = 64
-    """Images through the network at once."""
+    """Images per pass through the network."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     backend: Backend = "auto"
-    """Which implementation of the fused operators runs: `auto` takes the best there is, `torch` their definitions. A
-    named one runs the operators that have it, and their definitions for the others."""
+    """Which implementation of the fused operators runs: `auto` takes the best available, `torch` their definitions.
+    With any other, operators that lack it run their definition."""
     generator_device: Literal["cpu", "cuda"] = "cpu"
-    """Where random numbers are drawn. `cpu` makes the same latents on every machine; `cuda` those of EDM's code."""
+    """Where random numbers are drawn. `cpu` gives the same latents on every machine, `cuda` those of EDM's code."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Compute type of the network; by default the one it was saved with."""
+    """Compute dtype of the network; by default the one it was saved with."""
     engine: Engine = "auto"
     """How one-step sampling runs: `eager`, `compile`, `graph` (CUDA graphs); `auto` is `graph` on a GPU."""
     subdirs: bool = False
-    """In a folder, give every thousand seeds a folder of their own. A zip always has them."""
+    """In an output folder, put every thousand seeds in a subfolder. A zip always has subfolders."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work, before the network is read."""
@@ -87,9 +87,9 @@ class SampleConfig(Settings):
         if self.out is not None:
             check_writable(self.out.absolute().parent)
         if self.engine != "auto" and self.sampler.sampler != "one-step":
-            raise ConfigError(f"--engine {self.engine} is for the sampler one-step, not {self.sampler.sampler}")
+            raise ConfigError(f"--engine {self.engine} is for the one-step sampler, not {self.sampler.sampler}")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
-            raise ConfigError(f"--grid is a .png, not {self.grid}")
+            raise ConfigError(f"--grid must be a .png file, not {self.grid}")
         if self.grid is not None:
             check_destination(self.grid)
         if self.batch < 1:
@@ -102,12 +102,12 @@ class SampleConfig(Settings):
 
 @full_float32()
 def sample(config: SampleConfig) -> None:
-    """Write the images of `config`. Raises a `GddFastError` before the first image if anything in it cannot work."""
+    """Write the images that `config` asks for. Raises a `GddFastError` before the first image if it cannot work."""
     config.validate()
     seeds = parse_seeds(config.seeds)
     with join(config.device) as world:
         engine = choose_engine(config.engine, world.device)
-        # before the network is read, which may take minutes
+        # before reading the network, which may take minutes
         reserved = reserve(config.out) if config.out is not None and world.is_main else nullcontext()
         with reserved as output:
             _sample(config, seeds, world, engine, output)
@@ -120,7 +120,7 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
     check_class(config.class_index, net.label_dim)
     if net.img_channels not in (1, 3):
         raise ConfigError(
-            f"{config.net} makes maps of {net.img_channels} channels, and files of images have 1 or 3: call "
+            f"{config.net} makes maps of {net.img_channels} channels, but image files have 1 or 3: call "
             'OneStepGenerator.from_pretrained(...)(n, output="float") for the values'
         )
     run = _run(config, seeds, net)
@@ -152,7 +152,7 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
     ):
         done = world.largest(0 if writer is None else writer.done)
         if done:
-            bar.write(f"{config.out}: going on after {done} images")
+            bar.write(f"{config.out}: resuming after {done} images")
             bar.update(done)
         left = seeds[done:]
         for part in world.in_order(images_of(world.share(left, config.batch))):
@@ -163,8 +163,8 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
             bar.update(len(part.seeds))
         seconds = time.monotonic() - started
         if config.grid is not None and world.is_main:
-            # Before the images appear under their name: from then on nothing is made again. Those that an earlier run
-            # wrote are, here.
+            # Before the images appear under their final name: after that, nothing would be remade. Here, those that an
+            # earlier run wrote are made again for the grid.
             again = images_of(seeds[: min(done, _GRID_IMAGES)])
             save_grid(torch.cat([part.images for part in again] + shown), config.grid)
     if world.is_main:
@@ -174,7 +174,7 @@ def _sample(config: SampleConfig, seeds: Sequence[int], world: World, engine: En
 
 
 def _run(config: SampleConfig, seeds: Sequence[int], net: torch.nn.Module) -> dict[str, Any]:
-    """What the images depend on: a run that was interrupted is taken up only by the same one."""
+    """What the images depend on: an interrupted run is resumed only if all of this is the same."""
     return {
         "network": network_digest(net),
         "dtype": str(net.dtype),

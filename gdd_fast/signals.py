@@ -1,4 +1,5 @@
-"""Stopping on SIGINT (Ctrl-C) or SIGTERM (a scheduler) between steps that belong together instead of within one."""
+"""Stopping on SIGINT (Ctrl-C) or SIGTERM (a scheduler) between groups of steps that belong together, never within
+one."""
 
 import contextlib
 import os
@@ -10,20 +11,19 @@ from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A terminal's Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun.
+# Ctrl-C reaches a process under torchrun twice: from the terminal and from torchrun.
 SAME_REQUEST_SECONDS = 1.0
 
 
 def _say(message: bytes) -> None:
-    """Written to stderr directly: the signal may have interrupted a print, and may have ended the reader of stderr
-    too."""
+    """Write to stderr directly: the signal may have interrupted a print, or ended the reader of stderr too."""
     with contextlib.suppress(OSError):
         os.write(2, message)
 
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Neither signal reaches this thread before the block's end."""
+    """Hold back both signals from this thread until the end of the block."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -34,7 +34,7 @@ def _blocked() -> Iterator[None]:
 class _Handlers:
     """While entered, SIGINT and SIGTERM go to `_handle`.
 
-    They reach Python's main thread alone: entered in another thread, this does nothing.
+    Python handles signals in its main thread only: entered in another thread, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _Handlers:
                     for number in SIGNALS:
                         self._previous[number] = signal.getsignal(number)
                         signal.signal(number, self._handle)
-            except BaseException:  # of a signal that came meanwhile
+            except BaseException:  # from a signal that arrived meanwhile
                 self.__exit__()
                 raise
         return self
@@ -56,7 +56,7 @@ class _Handlers:
     def __exit__(self, *_: object) -> None:
         with _blocked():
             for number, handler in self._previous.items():
-                # None: a handler that was not installed from Python, which cannot be put back from Python either
+                # None: a handler that was not installed from Python and cannot be restored from Python either
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -78,7 +78,7 @@ class StopRequest(_Handlers):
     """While entered, the first SIGINT or SIGTERM is only noted in `signal`; a later SIGINT interrupts at once.
 
     Args:
-        announce: say on stderr that the signal has been seen, as the iteration in progress may take a while.
+        announce: say on stderr that the signal was received, as the iteration in progress may take a while.
     """
 
     def __init__(self, announce: bool = True) -> None:
@@ -97,10 +97,10 @@ class StopRequest(_Handlers):
 
 
 class Interruptible(_Handlers):
-    """While entered, SIGTERM raises `SystemExit(143)`, as SIGINT raises `KeyboardInterrupt`: what the block leaves is
-    put in order before the process ends. Either goes to the handler that there was before, if that was set.
+    """While entered, SIGTERM raises `SystemExit(143)`, as SIGINT raises `KeyboardInterrupt`, so that the block can
+    clean up. A handler that was set before gets the signal instead.
 
-    Within `held` the first signal takes effect at the end; a later one at once.
+    Within `held` the first signal takes effect at the end of that block, a later one at once.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Interruptible(_Handlers):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """For steps that belong together. May be entered again within."""
+        """For steps that belong together. Can be nested."""
         self._depth += 1
         try:
             yield

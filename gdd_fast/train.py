@@ -6,13 +6,12 @@
     python -m gdd_fast.train --precision public ...       # the public code's arithmetic; see docs/precision.md
     torchrun --standalone --nproc_per_node=8 -m gdd_fast.train ...
 
---preset names the recipe whose settings are the defaults below; --precision fast or public changes those that
-docs/precision.md lists, and on a GPU is fast; flags override them. With a --teacher of your own and no --preset, the
-settings follow from its resolution and size, and are printed. Running the same command again resumes, and shows the
-report again once the run is finished. SIGINT or SIGTERM saves the state after the iteration in progress; the exit
-status is then 128 + the signal's number (130, 143), 75 when --max-hours are over, 2 for bad input, 0 for a finished
-run. After a process that failed, torchrun prints a traceback of its own and exits with 1: the line that begins "error:"
-says why.
+--preset names the recipe whose settings are the defaults below. --precision fast or public changes the settings that
+docs/precision.md lists; on a GPU the default is fast. Flags override both. With a --teacher of your own and no
+--preset, the settings follow from its resolution and size, and are printed. The same command again resumes the run, or
+shows its report once it is finished. SIGINT or SIGTERM saves the state after the iteration in progress. The exit status
+is 0 for a finished run, 128 + the signal's number (130, 143), 75 when --max-hours is reached, or 2 for bad input. When
+a process fails, torchrun adds a traceback and exits with 1: the line "error: ..." says why.
 """
 
 import sys
@@ -42,15 +41,15 @@ class Command:
 
     config: TrainConfig
     dry_run: bool = False
-    """Print the resolved settings, what would train and what is still needed, and stop."""
+    """Print the resolved settings, what would be trained and what is still needed, then stop."""
 
 
 def read(arguments: Sequence[str]) -> Command:
     """The recipe named by `--preset`, in the precision of `--precision` if given, overridden by the other flags.
 
-    Without a preset it is the demo's, and with a teacher the one that fits it. On a GPU the precision of a recipe for
-    CPUs is that of the others; a run goes on in the one that it was begun in. Raises `ConfigError`, `CheckpointError`,
-    and what reading the teacher raises.
+    Without a preset the recipe is the demo's or, given a teacher, the one that fits the teacher. On a GPU a recipe for
+    CPUs takes the precision of the other recipes; a run resumes in the precision it was started in. Raises
+    `ConfigError`, `CheckpointError`, and whatever reading the teacher raises.
     """
     name, arguments = pop_option(arguments, "preset", default="")
     precision, arguments = pop_option(arguments, "precision", default="")
@@ -77,7 +76,7 @@ def _asked(recipe: TrainConfig, arguments: Sequence[str]) -> Command:
 
 
 def _is_taken(fast: TrainConfig, as_is: TrainConfig) -> bool:
-    """Whether the first of the two is: the one that the run folder's checkpoint is of, else by the device."""
+    """Whether to use `fast`: if it is what the run folder's checkpoint was made with, else if the device is a GPU."""
     with start(__name__):  # imported late: --help, which has ended by now, needs no torch
         from gdd_fast.device import pick_device
         from gdd_fast.training.loop import stored_values
@@ -97,14 +96,15 @@ def _precisions(config: dict[str, Any]) -> list[str | None]:
 
 
 def _recipe_of(teacher: str, velocity: str) -> TrainConfig:
-    """`velocity` is what --velocity-kimg was given, or nothing: at 0 a network that predicts noise stays one."""
+    """`velocity` is the value of --velocity-kimg, "" if not given: at 0, a network that predicts noise keeps doing
+    so."""
     from gdd_fast.distill.components import load_teacher
 
     net = load_teacher(teacher)
     size = sum(p.numel() for p in net.parameters())
     try:
         left_out = float(velocity) == 0
-    except ValueError:  # nothing, or what the parser refuses
+    except ValueError:  # empty, or something that the parser will refuse
         left_out = False
     kind = {"predicts_noise": net.predicts_noise, "learns_velocity": net.learns_velocity and not left_out}
     recipe = recipe_for(net.img_resolution, size, net.label_dim, **kind)
@@ -112,12 +112,12 @@ def _recipe_of(teacher: str, velocity: str) -> TrainConfig:
     return override(recipe, run_dir=run_dir)
 
 
-# What a teacher says nothing about.
+# Settings that do not follow from the teacher.
 _GIVEN = ("data", "teacher", "run_dir", "seed", "device", "backend", "workers")
 
 
 def settings_of(config: TrainConfig) -> str:
-    """The settings of a run without preset, as the flags that would set them."""
+    """The settings of a run without a preset, as the flags that would set them."""
     shown = [
         (name, value)
         for section in fields(config)
@@ -130,7 +130,7 @@ def settings_of(config: TrainConfig) -> str:
         + ("" if isinstance(value, bool) else f" {' '.join(map(str, value)) if isinstance(value, list) else value}")
         for name, value in shown
     ]
-    return "Settings by the teacher's resolution and size, each of which a flag changes:\n  " + " ".join(words)
+    return "Settings that follow from the teacher's resolution and size; a flag overrides each:\n  " + " ".join(words)
 
 
 @command
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not result.is_main:
         return
     if not result.new_images:
-        print(f"{config.run_dir} is finished: {result.images:,} images. A longer --duration-mimg goes on from there.")
+        print(f"{config.run_dir} is finished: {result.images:,} images. A larger --duration-mimg continues it.")
     if result.distances:
         print(comparison.table(config.run_dir))
     print(f"One-step generator in {result.generator}")

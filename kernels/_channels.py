@@ -1,13 +1,13 @@
-"""What the channel-wise kernels share: tiles, statistics, sums over groups, affine parts, the sigmoid.
+"""What the channel-wise kernels share: tiles, statistics, sums over groups, affine maps, the sigmoid.
 
 All offsets are 64-bit, all arithmetic is float32.
 
 Statistics of a tensor (N, C, H, W) are (N, P, 2, C): the mean and the sum of squared deviations (M2) of each channel
 over each of P consecutive runs of ceil(H * W / P) pixels, the last one possibly shorter. A run of n pixels is summed
-less one of its own values, k: with d = x - k, M2 = sum(d^2) - sum(d)^2 / n. As k is one of the values, M2 is (mean -
-k)^2 or more, the terms at most n times as large, and a mean far above the spread costs no digit. k is the pixel in the
-middle: corners of a convolution's result are often far out. Runs are merged as in Chan, Golub & LeVeque (1979), also
-relative to one of them.
+after subtracting one of its own values, k: with d = x - k, M2 = sum(d^2) - sum(d)^2 / n. As k is one of the values, M2
+is at least (mean - k)^2 and the terms are at most n times as large, so a mean far above the spread costs no digits. k
+is the middle pixel, as corners of a convolution's result are often outliers. Runs are merged as in Chan, Golub &
+LeVeque (1979), also relative to one of them.
 """
 
 import triton
@@ -100,8 +100,8 @@ def group_sum(v, member):
 
 @triton.jit
 def group_mean(v, member, GROUP: tl.constexpr):
-    """For each channel the mean of v over its group, and v less that; the second time around for the digits that the
-    first has lost where v is far from zero."""
+    """For each channel the mean of v over its group, and v minus that mean; a second pass restores digits that the
+    first loses if v is far from zero."""
     mean = group_sum(v, member) * (1.0 / GROUP)
     rest = v - mean
     correction = group_sum(rest, member) * (1.0 / GROUP)
@@ -110,10 +110,10 @@ def group_mean(v, member, GROUP: tl.constexpr):
 
 @triton.jit
 def sigmoids(t, dtype: tl.constexpr):
-    """1 / (1 + exp(-t)) and 1 / (1 + exp(t)); for half types by the root's unit, one instruction where a division is
-    five: these kernels have some 40 to 60 for the time that an element's bytes take."""
-    # The second is no difference from 1, and the bound keeps it from being infinity times zero. At minus infinity it is
-    # 0, and what is multiplied by both NaN, as in PyTorch.
+    """1 / (1 + exp(-t)) and 1 / (1 + exp(t)). Half types use a reciprocal root, one instruction instead of a division's
+    five: these kernels have only some 40 to 60 in the time that an element's bytes take."""
+    # The second is not computed as 1 minus the first, to keep its digits, and the bound avoids infinity times zero. At
+    # minus infinity it is 0, and products with both are NaN, as in PyTorch.
     e = tl.exp2(t * -1.4426950408889634)  # log2(e)
     if dtype == tl.float32:
         s = 1.0 / (1.0 + e)
@@ -136,7 +136,7 @@ def silu(t, dtype: tl.constexpr):
 
 @triton.jit
 def row_values(row, n, row_n, channel, inside):
-    """Values (N, C) of sample n as float32 [BLOCK_C]; zero without."""
+    """Values (N, C) of sample n as float32 [BLOCK_C]; zeros if there are none."""
     if row is None:
         return tl.zeros(channel.shape, tl.float32)
     else:

@@ -1,10 +1,10 @@
 """group_norm_silu's backward kernels: the sums over pixels that the gradients need, and the gradients.
 
-With xhat = (u - mean) * rstd, dt the gradient of what enters the SiLU and a = (1 + scale) * weight,
+With xhat = (u - mean) * rstd, dt the gradient of the SiLU's input and a = (1 + scale) * weight,
 
     dx = rstd * (a * dt - mean(a * dt) - xhat * mean(a * dt * xhat))
 
-where means go over a group; every other gradient is a sum of dt, of dt * xhat or, for `add`, of dx over the pixels.
+where means are over a group; every other gradient is a sum of dt, of dt * xhat or, for `add`, of dx over the pixels.
 """
 
 import triton
@@ -56,7 +56,7 @@ def backward_kernel(
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     SUM_PARTS: tl.constexpr, SUMS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """SUM_PARTS: room for the parts of the sums given; 0 to compute them here.
+    """SUM_PARTS: room for the parts of given sums; 0: compute them here.
 
     dadd, dscale and dshift are (N, C); dweight and dbias too, still to be summed over the samples.
     """

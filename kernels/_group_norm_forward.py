@@ -1,4 +1,4 @@
-"""group_norm_silu's forward kernels: the statistics of a map, and the norm with all that surrounds it.
+"""group_norm_silu's forward kernels: the statistics of a map, and the norm with the operations around it.
 
 A program owns whole groups of one sample, or a part of their pixels (see group_norm_silu.py).
 """
@@ -44,7 +44,7 @@ def forward_kernel(
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     X_PARTS: tl.constexpr, SKIP_PARTS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """X_PARTS and SKIP_PARTS: room for the parts of the statistics given; 0 to compute them here."""
+    """X_PARTS and SKIP_PARTS: room for the parts of given statistics; 0: compute them here."""
     block, part, n = program(blocks, parts)
     local = tl.arange(0, BLOCK_C)
     first = block * CHANNELS
@@ -121,7 +121,7 @@ def _apply(
     y = tile_pointers(y, y_c, y_s, y_channel, start, BLOCK_S)
     for s in range(start, end, BLOCK_S):
         valid = (s + tl.arange(0, BLOCK_S) < end)[:, None] & inside[None, :]
-        # centred before it is scaled: a mean far above the spread costs no digits
+        # centred before scaling, so that a mean far above the spread costs no digits
         t = (tl.load(x, valid, 0).to(tl.float32) - centre[None, :]) * a[None, :] + b[None, :]
         if SILU:
             t = silu(t, y.dtype.element_ty)

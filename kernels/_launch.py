@@ -3,14 +3,14 @@
 tuned.json holds for every operator (group_norm_silu: for either direction)
 
     "default"       options that hold everywhere, by rule: tiles, warps, a limit of registers
-    "sm_90", ...    what differs on an architecture; "measured" among it is a list of {"shape": ..., "options": ...},
+    "sm_90", ...    what differs on an architecture; "measured" in it is a list of {"shape": ..., "options": ...},
                     of which the entry nearest to the shape at hand is taken
 
 and for attention also "faster_than_sdpa": by architecture, the [tokens, channels per head, type] at which the kernels
 were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
 
-It is read once, and checked whole (_tuned.py). An architecture without an entry runs by rule, as sm_80 and sm_90 do
-until someone measures them.
+It is read once and checked as a whole (_tuned.py). An architecture without an entry uses the defaults, as sm_80 and
+sm_90 do until someone measures them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import torch
 
 from ._tuned import read as read_table
 
-# Programs that Triton's interpreter is given as a full chip: few, so that small tests meet both sides of every rule.
+# Programs that count as a full chip in Triton's interpreter: few, so that small tests meet both sides of every rule.
 _INTERPRETED_PROGRAMS = 8
 
 TABLE = Path(__file__).parent / "tuned.json"
@@ -34,7 +34,7 @@ TABLE = Path(__file__).parent / "tuned.json"
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid and what it is given; `options` are arguments by name and Triton's own."""
+    """A kernel, its grid and its arguments; `options` are arguments by name and Triton's own options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -44,7 +44,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Noted:
-    """What would have been launched, and the memory that lies between the launches."""
+    """What would have been launched, and the memory passed between launches."""
 
     launches: list[Launch] = field(default_factory=list)
     workspaces: list[torch.Tensor] = field(default_factory=list)
@@ -73,7 +73,7 @@ def workspace(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def noting() -> Iterator[Noted]:
-    """Inside, `launch` notes and does not launch."""
+    """Within the block, `launch` notes launches instead of making them."""
     found = Noted()
     token = _noted.set(found)
     try:
@@ -95,15 +95,15 @@ def faster_than_sdpa(device: torch.device) -> list[list]:
 
 @functools.lru_cache(maxsize=4096)
 def configuration(operator: str, device: torch.device, shape: tuple[int, ...] = ()) -> dict[str, int]:
-    """Launch options of `operator` on `device`; those of another device than a GPU are the rule's."""
+    """Launch options of `operator` on `device`; for anything but a GPU, the defaults."""
     return options_on(_architecture(device) if device.type == "cuda" else "", operator, shape)
 
 
 def options_on(architecture: str, operator: str, shape: tuple[int, ...] = ()) -> dict[str, int]:
     """Launch options of `operator` on "sm_90", ....
 
-    Those of the operator ("default"), overridden by those of the architecture, overridden by the entry of the
-    architecture's "measured" list whose "shape" is nearest to `shape` in ratio, if it has such a list.
+    The operator's ("default"), overridden by the architecture's, and these by the entry of its "measured" list, if any,
+    whose "shape" is nearest to `shape` in ratio.
     """
     entries = table()[operator]
     options = entries["default"] | entries.get(architecture, {})
@@ -137,12 +137,12 @@ def on_its_device(launcher: Callable) -> Callable:
 
 @functools.cache
 def programs_wanted(device: torch.device) -> int:
-    """As many programs as keep every multiprocessor of `device` busy: two each."""
+    """The number of programs that keeps every multiprocessor of `device` busy: two each."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def pixel_stride(x: torch.Tensor) -> int:
-    """The step from one pixel of (N, C, H, W) to the next, where rows are evenly spaced."""
+    """The step from one pixel of (N, C, H, W) to the next, whose rows are evenly spaced."""
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)

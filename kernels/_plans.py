@@ -1,7 +1,7 @@
-"""Launches described once, to be repeated from C++ (csrc/launch_plan.h) without Triton's work per call.
+"""Describes launches once, to be repeated from C++ (csrc/launch_plan.h) without Triton's work in every call.
 
-An operator's launchers run as they are, but `_launch.launch` notes what they would launch. From the tensors that are
-handed to kernels, by identity, follows which are inputs and which are results or workspaces made on the way.
+An operator's launchers run unchanged, but `_launch.launch` only notes what they would launch. The identities of the
+tensors passed to kernels tell which are inputs and which are results or workspaces made on the way.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from ._launch import Launch, noting
 
-# How the bits of the types that Triton gives to numbers lie in memory.
+# The memory formats of Triton's types for numbers.
 _BITS = {"i1": "<i", "i32": "<i", "i64": "<q", "u1": "<I", "u32": "<I", "u64": "<Q", "fp32": "<f", "f32": "<f"}
 
 
 def plan(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor | None]) -> tuple[int, list[Tensor], list]:
     """(number of results, tensors like those to be made, launches): what `call()`, which returns the results, launches
-    on `inputs`. Nothing is launched. Results that are inputs themselves are left out.
+    on `inputs`. Nothing is launched. Results that are themselves inputs are left out.
 
     A launch is a function of all tensors, inputs first, where the kernels are interpreted; else (handle, grid, threads,
     shared memory, arguments), an argument being (index of a tensor, 0) or (-1, its bits).
 
-    Raises AssertionError for a kernel that cannot be repeated so, or that reads what `call` computed otherwise.
+    Raises AssertionError for a kernel that cannot be repeated like this, or that reads something computed otherwise.
     """
     device = next(t.device for t in inputs if t is not None)
     given = {id(t): i for i, t in enumerate(inputs) if t is not None}

@@ -1,8 +1,8 @@
-"""How the channel-wise kernels cut (N, C, H, W) into tiles of pixels x channels, by rule; tuned.json scales the rule.
+"""The rule by which channel-wise kernels cut (N, C, H, W) into tiles of pixels x channels; tuned.json scales it.
 
-A program owns a block of whole groups of one sample, so that no other program needs anything of a group, and walks over
-its pixels in tiles. Group sizes are no powers of two (6, 12, 18, 36 channels), blocks are: the rule takes the smallest
-block that wastes at most a quarter of its lanes, which masks switch off without touching memory.
+A program owns a block of whole groups of one sample, so that programs share no group, and walks over its pixels in
+tiles. Group sizes need not be powers of two (6, 12, 18, 36 channels), but blocks are: the rule takes the smallest block
+that wastes at most a quarter of its lanes, which masks switch off without touching memory.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Tile:
 
 
 def power_of_2(x: int) -> int:
-    """The smallest power of two that is not below x >= 1."""
+    """The smallest power of two that is at least x >= 1."""
     return 1 << (x - 1).bit_length()
 
 
@@ -39,7 +39,7 @@ def ceil_div(a: int, b: int) -> int:
 def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: int) -> Tile:
     """The tile for `channels` in groups of `group`, of about `elements` elements."""
     # In channels_last memory a row of the tile is contiguous, and 32 channels fill two sectors of the cache or more. In
-    # contiguous memory a column is: then the fewer channels the longer the run, but a tile should not be a sliver.
+    # contiguous memory a column is: the fewer channels, the longer the run, but a tile should not be too narrow.
     narrowest = 32 if channels_last else max(1, elements // (4 * power_of_2(pixels)))
     best, best_quality = None, (False, 0.0)
     for block_c in _BLOCKS:
@@ -66,7 +66,7 @@ def tile(channels: int, group: int, pixels: int, channels_last: bool, elements: 
 
 
 def split(blocks: int, pixels: int, block_s: int, programs: int) -> tuple[int, int]:
-    """(parts, chunk): a sample's pixels go in `parts` runs of `chunk`, so that `blocks` x parts is about `programs`.
+    """(parts, chunk): a sample's pixels form `parts` runs of `chunk`, so that `blocks` x parts is about `programs`.
 
     No run is empty and the last may be shorter. Runs start at multiples of 16 pixels, for vector loads from contiguous
     memory.

@@ -1,7 +1,7 @@
-"""Reading tuned.json, the table of launch options that people add their measurements to; its format is in _launch.py.
+"""Reads tuned.json, the table of launch options to which people add measurements; _launch.py describes its format.
 
-The whole file is checked when it is read. A wrong option would otherwise show only at the first launch of its kernel,
-in the middle of a run, as an error of Triton's that does not name the file.
+The whole file is checked when it is read. Otherwise a wrong option would show only at the first launch of its kernel,
+in the middle of a run, as a Triton error that does not name the file.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-# By option: the smallest and largest value, and whether only powers of two are taken. Tiles: Triton lays out at most
+# By option: the smallest and largest values, and whether only powers of two are allowed. Tiles: Triton lays out at most
 # 2^20 elements at once, its products take at least 16 rows.
 _TILE = (1, 1 << 16, True)
 _ROWS = (16, 256, True)
@@ -23,7 +23,7 @@ _LIMITS = {
     "num_stages": (1, 8, False),
     "maxnreg": (24, 255, False),
 }
-# What each kernel must be told; num_stages and maxnreg may be left to Triton.
+# The options that each kernel requires; num_stages and maxnreg may be left to Triton.
 _TILED = {
     "relu_bits": {"BLOCK"},
     "max_pool2x2": {"BLOCK"},
@@ -43,11 +43,11 @@ _TYPES = ("float32", "float16", "bfloat16")
 
 
 class TableError(ValueError):
-    """A table that is missing, is no JSON, or has an entry that no kernel can be launched with."""
+    """A table that is missing, is not JSON, or has an entry with which no kernel can be launched."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table at `path`. Raises TableError, which names the entry and what belongs there."""
+    """The table at `path`. Raises a TableError that names the entry and what belongs there."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -103,7 +103,7 @@ def _check_attention(entries: Any) -> None:
 
 
 def _architectures(at: str, entries: Any, required: Collection[str] = ()) -> list[str]:
-    """The keys beside the required ones, each of which must be an architecture."""
+    """The keys other than the required ones, each of which must be an architecture."""
     _want(isinstance(entries, dict), at, "an object", entries)
     _keys({name: None for name in entries if name in required}, at, required=required)
     found = [name for name in entries if name not in required]
@@ -121,7 +121,7 @@ def _check_options(at: str, options: Any, tile: set[str], required: Collection[s
 
 
 def _keys(value: Any, at: str, required: Collection[str] = (), allowed: Collection[str] = ()) -> None:
-    """Check that `value` is an object with all of `required`, and nothing else than `allowed` (as a rule, those)."""
+    """Check that `value` is an object with all of `required`, and nothing other than `allowed` (by default, those)."""
     _want(isinstance(value, dict), at, "an object", value)
     missing, unknown = sorted(set(required) - value.keys()), sorted(value.keys() - set(allowed or required))
     if missing or unknown:

@@ -1,11 +1,11 @@
 """Self-attention over pixels in Triton, on the packed result of the qkv convolution in channels_last memory.
 
-FlashAttention-2's schedule (Dao, arXiv 2307.08691): a program has one tile of queries (or, for the gradients of keys
-and values, one tile of keys) of one head of one image and runs over the others, with running maxima and sums in
-float32. Backward recomputes the probabilities from the logarithms of their sums. Every result has one writer, so it
-repeats to the bit. q, k and v are read where the convolution left them and their gradients written likewise: channel c
-of head h lies at h * STRIDE_H + c * STRIDE_C, and q, k and v are STRIDE_J apart. Offsets of images are 64-bit, those
-within an image 32-bit.
+FlashAttention-2's schedule (Dao, arXiv 2307.08691): a program has one tile of queries (or, for gradients of keys and
+values, of keys) of one head of one image and loops over the keys (or queries), with running maxima and sums in float32.
+Backward recomputes the probabilities from the logarithms of their sums. Every result has one writer, so it repeats to
+the bit. q, k and v are read in the convolution's output and their gradients written likewise: channel c of head h is at
+h * STRIDE_H + c * STRIDE_C, and q, k and v are STRIDE_J apart. Offsets of images are 64-bit, those within an image
+32-bit.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _store(ptr, value, rows, tokens, stride_t, D: tl.constexpr, STRIDE_C: tl.con
 
 @triton.jit
 def _program(tokens, BLOCK: tl.constexpr):
-    """(tile of tokens, image and head) of this program, in a grid of one dimension: a second ends at 65535."""
+    """(tile of tokens, image and head) of this program, in a one-dimensional grid, as others are limited to 65535."""
     tiles = tl.cdiv(tokens, BLOCK)
     pid = tl.program_id(0)
     return pid % tiles * BLOCK + tl.arange(0, BLOCK), (pid // tiles).to(tl.int64)
@@ -169,8 +169,8 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, heads: i
 
 
 def channels_at_once(head_dim: int, bytes_each: int) -> int:
-    """What the products of the query gradient take at a time: in float32, which has no tensor cores here, each channel
-    of both factors waits in a register."""
+    """How many channels the query gradient's products take at a time: in float32, without tensor cores here, each
+    channel of both factors occupies a register."""
     return head_dim if bytes_each == 2 else min(head_dim, 32)
 
 

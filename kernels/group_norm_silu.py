@@ -1,15 +1,15 @@
 """act((1 + scale) * GN(x + add; weight, bias) + shift) and its gradient in Triton, over one tensor or a pair of them.
 
 A program owns whole groups of one sample (see _tiles.py) and addresses every tensor by the strides of sample, channel
-and pixel, so contiguous and channels_last memory and slices of either are read where they lie. A pair (x, skip) is the
+and pixel, so contiguous and channels_last memory and slices of either are read in place. A pair (x, skip) is the
 concatenation of their channels: a block of channels reads the part in x, then the part in skip.
 
-Where samples and blocks alone fill the device, one kernel does all: it walks over its pixels once for the statistics
-and once more to apply them, the second time from cache. Otherwise pixels are split over programs, and the statistics
-(or the sums the gradient needs) of each part come from a kernel before. No atomics: results repeat to the bit.
+If samples and blocks alone fill the device, one kernel does all: it walks over its pixels once for the statistics and
+again, from cache, to apply them. Otherwise pixels are split over programs, and the statistics (or the sums that the
+gradient needs) of each part come from an earlier kernel. No atomics: results repeat to the bit.
 
-The kernels are in _group_norm_forward.py and _group_norm_backward.py. Counts of programs and parts tell nothing of
-addresses, so kernels are not compiled anew for each (do_not_specialize).
+The kernels are in _group_norm_forward.py and _group_norm_backward.py. Counts of programs and parts say nothing about
+alignment, so kernels are not specialised on them (do_not_specialize).
 """
 
 import torch
@@ -21,12 +21,12 @@ from ._launch import configuration, launch, on_its_device, pixel_stride, program
 from ._tiles import MOST_PARTS, Tile, ceil_div, power_of_2, split, tile
 
 _WIDEST = 128
-"""Channels of a block up to which the backward kernels keep a tile of the usual size. With more, what they have for
-each channel takes the registers that the tile needs, and they spill."""
+"""Channels per block up to which the backward kernels keep the usual tile size. With more, per-channel values take the
+registers that the tile needs, and they spill."""
 
 
 class Partition:
-    """How one call is cut: the tile, the parts that pixels are split into, and whether one kernel does it all."""
+    """How one call is partitioned: the tile, and the parts into which pixels are split."""
 
     def __init__(self, kind: str, x: Tensor, channels: int, groups: int) -> None:
         n, _, h, w = x.shape
@@ -89,8 +89,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Fill y (N, C, H, W) and return mean and rstd, float32 (N, groups).
 
-    Pixels of x, skip and y are evenly spaced; rows of add, scale and shift are contiguous. Statistics that are missing
-    and cannot be computed on the way go over `statistics_parts` runs of pixels.
+    Pixels of x, skip and y are evenly spaced; rows of add, scale and shift are contiguous. Missing statistics that
+    cannot be computed on the way are taken over `statistics_parts` runs of pixels.
     """
     n, c = y.shape[:2]
     mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
@@ -101,7 +101,7 @@ def forward(
         if skip is not None and skip_statistics is None:
             skip_statistics = statistics(skip, statistics_parts)
     elif x_statistics is None:
-        skip_statistics = None  # two maps of a network: not worth a kernel compiled for the skip's alone
+        skip_statistics = None  # not worth compiling a kernel for statistics of the skip alone
     x_parts = 0 if x_statistics is None else x_statistics.shape[1]
     skip_parts = 0 if skip_statistics is None else skip_statistics.shape[1]
     launch(forward_kernel, (partition.blocks * partition.parts,),
@@ -160,7 +160,7 @@ def backward(
 
 
 def _room(parts: int) -> int:
-    """For `parts` statistics: the same for all that residual and `statistics` make, so that one kernel takes any."""
+    """Room for `parts` statistics: the same for all of residual and `statistics`, so that one kernel fits all."""
     return parts and max(power_of_2(parts), 16)
 
 
@@ -170,5 +170,5 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _row_stride(row: Tensor | None) -> int:
-    """Strides of sample; 0 where the rows of one sample serve all."""
+    """The stride of samples; 0 if one row serves all samples."""
     return 0 if row is None or row.shape[0] == 1 else row.stride(0)

@@ -1,10 +1,10 @@
 """Max pooling over 2x2 windows in Triton, a kernel for either memory format, each reading runs of 16 bytes.
 
-In channels_last memory the channels of a pixel lie side by side: a program has a tile of pixels of one row of windows
-by channels, and reads the four tiles that its windows are made of. In contiguous memory the two columns of a window lie
-side by side: a program has a tile of rows of windows by their columns, and reads the two rows of each whole, which
-registers then part into columns. Their rows are W = PART * parts pixels: what PART divides is aligned to as many, which
-Triton knows by itself of multiples of 16 alone. Offsets of rows are 64-bit, those within a tile 32-bit.
+In channels_last memory the channels of a pixel are adjacent: a program has a tile of pixels (of one row of windows) by
+channels, and reads the four tiles that make up its windows. In contiguous memory the two columns of a window are
+adjacent: a program has a tile of rows of windows by columns, reads both rows of each completely and splits them into
+columns in registers. Rows have W = PART * parts pixels, which tells Triton that they are aligned to PART; by itself it
+knows only multiples of 16. Offsets of rows are 64-bit, those within a tile 32-bit.
 """
 
 import math
@@ -27,7 +27,7 @@ def _comparable(x):
 
 @triton.jit
 def _take(y, place, x, i):
-    """The larger of y and x, the first of equal ones, NaN before all; and its place."""
+    """The larger of y and x, the first of equal ones, NaN before all others; and its place."""
     larger = (x > y) | (x != x)
     return tl.where(larger, x, y), tl.where(larger, i, place)
 
@@ -139,7 +139,7 @@ def contiguous_backward_kernel(
 
 
 def _cut(channels_last: bool, n: int, c: int, h: int, w: int, block: int) -> tuple[int, tuple, dict[str, int]]:
-    """(programs, arguments, constants) of either kernel for maps of h x w pixels, in tiles of about `block` windows."""
+    """(programs, arguments, constants) of the kernel for maps of h x w pixels, in tiles of about `block` windows."""
     height, width = h // 2, w // 2
     if channels_last:
         block_c = min(power_of_2(c), _WIDEST)
@@ -176,7 +176,7 @@ def max_pool2x2_backward(dy: Tensor, places: Tensor, dx: Tensor, channels_last: 
     if dy.numel():
         options = dict(configuration("max_pool2x2", dy.device))
         block = options.pop("BLOCK")
-        # Rows that are joined of two columns take twice the registers: in whole tiles ptxas spills some of them.
+        # Joining two columns to rows takes twice the registers: with full tiles ptxas spills some of them.
         programs, cut, constants = _cut(channels_last, *dx.shape, block if channels_last else block // 2)
         kernel = channels_last_backward_kernel if channels_last else contiguous_backward_kernel
         launch(kernel, (programs,), dy, places, dx, *cut, **constants, **options)

@@ -4,7 +4,7 @@ Tensors are dense and treated as one run of memory. A program has a tile (BLOCK 
 per byte keeps loads contiguous, and the sum over a row is the byte. Traffic is the tensor, read and written once, and
 its bits. All offsets are 64-bit.
 
-A bias (one value a channel) is added in the same pass, and rounded before it is clamped, as in a pass of its own.
+A bias (one value per channel) is added in the same pass, and the sum is rounded before clamping, as in a separate pass.
 """
 
 import math
@@ -20,7 +20,7 @@ from ._launch import configuration, launch, on_its_device
 @triton.jit
 def _channel(first, channels, run, BLOCK: tl.constexpr, OCTET: tl.constexpr):
     """The channels [BLOCK, 8] of the elements from `first` on, each channel `run` elements long. OCTET says what eight
-    neighbours are: "channels" that follow one another, of one channel, or, without, anything."""
+    neighbours are: consecutive "channels", all of one "channel", or ("") anything."""
     channel = ((first // run) % channels).to(tl.int32)
     rest = (first % run).to(tl.int32)
     row = tl.arange(0, BLOCK)[:, None] * 8
@@ -37,7 +37,7 @@ def _channel(first, channels, run, BLOCK: tl.constexpr, OCTET: tl.constexpr):
 def relu_bits_kernel(
     y_ptr, bits_ptr, bias_ptr, size, channels, run, CEILING: tl.constexpr, OCTET: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Without bits_ptr the clamp alone; bias_ptr may be None."""
+    """Without bits_ptr only clamps; bias_ptr may be None."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bit = tl.arange(0, 8)
     i = byte[:, None] * 8 + bit[None, :]
@@ -48,7 +48,7 @@ def relu_bits_kernel(
     if bias_ptr is not None:
         channel = _channel(tl.program_id(0).to(tl.int64) * (BLOCK * 8), channels, run, BLOCK, OCTET)
         y = (y + tl.load(bias_ptr + channel, inside, other=0).to(y.dtype)).to(kind).to(y.dtype)
-    low = y <= 0  # false for NaN, which is kept and passes its gradient
+    low = y <= 0  # false for NaN, which is kept and passes its gradient on
     clamped = tl.where(low, 0, y)
     blocked = low
     if CEILING is not None:

@@ -1,4 +1,4 @@
-"""(h + skip + bias) * scale in Triton, on request with the statistics of the result that the next norm needs.
+"""(h + skip + bias) * scale in Triton, optionally with the statistics of the result that the next norm needs.
 
 One program per block of channels and run of pixels of one sample; every tensor is addressed by the strides of sample,
 channel and pixel.
@@ -46,7 +46,7 @@ def residual_kernel(
         result = ((total + b[None, :]) * scale).to(y.dtype.element_ty)
         tl.store(y, result, valid)
         if statistics is not None:
-            # of what is stored, rounding and all: that is what the norm reads
+            # of the stored, rounded values, as the norm reads these
             d = tl.where(valid, result.to(tl.float32) - k[None, :], 0.0)
             sums += d
             squares += d * d

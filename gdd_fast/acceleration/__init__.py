@@ -5,8 +5,8 @@
     print(report)
     gdd_fast.restore(net)
 
-It knows the U-Nets of EDM and GDD as their own code builds or unpickles them, diffusers' UNet2DModel and the blocks it
-is made of, and frozen networks of convolutions, batch norms, ReLU and pooling such as timm's and torchvision's.
+It knows the U-Nets of EDM and GDD as their own code builds or unpickles them, diffusers' UNet2DModel and its blocks,
+and frozen networks of convolutions, batch norms, ReLU and pooling, such as those of timm and torchvision.
 """
 
 import contextlib
@@ -49,22 +49,22 @@ def accelerate(
 def accelerate(
     net: Network, *, backend: Backend = "auto", engine: NetworkEngine = "eager", report: bool = False
 ) -> Network | tuple[Network, Report]:
-    """Replace, in place, the forward of those modules of `net` that gdd_fast computes faster or in less memory.
+    """Replace, in place, the forward of every module in `net` that gdd_fast computes faster or in less memory.
 
-    Parameters, buffers, the state_dict, hooks and classes stay as they are; only the way they compute changes. What
+    Parameters, buffers, the state_dict, hooks and classes stay as they are; only how a module computes changes. What
     depends on modes, `requires_grad` or hooks is decided at every call, so the network can be trained, frozen, moved
-    and copied as before. A network that was accelerated already is restored first. See docs/accelerate.md.
+    and copied as before. A network that is already accelerated is restored first. See docs/accelerate.md.
 
     Args:
-        net: a module; put it on its device first, as what is worth replacing depends on it.
-        backend: "auto" replaces what is no slower on the network's device, at batch 1 too. Any other name of
-            gdd_fast.backend replaces everything that is known and runs that implementation of the operators that have
-            it, PyTorch's definition of the others.
-        engine: "eager", or "graph": forwards without gradient are captured as CUDA graphs, one for each kind of call
-            (shapes, strides and types of its tensors, its other arguments), and replayed, so that a small batch does
-            not wait for the host. With gradients, hooks, training mode or after weights moved, the forward runs as it
-            is; the report counts why.
-        report: also return what was replaced, what was left, and why.
+        net: a module, already on its device: what is worth replacing depends on the device.
+        backend: "auto" replaces a module where that is no slower on the network's device, even at batch 1. Any other
+        name of gdd_fast.backend replaces every known module; operators run that implementation or, if they lack it,
+        their definition in PyTorch.
+        engine: "eager", or "graph": forwards without gradients are captured as CUDA graphs, one for each kind of call
+        (shapes, strides and dtypes of its tensors, and its other arguments), and replayed, so that a small batch does
+        not wait for the host. With gradients, hooks or training mode, or once weights have moved, the forward runs
+        uncaptured; the report counts the reasons.
+        report: also return a `Report` of what was replaced, what was left, and why.
 
     Returns:
         `net`, or `(net, report)`.
@@ -82,7 +82,7 @@ def accelerate(
         raise BackendError(f"accelerate: unknown engine {engine!r}; there are {', '.join(get_args(NetworkEngine))}")
     device = _device_of(net)
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f'accelerate: engine "graph" is of CUDA graphs and cannot run on {device}; use "eager"')
+        raise BackendError(f'accelerate: engine "graph" needs CUDA and cannot run on {device}; use "eager"')
     done = _replace(net, backend, device, captured=engine == "graph")
     if engine == "graph":
         forwards = capture_forwards(net, device, CudaCapture(device, contextlib.nullcontext))
@@ -98,8 +98,8 @@ def _device_of(net: nn.Module) -> torch.device:
     device = next((t.device for t in itertools.chain(net.parameters(), net.buffers())), torch.device("cpu"))
     if device.type == "meta":
         raise InputError(
-            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks have taken "
-            "them away (sequential offload), accelerate before these are added"
+            "accelerate: the network's parameters are on the meta device: load its weights first; if hooks offload "
+            "them (sequential offload), call accelerate before adding the hooks"
         )
     return device
 
@@ -113,8 +113,8 @@ def _replace(net: nn.Module, backend: Backend, device: torch.device, *, captured
 
 
 def accelerate_foreign(net: nn.Module, backend: Backend = "auto") -> None:
-    """`accelerate` for a network whose layers come from another library (`Preconditioned.foreign`); leaves others
-    alone. Loops and samplers call it for every network they are given, once it is on its device: their steps are
-    captured or their batches large, so that the time of launches does not count."""
+    """`accelerate` for a network whose layers come from another library (`Preconditioned.foreign`); does nothing to
+    others. Training loops and samplers call it for every network, once it is on its device: they capture their steps or
+    use large batches, so launch times do not count."""
     if getattr(net, "foreign", False):
         _replace(net, backend, _device_of(net), captured=True)

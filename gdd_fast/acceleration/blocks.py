@@ -1,6 +1,6 @@
-"""What U-Net blocks of different projects have in common, over other people's layers.
+"""What the U-Net blocks of different projects have in common, computed with their own layers.
 
-A backend of None stands for plain PyTorch, as the block itself would compute it.
+A backend of None means plain PyTorch, as the block itself would compute.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def normalise(
     shift: Tensor | None = None,
     activation: Literal["silu"] | None = "silu",
 ) -> Tensor:
-    """`group_norm_silu` with the parameters of any group norm, which is not called. `add`, `scale`, `shift`: (N, C)."""
+    """`group_norm_silu` with the parameters of the group norm `norm`, not called. `add`, `scale`, `shift`: (N, C)."""
     groups, weight, bias, eps = norm.num_groups, norm.weight, norm.bias, norm.eps
     if backend is not None:
         options = {"add": add, "scale": scale, "shift": shift, "activation": activation, "backend": backend}
@@ -40,18 +40,18 @@ def normalise(
 
 def scaled_sum(x: Tensor, skip: Tensor, scale: float, backend: Backend | None) -> Tensor:
     """`(x + skip) * scale`."""
-    if backend is None or x.dtype != skip.dtype:  # the two may differ under autocast
+    if backend is None or x.dtype != skip.dtype:  # dtypes may differ under autocast
         x = x + skip
         return x if scale == 1 else x * scale
     return residual(x, skip, scale=scale, backend=backend)
 
 
 def unchanged(block: nn.Module, children: Mapping[str, type[nn.Module]]) -> bool:
-    """Whether these children of `block`, which it passes over, have the class they had and are `silent`."""
+    """Whether these children of `block`, which its fast forward does not call, kept their class and are `silent`."""
     modules = block._modules
     return all(type(modules.get(name)) is kind and silent(modules[name]) for name, kind in children.items())
 
 
 def kinds(block: nn.Module, *names: str) -> dict[str, type[nn.Module]]:
-    """The classes of these children, those that `block` has, for `unchanged`."""
+    """The classes of those of these children that `block` has, for `unchanged`."""
     return {name: type(child) for name in names if (child := block._modules.get(name)) is not None}

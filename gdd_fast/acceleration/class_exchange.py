@@ -1,16 +1,16 @@
-"""How a module computes differently and stays what it is: its class is exchanged for a subclass with another `forward`.
+"""How a module computes differently yet stays what it is: its class is exchanged for a subclass with another `forward`.
 
-The subclass is made of a mixin of ours, a `Fast`, and the module's own class, whose name it takes. So `isinstance`, the
+The subclass combines a mixin of ours, a `Fast`, with the module's own class, whose name it takes. So `isinstance`, the
 state_dict, parameters, hooks, attributes and code that asks for a class name see no difference, `super().forward` is
-the original, and giving the class back restores it. PyTorch's parametrisations and FSDP2 work in the same way.
+the original, and giving the class back restores the module. PyTorch's parametrisations and FSDP2 work likewise.
 
 Whether a mixin may run is decided at every call, since modes, `requires_grad` and hooks can change after the exchange:
-by `ordinary` for all of them, and by each for itself. What it needs besides the module lies in `module._gdd_fast`, a
-plain object that is no part of any state_dict. It describes the module and holds nothing that was computed from a
-parameter or buffer: these can change without a trace (see `gdd_fast.ops.frozen_conv2d.converted`).
+by `ordinary` for all mixins, then by each mixin itself. What a mixin needs besides the module is in `module._gdd_fast`,
+a plain object that is not part of any state_dict. It describes the module and holds nothing computed from a parameter
+or buffer: these can change unnoticed (see `gdd_fast.ops.frozen_conv2d.converted`).
 
 A deep copy of an exchanged module is exchanged as well. A pickle, a shallow copy and the replicas of nn.DataParallel
-are of the original class and know nothing of gdd_fast.
+have the original class and know nothing of gdd_fast.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ STATE = "_gdd_fast"
 
 
 class Fast:
-    """Base of the mixins, which have `fast_forward`. `super().forward` in them is the original's."""
+    """Base of the mixins, which define `fast_forward`. In them, `super().forward` is the original's."""
 
     original: ClassVar[type[nn.Module]]
     state_name: ClassVar[str] = STATE
@@ -52,7 +52,7 @@ class Fast:
         return twin
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        # not by copyreg.__newobj__, protocol 2's way: pickle wants that to name the class of the object at hand
+        # not by copyreg.__newobj__, as protocol 2 does: pickle then demands that it name the class of this very object
         return _plain(self).__reduce_ex__(min(protocol, 1))
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -78,22 +78,22 @@ def _class(mixin: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
             return type(self).forward(self, *args, **kwargs)
         if not ordinary(self):
             return original.forward(self, *args, **kwargs)
-        return mixin.fast_forward(self, *args, **kwargs)  # by name: classes may lie over each other
+        return mixin.fast_forward(self, *args, **kwargs)  # called on the mixin: exchanged classes may be stacked
 
-    # torch.compile remembers shapes and recompilations by a function's name and place, which all classes would share
+    # torch.compile keys shapes and recompilations by a function's name and location, which all classes would share
     forward.__code__ = forward.__code__.replace(co_name=f"{mixin.__module__}.{mixin.__name__}.{original.__qualname__}")
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     return type(original.__name__, (mixin, original), {**names, "original": original, "forward": forward})
 
 
 def exchange(module: nn.Module, mixin: type[Fast], state: Any) -> None:
-    """Let `module` compute as `mixin` says, with `state` under the mixin's `state_name`."""
+    """Make `module` compute by `mixin`, with `state` stored under the mixin's `state_name`."""
     module.__dict__[mixin.state_name] = state
     module.__class__ = _class(mixin, type(module))
 
 
 def give_back(module: nn.Module) -> bool:
-    """The inverse of every `exchange`; whether there was anything to do. Not for a module that is `covered`."""
+    """Undo every `exchange`; returns whether there was one. Not for a module that is `covered`."""
     exchanged = isinstance(module, Fast)
     while isinstance(module, Fast):
         del module.__dict__[module.state_name]
@@ -102,32 +102,32 @@ def give_back(module: nn.Module) -> bool:
 
 
 def covered(module: nn.Module) -> bool:
-    """Whether another class was put over ours, as FSDP2 and parametrisations do; `give_back` would lose it."""
+    """Whether another class was put on top of ours, as FSDP2 and parametrisations do; `give_back` would lose it."""
     return isinstance(module, Fast) and "original" not in vars(type(module))
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why the class of `module` cannot be exchanged, whatever it computes, or None."""
+    """Why the class of `module` cannot be exchanged, regardless of what it computes; None if it can."""
     if nn.utils.parametrize.is_parametrized(module):
-        return "it is parametrized: its weight is computed anew at every use"
+        return "it is parametrized: its weight is recomputed at every use"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as offloading and casting do: accelerate before that"
     if not isinstance(module, Fast) and hasattr(type(module), "__deepcopy__"):
-        return "its class has its own way of being copied"
+        return "its class defines its own way of being copied"
     return None
 
 
 def library_class(module: str, name: str) -> type | None:
-    """A class of somebody else's library, if the program uses that library; nothing is imported."""
+    """A class of another library, or None if the program has not imported that library; nothing is imported here."""
     return getattr(sys.modules.get(module), name, None)
 
 
 def ordinary(module: nn.Module) -> bool:
-    """Whether `module` is called to compute, with tensors as PyTorch makes them.
+    """Whether `module` is called for an ordinary computation, on ordinary tensors.
 
-    It is not under the transforms of torch.func and in forward-mode derivatives, which do not know our operators; while
-    torch.jit traces, whose result is to run without gdd_fast; and if a parameter is of a class of its own, quantised or
-    distributed, which knows what its own operators are.
+    It is not under torch.func transforms or forward-mode derivatives, which do not know our operators; nor under
+    torch.jit tracing, whose result must run without gdd_fast; nor if a parameter is of a tensor subclass, such as
+    quantised or distributed ones, which have operators of their own.
     """
     if torch.compiler.is_compiling():
         return plain(module)
@@ -137,7 +137,7 @@ def ordinary(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def unheard(module: nn.Module) -> Iterator[None]:
-    """While inside, no hook in `module` fires."""
+    """Within the block, no hook in `module` fires."""
     kept = [(child, name, child.__dict__[name]) for child in module.modules() for name in HOOKS]
     for child, name, hooks in kept:
         child.__dict__[name] = type(hooks)()
@@ -156,11 +156,11 @@ def difference(
     inputs: Callable[[torch.Generator], Iterable[Tensor | None]],
     device: torch.device,
 ) -> str | None:
-    """Why `mixin` may not stand for `module`: they were tried on small random inputs and differ. None if they agree.
+    """Why `mixin` may not replace `module`: they differ in a trial on small random inputs. None if they agree.
 
-    This recognises a class that is known by its attributes alone, and detects another version of a library.
-    The trial has random parameters: many of a trained network's start at zero, which hides what they multiply. The
-    module is in evaluation mode, and its hooks are off, during the trial.
+    This confirms a class that is recognised by its attributes alone, and detects another version of a library. The
+    trial uses random parameters: many parameters start at zero, which hides what they multiply. During the trial the
+    module is in evaluation mode and its hooks are off.
     """
     if any("forward" in vars(child) for child in module.modules()):
         return "the forward of a layer in it was replaced on the instance: accelerate before that"
@@ -177,7 +177,7 @@ def difference(
             want = torch.func.functional_call(module, parameters, arguments)
             exchange(module, mixin, state)
             got = torch.func.functional_call(module, parameters, arguments)
-        except Exception as error:  # a stranger's forward, called as it may not be meant to be
+        except Exception as error:  # a foreign forward, perhaps not meant to be called like this
             return f"a trial of it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
             give_back(module)

@@ -1,11 +1,11 @@
-"""diffusers' UNet2DModel and whatever else is made of its blocks. Nothing of diffusers is imported.
+"""diffusers' UNet2DModel and everything else built from its blocks. diffusers itself is not imported.
 
     ResnetBlock2D                       `group_norm_silu`, `residual`
-    Attention                           one product for query, key and value; its norm reads the image as it lies
+    Attention                           one product for query, key and value; its norm reads the image in place
     FirUpsample2D, FirDownsample2D      `resample2d`
 
-A block is known by its class's forward being diffusers' own, and by a trial, in which a version of diffusers that
-computes differently shows. Convolutions are decided about in `frozen`.
+A block is recognised by its class's forward, which must be diffusers' own, and by a trial, which reveals a version of
+diffusers that computes differently. Convolutions are handled by `frozen`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ SIZE = 8  # of the images in trials
 
 
 def decide(decisions: Decisions) -> None:
-    """Decide about every block of diffusers' that the network has."""
+    """Decide about every diffusers block in the network."""
     deciders = {
         library_class("diffusers.models.resnet", "ResnetBlock2D"): _decide_resnet,
         library_class("diffusers.models.attention_processor", "Attention"): _decide_attention,
@@ -49,7 +49,7 @@ def decide(decisions: Decisions) -> None:
 
 @dataclass
 class BlockState:
-    """Who computes what in a block, and the children that are not called."""
+    """The backends of a block's operators, and the children that are not called."""
 
     norm: Backend | None
     residual: Backend | None
@@ -80,7 +80,7 @@ class FastResnet(Fast):
                 embedded = {"scale": scale, "shift": shift}
         h = self.conv2(self.dropout(normalise(self.norm2, h, state.norm, **embedded)))
         if self.conv_shortcut is not None:
-            # in training diffusers makes channels_last maps contiguous first: a copy that would be kept for backward
+            # when training, diffusers first makes channels_last maps contiguous: a copy that would be kept for backward
             x = self.conv_shortcut(x)
         return scaled_sum(x, h, 1 / float(self.output_scale_factor), state.residual)
 
@@ -98,7 +98,7 @@ def _decide_resnet(decisions: Decisions, block: nn.Module) -> None:
 
     def inputs(generator: torch.Generator) -> Iterator[Tensor | None]:
         yield torch.randn(2, block.in_channels, SIZE, SIZE, generator=generator)
-        proj = block.time_emb_proj  # None in autoencoders, whose blocks are called with None in its place
+        proj = block.time_emb_proj  # None in autoencoders, whose blocks are called with None as embedding
         yield None if proj is None else torch.randn(2, proj.in_features, generator=generator)
 
     sampling = (type(block.upsample), type(block.downsample))
@@ -112,14 +112,14 @@ def _decide_resnet(decisions: Decisions, block: nn.Module) -> None:
 
 
 def _packed(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The weights and the biases of the query, key and value side by side, put together in every call."""
+    """The concatenated weights and biases of query, key and value, concatenated anew in every call."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return torch.cat([layer.weight for layer in layers]), bias
 
 
 @dataclass
 class AttentionState:
-    """As BlockState, with the class of the processor, which users may exchange."""
+    """As BlockState, plus the class of the processor, which users may replace."""
 
     norm: Backend | None
     residual: Backend | None
@@ -160,12 +160,12 @@ _LAYERS = {"group_norm": nn.GroupNorm, "to_q": nn.Linear, "to_k": nn.Linear, "to
 
 
 def attention_obstacle(block: nn.Module) -> str | None:
-    """Why an Attention of diffusers' is not one over the image's own pixels, normalised once; or None."""
+    """Why a diffusers Attention is not plain self-attention over pixels with one normalisation; None if it is."""
     absent = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_q_proj")
     if type(block.processor) is not library_class("diffusers.models.attention_processor", "AttnProcessor2_0"):
         return "its processor is not diffusers' scaled_dot_product_attention"
     if any(getattr(block, name, None) is not None for name in absent) or block.is_cross_attention:
-        return "it attends to something else than the image's own pixels, or normalises more than once"
+        return "it attends to something other than the image's own pixels, or normalises more than once"
     if kinds(block, *_LAYERS) != _LAYERS or len({getattr(block, f"to_{name}").weight.shape for name in "qkv"}) > 1:
         return "it is not made of a GroupNorm and three Linear layers of one size"
     return None
@@ -181,7 +181,7 @@ def _decide_attention(decisions: Decisions, block: nn.Module) -> None:
     state = AttentionState(norm, decisions.backend_of(residual.OPERATOR), parts, type(block.processor))
     inputs = lambda generator: [torch.randn(2, block.query_dim, SIZE, SIZE, generator=generator)]
     like = (block.heads > 1, block.residual_connection, block.rescale_output_factor, block.to_q.bias is None)
-    note = "one product for query, key and value; its norm reads the image as it lies"
+    note = "one product for query, key and value; its norm reads the image in place"
     if decisions.try_to_replace(block, FastAttention, state, note, inputs, like):
         decisions.absorb(*(block._modules[name] for name in parts))
 
@@ -191,7 +191,7 @@ def _decide_attention(decisions: Decisions, block: nn.Module) -> None:
 
 @dataclass
 class FilterState:
-    """The normalised filter, on the device it was last used on."""
+    """The normalised filter, on the device where it was last used."""
 
     kernel: Tensor
     backend: Backend
@@ -215,7 +215,7 @@ def _decide_fir(decisions: Decisions, module: nn.Module) -> None:
     backend = decisions.backend_of(resample2d.OPERATOR)
     taps = tuple(module.fir_kernel)
     if module.use_conv:
-        decisions.leave(module, "it filters and convolves in one")
+        decisions.leave(module, "it filters and convolves in one operation")
     elif len(taps) % 2 or taps != taps[::-1]:
         decisions.leave(module, "its filter is not symmetric with an even number of taps")
     elif backend is None:

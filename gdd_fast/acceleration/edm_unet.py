@@ -1,10 +1,10 @@
 """The U-Nets of EDM and GDD as their own code builds them: NCSN++, DDPM++ and ADM.
 
-Their classes are made anew from source text in every pickle, so a layer is known by its attributes and parameter names,
-and by computing in a trial what is expected of it.
+Every pickle recreates their classes from source text, so a layer is recognised by its attributes and parameter names,
+and by computing the expected result in a trial.
 
     embedding       keeps its Fourier frequencies in float32 when the network is cast
-    convolution     adds its bias itself, filters by `resample2d`, keeps no input while its weight is frozen
+    convolution     includes its bias, filters by `resample2d`, keeps no input while its weight is frozen
     linear layer    one operator in place of two
     block           `group_norm_silu`, `attention` on the packed qkv, `residual`
 """
@@ -39,7 +39,7 @@ SIZE = 8  # of the images in trials
 
 
 def decide(decisions: Decisions) -> None:
-    """Decide about every layer and block of EDM's that the network has."""
+    """Decide about every EDM layer and block in the network."""
     for module in decisions.names:
         if isinstance(module, OURS):
             decisions.leave(module, "it is gdd_fast's own and calls the operators itself")
@@ -96,7 +96,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 @dataclass
 class ConvState:
-    """What EDM's convolution has besides its parameters."""
+    """What EDM's convolution needs besides its parameters."""
 
     backend: Backend
 
@@ -109,7 +109,7 @@ class FastConv(Fast):
     def fast_forward(self, x: Tensor) -> Tensor:
         border = 0 if self.resample_filter is None else self.resample_filter.shape[-1] // 2 - 1
         if self.weight is not None and self.down and self.fused_resample:
-            # the border that the filter needs is added once, before the convolution, and so is the bias
+            # the padding that the filter needs is added once, before the convolution; the bias is also added there
             x = self._convolve(x, self.weight.shape[-1] // 2 + border, bias_scale=1 / self.resample_filter.sum())
             return self._resample(x, padding=0)
         if self.up or self.down:
@@ -149,7 +149,7 @@ def _decide_conv(decisions: Decisions, conv: nn.Module) -> None:
     backend = decisions.backend_of(RESAMPLE)
     frozen = conv.weight is not None and not conv.weight.requires_grad
     notes = ["resamples by resample2d"] if taps is not None and backend is not None else []
-    notes += ["adds its bias itself"] if conv.bias is not None else []
+    notes += ["includes its bias"] if conv.bias is not None else []
     notes += ["frozen: keeps no input for backward"] if frozen else []
     if not notes:
         decisions.leave(conv, decisions.missing(RESAMPLE))
@@ -166,7 +166,7 @@ def _decide_conv(decisions: Decisions, conv: nn.Module) -> None:
 
 @dataclass
 class BlockState:
-    """Who computes what in a block, and the children that are not called."""
+    """The backends of a block's operators, and the children that are not called."""
 
     norm: Backend | None
     attention: Backend
@@ -225,7 +225,7 @@ def _decide_block(decisions: Decisions, block: nn.Module) -> None:
 
     conv = block.conv0
     sampling = tuple(getattr(conv, name, None) for name in ("up", "down", "fused_resample"))
-    head_dim = heads and conv.weight.shape[0] // heads  # not every width has kernels
+    head_dim = heads and conv.weight.shape[0] // heads  # kernels exist only for some head widths
     like: Any = (head_dim, block.adaptive_scale, float(block.skip_scale), block.skip is None, sampling)
     if decisions.try_to_replace(block, FastBlock, state, ", ".join(parts), inputs, like):
         decisions.absorb(*(block._modules[name] for name in norms))

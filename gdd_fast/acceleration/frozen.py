@@ -1,11 +1,11 @@
-"""Frozen networks, such as the feature networks of timm and torchvision: what gradients pass through and do not enter.
+"""Frozen networks, such as timm's and torchvision's feature networks: gradients pass through them to their input only.
 
     convolution     frozen: keeps nothing for backward
     batch norm      frozen and in evaluation mode: keeps nothing for backward
-    ReLU, ReLU6     keep one bit per element in place of their result
-    max pooling     of 2x2 windows keeps one byte per output in place of its input and an int64 index per output
+    ReLU, ReLU6     keep one bit per element instead of their result
+    max pooling     of 2x2 windows keeps one byte per output instead of its input and an int64 index per output
 
-These save memory in backward. What a module may save is decided at every call: a network that is trained or unfrozen
+This saves the memory kept for backward. Each call decides whether it applies: a network that is trained or unfrozen
 after all runs PyTorch's own layers.
 """
 
@@ -25,12 +25,12 @@ from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 from gdd_fast.ops.relu_bits import Activation, dense, relu_bits
 
 SMALL = 1 << 17
-"""Values of a map that a CPU normalises in about 50 microseconds."""
+"""How many values a CPU normalises in about 50 microseconds."""
 TRAINED = "its parameters are trained (requires_grad), so PyTorch has to keep its input"
 
 
 def decide(decisions: Decisions) -> None:
-    """Decide about every convolution, batch norm, ReLU and pooling of the network."""
+    """Decide about every convolution, batch norm, ReLU and pooling in the network."""
     for module in decisions.names:
         if not decisions.undecided(module):
             continue
@@ -50,7 +50,7 @@ def decide(decisions: Decisions) -> None:
 class FastConv(Fast):
     """nn.Conv2d that keeps no input for backward while it is frozen."""
 
-    _gdd_fast: tuple[int, int]  # the padding, in numbers
+    _gdd_fast: tuple[int, int]  # the padding as numbers
 
     def fast_forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -66,7 +66,7 @@ class FastConv(Fast):
 
 
 class FastConvSame(FastConv):
-    """timm's convolution with TensorFlow's "SAME" padding: an odd total leaves one row more after than before."""
+    """timm's convolution with TensorFlow's "SAME" padding: of an odd total, one row more is added after than before."""
 
     def _padded(self, x: Tensor) -> Tensor:
         (top, bottom), (left, right) = (self._same(x.shape[2 + i], i) for i in range(2))
@@ -79,7 +79,7 @@ class FastConvSame(FastConv):
 
 
 def _saves(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's convolution would keep x for the gradient of a weight that has none."""
+    """Whether PyTorch's convolution would keep x for the gradient of a weight that needs none."""
     if not (x.requires_grad and torch.is_grad_enabled()) or weight.requires_grad or x.dim() != 4:
         return False
     return x.dtype == weight.dtype or autocast_dtype(x) != x.dtype
@@ -94,7 +94,7 @@ def _decide_conv(decisions: Decisions, conv: nn.Conv2d) -> None:
     elif conv.weight.requires_grad:
         decisions.leave(conv, TRAINED)
     elif conv.padding_mode != "zeros" or (padding := _padding(conv)) is None:
-        decisions.leave(conv, f"pads unlike a frozen convolution here can ({conv.padding_mode}, {conv.padding})")
+        decisions.leave(conv, f"the frozen convolution cannot pad like this ({conv.padding_mode}, {conv.padding})")
     else:
         decisions.replace(conv, mixin, padding, "frozen: keeps no input for backward")
 
@@ -125,14 +125,14 @@ class FastBatchNorm(Fast):
 
 
 class FastBatchNormAct(FastBatchNorm):
-    """timm's batch norm, which goes on with a dropout and an activation."""
+    """timm's batch norm, followed by a dropout and an activation."""
 
     def _finished(self, y: Tensor) -> Tensor:
         return self.act(self.drop(y))
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
-    """PyTorch's batch norm by given statistics, all of them constants: its gradient takes no map to compute."""
+    """PyTorch's batch norm with constant statistics and parameters: computing its gradient needs no feature map."""
 
     @staticmethod
     def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
@@ -146,13 +146,13 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
 
 class _FrozenBatchNormGradient(torch.autograd.Function):
-    """dy times a constant for each channel, by PyTorch's own operator; linear in dy, and so its own gradient."""
+    """dy times a constant per channel, by PyTorch's own operator; being linear in dy, it is its own gradient."""
 
     @staticmethod
     def forward(ctx, dy: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float):
         ctx.save_for_backward(mean, var, weight)
         ctx.eps = eps
-        # the operator takes the norm's input, which only the gradients of weight and bias are computed from
+        # dy stands in for the norm's input, which is needed only for gradients of weight and bias, not wanted here
         statistics = mean, var, None, None
         wanted = [True, False, False]
         return torch.ops.aten.native_batch_norm_backward(dy, dy, weight, *statistics, False, eps, wanted)[0]
@@ -163,9 +163,9 @@ class _FrozenBatchNormGradient(torch.autograd.Function):
 
 
 def _keeps_for_nothing(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether PyTorch's norm would keep x for the gradients of parameters and statistics that have none.
+    """Whether PyTorch's norm would keep x for gradients of parameters and statistics that need none.
 
-    Small maps on a CPU do not count: autograd in Python takes longer than such a norm.
+    Small maps on a CPU do not count: autograd in Python takes longer than norming them.
     """
     if x.is_cpu and x.numel() < SMALL:
         return False

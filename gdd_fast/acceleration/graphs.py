@@ -1,14 +1,14 @@
-"""`accelerate(net, engine="graph")`: forwards without gradient, captured once for a kind of call and replayed.
+"""`accelerate(net, engine="graph")`: forwards without gradients, captured once per kind of call and replayed.
 
-What is captured is whatever the network's forward does, by gdd_fast's operators or its own. A CUDA graph repeats
-kernels on the memory that they were captured with, so before every replay one walk over the modules makes sure that
-the result would be the same: no hook, no training mode, every module the one it was, every parameter and buffer where
-it was. Values may change: they are read anew. What a forward does in Python (counters, prints) is not repeated, and
-numbers and functions that modules hold are those of the capture.
+The capture holds whatever the network's forward does, with gdd_fast's operators or its own. A CUDA graph repeats
+kernels on the memory they were captured with, so before every replay a walk over the modules makes sure that the result
+would be the same: no hooks, no training mode, the same modules, every parameter and buffer at the same address. Values
+may change: replays read them anew. What a forward does in Python (counters, prints) is not repeated, and numbers and
+functions that modules hold are those at the time of the capture.
 
-A call is of the kind of another if its tensors agree in shape, strides and type, its other arguments are equal, and the
-switches of precision are the same. A kind is captured at its `CALLS`-th call: numbers that change from call to call are
-never worth it. All other calls run as they are, for a reason that the report counts.
+Two calls are of one kind if their tensors agree in shape, strides and dtype, and their other arguments and the
+precision settings are equal. A kind is captured at its `CALLS`-th call, so that arguments that change from call to call
+cause no captures. All other calls run uncaptured, and the report counts the reasons.
 """
 
 import threading
@@ -27,19 +27,19 @@ from gdd_fast.engine.engines import MAX_GRAPHS, Capture
 from gdd_fast.errors import InputError
 
 CALLS = 3
-"""How many calls of a kind there are before it is captured."""
+"""The call of a kind at which that kind is captured."""
 MOST_KINDS = 256
 
 
 @dataclass
 class Forwards:
-    """The captured forwards of a network, of which the last `limit` used are kept, and why others were not."""
+    """The captured forwards of a network (the last `limit` used are kept), and why other calls ran uncaptured."""
 
     device: torch.device
     capture: Capture
     limit: int = MAX_GRAPHS
     reasons: Counter[str] = field(default_factory=Counter)
-    """Calls that ran as they are, by why."""
+    """How many calls ran uncaptured, by reason."""
     replays: int = 0
     graphs: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
     _calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
@@ -48,7 +48,7 @@ class Forwards:
     _lock: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forwards":
-        """For a copy of the network, whose weights lie elsewhere: nothing is captured yet."""
+        """For a copy of the network, whose weights are elsewhere in memory: nothing is captured yet."""
         return Forwards(self.device, self.capture, self.limit)
 
     def __call__(self, net: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ class Forwards:
             reason, replay = self._replay(net, forward, leaves, spec)
             if replay is not None:
                 self.replays += 1
-                # a number may lie on the host
+                # a 0-dimensional tensor may be on the host
                 return replay(*(t.to(self.device) for t in leaves if isinstance(t, Tensor)))
             self.reasons[reason] += 1
         return forward(*args, **kwargs)
@@ -66,7 +66,7 @@ class Forwards:
     def _replay(
         self, net: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
     ) -> tuple[str, Callable[..., Any] | None]:
-        """What to call with the tensors, or why there is nothing."""
+        """A function to call with the tensors, or the reason why there is none."""
         places: list[int] = []
         reason = self._obstacle(leaves) or _changed(net, places)
         if reason is not None:
@@ -79,13 +79,13 @@ class Forwards:
             self._refused.clear()
             self._places = places
             if anew:
-                return "weights or modules are not where they were: captured anew", None
+                return "weights or modules have moved: will be captured anew", None
         reason = self._refused.get(key) or self._too_early(key)
         if reason is not None:
             return reason, None
         try:
             return "", self._captured(key, forward, leaves, spec)
-        except RuntimeError as error:  # CUDA's word for what may not be captured, and ours
+        except RuntimeError as error:  # raised by CUDA, and by us, for what cannot be captured
             self._refused[key] = f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"
             return self._refused[key], None
 
@@ -93,7 +93,7 @@ class Forwards:
         if torch.is_grad_enabled():
             return "gradients may be asked for"
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return "somebody else compiles or captures"
+            return "the caller is compiling or capturing"
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.device != self.device and not (leaf.is_cpu and leaf.dim() == 0):
@@ -135,15 +135,15 @@ class Forwards:
         return self.graphs[key]
 
     def __str__(self) -> str:
-        lines = [f"graphs: {len(self.graphs)} kinds of calls captured, {self.replays} replays"]
-        lines += [f"  {count:>6} calls ran as they are: {reason}" for reason, count in self.reasons.most_common()]
+        lines = [f"graphs: {len(self.graphs)} kinds of call captured, {self.replays} replays"]
+        lines += [f"  {count:>6} calls ran uncaptured: {reason}" for reason, count in self.reasons.most_common()]
         return "\n".join(lines)
 
 
 class FastNetwork(Fast):
     """A network whose forward is replayed where it can be."""
 
-    state_name = "_gdd_graphs"  # beside the state of a network that is a replaced layer itself
+    state_name = "_gdd_graphs"  # apart from `_gdd_fast`: the network itself may also be a replaced layer
     _gdd_graphs: Forwards
 
     def fast_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ class FastNetwork(Fast):
 
 
 def capture_forwards(net: nn.Module, device: torch.device, capture: Capture) -> Forwards:
-    """Let forwards of `net` without gradient be captured by `capture` and replayed; `restore` undoes it.
+    """Have the forwards of `net` without gradients captured by `capture` and replayed; `restore` undoes it.
 
     Raises InputError if its class cannot be exchanged.
     """
@@ -164,24 +164,24 @@ def capture_forwards(net: nn.Module, device: torch.device, capture: Capture) -> 
 
 
 def _only_tensors(result: Any) -> Any:
-    """`result` itself; RuntimeError if something in it, neither tensor nor plain value, would not be copied."""
+    """`result` itself; RuntimeError if it holds anything but tensors and plain values, which replays cannot copy."""
     for leaf in tree_flatten(result)[0]:
         if not isinstance(leaf, Tensor | int | float | str | type(None)):
-            raise RuntimeError(f"it returns a {type(leaf).__name__}, in which nobody finds its tensors")
+            raise RuntimeError(f"it returns a {type(leaf).__name__}, whose tensors cannot be found")
     return result
 
 
 def _changed(net: nn.Module, places: list[int]) -> str | None:
-    """Why a replay would not be what a call is, or None; `places` gets the addresses of modules and weights."""
+    """Why a replay would differ from a call, or None; appends the addresses of modules and weights to `places`."""
     if modules._has_any_global_hook():
-        return "a global hook listens"
+        return "a global hook is set"
     waiting = [net]
     while waiting:
         module = waiting.pop()
         if module.training:
             return "training mode"
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"a hook listens to a {type(module).__name__}"
+            return f"a hook is set on a {type(module).__name__}"
         if "forward" in module.__dict__:
             return f"the forward of a {type(module).__name__} was replaced on the instance"
         places.append(id(module))
@@ -200,7 +200,7 @@ def _key(leaves: list[Any], spec: TreeSpec, device: torch.device) -> Hashable:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     switches = (
         autocast,
-        # the older switches, such as allow_tf32, cannot be read where these say something else
+        # the older switches, such as allow_tf32, cannot be read while these disagree with them
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),

@@ -1,4 +1,4 @@
-"""Collecting what is to be replaced before anything is."""
+"""Collects everything to be replaced before anything is replaced."""
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ from gdd_fast.backend import Backend, Operator, has_extension, resolve
 
 @dataclass
 class Decisions:
-    """The modules of a network, and what was decided about each; a module is decided about once.
+    """The modules of a network and the decision about each, which is made once.
 
-    `place` is the device that the network is on; its type decides what "auto" finds worth replacing. `captured`: calls
-    are replayed, so that what the host takes to launch them does not matter.
+    `place` is the network's device; its type decides what "auto" finds worth replacing. `captured`: calls are replayed
+    from a graph, so the host's launch times do not matter.
     """
 
     net: nn.Module
@@ -37,7 +37,7 @@ class Decisions:
         return module not in self.replaced and module not in self.left and module not in self.inside
 
     def replace(self, module: nn.Module, mixin: type[Fast], state: Any, note: str) -> bool:
-        """Whether `module` will be replaced; if its class forbids that it is left, with the reason."""
+        """Mark `module` to be replaced, or left if its class forbids that; returns whether it will be replaced."""
         reason = obstacle(module)
         if reason is not None:
             self.leave(module, reason)
@@ -54,8 +54,8 @@ class Decisions:
         inputs: Callable[[torch.Generator], Iterable[Tensor | None]],
         like: Hashable,
     ) -> bool:
-        """`replace` if a trial on `inputs` shows that the mixin computes the same; one trial for all modules of a class
-        with equal `like`, which is to tell all that can make a difference."""
+        """`replace` if a trial on `inputs` shows that the mixin computes the same. Modules of a class with equal `like`
+        share a trial, so `like` has to hold everything that can make a difference."""
         key = (type(module), mixin, like)
         if key not in self.trials:
             self.trials[key] = obstacle(module) or difference(module, mixin, state, inputs, self.place)
@@ -68,14 +68,14 @@ class Decisions:
         self.left[module] = reason
 
     def absorb(self, *modules: nn.Module | None) -> None:
-        """These are computed by a replaced module that holds them."""
+        """Mark these as computed by a replaced module that holds them."""
         self.inside.update(module for module in modules if module is not None)
 
     def backend_of(self, operator: Operator) -> Backend | None:
-        """What to call `operator` with, or None where "auto" has nothing but its definition in plain PyTorch.
+        """The backend to call `operator` with, or None if "auto" has only its definition in plain PyTorch.
 
-        A backend asked for by name is taken for the operators that have it; the others run their definition. Raises
-        BackendError if it cannot run here.
+        A backend requested by name applies to the operators that have it; the others run their definition. Raises
+        BackendError if that backend cannot run here.
         """
         if self.backend == "auto":
             nothing = resolve("auto", operator, self.place.type) == "torch" or self._launches_slowly(operator)
@@ -93,12 +93,12 @@ class Decisions:
         if self._launches_slowly(operator):
             return (
                 "the extension is not built, and Triton's own launcher takes the host twice as long as the original "
-                'at small batches: build it, or ask for backend="triton" or engine="graph"'
+                'for small batches: build the extension, or ask for backend="triton" or engine="graph"'
             )
         return f"{operator.name} has no fused implementation for {self.place.type} here: PyTorch's is as fast"
 
     def carry_out(self) -> Report:
-        """Exchange what is to be replaced."""
+        """Exchange the classes of all modules to be replaced, and report every decision."""
         for module in self.names:
             if (
                 self.undecided(module)

@@ -24,8 +24,8 @@ class Entry:
 class Report:
     """What was replaced and what was left, and why. `print(report)` groups it; the entries name every module.
 
-    `counts` has the number of replaced and of left modules by class. `forwards`, with `engine="graph"`, counts replays
-    and the calls that ran as they are, by reason, up to now.
+    `counts` has the numbers of replaced and left modules by class. With `engine="graph"`, `forwards` counts replays
+    and, by reason, the calls that ran uncaptured so far.
     """
 
     backend: str
@@ -44,7 +44,7 @@ class Report:
         }
 
     def undo(self) -> nn.Module:
-        """Give every module its own forward back; returns the network."""
+        """Give every module its own forward back, as `restore`; returns the network."""
         return restore(self.net)
 
     def __str__(self) -> str:
@@ -71,8 +71,8 @@ def _table(title: str, entries: tuple[Entry, ...]) -> list[str]:
 def restore(net: nn.Module) -> nn.Module:
     """Undo `accelerate`: every module of `net` computes with its class's own forward again. Returns `net`.
 
-    InputError, with nothing undone, if a module was given a class of its own since, as by a parametrisation or by
-    FSDP2's `fully_shard`, which `restore` would lose.
+    Raises InputError, with nothing undone, if a module has since been given another class, as by a parametrisation or
+    FSDP2's `fully_shard`: `restore` would lose it.
     """
     for name, module in net.named_modules():
         if covered(module):

@@ -1,7 +1,7 @@
-"""The settings of a distillation run: the sections and their flags, the presets of the paper, the checks.
+"""The settings of a distillation run: the sections and their flags, the presets of the paper, and the checks.
 
-config = override(preset("cifar10-uncond-gdd-i"), data="cifar10-32x32.zip", teacher="edm-cifar10.pkl")
-gdd_fast.distill.run.distill(config)
+>>> config = override(preset("cifar10-uncond-gdd-i"), data="cifar10-32x32.zip", teacher="edm-cifar10.pkl")
+>>> gdd_fast.distill.run.distill(config)
 """
 
 from gdd_fast.config.ablation import AblationConfig, Initialisation

@@ -1,4 +1,4 @@
-"""Which values of a configuration can work. A check raises one `ConfigError` that names the flag, and reads no file."""
+"""Checks of configuration values. Each raises a `ConfigError` that names the flag, and reads no file."""
 
 import math
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ CLASS_TABLE_FILES = (".pkl", ".safetensors", ".npy")
 
 
 def check_values(section: Any) -> None:
-    """Raise `ConfigError` for a value that is none of its literals, below its `Limit`, or not finite."""
+    """Raise `ConfigError` for a value that is not one of its literals, is below its `Limit`, or is not finite."""
     for f in fields(section):
         value, flag = getattr(section, f.name), f"--{f.name.replace('_', '-')}"
         if get_origin(f.type) is Literal and value not in get_args(f.type):
-            raise ConfigError(f"{flag} is one of {', '.join(get_args(f.type))}, not {value!r}")
+            raise ConfigError(f"{flag} must be one of {', '.join(get_args(f.type))}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag} must be finite, not {value}")
         for limit in getattr(f.type, "__metadata__", ()):
@@ -40,7 +40,7 @@ def check_values(section: Any) -> None:
 
 
 def check_generator(generator: "GeneratorConfig") -> None:
-    require(0 <= generator.freeze <= 3, f"--freeze is 0, 1, 2 or 3, not {generator.freeze}")
+    require(0 <= generator.freeze <= 3, f"--freeze must be 0, 1, 2 or 3, not {generator.freeze}")
 
 
 def check_discriminator(discriminator: "DiscriminatorConfig") -> None:
@@ -56,12 +56,12 @@ def check_discriminator(discriminator: "DiscriminatorConfig") -> None:
     table = discriminator.class_embedding
     require(
         table in CLASS_TABLES or Path(table).suffix in CLASS_TABLE_FILES,
-        f"--class-embedding is one of {', '.join(CLASS_TABLES)} or the path of a {', '.join(CLASS_TABLE_FILES)} "
+        f"--class-embedding must be one of {', '.join(CLASS_TABLES)} or the path of a {', '.join(CLASS_TABLE_FILES)} "
         f"file, not {table!r}",
     )
     names = discriminator.backbones
     require(len(names) >= 1, "--backbones needs at least one name")
-    require(len(set(names)) == len(names), "--backbones names one twice")
+    require(len(set(names)) == len(names), "--backbones has a name twice")
     for name in named_paths("--backbone-weights", discriminator.backbone_weights):
         require(name in names, f"--backbone-weights names {name!r}, not among --backbones {' '.join(names)}")
 
@@ -73,14 +73,14 @@ def check_run(run: "RunConfig") -> None:
     check_seed(run.seed)
     closed = run.engine in ("graph", "compile")
     require(not (run.debug_finite and closed), f"--debug-finite cannot look into --engine {run.engine}; use eager")
-    require(not (run.fsdp and closed), f"--engine {run.engine} cannot hold weights that --fsdp has spread; use eager")
-    require(not run.fsdp or not run.debug_finite, "--debug-finite cannot look into weights that --fsdp has spread")
+    require(not (run.fsdp and closed), f"--engine {run.engine} cannot hold weights that --fsdp shards; use eager")
+    require(not run.fsdp or not run.debug_finite, "--debug-finite cannot look into weights that --fsdp shards")
     require(run.evaluate_images != 1, "--evaluate-images 1: a covariance needs at least 2 images")
     require(
         not run.measures or run.evaluate_images > 0,
         "--evaluate-ticks and --evaluate-at-start need images to measure: --evaluate-images 5000, for instance",
     )
-    require(run.measures or not run.evaluate_ref, "--evaluate-ref: nothing is measured")
+    require(run.measures or not run.evaluate_ref, "--evaluate-ref: nothing is measured; see --evaluate-ticks")
     loggers(run.log)
     named_paths("--feature-weights", run.feature_weights)
 
@@ -90,13 +90,13 @@ def check_ablation(options: "AblationConfig") -> None:
         options.gan == "on" or options.adds_losses, "--gan off leaves no loss: add --teacher-loss or --frechet-loss"
     )
     steps = options.pd_steps
-    require(0 <= options.target_ema < 1, f"--target-ema is from 0 to below 1, not {options.target_ema}")
+    require(0 <= options.target_ema < 1, f"--target-ema must be at least 0 and below 1, not {options.target_ema}")
     require(steps >= 1 and steps & (steps - 1) == 0, f"--pd-steps must be a power of two, not {steps}")
     require(len(set(options.frechet_loss)) == len(options.frechet_loss), "--frechet-loss names a network twice")
 
 
 def check_together(config: "TrainConfig") -> None:
-    """What one section allows and another does not."""
+    """Raise `ConfigError` for settings of several sections that do not work together."""
     run, ablation = config.run, config.ablation
     require(
         run.measures or ablation.adds_losses or not run.feature_weights,
@@ -104,7 +104,7 @@ def check_together(config: "TrainConfig") -> None:
     )
     require(
         run.engine in ("auto", "eager") or not ablation.adds_losses,
-        f"--engine {run.engine} does not take the losses of ablations; use eager, or auto",
+        f"--engine {run.engine} does not support the losses of ablations; use eager, or auto",
     )
     require(not run.fsdp or not ablation.adds_losses, "--fsdp is for the paper's loss, without those of ablations")
     steps, kimg = ablation.pd_steps, ablation.pd_stage_kimg
@@ -129,15 +129,15 @@ def named_paths(flag: str, entries: Sequence[str]) -> dict[str, Path]:
 
 
 def loggers(log: str) -> tuple[str, ...]:
-    """The names in `--log`, none for "none"; raises `ConfigError` for another name."""
+    """The names in `--log`, empty for "none". Raises `ConfigError` for an unknown name."""
     names = tuple(name.strip() for name in log.split(","))
     if names in (("auto",), ("none",)):
         return () if names == ("none",) else names
     for name in names:
-        require(name in LOGGERS, f"--log is auto, none, or some of {', '.join(LOGGERS)}, not {name!r}")
+        require(name in LOGGERS, f"--log must be auto, none, or some of {', '.join(LOGGERS)}, not {name!r}")
     return names
 
 
 def check_seed(seed: int) -> None:
-    """Raise `ConfigError` for a seed that torch's generators do not take."""
+    """Raise `ConfigError` for a seed that torch's generators do not accept."""
     require(0 <= seed <= MAX_SEED, f"--seed must be from 0 to {MAX_SEED}, not {seed}")

@@ -1,4 +1,4 @@
-"""The presets of the paper, the recipe for a teacher that has none, and the two choices of precision.
+"""The presets of the paper, the recipe for a teacher without a preset, and the two choices of precision.
 
 Recipes: Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750) and its public code.
 """
@@ -17,13 +17,13 @@ from gdd_fast.config.sections import (
 )
 from gdd_fast.errors import ConfigError
 
-AUTO = "auto"  # what a configuration without preset says: see recipe_for
+AUTO = "auto"  # the preset's name in a configuration made by recipe_for
 
 
 def override(config: TrainConfig, **settings: Any) -> TrainConfig:
-    """A configuration with some settings changed, each by the name of its flag: `override(preset("demo"), g_lr=1e-4)`.
+    """A copy of `config` with some settings changed, each named as its flag: `override(preset("demo"), g_lr=1e-4)`.
 
-    Raises ConfigError for a setting that no section has.
+    Raises ConfigError for a setting that no section has, or a value of the wrong type.
     """
     changed = config
     for name, value in settings.items():
@@ -95,7 +95,7 @@ def _presets() -> dict[str, TrainConfig]:
     for name, recipe in _BY_TEACHER.items():
         for suffix, level in (("-gdd", 0), ("-gdd-i", 1)):
             if (name, suffix) == (DEMO, "-gdd-i"):
-                suffix = ""  # the demo is GDD-I; `demo-gdd` beside it shows what freezing brings
+                suffix = ""  # the demo is GDD-I; `demo-gdd` shows what freezing gains
             presets[name + suffix] = _freeze_variant(name + suffix, recipe, level)
     return presets
 
@@ -109,13 +109,13 @@ VELOCITY_KIMG = 40.0
 def recipe_for(
     resolution: int, parameters: int, classes: int, *, predicts_noise: bool = False, learns_velocity: bool = False
 ) -> TrainConfig:
-    """The recipe for a teacher that has no preset, from the preset whose network is most like it.
+    """The recipe for a teacher without a preset, based on the preset whose network is most similar.
 
-    `resolution` in pixels; `parameters` and `classes` are counts. GDD-I, as its presets are: the demo's settings for
-    small networks, CIFAR-10's up to 32 pixels, FFHQ's above, ImageNet's for networks of its size. Networks of less than
-    half a million parameters are GDD, and learn slower: the demo's settings broke one. They also broke one that
-    `predicts_noise`: such a network learns to predict v first if it can, and learns slower if not (docs/teachers.md).
-    Data, teacher and the data to evaluate with are left unset.
+    `resolution` in pixels; `parameters` and `classes` are counts. It is GDD-I, with the demo's settings for small
+    networks, CIFAR-10's up to 32 pixels, FFHQ's above, and ImageNet's for networks of that size. Networks below half a
+    million parameters get GDD and a lower learning rate: the demo's settings broke one. They also broke one that
+    `predicts_noise`: such a network first learns to predict v or, if it cannot, gets a lower learning rate
+    (docs/teachers.md). Data, teacher and evaluation data are left unset.
     """
     if parameters >= 150_000_000:
         like = "imagenet-64"
@@ -124,7 +124,7 @@ def recipe_for(
     else:
         like = "cifar10-uncond" if parameters >= 10_000_000 else DEMO
     recipe = _freeze_variant(AUTO, _BY_TEACHER[like], 1)
-    if like == DEMO:  # whose small batches, falling rates and images used twice are for a run of minutes
+    if like == DEMO:  # its small batches, decaying rates and reused images suit a run of minutes only
         recipe = override(recipe, lr_decay_kimg=20, batch=32, reuse_fakes=False, duration_mimg=0.036)
         recipe = override(recipe, disc_resolution=64)  # photographs need it: docs/study.md
     if parameters < 500_000:
@@ -150,13 +150,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "logit_reduction": "rows",
     },
 }
-"""What `--precision` sets, by flag: docs/precision.md. The presets are `fast`, except the demo's, which are fp32."""
+"""What `--precision` sets, by flag (docs/precision.md). The presets are `fast`, except the demo's, which are fp32."""
 
 
 def preset(name: str, precision: str | None = None) -> TrainConfig:
     """The named preset, with the settings of `RECIPES[precision]` if that is given.
 
-    Raises `ConfigError` that lists the names there are.
+    Raises a `ConfigError` that lists the valid names if either is unknown.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
@@ -164,7 +164,7 @@ def preset(name: str, precision: str | None = None) -> TrainConfig:
 
 
 def in_precision(config: TrainConfig, precision: str) -> TrainConfig:
-    """`config` with the settings of `RECIPES[precision]`; raises `ConfigError` for another name."""
+    """`config` with the settings of `RECIPES[precision]`. Raises `ConfigError` for an unknown name."""
     if precision not in RECIPES:
-        raise ConfigError(f"--precision is one of {', '.join(RECIPES)}, not {precision!r}")
+        raise ConfigError(f"--precision must be one of {', '.join(RECIPES)}, not {precision!r}")
     return override(config, **RECIPES[precision])

@@ -1,7 +1,7 @@
 """The settings of a distillation run, one frozen dataclass per concern.
 
 Field names are flag names: `TrainConfig().discriminator.disc_resolution` is `--disc-resolution`. The docstring under a
-field is its help text. What the paper's loss is compared with is in ablation.py, which values work in checks.py.
+field is its help text. The ablations' settings are in ablation.py, the checks of values in checks.py.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Reduction = Literal["rows", "heads"]
 StepEngine = Literal["auto", "eager", "graph", "compile", "threads"]
 Nonfinite = Literal["skip", "replace"]
 
-DEMO = "demo"  # as --data or --teacher: the asset bundled with the package
+DEMO = "demo"  # value of --data or --teacher: the asset bundled with the package
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class DataConfig(Settings):
     cond: bool = False
     """Train class-conditionally, with the labels of the data set."""
     x_flip: bool = False
-    """Add the mirror image of every image to the data set. The paper does not."""
+    """Add the mirror image of every image to the data set. The paper does not do this."""
     workers: Annotated[int, Limit(0)] = 2
-    """Processes that decode images when the data set is too large to be held in memory."""
+    """Processes that decode images when the data set is too large to hold in memory."""
     data_memory_gib: NotNegative = 4.0
     """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
 
@@ -42,19 +42,19 @@ class GeneratorConfig(Settings):
     """The one-step generator and its optimizer."""
 
     teacher: str | None = None
-    """Pretrained network: EDM .pkl, converted folder, or a pipeline of diffusers' as a folder or the name of a Hub
+    """Pretrained network: EDM .pkl, converted folder, or a diffusers pipeline as a folder or the name of a Hub
     repository, such as google/ddpm-cifar10-32; `demo` is the bundled teacher."""
     sigma_init: Annotated[float | None, Limit(0, above=True)] = None
-    """Noise level of the one step: 80 for EDM's networks; for others what docs/teachers.md says of their prediction."""
+    """Noise level of the one step. Default: 80 for EDM's networks; for others see docs/teachers.md."""
     velocity_kimg: NotNegative = 0.0
-    """Thousands of images for which a teacher of diffusers' that predicts noise first learns to predict v, see
-    docs/teachers.md; 0: it is distilled as it is."""
+    """Thousands of images for which a diffusers teacher that predicts noise first learns to predict v
+    (docs/teachers.md); 0: it is distilled as it is."""
     freeze: int = 1
-    """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: also qkv; 3: also skip convolutions."""
+    """0: train everything (GDD); 1: freeze convolutions (GDD-I); 2: freeze qkv too; 3: freeze skip convolutions too."""
     g_lr: NotNegative = 1e-4
     """Adam learning rate; betas (0, 0.99), eps 1e-8."""
     g_precision: Precision = "bf16"
-    """Compute precision of the U-Net. Parameters, group norm and softmax stay fp32."""
+    """Compute precision of the U-Net. Parameters, group norms and softmax stay fp32."""
     ema_halflife_mimg: Positive = 0.5
     """Half-life of the generator's moving average, in millions of images."""
     ema_rampup: NotNegative = 0.05
@@ -66,29 +66,29 @@ class DiscriminatorConfig(Settings):
     """Frozen feature networks, their random projection, and the trainable heads."""
 
     backbones: tuple[str, ...] = ("vgg16_bn", "tf_efficientnet_lite0")
-    """Frozen ImageNet networks whose features are judged."""
+    """Frozen ImageNet networks whose features the heads judge."""
     backbone_weights: tuple[str, ...] = ()
-    """Local weight files, each `name=path` (.safetensors, .pt or .pth)."""
+    """Local weight files of backbones, each `name=path` (.safetensors, .pt or .pth)."""
     disc_resolution: int = 224
-    """Images are resized to this many pixels before the backbones."""
+    """Side in pixels to which images are resized before the backbones."""
     head_width: float = 1.0
-    """Scales the channels of the heads' convolutions; 1 is the paper's."""
+    """Scales the number of channels in the heads' convolutions; 1 is the paper's."""
     class_embedding: str = "imagenet"
     """Class table of conditional heads. `imagenet`: the weight of EfficientNet-lite0's classifier, 1,000 x 1,280,
-    scaled to mean 0 and deviation 1, frozen; for N classes its first N rows. `learned`: N x 320, trained from scratch.
-    `per-head`: as `learned`, and one for each head, as in the public code. A path (.pkl, .safetensors, .npy): as
-    `per-head`, from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
+    scaled to mean 0 and standard deviation 1, frozen; for N classes, its first N rows. `learned`: N x 320, trained from
+    scratch. `per-head`: as `learned`, but one per head, as in the public code. A path (.pkl, .safetensors, .npy): as
+    `per-head`, starting from the table in the file; the public code's is in_embeddings/tf_efficientnet_lite0.pkl."""
     backbone_statistics: Literal["published", "probed"] = "published"
     """Running statistics of the backbones' batch norms: as published with their weights; or `probed`, as the public
-    code leaves them: moved by a tenth towards those of one image of zeros, which it sends through them in training mode
-    to learn the sizes of their maps."""
+    code leaves them: moved by a tenth towards those of an all-zero image, which that code passes through the backbones
+    in training mode to find the sizes of their maps."""
     spectral_start: Literal["iterated", "random"] = "iterated"
-    """Vectors that the heads' spectral norms start from: after 15 power iterations, or random as in the public code."""
+    """How vectors of the heads' spectral norms start: after 15 power iterations, or random as in the public code."""
     d_lr: NotNegative = 1e-4
     """Adam learning rate before the lazy-regularisation correction; betas (0, 0.99), eps 1e-8."""
     d_precision: Precision = "fp32"
     """Compute precision of backbones and heads. Their parameters, spectral norms, batch statistics, logits and losses
-    are fp32 in any case, and so is the R1 penalty of the images' gradient. The public recipe is fp32 without TF32."""
+    are always fp32, as is the R1 penalty computed from the images' gradient. The public recipe is fp32 without TF32."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,17 @@ class LossConfig(Settings):
     """The GAN loss."""
 
     logit_reduction: Reduction = "rows"
-    """`rows`: as the public code, an image's mean over positions, summed over backbones and the images of a process; so
+    """`rows`, as in the public code: each image's mean over positions, summed over backbones and a process's images, so
     R1 weighs less if a process has more images. `heads`: the mean over images and positions, summed over heads."""
     reuse_fakes: bool = False
-    """The D step judges the images that the G step has made, which saves one pass of the generator in three. The paper
-    makes new ones."""
+    """The D step judges the images that the G step made, which saves one of three generator passes. The paper makes new
+    ones."""
     r1_gamma: NotNegative = 1e-4
     """Weight of the R1 penalty on real images."""
     r1_interval: Annotated[int, Limit(0)] = 16
     """Iterations between R1 steps; 0 disables R1."""
     r1_precision: Precision = "fp32"
-    """Compute precision of backbones and heads in the R1 step. Its gradient goes through the backbones twice, and bf16
+    """Compute precision of backbones and heads in the R1 step. R1's gradient goes through the backbones twice, and bf16
     turns it by 20 to 30 degrees (docs/precision.md)."""
 
 
@@ -115,47 +115,46 @@ class RunConfig(LoopSettings):
     """Length, size and output of the run."""
 
     run_dir: Path | None = None
-    """Output folder; running the same command again resumes what it holds. Default: runs/<preset>."""
+    """Output folder; running the same command again resumes the run in it. Default: runs/<preset>."""
     batch: Annotated[int, Limit(2)] = 256
     """Images per iteration, over all GPUs."""
     lr_decay_kimg: NotNegative = 0.0
-    """Thousands of images after which both learning rates fall, as 1 / sqrt(images); 0: they stay."""
+    """Thousands of images after which both learning rates decay as 1 / sqrt(images); 0: they stay constant."""
     batch_gpu: int | Literal["auto"] | None = None
-    """Largest number of images through the networks at once; gradients accumulate over the rest. `auto`: as many as
-    the GPU's memory holds by the forecast that `--dry-run` prints; on a CPU all."""
+    """Most images per pass through the networks; gradients accumulate over several passes. `auto`: as many as fit into
+    the GPU's memory by the forecast that `--dry-run` prints; on a CPU all."""
     seed: int = 0
-    """Seeds the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
+    """Seed of the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     engine: StepEngine = "auto"
-    """How the steps of an iteration run: `eager`, operator after operator; `graph`, as CUDA graphs that are captured
-    after the first iterations, so that the GPU does not wait for the host. `auto` is `graph` on a GPU, if its memory
-    holds that: the first replays are compared with eager steps, and the run goes on eagerly if they differ or a
-    capture fails. `threads`, on a CPU: G steps and the images of the next run beside D steps, each
-    with half of the cores; `auto` is that for one process with `reuse_fakes`. Else it is `eager`.
-    `compile`, on any device: the losses of the G and D steps by torch.compile, forward and backward, which takes
-    minutes at the start; R1 steps stay eager."""
+    """How the steps of an iteration run. `eager`: operator by operator. `graph`: as CUDA graphs, captured after the
+    first iterations, so that the GPU does not wait for the host. `threads`, on a CPU: G steps and the images of the
+    next one run beside D steps, each with half of the cores. `compile`, on any device: the losses of the G and D steps
+    by torch.compile, forward and backward, which takes minutes at the start; R1 steps stay eager. `auto`: `graph` on a
+    GPU if its memory suffices (the run continues eagerly if a capture fails or the first replays differ from eager
+    steps), `threads` on a CPU for one process with --reuse-fakes, else `eager`."""
     fsdp: bool = False
-    """Spread the generator, its average and its optimizer's moments over the processes of torchrun (FSDP2), for a
-    network that one GPU does not hold. Checkpoints are those of any other run."""
+    """Shard the generator, its average and its optimizer's moments over torchrun's processes (FSDP2), for a network
+    that does not fit on one GPU. Checkpoints are the same as without it."""
     nonfinite: Nonfinite = "skip"
-    """A step with a gradient that is not finite: `skip` leaves it out, whole; `replace` sets NaN to 0 and infinities to
-    +-1e5 and takes it, as the public code does."""
+    """What to do with a step whose gradient is not finite: `skip` the whole step, or `replace` NaN by 0 and infinities
+    by +-1e5 and take it, as the public code does."""
     evaluate_images: Annotated[int, Limit(0)] = 0
-    """At the end, print the Frechet distance of this many images of teacher, untrained and distilled generator."""
+    """At the end, print the Frechet distance of this many images each of teacher, untrained and distilled generator."""
     evaluate_data: str | None = None
-    """The real images they are compared with, preferably not trained on; default: the training data."""
+    """The real images that these are compared with, preferably not trained on. Default: the training data."""
     evaluate_ticks: Annotated[int, Limit(0)] = 0
-    """Ticks between measurements of the averaged generator with `evaluate_images` images; 0: at the end alone."""
+    """Ticks between measurements of the averaged generator with --evaluate-images images; 0: only at the end."""
     evaluate_metrics: str = "fd@lite0"
-    """What is measured then, as `gdd_fast.evaluate --metrics` takes it; the best generator by each value is kept."""
+    """What is then measured, as in `gdd_fast.evaluate --metrics`; the best generator by each value is kept."""
     evaluate_at_start: bool = False
     """Measure teacher and untrained generator before the first iteration."""
     evaluate_ref: tuple[str, ...] = ()
-    """Statistics of real images for `evaluate_metrics`, as `gdd_fast.evaluate --ref` takes them."""
+    """Statistics of real images for --evaluate-metrics, as for `gdd_fast.evaluate --ref`."""
     feature_weights: tuple[str, ...] = ()
-    """Local weight files of the networks of `evaluate_metrics`, each `name=path`."""
+    """Local weight files of the networks in --evaluate-metrics and the ablations' losses, each `name=path`."""
     log: str = "auto"
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`: TensorBoard
-    where it is installed."""
+    """Where metrics go in addition to metrics.jsonl: tensorboard, wandb, `tensorboard,wandb`, or none. `auto`:
+    TensorBoard if it is installed."""
 
     @property
     def measures(self) -> bool:
@@ -185,12 +184,12 @@ class TrainConfig:
 
     @property
     def is_for_cpus(self) -> bool:
-        """Whether it computes in float32 alone, as the recipes do that are sized for a CPU."""
+        """Whether it computes only in float32, as the recipes sized for a CPU do."""
         return {self.generator.g_precision, self.discriminator.d_precision, self.loss.r1_precision} == {"fp32"}
 
     @property
     def has_fixed_steps(self) -> bool:
-        """Whether its steps do the same in every iteration, without the host and without other processes."""
+        """Whether its steps do the same in every iteration, without involving the host or other processes."""
         return not (self.ablation.adds_losses or self.run.debug_finite or self.run.fsdp)
 
     def missing(self) -> list[str]:
@@ -208,7 +207,7 @@ class TrainConfig:
         self.validate_settings()
 
     def validate_settings(self) -> None:
-        """`validate`, but for what is `missing`."""
+        """`validate`, except for what is `missing`."""
         sections = (self.data, self.generator, self.discriminator, self.loss, self.ablation, self.run)
         for section in sections:
             checks.check_values(section)
@@ -228,7 +227,7 @@ class TrainConfig:
 
 
 def given(path: str | None, flag: str) -> str:
-    """A path that `validate` has checked to be there. Raises ConfigError without one."""
+    """`path`, which `validate` has checked to be given. Raises ConfigError if it is None."""
     if path is None:
         raise ConfigError(f"no {flag} was given")
     return path

@@ -1,4 +1,4 @@
-"""Image data: sets on disk, endless batches for training, writing sets in EDM's format."""
+"""Image data: reading sets from disk, endless batches for training, writing sets in EDM's format."""
 
 from gdd_fast.data.dataset import ArrayDataset, FileDataset, ImageDataset, open_dataset
 from gdd_fast.data.demo import demo_dataset, load_data

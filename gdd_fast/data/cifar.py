@@ -1,4 +1,4 @@
-"""The CIFAR-10 python archive, read without executing anything.
+"""The CIFAR-10 Python archive, read without executing anything.
 
 `cifar-10-python.tar.gz` holds pickles, and an ordinary unpickler runs whatever a pickle asks for. The few names
 that the original files need are mapped here to inert stand-ins; every other name is refused.
@@ -56,7 +56,7 @@ def parse_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{where}: a damaged pickle: {error!r}") from error
     if not isinstance(batch, dict):
         raise DataError(f"{where}: holds a {type(batch).__name__}, not the dictionary of a CIFAR-10 batch")
-    # Copies of the archive that were pickled anew under Python 3 have bytes for keys.
+    # Copies of the archive that were pickled again under Python 3 have bytes as keys.
     batch = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
     pixels, labels = batch.get("data"), batch.get("labels")
     if not isinstance(pixels, _Array) or not isinstance(labels, list):
@@ -81,7 +81,7 @@ def _check_structure(content: bytes) -> None:
 
 
 class _Array:
-    """Takes what a pickled ndarray states about itself, and becomes an array only after it has been checked."""
+    """Holds the state of a pickled ndarray, which becomes an array only after it has been checked."""
 
     def __init__(self):
         self.state = None
@@ -102,7 +102,7 @@ class _Array:
 
 
 class _Dtype:
-    """The name of a pickled dtype; the rest of its state (byte order and the like) means nothing for bytes."""
+    """The name of a pickled dtype; the rest of its state (byte order and the like) does not matter for bytes."""
 
     def __init__(self, code: object):
         self.code = code
@@ -115,7 +115,7 @@ class _InertUnpickler(pickle.Unpickler):
     """Builds lists, dictionaries, strings, numbers and the two classes above; refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Callable:
-        # New functions for each call: a pickle may set attributes on what it gets, and must not reach anything shared.
+        # New functions for each call: a pickle may set attributes on them, and must not reach anything shared.
         if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
             return lambda *_: _Array()
         if (module, name) == ("numpy", "dtype"):

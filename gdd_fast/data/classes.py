@@ -1,4 +1,4 @@
-"""What a class number may be, wherever it comes from."""
+"""Which class numbers are allowed, whatever their source."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ import numpy as np
 from gdd_fast.errors import DataError
 
 MAX_CLASSES = 100_000
-"""The most that one data set may have. ImageNet-21k has 21,841; one-hot labels of many more would fill the memory."""
+"""The most classes per data set. ImageNet-21k has 21,841; one-hot labels of many more would fill the memory."""
 
 
 def as_classes(labels: Sequence[object] | np.ndarray, where: Callable[[int], str]) -> np.ndarray:
-    """Labels (N,) of any kind as int64 (N,).
+    """Labels (N,) of any type as int64 (N,).
 
-    Raises `DataError` for the first that is not an integer from 0 to `MAX_CLASSES - 1`; `where(i)` says whose it is.
+    Raises `DataError` for the first that is not an integer from 0 to `MAX_CLASSES - 1`; `where(i)` names label i.
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else labels
     for index, value in enumerate(values):

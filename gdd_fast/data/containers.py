@@ -1,4 +1,4 @@
-"""Where encoded image files lie: a folder or a zip archive, with the same three names for both."""
+"""Encoded image files in a folder or a zip archive, behind one interface."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ class Container(Protocol):
 
 
 def check_there(path: Path) -> None:
-    """`DataError` where there is no file or folder; a pipe, which might never end, is neither."""
+    """Raise `DataError` if there is no file or folder; a pipe, which might never end, is neither."""
     if not (path.is_dir() or path.is_file()):
         raise DataError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
 
@@ -58,7 +58,7 @@ def open_container(path: Path) -> Container:
     else:
         raise DataError(f"{path}: neither a folder nor a zip archive")
     if not container.names:
-        raise DataError(f"{path}: holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{path}: holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return container
 
 
@@ -72,7 +72,7 @@ class FolderContainer:
         found: list[str] = []
         links: list[os.DirEntry[str]] = []
         real, linked = [os.fspath(path)], list[str]()
-        while real or linked:  # links last: it is they that come again
+        while real or linked:  # links last, so that errors name them and not the originals
             root = real.pop() if real else linked.pop()
             try:
                 device = _count_once(root, os.stat(root), folders)
@@ -92,7 +92,7 @@ class FolderContainer:
             except OSError as error:
                 raise DataError(f"{path}: {root} cannot be read: {error.strerror}") from error
         for link in links:
-            with contextlib.suppress(OSError):  # of a link to nothing; reading it says so
+            with contextlib.suppress(OSError):  # a dangling link; reading it will say so
                 _count_once(link.path, link.stat(), files)
         self.names = sorted(name for name in found if _is_image(name))
         self.left_out = _left_out(found)
@@ -102,23 +102,23 @@ class FolderContainer:
 
     def read(self, name: str) -> bytes:
         try:
-            # not blocking: a pipe among the files has no end
+            # non-blocking, as there may be a pipe among the files
             with open(os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise DataError(f"{self.path}: {name} is no file")
+                    raise DataError(f"{self.path}: {name} is not a file")
                 return file.read()
         except OSError as error:
             raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
 
 
 def _count_once(path: str, status: os.stat_result, seen: dict[tuple[int, int], str]) -> int:
-    """Note a folder or a file; its device. `DataError` for one that was seen under another name.
+    """Record a folder or file, and return its device. `DataError` for one that was seen under another name.
 
-    With a link to a folder that holds it, a walk would not end.
+    A link to a folder that contains it would make the walk endless.
     """
     earlier = seen.setdefault((status.st_dev, status.st_ino), path)
     if earlier != path:
-        raise DataError(f"{path} is a link to {earlier}, whose images would count again: remove the link")
+        raise DataError(f"{path} is a link to {earlier}, whose images would count twice: remove the link")
     return status.st_dev
 
 
@@ -139,7 +139,7 @@ class ZipContainer:
         self._entries = {info.filename: _Entry.of(info) for info in files}
         if len(self._entries) < len(files):
             twice = next(name for name, count in Counter(info.filename for info in files).items() if count > 1)
-            raise DataError(f"{path}: holds {twice} more than once; pack the archive anew")
+            raise DataError(f"{path}: holds {twice} more than once; pack the archive again")
         self.names = sorted(name for name in self._entries if _is_image(name))
         self.left_out = _left_out(self._entries)
         self._file = path.open("rb")
@@ -162,7 +162,7 @@ class ZipContainer:
 
 
 class _Entry:
-    """Where one file lies in the archive: a few integers, since an archive may hold millions."""
+    """The location of one file in the archive: only a few integers, since an archive may hold millions."""
 
     __slots__ = ("compressed", "crc", "method", "offset", "size")
 
@@ -178,7 +178,7 @@ class _Entry:
 
     def read(self, descriptor: int) -> bytes:
         if self.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("it is encrypted, or compressed by another method than deflate")
+            raise ValueError("it is encrypted, or compressed by a method other than deflate")
         header = os.pread(descriptor, self._HEADER.size, self.offset)
         magic, name_length, extra_length = self._HEADER.unpack(header)
         if magic != b"PK\3\4":
@@ -189,7 +189,7 @@ class _Entry:
         check_expansion(self.size, self.compressed)
         content = os.pread(descriptor, self.compressed, start)
         if self.method == zipfile.ZIP_DEFLATED:
-            # One byte more than announced is enough to notice an entry that expands beyond its stated size.
+            # One byte more than stated is enough to detect an entry that expands beyond its stated size.
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
         if len(content) != self.size or zlib.crc32(content) != self.crc:
             raise ValueError("its bytes do not match the archive's checksum")
@@ -199,7 +199,7 @@ class _Entry:
 def read_labels(container: Container) -> np.ndarray | None:
     """The classes in `dataset.json`, int64 in the order of `container.names`; None when there are none.
 
-    Raises `DataError` when the file is not of EDM's form, a label is no class number, or one is missing.
+    Raises `DataError` when the file is not in EDM's format, a label is not a class number, or one is missing.
     """
     if LABEL_FILE not in container:
         return None

@@ -1,4 +1,4 @@
-"""From any source to a data set in this package's formats."""
+"""Converts any source to a data set in this package's formats."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +22,8 @@ def convert(
 ) -> tuple[int, ...]:
     """Write the first `max_images` images of `source` to `dest`, an EDM zip or an .npz by its suffix.
 
-    Returns the shape (N, C, H, W) of what was written. Raises `DataError` for the first image that cannot be read or
-    transformed, or comes out unlike the first one; `dest` is then left as it was. `new` as of `atomic_write`.
+    Returns the shape (N, C, H, W) written; `new` as for `atomic_write`. Raises `DataError`, with `dest` left as it was,
+    for an image that cannot be read or transformed or differs in shape, and `ConfigError` if `max_images` < 1.
     """
     if max_images is not None and max_images < 1:
         raise ConfigError(f"--max-images must be at least 1, not {max_images}")
@@ -35,7 +35,7 @@ def convert(
         for index, image in enumerate(pixels):
             if image.shape != shape:
                 raise DataError(
-                    f"{source.name(index)} comes out as {image.shape} and {source.name(0)} as {shape} "
+                    f"{source.name(index)} comes out as {image.shape}, but {source.name(0)} as {shape} "
                     "(channels, height, width): set --resolution, or --color gray or rgb"
                 )
             yield image, None if source.labels is None else int(source.labels[index])

@@ -1,4 +1,4 @@
-"""Image data sets at random access: EDM zip, folder of images, npz."""
+"""Image data sets with random access: EDM zip, folder of images, npz."""
 
 import os
 from abc import ABC, abstractmethod
@@ -15,10 +15,10 @@ from gdd_fast.data.parallel import ordered_map
 from gdd_fast.errors import DataError
 
 Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
+"""Called with (images done, total images)."""
 
 _CHUNK = 256
-_NPZ_KEYS = (("images", "labels"), ("arr_0", "arr_1"))  # the second: what gdd_fast.sample writes, after ADM's evaluator
+_NPZ_KEYS = (("images", "labels"), ("arr_0", "arr_1"))  # the second: as gdd_fast.sample and ADM's evaluator write
 
 
 class ImageDataset(ABC):
@@ -30,7 +30,7 @@ class ImageDataset(ABC):
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], labels: np.ndarray | None, chosen: np.ndarray):
-        """`shape`: (C, H, W) of every image; `labels`: int64 of every stored image; `chosen`: which of them are in."""
+        """`shape`: (C, H, W) of every image; `labels`: int64 of every stored image; `chosen`: which ones to include."""
         channels, height, width = shape
         if height != width:
             raise DataError(f"{name}: images are {width}x{height}, not square: gdd_fast.prepare --crop center")
@@ -38,7 +38,7 @@ class ImageDataset(ABC):
         self.shape = (channels, height, width)
         self.resolution = height
         self.channels = channels
-        # Counted over all stored images, so that a smaller `max_images` does not change the network.
+        # Counted over all stored images, so that `max_images` does not change the network.
         self.label_dim = 0 if labels is None else int(labels.max()) + 1
         self.labels = None if labels is None else labels[chosen]
         self._chosen = chosen
@@ -47,11 +47,11 @@ class ImageDataset(ABC):
         return len(self._chosen)
 
     def image(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 (C, H, W); `DataError` naming the file when it is corrupt or of another size."""
+        """Image `index` as uint8 (C, H, W); `DataError` naming the file if it is corrupt or of another size."""
         return self._read(int(self._chosen[index]))
 
     def label(self, index: int) -> int:
-        """Class of image `index`."""
+        """Class of image `index`. Raises `DataError` if opened without labels."""
         if self.labels is None:
             raise DataError(f"{self.name}: opened without labels")
         return int(self.labels[index])
@@ -86,7 +86,7 @@ class ImageDataset(ABC):
 
 
 class FileDataset(ImageDataset):
-    """Image files in a folder or a zip archive, in the order of their names; classes from `dataset.json`."""
+    """Image files in a folder or a zip archive, sorted by name; classes from `dataset.json`."""
 
     def __init__(self, container: Container, *, use_labels: bool = False, max_images: int | None = None):
         self._container = container
@@ -95,8 +95,8 @@ class FileDataset(ImageDataset):
         labels = read_labels(container) if use_labels else None
         if use_labels and labels is None:
             raise DataError(
-                f"{container.path}: labels were asked for, but {LABEL_FILE} is missing or says null; "
-                "gdd_fast.prepare --labels folders makes them from the names of the folders"
+                f"{container.path}: labels were requested, but {LABEL_FILE} is missing or says null; "
+                "gdd_fast.prepare --labels folders makes them from folder names"
             )
         super().__init__(container.path.absolute().stem, shape, labels, choose_images(len(container.names), max_images))
 
@@ -108,7 +108,7 @@ class FileDataset(ImageDataset):
         pixels = to_array(decode(self._container.read(name), self._where(name)), self._where(name))
         if pixels.shape != self.shape:
             raise DataError(
-                f"{self._where(name)} has shape {pixels.shape} and {self._container.names[0]} {self.shape} "
+                f"{self._where(name)} has shape {pixels.shape}, but {self._container.names[0]} {self.shape} "
                 "(channels, height, width); all must be alike: gdd_fast.prepare resizes and converts"
             )
         return pixels
@@ -149,13 +149,13 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
 
     path: an EDM zip (image files and, for labels, `dataset.json`), a folder of the same form, or an .npz with `images`
     uint8 (N, H, W) or (N, H, W, C) and, for labels, `labels` integer (N,).
-    use_labels: classes become available as one-hot labels; they must be there for every image.
-    max_images: at most that many, chosen at random with a fixed seed as EDM's `max_size` does, so that a set that is
-    sorted by class stays balanced.
+    use_labels: read classes, which every image must have; training uses them as one-hot labels. max_images: at most
+    that many, chosen at random with a fixed seed as EDM's `max_size` does, so that a set that is sorted by class stays
+    balanced.
 
     Only the first image is decoded here; `ImageDataset.validate` and `BatchStream` check all of them.
-    Raises `DataError` for a path that is missing, not an image set or empty, for images that are not square, not gray
-    or RGB, and for labels that are asked for but missing, incomplete or no class numbers (0 to 99,999).
+    Raises `DataError` for a path that is missing, not an image set or empty, for images that are not square or not gray
+    or RGB, and for requested labels that are missing, incomplete or not class numbers (0 to 99,999).
     """
     path = Path(path)
     check_there(path)
@@ -164,7 +164,7 @@ def open_dataset(path: str | Path, *, use_labels: bool = False, max_images: int 
     if path.suffix.lower() == ".npz":
         images, labels = read_npz(path)
         if use_labels and labels is None:
-            raise DataError(f"{path}: labels were asked for, but it holds no array `labels`")
+            raise DataError(f"{path}: labels were requested, but it holds no array `labels`")
         return ArrayDataset(path.stem, images, labels if use_labels else None, max_images=max_images)
     return FileDataset(open_container(path), use_labels=use_labels, max_images=max_images)
 
@@ -180,9 +180,9 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def choose_images(total: int, max_images: int | None) -> np.ndarray:
-    """Ascending indices of at most `max_images` of `total` images, by a fixed seed as EDM's `max_size` chooses.
+    """Ascending indices of at most `max_images` of `total` images, chosen with a fixed seed as by EDM's `max_size`.
 
-    Raises `DataError` for less than one.
+    Raises `DataError` for `max_images` below 1.
     """
     if max_images is None or max_images >= total:
         return np.arange(total)

@@ -20,9 +20,9 @@ _DEEP = "bits_per_channel"
 
 
 def decode(content: bytes, name: str) -> "Image":
-    """The image in `content`, wholly decoded and turned as its EXIF data says.
+    """The image in `content`, fully decoded and rotated as its EXIF data says.
 
-    Raises `DataError` naming `name` when that cannot be done.
+    Raises a `DataError` that names `name` if that cannot be done.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -36,19 +36,19 @@ def decode(content: bytes, name: str) -> "Image":
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is not a readable image: {reason}") from error
     if deep or image.mode.startswith("I;16"):
-        image.info[_DEEP] = 16  # Pillow hands out 48-bit colour as 8 bits, and does not say so
+        image.info[_DEEP] = 16  # Pillow returns 48-bit colour as 8 bits per channel without saying so
     return image
 
 
 def is_deep(image: "Image") -> bool:
-    """Whether the file has 16 bits per channel. Colour is then here with the upper 8 of them, gray with all."""
+    """Whether the file has 16 bits per channel. `image` then has the upper 8 bits of colour, but all bits of gray."""
     return image.info.get(_DEEP) == 16
 
 
 def to_array(image: "Image", name: str) -> np.ndarray:
     """Pixels as uint8 (C, H, W), C = 1 for gray and 3 for RGB.
 
-    Other kinds (palette, transparency, 16 bits) have no one right meaning as network input and raise `DataError`;
+    Other kinds (palette, transparency, 16 bits) have no single right conversion to network input and raise `DataError`;
     `gdd_fast.prepare` converts them.
     """
     if image.mode == "L":
@@ -56,4 +56,4 @@ def to_array(image: "Image", name: str) -> np.ndarray:
     if image.mode == "RGB" and not is_deep(image):
         return np.asarray(image).transpose(2, 0, 1)
     kind = "16 bits per channel" if is_deep(image) else f"Pillow mode {image.mode}"
-    raise DataError(f"{name} has {kind}, and is not 8-bit gray or RGB; convert the set with gdd_fast.prepare")
+    raise DataError(f"{name} has {kind}, not 8-bit gray or RGB; convert the set with gdd_fast.prepare")

@@ -1,7 +1,7 @@
-"""Digests of what a run is made from: a file may move or be packed again and still counts as the same.
+"""Digests of a run's inputs: a file that is moved or packed again still counts as the same.
 
-A run resumes only with the teacher and the images that it began with, and a report holds only for those it measured.
-`gdd_fast.models.files.load.network_digest` is the same for a network.
+A run resumes only with the teacher and images it started with, and a report is valid only for those it measured.
+`gdd_fast.models.files.load.network_digest` is the counterpart for networks.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ SAMPLE = 256
 
 
 def dataset_digest(dataset: ImageDataset) -> str:
-    """SHA-256 of an image set's size, form and labels, if it is opened with them, and of the pixels of some images.
+    """SHA-256 of an image set's size, image shape, labels (if opened with them) and the pixels of some images.
 
-    Those are `SAMPLE` at equal distances, the first and the last among them: a set of millions takes a moment. Sets
-    that differ in other images alone are taken for the same.
+    Those are `SAMPLE` images at equal distances, first and last included, so that a set of millions takes only a
+    moment. Sets that differ only in other images have the same digest.
 
     Raises:
         DataError: one of the images is corrupt.

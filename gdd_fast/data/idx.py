@@ -1,4 +1,4 @@
-"""The idx format of the MNIST family: a big-endian header, then raw bytes, perhaps gzipped."""
+"""The idx format of the MNIST family: a big-endian header, then raw bytes; may be gzipped."""
 
 import gzip
 import zlib
@@ -16,7 +16,7 @@ _PREFIX = {"train": "train", "test": "t10k"}
 def read_idx(path: str | Path) -> np.ndarray:
     """One idx file of unsigned bytes, as a uint8 array of the shape its header states.
 
-    Raises `DataError` when the file is missing, not an idx file of unsigned bytes, or not as long as its header says.
+    Raises `DataError` if the file is missing, not an idx file of unsigned bytes, or not as long as its header says.
     """
     path = Path(path)
     try:
@@ -33,12 +33,12 @@ def read_idx(path: str | Path) -> np.ndarray:
         raise DataError(f"{path}: ends inside its idx header")
     shape = tuple(int.from_bytes(content[4 + 4 * k : 8 + 4 * k], "big") for k in range(ndim))
     if len(content) - start != prod(shape):
-        raise DataError(f"{path}: its header announces {shape}, but {len(content) - start} bytes follow")
+        raise DataError(f"{path}: its header says {shape}, but {len(content) - start} bytes follow")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def find_idx_pair(folder: str | Path, split: str) -> tuple[Path, Path] | None:
-    """The image and the label file of `split` ("train" or "test") under their customary names, or None."""
+    """The image and label files of `split` ("train" or "test") under their customary names, or None."""
     stem = _PREFIX[split]
     for suffix in ("", ".gz"):
         images = Path(folder) / f"{stem}-images-idx3-ubyte{suffix}"
@@ -49,7 +49,7 @@ def find_idx_pair(folder: str | Path, split: str) -> tuple[Path, Path] | None:
 
 
 def read_idx_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, H, W) and labels uint8 (N,) of a pair of idx files that belong together."""
+    """Images uint8 (N, H, W) and labels uint8 (N,) of a pair of idx files. Raises `DataError` if they do not match."""
     x, y = read_idx(images), read_idx(labels)
     if x.ndim != 3 or y.ndim != 1 or len(x) != len(y):
         raise DataError(f"{images} has shape {x.shape} and {labels} {y.shape}: expected (N, H, W) and (N,)")

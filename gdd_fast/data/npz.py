@@ -1,4 +1,4 @@
-"""Arrays of an .npz, read only if the file is as large as it says and nothing in it would have to be executed."""
+"""Arrays of an .npz, read only if their sizes are as stated and nothing would have to be executed."""
 
 import math
 import tokenize
@@ -12,14 +12,14 @@ import numpy as np
 
 from gdd_fast.errors import DataError
 
-# What zipfile and NumPy raise on files that are not an .npz of plain arrays, among them headers that do not parse.
+# What zipfile and NumPy raise for files that are not an .npz of plain arrays, unparsable headers included.
 _ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, SyntaxError, tokenize.TokenError)
 _ERRORS += (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def array_names(path: Path) -> list[str]:
-    """The names of the arrays in `path`. Raises `DataError` for what is no .npz."""
+    """The names of the arrays in `path`. Raises `DataError` if it is not an .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -28,10 +28,10 @@ def array_names(path: Path) -> list[str]:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the arrays `names` that `path` has.
+    """The arrays in `path` whose names are among `names`.
 
-    Raises `DataError` for what is no .npz of plain arrays, for an array that is not as large as its header says, and
-    for one that unpacks to far more than any real one would.
+    Raises `DataError` for a file that is not an .npz of plain arrays, for an array whose size differs from its
+    header's, and for one that expands far more than any real one would.
     """
     found = {}
     try:
@@ -72,9 +72,9 @@ def _read_array(file: BinaryIO, size: int) -> np.ndarray:
 
 
 def check_expansion(size: int, compressed: int) -> None:
-    """Raise `ValueError` for a file of `size` bytes that unpacks from too few: photographs, and even drawings, do not.
+    """Raise `ValueError` for a file that expands to `size` bytes from too few: photographs, and even drawings, do not.
 
-    Without this, an archive of a few megabytes can fill any memory. Up to 64 MiB everything is taken.
+    Without this, an archive of a few megabytes could fill any memory. Up to 64 MiB everything is accepted.
     """
     if size > max(64 << 20, 100 * compressed):
         raise ValueError(f"{compressed:,} bytes would unpack to {size:,}, which no data set does")

@@ -1,4 +1,4 @@
-"""The order in which a data set is gone through: endless, shuffled anew each epoch, shared out between ranks."""
+"""The order in which a data set is traversed: endless, reshuffled each epoch, divided among ranks."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from gdd_fast.errors import ConfigError
 class ShardedOrder:
     """An endless sequence of item indices, the same on every rank, of which a rank takes every `world_size`-th.
 
-    Epoch e is a permutation of all `size` items drawn from (seed, e) alone, so any place in the sequence can be reached
-    without going through what lies before it, and between them the ranks visit every item exactly once per epoch.
+    Epoch e is a permutation of all `size` items that depends on (seed, e) alone, so any position in the sequence can be
+    reached directly, and together the ranks visit every item exactly once per epoch.
     """
 
     def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -21,7 +21,7 @@ class ShardedOrder:
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """This rank's share, int64 (count,), of the `count * world_size` items from place `start` of the sequence."""
+        """This rank's share, int64 (count,), of the `count * world_size` items from position `start` on."""
         places = start + self.rank + self.world_size * np.arange(count)
         epochs, offsets = np.divmod(places, self.size)
         items = np.empty(count, np.int64)

@@ -10,11 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MOST_THREADS = 16  # what is left under the lock saturates before this
+_MOST_THREADS = 16  # the part that holds the lock saturates earlier
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` on a pool of threads, one per core of this process: in order, and only a few results ahead of use.
+    """`map` on a pool of threads, one per core of this process: in order, and only a few results ahead of the consumer.
 
     The first error in the order of `items` is raised, and nothing more is started.
     """

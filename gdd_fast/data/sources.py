@@ -1,4 +1,4 @@
-"""What `gdd_fast.prepare` can read, each as images by index with their names and classes."""
+"""The sources that `gdd_fast.prepare` can read, each as indexed images with names and classes."""
 
 import tarfile
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Source:
     """Images in a fixed order.
 
     kind: for messages; size: how many; name(i), image(i): of image i, from any thread; labels: int64 (size,) or None;
-    left_out: files beside them that are no images, by suffix.
+    left_out: the number of other files, which are not images, by suffix.
     """
 
     kind: str
@@ -38,17 +38,16 @@ class Source:
 
 
 def open_source(path: Path, split: Split = "train", labels: Labels = "auto") -> Source:
-    """Recognise what lies at `path`:
+    """Recognise what is at `path`:
 
     - a folder with idx files of the MNIST family under their customary names, of which `split` is taken;
-    - the CIFAR-10 python archive, likewise;
-    - an .npz as `open_dataset` reads;
+    - the CIFAR-10 Python archive, likewise;
+    - an .npz that `open_dataset` can read;
     - a folder or zip of image files, at any depth.
 
-    labels: `auto` takes those that the source states, if it does (for image files, in `dataset.json`); `folders`
-    numbers the first-level folders of image files in alphabetical order, or those below if there is one alone; `none`
-    drops them.
-    Raises `DataError` when it is none of these, holds no image or cannot be read.
+    labels: `auto` takes those that the source states, if any (for image files, in `dataset.json`); `folders` numbers
+    the first-level folders of image files in alphabetical order, or the second-level ones if there is only one; `none`
+    drops labels. Raises `DataError` when it is none of these, holds no image or cannot be read.
     """
     check_there(path)
     if path.is_dir() and (pair := find_idx_pair(path, split)):
@@ -93,11 +92,11 @@ def _from_files(container: Container, labels: Labels) -> Source:
 def _folder_classes(container: Container) -> np.ndarray:
     loose = next((name for name in container.names if "/" not in name), None)
     if loose is not None:
-        raise DataError(f"{container.path}: {loose} lies in no folder, so --labels folders has no class for it")
+        raise DataError(f"{container.path}: {loose} is not in a folder, so --labels folders has no class for it")
     parts = [name.split("/")[:-1] for name in container.names]
-    # an archive of a folder has that folder on top of those of the classes
+    # an archive of a folder has that folder above those of the classes
     top = 1 if len({part[0] for part in parts}) == 1 and all(len(part) > 1 for part in parts) else 0
     folders, classes = np.unique([part[top] for part in parts], return_inverse=True)
     if len(folders) == 1:
-        raise DataError(f"{container.path}: all images lie in {folders[0]}; --labels folders needs one per class")
+        raise DataError(f"{container.path}: all images are in {folders[0]}; --labels folders needs one per class")
     return as_classes(classes, lambda index: f"{container.path}: the number of the folder of {container.names[index]}")

@@ -20,15 +20,14 @@ class BatchStream:
     """Iterator of (images uint8 (batch, C, H, W), labels float32 one-hot (batch, label_dim) or None), both on `device`.
 
     batch: images per step on this rank. seed, rank, world_size: see `ShardedOrder`.
-    x_flip: as in EDM the set counts twice, the second time mirrored: an epoch shows each image both ways.
-    workers: processes that decode ahead when the set is streamed; 0 decodes in this process.
-    memory_limit: bytes. A set that fits is held as one uint8 tensor on `device` and `workers` is not used; a larger one
-    is streamed. Both give identical batches. Default: a quarter of the device's free memory, 4 GiB on the CPU; 0 always
-    streams.
-    progress: called while every image (when streaming: every image of this rank's share) is read and checked, which
-    happens here, so that a bad image raises `DataError` before training starts.
+    x_flip: as in EDM, the set counts twice, the second time mirrored: an epoch shows each image both ways. workers:
+    processes that decode ahead if the set is streamed; 0 decodes in this process. memory_limit: bytes. A set that fits
+    is held as one uint8 tensor on `device` and `workers` is not used; a larger one is streamed. Both give identical
+    batches. Default: a quarter of the device's free memory, 4 GiB on the CPU; 0 always streams. progress: called while
+    every image (when streaming: of this rank's share) is read and checked, which the constructor does, so that a bad
+    image raises `DataError` before training starts.
 
-    A stream that has workers is closed by `close()`, or used as a context manager.
+    Close a stream that has workers by `close()`, or use it as a context manager. Raises `ConfigError` for bad sizes.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class BatchStream:
         try:
             items, images = next(self._batches)
         except Exception:
-            self.close()  # a generator that has raised would end a for loop without a word the next time
+            self.close()  # a generator that has raised would silently end a for loop the next time
             raise
         self._start += self.batch * self._order.world_size
         if self.x_flip:
@@ -81,26 +80,26 @@ class BatchStream:
         return images, None if self._labels is None else self._one_hot(self._labels[items % len(self.dataset)])
 
     def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
-        """Like torch's one_hot, which first looks at the range of the classes, and so waits for the GPU."""
+        """As torch's one_hot, which first checks the range of the classes and so waits for the GPU."""
         rows = torch.zeros(len(classes), self.dataset.label_dim, device=self.device)
         return rows.scatter_(1, classes[:, None], 1.0)
 
     def _requests(self, start: int) -> Iterator[np.ndarray]:
-        """Item indices of one batch after the other; item i is image i % len(dataset), mirrored in the second half."""
+        """Item indices, batch by batch; item i is image i % len(dataset), mirrored in the second half."""
         while True:
             yield self._order.take(start, self.batch)
             start += self.batch * self._order.world_size
 
     def state_dict(self) -> dict[str, int | bool]:
-        """Where the stream stands, the same on all ranks, as JSON: the next batch starts at `position` of `epoch`."""
+        """The position, the same on all ranks, as JSON types: the next batch starts at `position` of `epoch`."""
         epoch, position = divmod(self._start, self._order.size)
         size = len(self.dataset)
         return {"seed": self._order.seed, "epoch": epoch, "position": position, "size": size, "x_flip": self.x_flip}
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
-        """Go on at the very next image, with the seed of `state`; also with another batch size or number of ranks.
+        """Continue at the very next image, with the seed of `state`, even with another batch size or number of ranks.
 
-        Raises `CheckpointError` when it is no such state, or one of another data set or another `x_flip`.
+        Raises `CheckpointError` if `state` is not such a state, or is for another data set or `x_flip`.
         """
         places = [state.get(key) for key in ("seed", "epoch", "position")]
         if set(state) != _STATE_KEYS or any(type(place) is not int or place < 0 for place in places):
@@ -116,7 +115,7 @@ class BatchStream:
         self._start = state["epoch"] * order.size + state["position"]
 
     def close(self) -> None:
-        """End the worker processes, if any. The stream may be used again: it goes on where it was."""
+        """End the worker processes, if any. The stream can be used again and continues where it was."""
         if self._batches is not None:
             self._batches.close()  # the generator holds the only reference to the workers
             self._batches = None
@@ -148,7 +147,7 @@ class _MemorySource:
 
 
 class _DiskSource:
-    """Images decoded a batch at a time, ahead of use by worker processes if there are any."""
+    """Images decoded batch by batch, ahead of use if there are worker processes."""
 
     def __init__(self, dataset: ImageDataset, device: torch.device, workers: int):
         self._dataset, self._device, self._workers = dataset, device, workers
@@ -161,7 +160,7 @@ class _DiskSource:
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
-            generator=torch.Generator().manual_seed(0),  # it would draw its workers' seed from the global generator
+            generator=torch.Generator().manual_seed(0),  # else its workers' seed comes from the global generator
         )
         for batch in loader:
             if isinstance(batch, DataError):
@@ -172,18 +171,18 @@ class _DiskSource:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a worker hands over. Arrays go through a pipe, where each tensor on its way would hold a file descriptor."""
+    """What a worker sends. Arrays go through a pipe, whereas each tensor in transit would hold a file descriptor."""
 
     items: np.ndarray | torch.Tensor
     images: np.ndarray | torch.Tensor
 
     def pin_memory(self) -> "_Batch":
-        """Called by the DataLoader, in a thread of its own."""
+        """Called by the DataLoader, in a separate thread."""
         return _Batch(*(torch.as_tensor(part).pin_memory() for part in (self.items, self.images)))
 
 
 class _Decoder(Dataset):
-    """Runs in the workers. An error is handed over as a value: raised there, it would arrive wrapped in a traceback."""
+    """Runs in the workers. An error is returned as a value: raised there, it would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: ImageDataset):
         self._dataset = dataset
@@ -197,7 +196,7 @@ class _Decoder(Dataset):
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the parent, which may save first, ends the workers itself."""
+    """Ctrl-C reaches all processes of the terminal, but the parent, which may save first, ends the workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

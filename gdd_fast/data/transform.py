@@ -1,4 +1,4 @@
-"""Making images of any size and kind alike: colour, padding, cropping, resizing."""
+"""Makes images of any size and kind uniform: colour, padding, cropping, resizing."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ Color = Literal["auto", "gray", "rgb"]
 Crop = Literal["none", "center"]
 Filter = Literal["lanczos", "box"]
 
-MAX_SIZE = 1 << 14  # pixels: beyond, a single image takes gigabytes
+MAX_SIZE = 1 << 14  # pixels: beyond this, a single image takes gigabytes
 _GRAY_MODES = {"1", "L", "LA"}
 _COLOR_MODES = {"RGB", "RGBA", "P", "CMYK", "YCbCr"}
 
@@ -27,11 +27,11 @@ class Transform(Settings):
     crop: Crop = "none"
     """`center` cuts the largest square out of the middle."""
     pad_to: int | None = None
-    """First surround with black to this height and width, as MNIST's 28 are commonly made 32."""
+    """First pad with black to this height and width, as is often done to bring MNIST from 28 to 32."""
     filter: Filter = "lanczos"
     """`box` averages whole blocks of pixels, for reducing by an integer factor."""
     color: Color = "auto"
-    """`auto` leaves gray gray and makes every other kind RGB; a set must come out all alike."""
+    """`auto` keeps gray images gray and converts all others to RGB; all images of a set must come out alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class Transform(Settings):
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 1 to {MAX_SIZE}, not {value}")
 
     def __call__(self, image: Image.Image, name: str) -> np.ndarray:
-        """`image` as uint8 (C, R, R); `DataError` naming `name` when these settings do not make it a square image."""
+        """`image` as uint8 (C, R, R). Raises a `DataError` naming `name` if these settings do not make it square."""
         image = self._colored(image, name)
         if self.pad_to is not None:
             image = _padded(image, self.pad_to, name)
@@ -55,7 +55,7 @@ class Transform(Settings):
 
     def _colored(self, image: Image.Image, name: str) -> Image.Image:
         if image.mode.startswith("I;16"):
-            # the upper 8 of 16 bits, which is also what Pillow gives of 48-bit colour
+            # the upper 8 of 16 bits, as Pillow does with 48-bit colour
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         gray = image.mode in _GRAY_MODES
         if not gray and image.mode not in _COLOR_MODES:
@@ -64,7 +64,7 @@ class Transform(Settings):
                 "it to 8 or 16 bits first, or leave it out"
             )
         if image.has_transparency_data:
-            # Dropping alpha would bring out whatever colour lies below transparent pixels.
+            # Dropping alpha would reveal whatever colour is below transparent pixels.
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if self.color != "auto":
             gray = self.color == "gray"
@@ -77,7 +77,7 @@ class Transform(Settings):
         if self.filter == "lanczos":
             return image.resize((size, size), Image.Resampling.LANCZOS)
         if image.width % size:
-            raise DataError(f"{name}: --filter box cannot take {image.width} to {size} pixels, not a whole factor")
+            raise DataError(f"{name}: --filter box cannot reduce {image.width} to {size} pixels, not a whole factor")
         return image.reduce(image.width // size)
 
 

@@ -23,8 +23,8 @@ def write_edm_zip(path: str | Path, images: Iterable[np.ndarray], labels: Sequen
 
     Files are `00000/img00000000.png`, ...; `dataset.json` holds the classes, or null without `labels`. Atomic: `path`
     appears, or is replaced, only when all is written. Raises `DataError` for an empty set, for images that are not
-    uint8, not gray or RGB or not all of one shape, for labels that are no class numbers, and when there are not as many
-    labels as images.
+    uint8, not gray or RGB or not all of one shape, for labels that are not class numbers, and if the numbers of labels
+    and images differ.
     """
     if labels is not None and hasattr(images, "__len__") and len(images) != len(labels):
         raise DataError(f"{path}: {len(images)} images and {len(labels)} labels")
@@ -32,11 +32,11 @@ def write_edm_zip(path: str | Path, images: Iterable[np.ndarray], labels: Sequen
 
 
 def write_dataset(path: Path, items: Iterable[Item], *, new: bool = False) -> None:
-    """Write items to `path`, an EDM zip or an .npz by its suffix; either all have a class or none has.
+    """Write items to `path`, an EDM zip or an .npz by its suffix; either all or none have a class.
 
     The .npz holds `images` uint8 (N, H, W) or (N, H, W, 3) and, with classes, `labels` int64 (N,); at 32x32 and below
-    it is about half as large as PNGs. The same items give the same bytes. Errors as `write_edm_zip`; `new` as
-    of `atomic_write`.
+    it is about half as large as PNGs. The same items give the same bytes. Errors as `write_edm_zip`; `new` as for
+    `atomic_write`.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITERS:
@@ -78,7 +78,7 @@ WRITERS = {".zip": _write_zip, ".npz": _write_npz}
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """With ZipInfo's constant date instead of the time of day, so that equal input gives equal bytes."""
+    """Use ZipInfo's constant date instead of the current time, so that equal input gives equal bytes."""
     info = zipfile.ZipInfo(name)
     info.external_attr = 0o644 << 16
     archive.writestr(info, content, compress_type=archive.compression, compresslevel=archive.compresslevel)

@@ -1,1 +1,1 @@
-"""Distillation of a diffusion teacher into a one-step generator with nothing but a GAN loss (GDD, GDD-I)."""
+"""Distillation of a diffusion teacher into a one-step generator with a GAN loss alone (GDD, GDD-I)."""

@@ -1,4 +1,4 @@
-"""Losses beside the GAN's, for ablations: one against the teacher, and Frechet distances. Most runs have none."""
+"""Losses of ablations, added to the GAN's: one against the teacher, and Frechet distances. Most runs have none."""
 
 from __future__ import annotations
 
@@ -31,25 +31,24 @@ _FILL_BATCH = 64
 
 @dataclass
 class AdditionalParts:
-    """What the losses are made of, on the CPU."""
+    """What the losses need, on the CPU."""
 
     teacher: Preconditioned | None
-    """None without a loss against it."""
+    """None without a teacher loss."""
     distance: Distance | None
     extractors: list[FeatureExtractor]
-    """Those of the Frechet distances, by their names in the configuration."""
+    """Those of the Frechet distances, in the order of the configuration."""
 
     def networks(self) -> list[nn.Module]:
-        """Those whose operators have to be chosen."""
+        """The networks whose operators have to be chosen."""
         networks = [e.network for e in self.extractors if e.network is not None]
         return [*networks, *([self.teacher] if self.teacher is not None else [])]
 
 
 def additional_parts(config: TrainConfig, teacher: Preconditioned, generator: Preconditioned) -> AdditionalParts | None:
-    """What the configuration's losses need, with their weights read; None if it has none.
+    """What the configuration's additional losses need, with weights read; None if it has no such losses.
 
-    Raises `ConfigError` for a teacher or features that a loss cannot work with, `WeightsError` for weights that are
-    not there.
+    Raises `ConfigError` for a teacher or features that a loss cannot use, `WeightsError` for missing weights.
     """
     options = config.ablation
     if not options.adds_losses:
@@ -61,7 +60,7 @@ def additional_parts(config: TrainConfig, teacher: Preconditioned, generator: Pr
         if not isinstance(teacher, EDMPrecond):
             raise ConfigError(
                 f"--teacher-loss {options.teacher_loss} is for EDM's networks; a {type(teacher).__name__} can be "
-                "distilled by the GAN and the Frechet distance"
+                "distilled with the GAN loss and the Frechet distance"
             )
         against = teacher.eval().requires_grad_(False)
         against.dtype = generator.dtype
@@ -74,19 +73,19 @@ def additional_parts(config: TrainConfig, teacher: Preconditioned, generator: Pr
         if extractor.dim is not None and extractor.dim >= options.frechet_population:
             raise ConfigError(
                 f"--frechet-population {options.frechet_population}: {extractor.name} has {extractor.dim} features, "
-                "and a covariance of them needs more images than that"
+                "and their covariance needs more images than that"
             )
     return AdditionalParts(against, distance, extractors)
 
 
 def _extractor(name: str, weights: Path | None, device: torch.device | str = "cpu") -> FeatureExtractor:
     if name.startswith("lpips"):
-        raise ConfigError(f"--frechet-loss {name}: LPIPS has more features than a covariance can be taken of")
+        raise ConfigError(f"--frechet-loss {name}: LPIPS has too many features for a covariance")
     return build_extractor(name, weights=weights, device=device)
 
 
 class AdditionalLosses:
-    """The losses of one run on this rank."""
+    """The additional losses of one run on this rank."""
 
     def __init__(self, config: TrainConfig, parts: Components, net: Preconditioned, world: World) -> None:
         given = parts.additional
@@ -103,7 +102,7 @@ class AdditionalLosses:
             setup = Setup(self.options, teacher, net, distance)
             self.teacher_loss = TEACHER_LOSSES[self.options.teacher_loss](setup)
         self.averages: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in self.parameters()}
-        """The optimizer averages all that it trains; nobody looks at these."""
+        """The optimizer averages everything it trains; these averages are not used."""
         self.frechet = dict(zip(self.options.frechet_loss, self._distances(config, parts, given), strict=True))
         self._seen: dict[str, list[Tensor]] = {}
         self._sums: dict[str, Tensor] = {}
@@ -123,11 +122,11 @@ class AdditionalLosses:
         return losses
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains with the generator."""
+        """The parameters that train with the generator."""
         return [] if self.teacher_loss is None else [p for p in self.teacher_loss.parameters() if p.requires_grad]
 
     def begin(self, net: Preconditioned, images: int, number: int) -> None:
-        """Before iteration `number`, which follows `images` images."""
+        """Call before iteration `number`, which follows `images` images."""
         self._seen, self._sums = {}, {}
         if self.teacher_loss is not None:
             self.teacher_loss.begin(net, images)
@@ -138,7 +137,7 @@ class AdditionalLosses:
                 loss.refresh()
 
     def _fill(self, net: Preconditioned) -> None:
-        """A population of the generator as it is, of seeds 0, 1, ..., on all ranks together."""
+        """Fill the population with the current generator's images of seeds 0, 1, ..., on all ranks together."""
         extractors = [loss.extractors[0] for loss in self.frechet.values()]
         seeds = range(self.options.frechet_population)
         needs = [Needs(statistics=False, rows=True)] * len(extractors)
@@ -157,7 +156,7 @@ class AdditionalLosses:
         labels: Tensor | None,
         random: torch.Generator,
     ) -> Tensor:
-        """Weighted losses (N,) of a micro-batch: `fakes` with gradient, real images in [-1, 1], one-hot labels."""
+        """Weighted losses (N,) of a micro-batch: `fakes` with gradients, real images in [-1, 1], one-hot labels."""
         total = torch.zeros(len(real), device=self.world.device)
         for name, loss in self.frechet.items():
             assert fakes is not None
@@ -172,7 +171,7 @@ class AdditionalLosses:
         return total
 
     def end(self, net: Preconditioned) -> dict[str, Tensor]:
-        """After the generator's step; values for the log."""
+        """Call after the generator's step; returns values for the log."""
         values = {f"frechet_{name}": loss.distance.clone() for name, loss in self.frechet.items()}
         for name, loss in self.frechet.items():
             parts = self.world.gather(torch.cat(self._seen[name]))
@@ -188,7 +187,7 @@ class AdditionalLosses:
         return sections if self.teacher_loss is None else {**sections, "teacher_loss": self.teacher_loss.state_dict()}
 
     def restore(self, saved: Checkpoint, net: Preconditioned) -> None:
-        """Raises `CheckpointError` for a checkpoint of other losses."""
+        """Load the sections of `state`. Raises `CheckpointError` for a checkpoint of other losses."""
         for name, loss in self.frechet.items():
             saved.load_module(f"frechet_{name}", loss)
         if self.teacher_loss is not None:
@@ -201,5 +200,5 @@ class AdditionalLosses:
 def build_additional(
     config: TrainConfig, parts: Components, net: Preconditioned, world: World
 ) -> AdditionalLosses | None:
-    """The losses of a run whose generator is `net`, on its device; None if the configuration has none."""
+    """The additional losses of a run whose generator is `net`, on its device; None if the configuration has none."""
     return None if parts.additional is None else AdditionalLosses(config, parts, net, world)

@@ -1,4 +1,4 @@
-"""The discriminator of a distillation, and the losses between it and the generator: what each step differentiates."""
+"""The discriminator of a distillation and the GAN losses, which the steps differentiate."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from gdd_fast.distill.losses import discriminator_loss, generator_loss, mean_and
 from gdd_fast.models.discriminator import DiscriminatorHeads, ProjectedFeatures
 
 Features = list[list[Tensor]]
-"""What `ProjectedFeatures` gives: for each backbone its maps."""
+"""The output of `ProjectedFeatures`: for each backbone, its maps."""
 
 
 def logged(logits: Tensor) -> dict[str, Tensor]:
-    """The values for the log in what `Adversary.told_apart` says of its logits."""
+    """The values for the log from the summary of logits, (4,), that `Adversary.told_apart` returns."""
     fake_mean, fake_positive, real_mean, real_positive = logits.unbind()
     return {
         "logit_fake": fake_mean,
@@ -27,9 +27,9 @@ def logged(logits: Tensor) -> dict[str, Tensor]:
 
 
 class Adversary:
-    """Frozen `features`, `r1_features` in the types of the R1 step (or the same object), and `heads`, which train.
+    """Frozen `features`, `r1_features` in the dtype of the R1 step (or the same object), and `heads`, which train.
 
-    `batch` is the images per step and process that a loss is of; a micro-batch gives its share.
+    `batch` is the number of images per step and process over which a loss is taken; a micro-batch gives its share.
     """
 
     def __init__(
@@ -42,32 +42,32 @@ class Adversary:
     ) -> None:
         self.features, self.r1_features, self.heads = features, r1_features, heads
         self._config, self._batch = config, batch
-        # the class table of conditional heads may be frozen for good
+        # the class table of conditional heads may be frozen permanently
         self.weights = [p for p in heads.parameters() if p.requires_grad]
 
     def train_heads(self, train: bool) -> None:
-        """Where gradients are not wanted, autograd computes none."""
+        """Switch gradients of the heads on or off; while off, autograd does not compute them."""
         for weight in self.weights:
             weight.requires_grad_(train)
 
     @torch.no_grad()
     def seen(self, images: Tensor) -> Features:
-        """Features that need no gradient."""
+        """Features of images, without gradients."""
         return self.features(images)
 
     def fooled(self, features: Features, label: Tensor | None) -> Tensor:
-        """The loss of G, for the features of its images."""
+        """The loss of G, from the features of its images."""
         return generator_loss(self.heads(features, label), self._config.logit_reduction, self._batch)
 
     def told_apart(self, fakes: Features, real: Features, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of D, and `mean_and_positive` of its logits of fakes and of real images, (4,)."""
-        # one after the other, as batch norm must not mix them
+        """The loss of D, and `mean_and_positive` of its logits for fakes, then for real images, (4,)."""
+        # separately, as batch norm must not mix them
         fake, true = self.heads(fakes, label), self.heads(real, label)
         loss = discriminator_loss(fake, true, self._config.logit_reduction, self._batch)
         return loss, torch.stack([*mean_and_positive(fake), *mean_and_positive(true)])
 
     def gradient_penalty(self, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of the R1 step, and the mean penalty without its weight; call it within `r1_arithmetic`."""
+        """The loss of the R1 step, and the mean unweighted penalty; call it within `r1_arithmetic`."""
         real = real.detach().requires_grad_()
         penalty = r1_penalty(real, self.heads(self.r1_features(real), label))
         weight = self._config.r1_gamma / 2 * self._config.r1_interval / self._batch
@@ -75,7 +75,7 @@ class Adversary:
 
     @contextlib.contextmanager
     def r1_arithmetic(self) -> Iterator[None]:
-        """The heads in the types of `r1_features`."""
+        """For a block, the heads compute in the dtype of `r1_features`."""
         before, self.heads.dtype = self.heads.dtype, self.r1_features.dtype
         try:
             with gpu_arithmetic(self._config.r1_precision):

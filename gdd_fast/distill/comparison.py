@@ -1,4 +1,4 @@
-"""What a run ends with: Frechet distances of teacher, untrained and distilled generator, and samples side by side."""
+"""The end of a run: Frechet distances of teacher, untrained and distilled generator, and samples side by side."""
 
 import json
 from collections.abc import Sequence
@@ -35,29 +35,29 @@ from gdd_fast.training.two_threads import at_once
 REPORT = "report.json"
 PANEL_IMAGES = 36
 FEATURES = ("lite0", "pixels")
-TEACHER_FIGURES = "figures.json"  # beside a bundled teacher: its own many-step distances, which take long to compute
+TEACHER_FIGURES = "figures.json"  # beside the bundled teacher: its own many-step distances, which take long to compute
 HEUN = SamplerConfig(sampler="heun", steps=18)
 ONE_STEP = SamplerConfig(sampler="one-step")
 
 
 def check(config: TrainConfig, generator: nn.Module) -> None:
-    """Raise a `GddFastError` now for what would keep `write` from measuring at the end of the run."""
+    """Raise a `GddFastError` now for anything that would stop `write` from measuring at the end of the run."""
     reference = load_data(_evaluate_data(config))
     ours, theirs = (generator.img_channels, generator.img_resolution), (reference.channels, reference.resolution)
     if ours != theirs:
         raise ConfigError(
-            f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images and the generator makes {ours[0]} x "
-            f"{ours[1]}^2; give images of one size and colour (python -m gdd_fast.prepare resizes)"
+            f"--evaluate-data holds {theirs[0]} x {theirs[1]}^2 images but the generator makes {ours[0]} x "
+            f"{ours[1]}^2; their size and channels must agree (python -m gdd_fast.prepare resizes)"
         )
     if len(reference) < 2:
-        raise ConfigError("--evaluate-data holds one image, and a covariance needs at least 2")
+        raise ConfigError("--evaluate-data holds only one image; a covariance needs at least 2")
     for name in FEATURES:
         build_extractor(name, **_options(config, name))
 
 
 def read_every_image(config: TrainConfig, world: World) -> None:
-    """Raise `DataError` for a damaged image of `--evaluate-data`, which would be found when the run measures. Each rank
-    reads its share. The training data are read for training.
+    """Raise `DataError` for a damaged image in `--evaluate-data` now, not when the run measures. Each rank reads its
+    share. Skipped if these are the training data, which training reads anyway.
     """
     asked = config.run.evaluate_data
     if not config.run.evaluate_images or asked is None or asked == config.data.data:
@@ -68,11 +68,11 @@ def read_every_image(config: TrainConfig, world: World) -> None:
 
 
 def begin(config: TrainConfig, task: Distillation) -> None:
-    """Before the first iteration: what the report compares with. Overwrites what a run left that never was saved. Every
-    rank calls it.
+    """Before the first iteration, write what the report compares with, over the leftovers of a run that was never
+    saved. Every rank calls it.
 
-    samples/teacher.png and samples/000000000.png are the teacher's images and those of its weights in one step, from
-    the noise of every later sheet; unet.json says what trains.
+    samples/teacher.png and samples/000000000.png show the teacher's images and one-step images of the untrained
+    generator, from the noise of all later sheets; unet.json says which weights train.
     """
     task.save_sheet(0)
     if not task.world.is_main:
@@ -86,13 +86,14 @@ def begin(config: TrainConfig, task: Distillation) -> None:
 
 
 def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, dict[str, float]] | None:
-    """The distances that `write` has left in the run folder; None if they were measured otherwise, or it was killed."""
+    """The distances that `write` left in the run folder; None if they were measured differently, or `write` was
+    killed."""
     path = config.run_dir / REPORT
     if not path.is_file() or not (config.run_dir / COMPARISON).is_file():
         return None
     try:
         report = json.loads(path.read_bytes())
-    except ValueError:  # not written by `write`, which leaves a whole file or none
+    except ValueError:  # not from `write`, which leaves a whole file or none
         return None
     if not isinstance(report, dict):
         return None
@@ -103,11 +104,10 @@ def read(config: TrainConfig, contents: dict[str, str], trained_images: int) -> 
 def write(
     config: TrainConfig, contents: dict[str, str], device: torch.device, trained_images: int
 ) -> dict[str, dict[str, float]]:
-    """Measure, and write report.json and comparison.png to the run folder; `contents` as of `components.Components`.
+    """Measure, and write report.json and comparison.png to the run folder; `contents` as in `components.Components`.
 
-    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`. What is float32 is
-    computed so in full, whatever the run's own arithmetic was.
-    Returns distances by row and feature.
+    Distances are between `evaluate_images` generated images (seeds 0, 1, ...) and `--evaluate-data`. float32 means full
+    fp32, whatever the run's own arithmetic was. Returns distances by row and feature.
     """
     images = config.run.evaluate_images
     extractors = [build_extractor(name, device=device, **_options(config, name)) for name in FEATURES]
@@ -156,7 +156,7 @@ def write(
         ("Distilled, one step", _samples(distilled, ONE_STEP)),
     ]
     save_panel(panel, config.run_dir / COMPARISON, cols=12)
-    # last, as it says that all is there
+    # last, as its presence says that the rest is complete
     with atomic_write(config.run_dir / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     return rows
@@ -187,7 +187,7 @@ def _evaluate_data(config: TrainConfig) -> str:
 
 
 def _measured(config: TrainConfig, contents: dict[str, str], trained_images: int) -> dict[str, Any]:
-    """What a report is valid for."""
+    """The inputs for which a report is valid."""
     return {
         "trained_images": trained_images,
         "evaluate_images": config.run.evaluate_images,
@@ -208,7 +208,7 @@ def _samples(net: nn.Module, sampler: SamplerConfig) -> torch.Tensor:
 def _stored_figures(
     config: TrainConfig, images: int, features: Sequence[str], reference_images: int
 ) -> dict[str, float] | None:
-    """The figures beside the teacher if they were measured exactly as this report would."""
+    """The figures stored beside the teacher, if they were measured exactly as this report's would be."""
     path = teacher_path(given(config.generator.teacher, "--teacher")) / TEACHER_FIGURES
     if not path.is_file():
         return None

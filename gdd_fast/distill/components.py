@@ -1,4 +1,4 @@
-"""Builds what a distillation run works on. Everything that bad input can break happens here, before the first step."""
+"""Builds the parts of a distillation run. Everything that bad input can break happens here, before the first step."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,42 +26,42 @@ from gdd_fast.models.preconditioned import Preconditioned
 from gdd_fast.ops.adam_ema import OPERATOR as ADAM_EMA
 from gdd_fast.ops.group_norm_silu import OPERATOR as GROUP_NORM_SILU
 
-# What a run calls beside its networks, in the optimizer's steps.
+# Operators that a run calls outside its networks, in the optimizer's steps.
 OPERATORS = (ADAM_EMA,)
 
 
 @dataclass
 class Components:
-    """The networks of a run and its data, on the CPU, and what runs of each fused operator, by its name."""
+    """The networks of a run and its data, on the CPU, and the backend of each fused operator, by name."""
 
     dataset: ImageDataset
     generator: Preconditioned
     frozen: FreezeReport
     features: ProjectedFeatures
     r1_features: ProjectedFeatures
-    """`features` in the R1 step's precision; the same object where that is theirs."""
+    """`features` in the R1 step's precision; the same object if the precision is the same."""
     heads: DiscriminatorHeads
     operators: dict[str, Backend]
     contents: dict[str, str]
-    """Digests of what was given as --data and --teacher."""
+    """Digests of the contents of --data ("data") and --teacher ("teacher")."""
     additional: AdditionalParts | None = None
-    """What the losses beside the GAN's need; None without one."""
+    """What the additional losses need; None without any."""
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The compute type behind a precision; tf32 is float32 with another switch."""
+    """The compute dtype of a precision; tf32 is float32 with a switch set."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def build(config: TrainConfig) -> Components:
-    """All parts of a run; the generator begins with the form and the weights of the teacher.
+    """All parts of a run; unless an ablation changes that, the generator starts with the teacher's weights.
 
     Raises:
-        ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: whatever the user has to mend.
+        ConfigError, BackendError, DataError, WeightsError, UnsafePickleError: what the user has to correct.
     """
     config.validate()
     device = pick_device(config.run.device).type
-    # a backend that cannot run here is refused before anything is read: every one has one of these operators
+    # refuse a backend that cannot run here before reading anything: every backend has one of these operators
     resolve_all(config.run.backend, (ADAM_EMA, GROUP_NORM_SILU), device)
     dataset = load_data(given(config.data.data, "--data"), use_labels=config.data.cond)
     teacher = load_teacher(given(config.generator.teacher, "--teacher"))
@@ -79,7 +79,7 @@ def build(config: TrainConfig) -> Components:
     heads = build_heads(config, features, dataset.label_dim, weights)
     frozen = freeze(generator, config.generator.freeze)
     if config.ablation.frechet_loss and len(dataset) < 2:
-        raise ConfigError("--frechet-loss: the data set holds one image, and a covariance needs at least 2")
+        raise ConfigError("--frechet-loss: the data set holds only one image; a covariance needs at least 2")
     additional = additional_parts(config, teacher, generator)
     networks = [generator, features, r1_features, heads, *(additional.networks() if additional else ())]
     operators = choose_backend(config.run.backend, device, networks, OPERATORS)
@@ -87,7 +87,7 @@ def build(config: TrainConfig) -> Components:
 
 
 def with_generator_from(start: Preconditioned, config: TrainConfig, parts: Components) -> Components:
-    """`parts`, of a run that has trained nothing yet, with a generator of the form and the weights of `start`."""
+    """`parts`, of a run that has not trained yet, with a generator built from `start`."""
     generator = _generator(config, start)
     frozen = freeze(generator, config.generator.freeze)
     device = pick_device(config.run.device).type
@@ -103,15 +103,15 @@ def _generator(config: TrainConfig, start: Preconditioned) -> Preconditioned:
 
 
 def load_teacher(name: str) -> Preconditioned:
-    """The pretrained network, float32, on the CPU; of a path, or a repository of the Hub.
+    """The pretrained network at a path or Hub repository, in float32 on the CPU.
 
-    Raises WeightsError if it is none, or has weights that are not finite.
+    Raises WeightsError if there is no network or if it has weights that are not finite.
     """
     teacher = load_generator(hub.network_path(name))
     broken = next((name for name, tensor in teacher.state_dict().items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise WeightsError(
-            f"the teacher {name} has NaN or infinite values in {broken}: take an earlier one of its checkpoints, or "
+            f"the teacher {name} has NaN or infinite values in {broken}: use one of its earlier checkpoints, or "
             "copy the file again"
         )
     return teacher
@@ -143,7 +143,7 @@ def build_heads(
         lite0 = weights.get("tf_efficientnet_lite0")
         if lite0 is None:
             raise ConfigError(
-                "--class-embedding imagenet is EfficientNet-lite0's: add tf_efficientnet_lite0 to --backbones "
+                "--class-embedding imagenet comes from EfficientNet-lite0: add tf_efficientnet_lite0 to --backbones "
                 "or use --class-embedding learned"
             )
         embedding = lite0["classifier.weight"]
@@ -165,7 +165,7 @@ def build_heads(
 
 
 def check_fit(generator: Preconditioned, dataset: ImageDataset, data: str) -> None:
-    """Raise WeightsError unless a teacher's network makes images of the size, channels and classes of `data`."""
+    """Raise WeightsError unless the network's images have the size, channels and classes of `dataset`, named `data`."""
     ours = (dataset.channels, dataset.resolution)
     teachers = (generator.img_channels, generator.img_resolution)
     if ours != teachers:
@@ -175,6 +175,6 @@ def check_fit(generator: Preconditioned, dataset: ImageDataset, data: str) -> No
         )
     if generator.label_dim != dataset.label_dim:
         raise WeightsError(
-            f"the teacher knows {generator.label_dim} classes, the data set is read with {dataset.label_dim}; "
+            f"the teacher has {generator.label_dim} classes, but the data set is read with {dataset.label_dim}; "
             "--cond and --no-cond choose whether labels are used"
         )

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved configuration, what trains, which implementations run, what is still needed."""
+"""What `--dry-run` prints: the configuration, what would train, which implementations run, what is still needed."""
 
 import json
 from typing import Any
@@ -20,8 +20,8 @@ from gdd_fast.training.batches import split_batch
 
 
 def describe_recipe(config: TrainConfig) -> str:
-    """What can be said without data or teacher: the configuration, the parameters and what is frozen of the networks of
-    the preset's paper, and what is still needed. Reads no file."""
+    """What is known without data or teacher: the configuration, the parameters of the paper's networks for this preset,
+    which are frozen, and what is still needed. Reads no file."""
     lines = [json.dumps(to_dict(config), indent=2), ""]
     arguments = published(config.preset)
     if arguments is not None:
@@ -30,12 +30,12 @@ def describe_recipe(config: TrainConfig) -> str:
         lines.append(f"Teacher of this preset: {type(net.model).__name__}, {size}")
         lines += _networks(freeze(net, config.generator.freeze), features, heads)
         found = forecast(config, net, features, r1_features, heads)
-        lines += ["", _memory(config, found), "Without the data set, and with a trained class table."]
+        lines += ["", _memory(config, found), "This leaves out the data set and assumes a trained class table."]
     return "\n".join([*lines, "", "Still needed:", *(f"  {message}" for message in config.missing())])
 
 
 def forecast_recipe(config: TrainConfig) -> Forecast | None:
-    """The memory of a preset of the paper, without its data set, teacher or weights; some seconds. None for others."""
+    """The memory of a preset of the paper, without data set, teacher or weights; some seconds. None for others."""
     arguments = published(config.preset)
     if arguments is None:
         return None
@@ -47,7 +47,7 @@ def forecast_recipe(config: TrainConfig) -> Forecast | None:
 def _networks_of(
     config: TrainConfig, arguments: dict[str, Any]
 ) -> tuple[GDDPrecond, ProjectedFeatures, ProjectedFeatures, DiscriminatorHeads]:
-    """Generator of these arguments, backbones, those of the R1 step, and heads, on the meta device."""
+    """A generator with these arguments, the backbones, those of the R1 step, and the heads, on the meta device."""
     options = config.discriminator
     with torch.device("meta"):
         net = GDDPrecond(**arguments if config.data.cond else {**arguments, "label_dim": 0})
@@ -66,7 +66,7 @@ def _features(options: DiscriminatorConfig, dtype: torch.dtype) -> ProjectedFeat
 
 
 def _memory(config: TrainConfig, found: Forecast) -> str:
-    """The forecast's table for a run of as many processes as there are now."""
+    """The forecast's table for a run with the current number of processes."""
     local_batch, _ = split_batch(config.run.batch, None, world_size())
     asked = config.run.batch_gpu
     images = local_batch if asked in (None, AUTO) else min(int(asked), local_batch)

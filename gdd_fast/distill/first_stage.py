@@ -1,4 +1,4 @@
-"""Before a distillation: a teacher that predicts noise learns to predict v, in a folder of the run's."""
+"""A stage before distillation: a teacher that predicts noise learns to predict v, in a subfolder of the run."""
 
 import time
 from dataclasses import replace
@@ -14,31 +14,31 @@ from gdd_fast.ranks import World
 from gdd_fast.training import loop
 
 FOLDER = "velocity"
-SMALL = 10_000_000  # parameters up to which 1e-3 is stable; DDPM trained larger networks at 2e-4
+SMALL = 10_000_000  # most parameters for which a learning rate of 1e-3 is stable; DDPM trained larger networks at 2e-4
 
 
 def is_wanted(config: TrainConfig, generator: Preconditioned) -> bool:
-    """Whether the run begins with this stage: the settings ask for it and the generator's network can learn it."""
+    """Whether the run begins with this stage: the settings ask for it and the generator's network can learn v."""
     return _images(config) > 0 and generator.learns_velocity
 
 
 def check(config: TrainConfig, generator: Preconditioned) -> None:
-    """Raise ConfigError if the settings ask for the stage and the teacher has nothing to learn in it."""
+    """Raise ConfigError if the settings ask for this stage but the teacher cannot learn v."""
     if _images(config) > 0 and not generator.learns_velocity:
         raise ConfigError(
-            f"--velocity-kimg: {config.generator.teacher} is no network of diffusers' that predicts noise under a "
-            "schedule by betas; leave it out"
+            f"--velocity-kimg: {config.generator.teacher} is not a diffusers network that predicts noise under a "
+            "schedule defined by betas; leave it out"
         )
 
 
 def form(config: TrainConfig) -> Preconditioned:
-    """The network that the stage trains, with the teacher's weights: for a run whose weights come from elsewhere."""
+    """The network that the stage would train, with the teacher's weights: for runs that get other weights later."""
     name = given(config.generator.teacher, "--teacher")
     return with_velocity(load_teacher(name), name)
 
 
 def description(config: TrainConfig, generator: Preconditioned) -> str:
-    """What the stage does, in a line; empty for a run without it."""
+    """What the stage does, in one line; empty for a run without it."""
     if not is_wanted(config, generator):
         return ""
     return f"the teacher, which predicts noise, learns to predict v for {_images(config):,} images"
@@ -49,7 +49,7 @@ def _images(config: TrainConfig) -> int:
 
 
 def settings(config: TrainConfig, generator: Preconditioned) -> PretrainConfig:
-    """What `gdd_fast.pretrain` is told; its run folder is in the distillation's."""
+    """The settings for `gdd_fast.pretrain`; its run folder is inside the distillation's."""
     run, length = config.run, config.generator.velocity_kimg / 1e3
     return PretrainConfig(
         teacher=config.generator.teacher,
@@ -76,8 +76,8 @@ def settings(config: TrainConfig, generator: Preconditioned) -> PretrainConfig:
 
 
 def run(config: TrainConfig, parts: Components, world: World) -> tuple[loop.Outcome, Preconditioned, float]:
-    """Train, or go on, or find it done: how it ended, its network, and the seconds that it took. `parts` stay as they
-    are; their data set is read.
+    """Start, resume or skip the stage, if finished: returns how it ended, its network, and the seconds it took. Reads
+    the data set of `parts` and does not change them.
 
     Raises what `loop.run` raises.
     """
@@ -89,15 +89,15 @@ def run(config: TrainConfig, parts: Components, world: World) -> tuple[loop.Outc
     task.remedy = "--g-precision fp32, or with --velocity-kimg 0, which leaves this stage out,"
     schedule, defaults, log = loop.Schedule.of(asked), default_settings(asked), loggers(config.run.log)
     outcome = loop.run(task, asked.run_dir, to_dict(asked), schedule, world, defaults, log)
-    world.barrier()  # the main process may have written the network once more
+    world.barrier()  # the main process may have rewritten the network
     start = parts.generator if outcome.exit_status else load_generator(asked.run_dir / TEACHER)
     return outcome, start, time.monotonic() - began
 
 
 def _as_finished(asked: PretrainConfig) -> PretrainConfig:
-    """`asked`; where the stage is finished, as it was trained: a distillation may go on with another batch or type.
+    """`asked`, with the batch and precision of a finished stage, as a distillation may resume with others.
 
-    Raises CheckpointError for a stage of another length: its learning rates and average go by that.
+    Raises CheckpointError for a stage of another length, on which learning rates and average depend.
     """
     stored = loop.stored_values(asked.run_dir)
     if stored is None:
@@ -105,8 +105,8 @@ def _as_finished(asked: PretrainConfig) -> PretrainConfig:
     length = stored["config"].get("duration_mimg")
     if isinstance(length, float) and length != asked.duration_mimg:
         raise CheckpointError(
-            f"{asked.run_dir} was begun with --velocity-kimg {1e3 * length:g}, not {1e3 * asked.duration_mimg:g}: give "
-            "that again, choose another --run-dir or move the folder away"
+            f"{asked.run_dir} was started with --velocity-kimg {1e3 * length:g}, not {1e3 * asked.duration_mimg:g}: "
+            "give that again, choose another --run-dir or move the folder away"
         )
     if stored["images"] < round(asked.duration_mimg * 1e6):
         return asked
@@ -115,5 +115,5 @@ def _as_finished(asked: PretrainConfig) -> PretrainConfig:
 
 
 def remaining(schedule: loop.Schedule, seconds: float) -> loop.Schedule:
-    """`schedule` of a run of which so many seconds are over."""
+    """`schedule` for a run that has already used this many seconds."""
     return replace(schedule, seconds=max(0.0, schedule.seconds - seconds))

@@ -1,11 +1,11 @@
-"""Which weights GDD-I trains: the one place that decides it.
+"""Decides which weights GDD-I trains; nothing else does.
 
 GDD-I (Zheng & Yang, arXiv 2405.20750) finds that a diffusion network's convolutions already hold a one-step generator,
-and freezes those of the U-Net's blocks. What stays trainable is norms, embeddings' affine layers, skip and qkv
-convolutions, the mapping network and the outermost convolutions; two further levels freeze qkv and skip as well.
+and freezes those of the U-Net's blocks. Norms, embeddings' affine layers, skip and qkv convolutions, the mapping
+network and the outermost convolutions stay trainable; two further levels freeze qkv and skip too.
 
-In a U-Net of diffusers' the same layers have other names and places: a block's convolutions are conv1 and conv2, those
-that resample are modules of their own between blocks, attention's four products are linear layers.
+In a diffusers U-Net the same layers have other names and places: a block's convolutions are conv1 and conv2, those that
+resample are separate modules between blocks, and attention's four projections are linear layers.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from gdd_fast.models.unet_block import UNetBlock
 # What each level adds to the ones before it, as layers of a UNetBlock. Level 0 is GDD, level 1 GDD-I.
 LEVELS: tuple[tuple[str, ...], ...] = ((), ("conv0", "conv1", "proj", "resample"), ("qkv",), ("skip",))
 
-# Modules of diffusers' that U-Nets consist of, and what of a UNetBlock each of their children is.
+# The diffusers modules that U-Nets consist of, and which layer of a UNetBlock each of their children is.
 _DIFFUSERS: dict[tuple[str, str], dict[str, str]] = {
     ("diffusers.models.resnet", "ResnetBlock2D"): {
         "conv1": "conv0",
@@ -83,11 +83,11 @@ class FreezeReport:
 
 
 def freeze(net: nn.Module, level: int) -> FreezeReport:
-    """Set `requires_grad` of every parameter of `net`, EDM's networks or diffusers', wrapped or bare, and report on it.
+    """Set `requires_grad` of all parameters of `net`, a U-Net of EDM or diffusers, preconditioned or bare; report it.
 
     Level 0 trains everything (GDD), 1 freezes the blocks' convolutions, those that resample and attention's projection
-    (GDD-I), 2 also the qkv and 3 also the skip convolutions. What an earlier call froze and this
-    level does not is trainable again.
+    (GDD-I), 2 also the qkv and 3 also the skip convolutions. Parameters that an earlier call froze and this level does
+    not become trainable again.
 
     Raises ConfigError for another level, or a network without U-Net blocks.
     """
@@ -95,7 +95,7 @@ def freeze(net: nn.Module, level: int) -> FreezeReport:
         raise ConfigError(f"the freeze level must be 0 to {len(LEVELS) - 1}, got {level!r}.")
     kinds = _kinds(net)
     if "conv0" not in kinds.values():
-        raise ConfigError(f"{type(net).__name__} has no U-Net blocks, so there is nothing that a freeze level names.")
+        raise ConfigError(f"{type(net).__name__} has no U-Net blocks, so a freeze level names nothing in it.")
     names = {name for added in LEVELS[: level + 1] for name in added}
     totals: dict[str, int] = {}
     for parameter in net.parameters():
@@ -107,7 +107,7 @@ def freeze(net: nn.Module, level: int) -> FreezeReport:
 
 
 def _kinds(net: nn.Module) -> dict[nn.Parameter, str]:
-    """The kind of layer each parameter belongs to: a UNetBlock's child by its name, or where else it stands."""
+    """The kind of layer each parameter belongs to: the name of a UNetBlock's child, or a kind outside the blocks."""
     kinds = {parameter: _outer_kind(name) for name, parameter in net.named_parameters()}
     for block in net.modules():
         if isinstance(block, UNetBlock):

@@ -1,7 +1,7 @@
-"""Distillation by an exclusive GAN loss (GDD / GDD-I): what one iteration does.
+"""Distillation with a GAN loss alone (GDD / GDD-I): what one iteration does.
 
-Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750). The teacher gives its weights and
-nothing else: it is not in the loop. An iteration is a generator step, a discriminator step, and sometimes an R1 step.
+Zheng & Yang, "Diffusion Models Are Innate One-Step Generators" (arXiv 2405.20750). The teacher only provides initial
+weights: it is not in the loop. An iteration is a generator step, a discriminator step, and sometimes an R1 step.
 """
 
 import contextlib
@@ -71,10 +71,10 @@ class Distillation:
         self.features, self.r1_features = parts.features.to(device), parts.r1_features.to(device)
         self.heads = parts.heads.to(device, memory_format=heads_layout).train()  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.generator.ema_halflife_mimg * 1e6, config.generator.ema_rampup)
-        # what is sampled and exported: published distances are float32's
+        # used for sampling and export: published distances are for float32
         self.ema.net.dtype = torch.float32  # type: ignore[assignment]
         self._form: Preconditioned | None = None
-        """What `ema.net` is like before it is sharded, if it is."""
+        """A copy of `ema.net`'s form from before sharding; None if it is not sharded."""
         if run.fsdp:
             averaged: Any = self.ema.net
             self._form = form_of(averaged)
@@ -100,7 +100,7 @@ class Distillation:
         self.judges_fakes = self.gan or bool(config.ablation.frechet_loss)
         self.random = RandomState(run.seed, world)
         self._fakes: Tensor | None = None
-        """The images of the last G step, with `reuse_fakes`."""
+        """The images of the last G step, if `reuse_fakes`."""
         if config.loss.reuse_fakes and self.judges_fakes:
             self._fakes = torch.zeros(self._shape(self.local_batch), device=device)
         engine = step_engine(config, device, world.size)
@@ -138,7 +138,7 @@ class Distillation:
             self.at_once = StepsAtOnce(self.adversary, guards, *draws, self._make)
 
     def iteration(self, images: int) -> None:
-        """One G step, one D step, and an R1 step of its own every `r1_interval` iterations."""
+        """One G step, one D step, and a separate R1 step every `r1_interval` iterations."""
         self._images = images
         if self.at_once is None:
             real, labels = self._read()
@@ -164,23 +164,23 @@ class Distillation:
             self.r1_step(real, labels)
 
     def generator_step(self, labels: Tensor | None, *real: Tensor) -> None:
-        """softplus(-D(G(z))) through the frozen backbones into the weights of G that train, and their average.
+        """Minimise softplus(-D(G(z))), through the frozen backbones, over G's trainable weights; average these.
 
-        Losses that an ablation adds look at the `real` images.
+        `real` images are for losses that an ablation adds.
         """
         self._take("g", self._generator_step, labels, *real)
 
     def discriminator_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """softplus(D(G(z))) + softplus(-D(x)) into the heads; the frozen features need no graph."""
+        """Minimise softplus(D(G(z))) + softplus(-D(x)) over the heads; the frozen features need no graph."""
         self._take("d", self._discriminator_step, real, labels)
 
     def r1_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
+        """Minimise gamma / 2 ||d D / d x||^2, times the interval between such steps (lazy regularisation)."""
         self._take("r1", self._r1_step, real, labels)
 
     def _take(self, kind: str, step: Step, *inputs: Tensor | None) -> None:
-        """One step, as it is or captured: all that differs from one to the next is in tensors, or done here. Between
-        several processes it is two, and no capture holds what they exchange.
+        """Take one step, eager or captured: all that changes between calls is in tensors, or done here. With several
+        processes it is two captures, with their exchange between these.
         """
         guard = self._guards()[kind]
         guard.begin()
@@ -193,7 +193,7 @@ class Distillation:
         guard.end()
 
     def _ended(self, kind: str) -> dict[str, Tensor]:
-        """The end of a step: its gradients applied, or, between several processes, ready for their exchange."""
+        """End a step: apply its gradients or, with several processes, pack them for the exchange."""
         if self.world.size == 1:
             return self._apply(kind)
         self._guards()[kind].pack()
@@ -207,12 +207,12 @@ class Distillation:
             self.averages.add(name, value)
 
     def _read(self) -> tuple[Tensor, Tensor | None]:
-        """Real images in [-1, 1], and their labels."""
+        """The next real images, in [-1, 1], and their labels."""
         real, labels = next(self.stream)
         return real.float() / 127.5 - 1, labels
 
     def _make(self, z: Tensor, label: Tensor | None) -> Features:
-        """What the discriminator looks at of the generator's images."""
+        """The features that the discriminator sees of the generator's images."""
         return self.features(one_step(self.generator, z, label))
 
     def _generator_step(self, labels: Tensor | None, *real: Tensor) -> dict[str, Tensor]:
@@ -232,18 +232,18 @@ class Distillation:
         return {"loss_g": total, **self._ended("g")}
 
     def _loss_g(self, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The GAN's loss of G for a micro-batch, and the images that it is of."""
+        """G's GAN loss for a micro-batch, and the images it was computed on."""
         fakes = one_step(self.generator, z, label)
         return self.adversary.fooled(self.features(fakes), label), fakes.detach()
 
     def _loss_with(
         self, additional: AdditionalLosses, real: Tensor, label: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The GAN's, where there is one, and those that an ablation adds; and the images, where any are judged."""
+        """The sum of the GAN loss, if any, and those that an ablation adds; and the images, if any are judged."""
         fakes = one_step(self.generator, self._draw(), label) if self.judges_fakes else None
         losses = [self.adversary.fooled(self.features(fakes), label)] if self.gan and fakes is not None else []
         more = additional(self.generator, fakes, real, label, self.random.generator)
-        # as many times a mean over images as the GAN's is
+        # reduced over images as the GAN loss is
         losses.append(more.sum() if self.config.loss.logit_reduction == "rows" else more.sum() / self.local_batch)
         return torch.stack(losses).sum(), None if fakes is None else fakes.detach()
 
@@ -260,7 +260,7 @@ class Distillation:
         return {"loss_d": total, **logged(torch.stack(seen).mean(0)), **self._ended("d")}
 
     def _loss_d(self, source: Tensor, real: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`Adversary.told_apart` for a micro-batch; `source` is the latents that fakes are made of, or the fakes."""
+        """`Adversary.told_apart` for a micro-batch; `source` holds the latents to make fakes from, or the fakes."""
         with torch.no_grad():
             fakes = one_step(self.generator, source, label) if self._fakes is None else source
             fake_features = self.features(fakes)
@@ -277,7 +277,7 @@ class Distillation:
         return {"r1_penalty": torch.stack(penalties).mean(), **self._ended("r1")}
 
     def changing(self) -> Iterator[Tensor]:
-        """Every tensor that steps change: weights, buffers, averages, moments, counts and images kept for the next."""
+        """Every tensor that steps change: weights, buffers, averages, moments, counts, images kept for the next."""
         if self._fakes is not None:
             yield self._fakes
         for net in (self.generator, self.ema.net, self.heads):
@@ -289,7 +289,7 @@ class Distillation:
     def _draw(self) -> Tensor:
         """The latents of the next micro-batch."""
         z = torch.randn(self._shape(self.micro_batch), device=self.world.device, generator=self.random.generator)
-        # sharded weights have lost the layout that maps take from them
+        # maps take their layout from the weights, but sharded weights have lost theirs
         return z if self._form is None else z.contiguous(memory_format=self.layout)
 
     def _shape(self, images: int) -> tuple[int, int, int, int]:
@@ -301,7 +301,7 @@ class Distillation:
         return zip(images.split(size), chunks(labels, size, total), strict=True)
 
     def tick(self, images: int) -> dict[str, float]:
-        """A sample grid of the averaged generator, as `gdd_fast.sample` makes it; its metrics, and skipped steps."""
+        """Write a sample grid of the averaged generator, as `gdd_fast.sample` does; its metrics, and skipped steps."""
         with self._all_threads():
             self.save_sheet(images)
             skipped = {f"skipped_{name}": float(guard.skipped) for name, guard in self._guards().items()}
@@ -313,12 +313,12 @@ class Distillation:
         return contextlib.nullcontext() if self.at_once is None else self.at_once.two.together()
 
     def averaged(self) -> Preconditioned:
-        """The averaged generator, whole: itself, or a copy that is assembled of its parts. Every rank calls it."""
+        """The whole averaged generator: itself, or a copy assembled from its shards. Every rank calls it."""
         net: Any = self.ema.net
         return net if self._form is None else assembled(self._form, net)
 
     def save_sheet(self, images: int) -> None:
-        """The averaged generator's images of `GRID_SEEDS`, under the number of images that it has seen.
+        """Write the averaged generator's images of `GRID_SEEDS` to a file named by the number of images seen.
 
         The main rank makes them; every rank calls it.
         """
@@ -347,7 +347,7 @@ class Distillation:
             "generator": self.generator.state_dict(),
             "ema": self.ema.net.state_dict(),
             "heads": self.heads.state_dict(),
-            # as made, where one of the two has rounded it
+            # unrounded, if one of the two has rounded it
             "projection": max(self._all_features(), key=lambda f: f.dtype.itemsize).projection_state(),
             "g_optimizer": optimizer_tensors(self.g_guard.optimizer),
             "d_optimizer": optimizer_tensors(self.d_guard.optimizer),
@@ -369,7 +369,7 @@ class Distillation:
     def restore(self, saved: Checkpoint) -> None:
         if self.at_once is not None:
             self.at_once.forget()
-        self.steps.reset()  # optimizers put new tensors in the place of those that recordings change
+        self.steps.reset()  # loading an optimizer replaces the tensors that recordings change
         saved.load_module("generator", self.generator)
         saved.load_module("ema", self.ema.net)
         saved.load_module("heads", self.heads)
@@ -386,7 +386,7 @@ class Distillation:
 
     def export(self, run_dir: Path, sections: Sections) -> None:
         net: Any = self._form or self.ema.net
-        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
+        # the network last, as `exported` checks it: after a kill in between, the page is written again too
         report_page.refresh(run_dir)
         save_network(net, run_dir / RUN_GENERATOR, weights=sections["ema"])
 

@@ -1,4 +1,4 @@
-"""What a generator starts from in place of its teacher's weights: random ones, or the teacher's in another order."""
+"""What a generator starts from instead of its teacher's weights: random ones, or the teacher's, channels permuted."""
 
 import copy
 
@@ -11,11 +11,11 @@ from gdd_fast.models.preconditioned import Preconditioned
 
 
 def start_from(teacher: Preconditioned, initialisation: Initialisation, level: int, seed: int) -> Preconditioned:
-    """The network that becomes the generator: the teacher itself, or one of its form.
+    """The network that becomes the generator: the teacher itself, or one of the same architecture.
 
-    `random`: the weights that its training begins with. `shuffled`: its own, with the channels of every weight that
-    freeze level `level` freezes in another order, and level 1's for level 0. Does pretraining matter in what is
-    frozen, or would any fixed weights of the same distribution do?
+    `random`: freshly initialised weights. `shuffled`: the teacher's, with the channels permuted in every weight that
+    freeze level `level` freezes (level 1 if it is 0). This asks whether pretraining matters for the frozen weights, or
+    any fixed weights of the same distribution would do.
     """
     if initialisation == "random":
         with torch.random.fork_rng(devices=[]):
@@ -25,7 +25,7 @@ def start_from(teacher: Preconditioned, initialisation: Initialisation, level: i
 
 
 def shuffled(teacher: Preconditioned, level: int, seed: int) -> Preconditioned:
-    """A copy whose weights of freeze level `level` have their input and output channels each in a random order."""
+    """A copy whose weights that freeze level `level` freezes have input and output channels randomly permuted."""
     net = copy.deepcopy(teacher)
     freeze(net, level)
     random = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def shuffled(teacher: Preconditioned, level: int, seed: int) -> Preconditioned:
 
 
 def _reordered(weight: Tensor, random: torch.Generator) -> Tensor:
-    """(out,) or (out, in, ...) with outputs and inputs each in a random order."""
+    """(out,) or (out, in, ...) with outputs and inputs each permuted at random."""
     weight = weight[torch.randperm(len(weight), generator=random)]
     if weight.ndim > 1:
         weight = weight[:, torch.randperm(weight.shape[1], generator=random)]

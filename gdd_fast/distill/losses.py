@@ -16,14 +16,14 @@ Logits = list[list[Tensor]]
 
 
 def reduce_logits(values: Logits, reduction: Reduction, batch: int) -> Tensor:
-    """One number from per-position losses, for one micro-batch of a batch of `batch` images on this rank.
+    """A scalar from per-position losses, for one micro-batch of this rank's batch of `batch` images.
 
-    `rows`: per backbone and image the mean over all positions of all heads, summed over images and backbones. This is
-    what the public code computes (it iterates over a tensor as if it were a list), so that with B images and K
-    backbones its gradient is K * B times that of a mean; Adam undoes the factor, R1's share of the loss shrinks by it.
-    `heads`: per head the mean over positions and images, summed over heads and backbones.
+    `rows`: per backbone and image, the mean over all positions of all heads, summed over images and backbones. This is
+    what the public code computes (it iterates over a tensor as if it were a list). With B images and K backbones its
+    gradient is K * B times that of a mean; Adam cancels this factor, but R1's share of the loss shrinks by it. `heads`:
+    per head, the mean over positions and images, summed over heads and backbones.
 
-    Micro-batches of either add up to the value for the whole batch.
+    With either, the values of micro-batches add up to that of the whole batch.
     """
     if reduction == "rows":
         return torch.stack([torch.cat(heads, dim=1).float().mean(dim=1).sum() for heads in values]).sum()
@@ -48,7 +48,7 @@ def discriminator_loss(fake: Logits, real: Logits, reduction: Reduction, batch: 
 def r1_penalty(images: Tensor, logits: Logits) -> Tensor:
     """||d sum(logits) / d images||^2 per image, shape (N,), differentiable with respect to the discriminator.
 
-    Only the images' gradient is asked for, so autograd computes no weight gradient in this inner pass.
+    Only the images' gradient is requested, so autograd computes no weight gradients in this inner pass.
     """
     total = torch.stack([head.float().sum() for heads in logits for head in heads]).sum()
     (gradient,) = torch.autograd.grad(total, images, create_graph=True)
@@ -56,6 +56,6 @@ def r1_penalty(images: Tensor, logits: Logits) -> Tensor:
 
 
 def mean_and_positive(logits: Logits) -> tuple[Tensor, Tensor]:
-    """The mean of all logits and the share above zero (images taken for real ones), detached; for the log."""
+    """The mean of all logits and the share above zero (images taken to be real), detached scalars for the log."""
     flat = torch.cat([head.detach().float().flatten() for heads in logits for head in heads])
     return flat.mean(), (flat > 0).float().mean()

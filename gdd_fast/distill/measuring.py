@@ -1,4 +1,4 @@
-"""Metrics of the averaged generator while it is trained, and the best generators by them."""
+"""Metrics of the averaged generator during training, and the best generators by these metrics."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from gdd_fast.ranks import World, world_size
 from gdd_fast.sampling.generate import SamplerConfig
 
 BEST = "best"
-"""Folder of the run: a network folder for each value, and best.json with the values and when they were reached."""
+"""Subfolder of the run: a network folder per metric, and best.json with the best values and when they were reached."""
 _TEACHER_SAMPLER = SamplerConfig(sampler="heun", steps=18)
 _ONE_STEP = SamplerConfig(sampler="one-step")
 
@@ -32,9 +32,9 @@ _ONE_STEP = SamplerConfig(sampler="one-step")
 def build_measurement(
     config: TrainConfig, generator: Preconditioned, device: torch.device | str = "cpu"
 ) -> Measurement:
-    """What `--evaluate-metrics` asks for, with its weights read and its references compared with the generator.
+    """What `--evaluate-metrics` asks for, with weights read and references checked against the generator.
 
-    Raises `ConfigError`, `DataError` or `WeightsError` for what would keep it from measuring.
+    Raises `ConfigError`, `DataError` or `WeightsError` for anything that would stop it from measuring.
     """
     run = config.run
     if run.evaluate_images < world_size():
@@ -53,16 +53,16 @@ def build_measurement(
     known = measurement.references(run.evaluate_ref, shape, complete=True)
     real = load_data(run.evaluate_data or given(config.data.data, "--data"))
     if real.shape != shape:
-        raise ConfigError(f"the images to evaluate with are {real.shape}, and the generator makes {shape}")
+        raise ConfigError(f"the images to evaluate with are {real.shape}, but the generator makes {shape}")
     measurement.check_counts(run.evaluate_images, [len(real) if kept is None else kept.count or None for kept in known])
     return measurement
 
 
 class Evaluation:
-    """Measures on all ranks together, each with its share of the images; the main one keeps the best networks.
+    """Measures on all ranks together, each with its share of the images; the main rank keeps the best networks.
 
-    The images are those of seeds 0, 1, ..., the same at every tick. They stay on the device, and so do the features of
-    the real ones between two ticks.
+    The images are those of seeds 0, 1, ..., the same at every tick. They stay on the device, as do the features of the
+    real images between ticks.
     """
 
     def __init__(self, config: TrainConfig, measurement: Measurement, world: World) -> None:
@@ -71,7 +71,7 @@ class Evaluation:
         self._real: list[Population] | None = None
 
     def is_due(self, images: int) -> bool:
-        """Whether a tick at so many images is one of those that measure."""
+        """Whether the tick at this number of images measures."""
         run = self.config.run
         if images == 0:
             return run.evaluate_at_start
@@ -81,7 +81,7 @@ class Evaluation:
 
     @full_float32()
     def __call__(self, net: Preconditioned, images: int) -> dict[str, float]:
-        """The values of `net` after `images` images, and before the first iteration the teacher's. On every rank."""
+        """The values of `net` after `images` images, at 0 also the teacher's, on the main rank. Every rank calls it."""
         values = self._measure(net, _ONE_STEP)
         if images == 0:
             teacher = load_teacher(given(self.config.generator.teacher, "--teacher")).to(self.world.device)
@@ -110,8 +110,8 @@ class Evaluation:
         return measurement.completed(known, count)
 
     def _keep_best(self, net: Preconditioned, images: int, values: dict[str, float]) -> None:
-        """Write `net` under the name of each value that is the best so far. After a crash it may come from work that
-        was lost."""
+        """Write `net` under the name of each metric whose value is the best so far. After a crash it may come from lost
+        work."""
         folder = self.config.run_dir / BEST
         best = read_best(self.config.run_dir)
         for key, value in values.items():
@@ -125,6 +125,6 @@ class Evaluation:
 
 
 def read_best(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The best values of a run by their keys, each with `value` and `images`; empty without a measurement."""
+    """The best values of a run by metric, each with `value`, `images` and a label, `metric`; empty if not measured."""
     path = run_dir / BEST / "best.json"
     return json.loads(path.read_text()) if path.is_file() else {}

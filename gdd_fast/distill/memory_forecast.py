@@ -1,16 +1,15 @@
-"""How much memory of a GPU a distillation takes, counted before it begins and without one.
+"""Forecasts how much GPU memory a distillation takes, before it begins and without a GPU.
 
-The three steps of an iteration run on fake tensors, which have shapes and no numbers, for two sizes of batch. What
-autograd keeps until the backward pass is counted by saved-tensor hooks, every storage once; it is a constant and so
-much per image. Weights, their moving average, gradients and the optimizer's moments are counted from the parameters.
+The three steps of an iteration run on fake tensors, which have shapes but no values, for two batch sizes. Saved-tensor
+hooks count what autograd keeps until the backward pass, every storage once: a constant plus an amount per image.
+Weights, their moving average, gradients and the optimizer's moments are counted from the parameters.
 
-Assumed, not measured: `CONTEXT` bytes for CUDA and its libraries, and `MARGIN` of what a step keeps for what comes and
-goes within it and for gaps between allocations. Not counted: the losses of ablations, and measurements during a run.
-The operators are those of this machine's CPU, which keep what a GPU's do if the extension is built, and more if not.
+Assumed, not measured: `CONTEXT` bytes for CUDA and its libraries, and `MARGIN` times what a step keeps, for its
+temporaries and for gaps between allocations. Not counted: the losses of ablations, and measurements during a run. The
+operators are those of this machine's CPU: with the extension they keep what a GPU's do, without it more.
 
-Networks of diffusers' are counted with their own layers, which keep more than the fused ones that take their place.
-
-A run whose teacher learns v first (`first_stage`) has a forecast of that stage too; the larger of both counts.
+diffusers networks are counted with their own layers, which keep more than the fused ones that replace them. A run whose
+teacher first learns v (`first_stage`) has a forecast of that stage too; the larger of the two counts.
 """
 
 import copy
@@ -41,16 +40,16 @@ from gdd_fast.training.batches import split_batch
 
 GB = 10**9
 CARDS = (24, 40, 80, 141)
-"""Memories of GPUs, in GB."""
+"""Common GPU memory sizes, in GB."""
 CONTEXT = GB
 MARGIN = 0.25
 _LEARNING, _DISTILLING = "learning v", "distillation"  # stages
-_IMAGES = 2, 4  # what is counted; the rest is on the line through both
+_IMAGES = 2, 4  # batch sizes to count at; other sizes lie on the line through both
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a step keeps for its backward pass: whatever the batch, and for each image."""
+    """Bytes that a step keeps for its backward pass: independently of the batch, and per image."""
 
     constant: int
     per_image: int
@@ -64,14 +63,14 @@ class Forecast:
     """Bytes of one GPU."""
 
     fixed: dict[str, int]
-    """By what it is; does not depend on the batch."""
+    """Bytes that do not depend on the batch, by what they hold."""
     steps: dict[str, Kept]
-    """By the step: "G", "D", "R1"; "v" in the stage before."""
+    """By step: "G", "D", "R1"; or "v" in the stage before."""
     first: "Forecast | None" = None
-    """What the stage before the distillation takes, in a run that has one."""
+    """The forecast of the stage before the distillation, in a run that has one."""
 
     def bytes(self, images: int) -> int:
-        """At most at a time, with so many images at once, in either stage."""
+        """The peak with this many images per pass, in either stage."""
         before = self.first.bytes(images) if self.first else 0
         return max(before, self._own_bytes(images))
 
@@ -80,42 +79,42 @@ class Forecast:
         return sum(self.fixed.values()) + int((1 + MARGIN) * largest)
 
     def stage(self, images: int) -> str:
-        """In a run of two stages, which of them needs `bytes`; else nothing."""
+        """In a run of two stages, the name of the stage that needs `bytes`; else empty."""
         if self.first is None:
             return ""
         return _LEARNING if self.first.bytes(images) > self._own_bytes(images) else _DISTILLING
 
     def captured_bytes(self, images: int) -> int:
-        """At most at a time with captured steps on trial (training/trial.py): the largest one runs as it is once more
-        beside the graphs, which share the memory of the largest."""
+        """The peak with captured steps on trial (training/trial.py): the largest step runs eagerly once more beside the
+        graphs, which share the memory of the largest."""
         largest = max(kept.bytes(images) for kept in self.steps.values())
         return sum(self.fixed.values()) + int((1 + MARGIN) * 2 * largest)
 
     def largest(self, memory: int, local_batch: int, *, captured: bool = False) -> int | None:
-        """The most images at once, of 2 and more that divide `local_batch`, that `memory` bytes hold; or None.
+        """The most images per pass, a divisor of `local_batch` above 1, that `memory` bytes hold; None if none fits.
 
-        With eager steps; `captured`: with graphs of them.
+        With eager steps, or with graphs of them if `captured`.
         """
         divisors = (n for n in range(local_batch, 1, -1) if local_batch % n == 0)
         fitting = (n for n in divisors if self.bytes(n) <= memory)
         return next((n for n in fitting if not captured or self.captured_bytes(n) <= memory), None)
 
     def on_cards(self, local_batch: int, *, captured: bool = False) -> dict[int, int | None]:
-        """`largest` on each of `CARDS`, by its GB."""
+        """`largest` on each of `CARDS`, by GB."""
         return {card: self.largest(card * GB, local_batch, captured=captured) for card in CARDS}
 
     def table(self, local_batch: int, images: int, *, captured: bool = False) -> str:
-        """For `--dry-run`: the sum at `images` at once, its parts, and what cards of `CARDS` hold.
+        """For `--dry-run`: the total for `images` images per pass, its parts, and how many images `CARDS` hold.
 
         `captured`: with graphs of the steps too.
         """
         stage = self.stage(images)
-        total = f"Memory of a GPU, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"
-        lines = [total + (f", by the stage of {stage}" if stage else "")]
+        total = f"GPU memory, forecast: {self.bytes(images) / GB:.1f} GB with {images} images at once"
+        lines = [total + (f", in the stage of {stage}" if stage else "")]
         for name, found in ((_LEARNING, self.first), (_DISTILLING, self)) if self.first else (("", self),):
             lines += [f"{name.capitalize()}: {found._own_bytes(images) / GB:.1f} GB"] if name else []
             lines += found._parts(images)
-        lines.append(f"Largest --batch-gpu for {local_batch} images per GPU, by its memory: {self._cards(local_batch)}")
+        lines.append(f"Largest --batch-gpu for {local_batch} images per GPU, by GPU memory: {self._cards(local_batch)}")
         if captured:
             lines.append(f"  with steps captured as graphs: {self._cards(local_batch, captured=True)}")
         return "\n".join(lines)
@@ -140,9 +139,9 @@ def forecast(
     heads: DiscriminatorHeads,
     data_bytes: int = 0,
 ) -> Forecast:
-    """The memory of a run with these networks, whose values are not looked at: they may be on the meta device.
+    """The memory of a run with these networks. Their values are not read: they may be on the meta device.
 
-    `data_bytes` is the size of the data set as uint8; held on the GPU if it is no larger than `--data-memory-gib`.
+    `data_bytes` is the size of the data set as uint8, which is held on the GPU if it is at most `--data-memory-gib`.
     """
     loss = config.loss
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -177,7 +176,7 @@ def forecast(
 
 
 def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: int = 0) -> Forecast:
-    """The memory of the stage that teaches a network of `generator`'s form to predict v; else as `forecast`."""
+    """As `forecast`, for the stage in which a network of `generator`'s architecture learns to predict v."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = without_values(generator).train().requires_grad_(True)
 
@@ -200,12 +199,12 @@ def of_first_stage(config: TrainConfig, generator: UNet2DPrecond, data_bytes: in
 
 
 def _exchanged(size: int) -> dict[str, int]:
-    """The buffers of the ranks' gradients, one for each of the steps, whether or not the run takes it."""
+    """The buffers for exchanging gradients between ranks, one per kind of step, even if the run lacks that step."""
     return {"gradients that processes exchange": size} if world_size() > 1 else {}
 
 
 def _beside(config: TrainConfig, data_bytes: int) -> dict[str, int]:
-    """What lies on a GPU beside networks."""
+    """What a GPU holds besides networks."""
     held = data_bytes if data_bytes <= config.data.data_memory_gib * 2**30 else 0
     return {"data set": held, "CUDA and its libraries, assumed": CONTEXT}
 
@@ -213,7 +212,7 @@ def _beside(config: TrainConfig, data_bytes: int) -> dict[str, int]:
 def losses_of_nothing(
     reduction: Reduction, g: Preconditioned, f: Any, r: Any, h: DiscriminatorHeads
 ) -> dict[str, Callable[[int], Tensor]]:
-    """The losses of the steps G, D and R1 of so many images without values. R1 leaves the heads in `r`'s type."""
+    """The losses of steps G, D and R1 by number of images without values. R1 leaves the heads in the dtype of `r`."""
 
     def inputs(images: int) -> tuple[Tensor, Tensor | None]:
         shape = images, g.img_channels, g.img_resolution, g.img_resolution
@@ -238,7 +237,7 @@ def losses_of_nothing(
 
 
 def of_components(config: TrainConfig, parts: Components) -> Forecast:
-    """The forecast of a run whose parts are built; where a first stage comes before, with that stage's."""
+    """The forecast of a run whose parts are built, including that of its first stage, if any."""
     data, generator = parts.dataset, parts.generator
     data_bytes = len(data) * data.channels * data.resolution**2
     found = forecast(config, generator, parts.features, parts.r1_features, parts.heads, data_bytes)
@@ -248,8 +247,8 @@ def of_components(config: TrainConfig, parts: Components) -> Forecast:
 
 
 def settle(config: TrainConfig, parts: Components, device: torch.device, world_size: int) -> TrainConfig:
-    """`config` with a number in the place of `--batch-gpu auto`; and on a GPU without `--engine auto`, that is with
-    eager steps, where the memory would not hold captured ones. Raises ConfigError as `automatic`."""
+    """`config` with `--batch-gpu auto` replaced by a number; and, on a GPU whose memory would not hold captured steps,
+    `--engine auto` by eager. Raises ConfigError as `automatic`."""
     run = config.run
     local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
     if device.type != "cuda":
@@ -268,14 +267,14 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of the whole GPU: what is free differs between processes that have to agree."""
+    """Bytes of the whole GPU: the free part may differ between processes, which have to agree."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def automatic(found: Forecast, device: torch.device, local_batch: int, *, captured: bool = False) -> int:
     """As many images at once as the GPU's memory holds, as `Forecast.largest`.
 
-    Raises ConfigError if the forecast is that not even two fit.
+    Raises ConfigError if by the forecast not even two fit.
     """
     memory = memory_of(device)
     images = found.largest(memory, local_batch, captured=captured)
@@ -296,12 +295,12 @@ def automatic(found: Forecast, device: torch.device, local_batch: int, *, captur
 
 
 def _gathered(generator: nn.Module) -> int:
-    """At most at a time: a block, the next one, and the gradients of a third."""
+    """The peak: one block, the next one, and the gradients of a third."""
     return 3 * max((_weights(module) for module in generator.modules() if isinstance(module, UNetBlock)), default=0)
 
 
 def saved_bytes(run: Callable[[], object], own: set[int]) -> int:
-    """Bytes of the distinct storages that `run()` keeps for backward, without those of `own` (`own_storages`)."""
+    """Bytes of the distinct storages that `run()` keeps for backward, except those in `own` (see `own_storages`)."""
     kept: dict[int, int] = {}
     alive = []
 
@@ -309,7 +308,7 @@ def saved_bytes(run: Callable[[], object], own: set[int]) -> int:
         storage = t.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)  # no address is used twice while counting
+            alive.append(storage)  # so that no address is reused while counting
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -331,7 +330,7 @@ def _kept(step: Callable[[int], Tensor], nets: list[nn.Module]) -> Kept:
 
 
 def without_values(net: Any) -> Any:
-    """A copy of `net` whose tensors are fake ones on the CPU; within a FakeTensorMode."""
+    """A copy of `net` with fake tensors on the CPU; call it within a FakeTensorMode."""
 
     def fake(t: Tensor) -> Tensor:
         made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")

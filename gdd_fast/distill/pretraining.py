@@ -1,4 +1,4 @@
-"""Making a teacher: EDM's denoising loss on real images.
+"""Training a teacher with EDM's denoising loss on real images.
 
 Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), section 5:
 `E[lambda(sigma) ||D(y + sigma n; sigma) - y||^2]`, `ln sigma ~ N(-1.2, 1.2^2)`,
@@ -44,25 +44,25 @@ from gdd_fast.training.random_state import RandomState
 
 SIGMA_DATA = 0.5
 GRID_SEEDS = range(36)
-TEACHER = "teacher"  # the folder in a run's that holds the network
+TEACHER = "teacher"  # subfolder of the run folder that holds the network
 
 
 @dataclass(frozen=True)
 class PretrainConfig(LoopSettings):
-    """Everything a pretraining run can be told. Field names are flag names."""
+    """All settings of a pretraining run. Field names are flag names."""
 
     data: str = "demo"
     """EDM-style zip, folder or npz of images; `demo` is the bundled set."""
     run_dir: Path = Path("runs/teacher")
-    """Output folder; running the same command again resumes what it holds."""
+    """Output folder; running the same command again resumes the run in it."""
     teacher: str | None = None
-    """Go on from this network in place of a new one: a pipeline of diffusers' under a schedule by betas, as a folder or
-    the name of a Hub repository. It learns to predict v at the times of its schedule; `--arch`, `--model-channels`
-    and the other settings of a new network are then ignored."""
+    """Continue from this network instead of a new one: a diffusers pipeline with a schedule defined by betas, as a
+    folder or the name of a Hub repository. It learns to predict v at the times of its schedule; `--arch`,
+    `--model-channels` and the other settings of a new network are then ignored."""
     arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
     """Network architecture."""
     model_channels: Count = 32
-    """Channels of the first level; EDM uses 128 (ncsnpp, ddpmpp) and 192 (adm)."""
+    """Channels of the first level; EDM uses 128 (ncsnpp, ddpmpp) or 192 (adm)."""
     channel_mult: tuple[int, ...] = (1, 2)
     """Channel multiplier of each level."""
     num_blocks: Count = 2
@@ -78,7 +78,7 @@ class PretrainConfig(LoopSettings):
     batch: Count = 128
     """Images per iteration, over all GPUs."""
     batch_gpu: Annotated[int | None, Limit(1)] = None
-    """Largest number of images through the network at once."""
+    """Most images per pass through the network; gradients accumulate over several passes."""
     lr: Positive = 1e-3
     """Adam learning rate; betas (0.9, 0.999), eps 1e-8."""
     lr_rampup_kimg: NotNegative = 20.0
@@ -92,13 +92,13 @@ class PretrainConfig(LoopSettings):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the network."""
     seed: int = 0
-    """Seeds the initialisation, the data order and the noise."""
+    """Seed of the initialisation, the data order and the noise."""
     workers: Annotated[int, Limit(0)] = 2
-    """Processes that decode images when the data set is too large to be held in memory."""
+    """Processes that decode images when the data set is too large to hold in memory."""
     data_memory_gib: NotNegative = 4.0
     """Hold the data set as one uint8 tensor on the training device if it is no larger than this."""
     tick_kimg: Positive = 50.0
-    """Thousands of images between metric lines with a sample grid."""
+    """Thousands of images per tick; each tick writes a line of metrics and a grid of samples."""
     checkpoint_ticks: Count = 5
     """Ticks between checkpoints."""
 
@@ -125,7 +125,7 @@ class Pretraining:
     remedy = "a lower --lr, or with --precision fp32,"
 
     def __init__(self, config: PretrainConfig, world: World, dataset: ImageDataset | None = None) -> None:
-        """`dataset` is what --data names, where it has been opened already."""
+        """`dataset`: the data set that --data names, if it is already open."""
         config.validate()
         self.config, self.world = config, world
         dataset = load_data(config.data, use_labels=config.cond) if dataset is None else dataset
@@ -178,7 +178,7 @@ class Pretraining:
             self.averages.add("grad_norm", self.guard.step())
 
     def tick(self, images: int) -> dict[str, float]:
-        """A sample grid of the averaged network, as `gdd_fast.sample` makes it, and the count of skipped steps."""
+        """Write a sample grid of the averaged network, as `gdd_fast.sample` does; the count of skipped steps."""
         if self.world.is_main:
             net = self.ema.net
             shape = (net.img_channels, net.img_resolution, net.img_resolution)
@@ -207,7 +207,7 @@ class Pretraining:
         self.guard.restore(saved.values["skipped"])
 
     def export(self, run_dir: Path, sections: Sections) -> None:
-        # the network last, as `exported` goes by it: of what was killed before, the page too is made again
+        # the network last, as `exported` checks it: after a kill in between, the page is written again too
         report_page.refresh(run_dir)
         save_network(self.ema.net, run_dir / TEACHER, weights=sections["ema"])  # type: ignore[arg-type]
 

@@ -29,23 +29,23 @@ class Result:
     """The result of a run."""
 
     images: int
-    """Real images seen in the run's whole life."""
+    """Real images seen in the whole run."""
     new_images: int
-    """Those of them seen by this call; 0 if the run was finished before."""
+    """How many of these were seen in this call; 0 if the run was already finished."""
     signal: int
-    """The signal that stopped it, and 0 if none did."""
+    """The signal that stopped it, 0 if none did."""
     exit_status: int
-    """What the command ends with: 0 for a finished run, see `loop.Outcome`."""
+    """The command's exit status: 0 for a finished run; see `loop.Outcome`."""
     is_main: bool
     """Whether this process is the one of its run that writes and prints."""
     generator: Path
     """Folder of the averaged generator, for `gdd_fast.load_generator`."""
     distances: dict[str, dict[str, float]] | None
-    """Frechet distances by network and feature; None without `evaluate_images`, on other ranks, and if stopped."""
+    """Frechet distances by network and feature; None without `evaluate_images`, if stopped, and off the main rank."""
 
 
 def preflight(config: TrainConfig) -> Components:
-    """Check everything that could keep the run from finishing, and return its parts. Writes nothing.
+    """Check everything that could stop the run from finishing, and return its parts. Writes nothing.
 
     Raises:
         GddFastError: bad input.
@@ -69,14 +69,14 @@ def preflight(config: TrainConfig) -> Components:
 
 
 def distill(config: TrainConfig) -> Result:
-    """Distil `config`'s teacher into a one-step generator, from the checkpoint in `config.run_dir` if there is one.
+    """Distil the teacher into a one-step generator, resuming from the checkpoint in `config.run_dir` if there is one.
 
-    Under torchrun every process calls it with the same configuration. Until the run is finished, SIGINT and SIGTERM end
-    it after the iteration in progress, with the state saved.
+    Under torchrun every process calls this with the same configuration. Until the run is finished, SIGINT and SIGTERM
+    end it after the iteration in progress, with the state saved.
 
     Raises:
-        GddFastError: bad input, before anything is written; another process that trains there (`CheckpointError`); or
-            gradients that stopped being finite (`DivergedError`).
+        GddFastError: bad input, before anything is written; another process that trains in that folder
+            (`CheckpointError`); or gradients that stopped being finite (`DivergedError`).
     """
     config.validate()
     check_writable(config.run_dir)
@@ -89,7 +89,7 @@ def _distill(config: TrainConfig) -> Result:
     run = config.run
     schedule = loop.Schedule.of(run, at_start=run.evaluate_at_start)
     precisions = config.generator.g_precision, config.discriminator.d_precision
-    # pretrain, told to train in the first stage's folder, finds it taken until training ends
+    # locks the first stage's folder against `pretrain` until training ends
     owned = only_process(
         config.run_dir / first_stage.FOLDER, is_main() and first_stage.is_wanted(config, built.generator)
     )
@@ -128,7 +128,7 @@ def _distill(config: TrainConfig) -> Result:
         distances = None if outcome.new_images else comparison.read(config, built.contents, outcome.images)
         if distances is None:
             distances = comparison.write(config, built.contents, world.device, outcome.images)
-        report_page.refresh(config.run_dir)  # with what has just been measured; or by a process killed before this
+        report_page.refresh(config.run_dir)  # with what was just measured, or by a process killed before this
     generator = config.run_dir / RUN_GENERATOR
     return Result(
         outcome.images, outcome.new_images, outcome.signal, outcome.exit_status, world.is_main, generator, distances

@@ -1,4 +1,4 @@
-"""How the steps of a distillation are taken, by its settings and the device."""
+"""Which engine takes the steps of a distillation, by its settings and the device."""
 
 import torch
 
@@ -8,7 +8,7 @@ from gdd_fast.training.captured_steps import choose_step_engine
 
 
 def step_engine(config: TrainConfig, device: torch.device, processes: int) -> StepEngine:
-    """The engine of a run on `device`, of each of so many processes. Raises as `choose_step_engine`."""
+    """The engine of a run on `device` with this number of processes. Raises as `choose_step_engine`."""
     run, loss, ablation = config.run, config.loss, config.ablation
     local_batch, micro_batch = split_batch(run.batch, run.batch_gpu, processes)
     fixed = config.has_fixed_steps

@@ -1,8 +1,8 @@
-"""The G and the D step of an iteration at the same time on a CPU (`--engine threads`).
+"""The G and D steps of an iteration at the same time on a CPU (`--engine threads`).
 
-One thread goes the generator's way: back through its loss, Adam, and forward to the next images and their features.
-The other goes through the heads meanwhile, and changes them when the first is back. They meet again where these look at
-the next images. Results are those of one step after the other.
+One thread handles the generator: backward through its loss, Adam, then forward to the next images and their features.
+Meanwhile the other runs the heads' forward and backward, and updates them once the first thread's backward is done.
+They meet again when the heads see the next images. Results equal those of one step after the other.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from gdd_fast.training.optimizer import StepGuard
 from gdd_fast.training.two_threads import TwoThreads
 
 Place = tuple[Tensor, dict[str, Any]]
-"""The states of the generator of random numbers and of the stream of real images."""
+"""The states of the random number generator and of the stream of real images."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What an iteration is of, and the place it was drawn from."""
+    """The inputs of an iteration, and the place they were drawn from."""
 
     real: Tensor
     labels: Tensor | None
     fakes: "Future[Features]"
-    """Of the generator's images, with their graph."""
+    """Features of the generator's images, with their graph."""
     place: Place
 
 
 class StepsAtOnce:
-    """Iterations that are each drawn while the one before ends.
+    """Iterations whose inputs are drawn while the previous iteration ends.
 
-    `guards` are of G and of D. `place` says where the next are drawn from: real images in [-1, 1] and labels, which
-    `read` gives, and latents, which `draw` does. `make` gives the features of the images of latents and labels.
+    `guards` are those of G and D. `place` returns the place of the next draw; `read` draws real images in [-1, 1] and
+    labels, `draw` latents. `make` returns the features of the images generated from latents and labels.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class StepsAtOnce:
         self._next: Drawn | None = None
 
     def place(self) -> Place:
-        """The one that the next iteration is drawn from: where a saved run goes on."""
+        """The place that the next iteration is drawn from: where a saved run resumes."""
         return self._place() if self._next is None else self._next.place
 
     def forget(self) -> None:
-        """Draw the next iteration anew: weights, random numbers or the stream are about to be others."""
+        """Have the next iteration drawn again: weights, random numbers or the stream are about to change."""
         if self._next is not None:
             self._next.fakes.result()
             self._next = None
 
     def next(self) -> Drawn:
-        """What the next `take` is of."""
+        """The inputs of the next `take`."""
         if self._next is None:
             place = self._place()
             real, labels = self._read()
@@ -72,7 +72,7 @@ class StepsAtOnce:
         return self._next
 
     def take(self) -> dict[str, Tensor]:
-        """The G and the D step of `next`; values for the log. Raises as `StepGuard.begin`."""
+        """Take the G and D steps on `next`; returns values for the log. Raises as `StepGuard.begin`."""
         for guard in (self._g_guard, self._d_guard):
             guard.begin()
         now, self._next = self.next(), None
@@ -87,12 +87,12 @@ class StepsAtOnce:
             return self._g_guard.apply()
 
         norm_g = self.two.start(back)
-        self.next()  # behind it, with the new weights
+        self.next()  # queued behind `back`, so with the new weights
         adversary.train_heads(True)
         loss_d, logits = adversary.told_apart([[x.detach() for x in maps] for maps in fakes], real, now.labels)
         loss_d.backward()
         values = {"loss_g": loss_g.detach(), "loss_d": loss_d.detach()}
-        values["grad_norm_g"] = norm_g.result()  # its way back was through the weights that change now
+        values["grad_norm_g"] = norm_g.result()  # its backward reads the heads' weights, which change next
         values["grad_norm_d"] = self._d_guard.apply()
         for guard in (self._g_guard, self._d_guard):
             guard.end()

@@ -1,10 +1,10 @@
-"""A network that predicts noise learns to predict v, with its own schedule and from its own weights.
+"""Teaches a network that predicts noise to predict v, with its own schedule and starting from its own weights.
 
 Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), section 4: where
-noise is strong, the output of a network that predicts noise must almost equal its input, and so it is no generator of
-one step. Of x_t = a x0 + s n, v = a n - s x0 is close to the image where noise is strong, and to the noise where it
-is weak. For D(x; sigma) = skip x + out F the loss is the mean squared error of F, at the times of the schedule.
-docs/teachers.md has what this is worth before a distillation.
+noise is strong, a network that predicts noise outputs almost its input, and so cannot generate in one step. For x_t = a
+x0 + s n, v = a n - s x0 is close to minus the image where noise is strong, and to the noise where it is weak. For D(x;
+sigma) = skip x + out F the loss is the mean squared error of F, at the times of the schedule. docs/teachers.md shows
+what this gains for a distillation.
 """
 
 import torch
@@ -21,12 +21,12 @@ def with_velocity(teacher: Preconditioned, name: str) -> UNet2DPrecond:
 
     `name` is what messages call the teacher.
 
-    Raises ConfigError for a network that is not one of diffusers' under a schedule by betas.
+    Raises ConfigError for a network that is not a diffusers U-Net with a schedule defined by betas.
     """
     if not isinstance(teacher, UNet2DPrecond) or not isinstance(teacher.parametrisation, VariancePreserving):
         raise ConfigError(
-            f"{name} cannot go on by predicting v: that takes a UNet2DModel of diffusers' under a schedule by betas "
-            "(DDPM, DDIM and those alike)"
+            f"{name} cannot learn to predict v: that takes a UNet2DModel of diffusers with a schedule defined by "
+            "betas (DDPM, DDIM and the like)"
         )
     init = teacher.init_config()
     init |= {"parametrisation": teacher.parametrisation.with_velocity().config(), "sigma_init": None}

@@ -1,17 +1,16 @@
-"""How a folded network is run: operator by operator, compiled, or as CUDA graphs.
+"""How a folded network runs: operator by operator, compiled, or as CUDA graphs.
 
-A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. They are captured
-on first use, after a warm-up outside the graph (kernels are loaded, compiled and chosen then, which a capture forbids),
-and the ones used least recently are given up beyond a limit. All share one memory pool: they never run at the same
-time, and what one leaves there is copied out before the next. Threads take turns, and where their streams differ, an
-event keeps the order.
+A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. Graphs are
+captured on first use, after a warm-up that loads, compiles and chooses kernels, which a capture forbids; beyond a
+limit, the least recently used are dropped. All share one memory pool: they never run at the same time, and the results
+of one are copied out before the next runs. Threads take turns; where their streams differ, an event keeps the order.
 
-Shapes never change within a graph, so cuDNN tries its convolutions for them in the warm-up and keeps the fastest
-(`torch.backends.cudnn.benchmark`), unless deterministic algorithms were asked for. A convolution that the thread has
-run before without trials keeps what was chosen then: PyTorch keeps its choice by the convolution alone.
+Shapes never change within a graph, so in the warm-up cuDNN times its algorithms for them and keeps the fastest
+(`torch.backends.cudnn.benchmark`), unless deterministic algorithms were requested. A convolution that the thread
+already ran without timing keeps its earlier algorithm: PyTorch caches the choice by the convolution alone.
 
-A graph keeps the arithmetic it was captured with, so float32 is captured in full fp32: `dtype="float32"` would else
-mean TF32 or not by what a switch of the process was at the first call.
+A graph keeps the arithmetic it was captured with, so float32 is captured in full fp32: otherwise a process-wide switch
+would decide at the first call whether `dtype="float32"` means TF32.
 """
 
 import contextlib
@@ -34,29 +33,29 @@ from gdd_fast.errors import BackendError, ConfigError
 Engine = Literal["auto", "eager", "compile", "graph"]
 Network = Callable[[Tensor, Tensor | None], Any]
 """(latents float32 (N, C, H, W), rows float32 (N, R) or None) -> images float32 (N, C, H, W), or what a `Finish` makes
-of them: the caller's to keep."""
+of them. The caller owns the result."""
 Finish = Callable[[Tensor], tuple[Tensor, ...]]
-"""What is done with the images as a part of the evaluation; always the same object for the same thing."""
+"""Postprocesses the images as part of the evaluation. It is part of a cache key, so pass the same object each time."""
 Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]
-"""A `Network`, and what is to be done with its images."""
+"""A `Network` that takes a `Finish` for its images too."""
 
 MAX_GRAPHS = 8
 _WARM_UP = 3  # calls before a capture
 
 
 class Capture(Protocol):
-    """Makes a function of inputs of one shape out of one for all."""
+    """Specialises a function to inputs of one shape."""
 
     def __call__(self, network: Callable[..., Any], *inputs: Tensor | None) -> Callable[..., Any]:
-        """What replays `network(*inputs)` on other inputs of their shapes; its results are the caller's to keep."""
+        """A function that replays `network(*inputs)` on other inputs of these shapes. The caller owns its results."""
         ...
 
     def drain(self) -> None:
-        """Return once nothing that was captured runs any more."""
+        """Return once nothing that was captured is still running."""
 
 
 def choose_engine(engine: Engine, device: torch.device) -> Engine:
-    """What "auto" is: "graph" on a GPU; "eager" elsewhere, where a call is cheap beside what it computes.
+    """`engine`, with "auto" resolved: "graph" on a GPU, "eager" elsewhere, where launching is cheap next to computing.
 
     Raises ConfigError for an unknown name, BackendError for an engine that cannot run on `device`.
     """
@@ -65,12 +64,12 @@ def choose_engine(engine: Engine, device: torch.device) -> Engine:
     if engine == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"engine 'graph' is CUDA graphs, which cannot run on {device}; use 'eager' or 'compile'")
+        raise BackendError(f"engine 'graph' needs CUDA and cannot run on {device}; use 'eager' or 'compile'")
     return engine
 
 
 def make_engine(engine: Engine, network: nn.Module, device: torch.device) -> Runner:
-    """`network` under `engine`, as `choose_engine` returned it."""
+    """A function that runs `network` by `engine`, as `choose_engine` returned it."""
     match engine:
         case "compile":
             return functools.partial(_finished, torch.compile(network))
@@ -88,14 +87,14 @@ def _finished(network: Network, latents: Tensor, rows: Tensor | None, finish: Fi
 
 
 class GraphCache:
-    """A network that is captured once for every batch size and `Finish`, of which the last `limit` used are kept.
+    """A network that is captured once per batch size and `Finish`; the `limit` most recently used graphs are kept.
 
-    One thread at a time: a graph's inputs and images lie in memory that all its replays share.
+    Threads take turns, as all replays of a graph share the memory of its inputs and images.
     """
 
     def __init__(self, network: Network, capture: Capture, limit: int = MAX_GRAPHS) -> None:
         if limit < 1:
-            raise ConfigError(f"a cache of graphs holds at least 1, not {limit}")
+            raise ConfigError(f"limit must be at least 1, not {limit}")
         self.network = network
         self.capture = capture
         self.limit = limit
@@ -108,7 +107,7 @@ class GraphCache:
             if key not in self.graphs:
                 while len(self.graphs) >= self.limit:
                     self.capture.drain()
-                    self.graphs.popitem(last=False)  # before the capture, which can then use its memory
+                    self.graphs.popitem(last=False)  # before the capture, which can then reuse its memory
                 network = functools.partial(_finished, self.network, finish=finish)
                 self.graphs[key] = self.capture(network, latents, rows)
             self.graphs.move_to_end(key)
@@ -116,7 +115,8 @@ class GraphCache:
 
 
 class CudaCapture:
-    """Captures CUDA graphs on one device, into one memory pool; float32 as `precision`, a context, has it."""
+    """Captures CUDA graphs on one device, into one memory pool, within the context `precision`, which sets
+    float32's."""
 
     def __init__(
         self, device: torch.device, precision: Callable[[], contextlib.AbstractContextManager] = full_float32
@@ -133,12 +133,12 @@ class CudaCapture:
         static = [None if t is None else t.clone() for t in inputs]
         with torch.cuda.device(self.device), _fastest_convolutions(), self.precision():
             self.stream.wait_stream(torch.cuda.current_stream())
-            # a replay on another stream may still use the workspaces that the warm-up's products write to
+            # a replay on another stream may still use workspaces that matrix products of the warm-up write to
             self.stream.wait_event(self.idle)
             with torch.cuda.stream(self.stream):
                 for _ in range(_WARM_UP):
                     network(*static)
-            if not self._alive:  # a pool ends with its last graph, also with one whose capture failed
+            if not self._alive:  # a pool ends with its last graph, even one whose capture failed
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads may go on calling CUDA: they copy images while this one captures
@@ -161,7 +161,7 @@ class CudaCapture:
         return replay
 
     def drain(self) -> None:
-        """Wait for the last replay: a graph and its memory are given up only when they are not in use."""
+        """Wait for the last replay: a graph may be dropped, and its memory reused, only when it is not running."""
         self.idle.synchronize()
 
 

@@ -1,16 +1,16 @@
-"""Folding: a preconditioned U-Net at one noise level, with everything constant computed beforehand.
+"""Folding: a preconditioned U-Net at one noise level, with everything constant precomputed.
 
 With x = sigma z, z standard normal, D(x; sigma) = c_skip sigma z + c_out F(c_in sigma z, c_noise, labels), and in F:
 
-- The embedding depends on nothing, or on the label alone. So do the affine layers of all blocks, which become
-  constants, or a table with one row per class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
-  before it, a constant scale and shift (ADM) the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
-- c_in sigma scales the convolutions that read the image, c_out those that write it; both pad with zeros and are linear.
-- A block ends in (conv1(h) + skip) k, k = sqrt(1/2) or 1. k goes into conv1 and into a projection on the skip path;
-  without projection, `h + k x` is one operator. A projection before doubling the resolution equals one after it.
-- Biases that are added to the same map are added to each other. Queries, keys and values are brought together.
+- The embedding is constant, or depends on the label alone. So do the outputs of the blocks' affine layers: they become
+constants, or a table with one row per class. A constant offset (NCSN++, DDPM++) joins the bias of the convolution
+before it, a constant scale and shift (ADM) the norm: (n w + b)(1 + s) + t = n w (1 + s) + b (1 + s) + t.
+- c_in sigma scales the convolutions that read the image, c_out those that write it; both are linear and pad with 0.
+- A block ends in (conv1(h) + skip) k, k = sqrt(1/2) or 1. k is folded into conv1 and into a projection on the skip
+path; without projection, `h + k x` is one operator. A projection may come before upsampling instead of after it.
+- Biases added to the same map are summed into one. Queries, keys and values are reordered into three blocks.
 
-All of it is exact but for rounding; weights are folded in float64 and cast once.
+All of it is exact up to rounding; weights are folded in float64 and cast once.
 """
 
 import copy
@@ -52,10 +52,10 @@ SIGMA = 80.0
 
 
 class _Embedding:
-    """Labels -> rows of every block, by a copy of what of `net` that takes, on the CPU and where labels last were.
+    """Labels -> rows of every block, by a copy of the parts of `net` needed, on the CPU and where labels last were.
 
-    The waves of the noise level are the network's own, in float32. What follows is computed in float64, of which no
-    setting such as TF32 takes bits away, from weights that are kept as they are.
+    The noise level's sinusoids are the network's own, in float32. The rest is computed in float64, whose precision no
+    setting such as TF32 reduces, from weights kept as they are.
     """
 
     def __init__(self, net: EDMPrecond, blocks: Sequence[UNetBlock], sigma: float) -> None:
@@ -86,7 +86,7 @@ class _Embedding:
 
     @torch.no_grad()
     def rows(self, labels: Tensor | None) -> list[Tensor]:
-        """float32 (N, C) for each of `sizes`: the offset before norm1, with conv0's bias, or its scale and shift."""
+        """float32 (N, C) for each of `sizes`: norm1's scale and shift, or the offset before it with conv0's bias."""
         noise = self.model.map_noise.value
         emb = self.model.embed(noise, labels, None, batch=1 if labels is None else len(labels))
         rows = []
@@ -98,7 +98,7 @@ class _Embedding:
 
 
 class _Constant(nn.Module):
-    """`value`, whatever it is given."""
+    """Returns `value` for any input."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -109,16 +109,16 @@ class _Constant(nn.Module):
 
 
 def fold(net: Preconditioned, target: Target, sigma: float = SIGMA) -> tuple[nn.Module, nn.Module | None]:
-    """The network D(sigma z; sigma) as a function of z and, with classes, of the rows that `Conditioning` gives.
+    """The network D(sigma z; sigma) as a module of z and of the rows that the `Conditioning` returned with it gives.
 
     Args:
-        net: EDMPrecond, GDDPrecond or UNet2DPrecond, on any device; read, not changed. Its augmentation layer is left
-            out, as no generated image is augmented, and so is dropout.
+        net: EDMPrecond, GDDPrecond or UNet2DPrecond, on any device; not changed. Dropout and the augmentation layer are
+        left out: no generated image is augmented.
         target: where and how the result runs; `make_target` makes it.
         sigma: the noise level, > 0.
 
-    Raises ConfigError if sigma is not positive, BackendError if the target's attention does not take the network's
-    heads or the type.
+    Raises ConfigError if sigma is not positive and finite, BackendError if the target's attention does not support the
+    network's head width or the dtype.
     """
     if not sigma > 0 or math.isinf(sigma):
         raise ConfigError(f"sigma must be a positive number, not {sigma}")
@@ -132,10 +132,10 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
     """How a folded network runs on `device` in `dtype`.
 
     Args:
-        backend: of the fused operators; those without an implementation of that name run their definition.
-        traced: for torch.compile: nothing is written in place, and "auto" is "torch", which the compiler fuses itself.
+        backend: of the fused operators; those that lack it run their definition.
+        traced: for torch.compile: nothing is written in place, and "auto" means "torch", which the compiler fuses.
 
-    Raises BackendError if a backend asked for by name is unknown or cannot run on `device`.
+    Raises BackendError if `backend` is unknown or cannot run on `device`.
     """
     if backend not in get_args(Backend):
         raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
@@ -161,7 +161,7 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         norm=norm,
         residual=add,
         resample=choose(resample2d.OPERATOR),
-        attention="auto" if backend == "auto" and not traced else attend,  # its "auto" looks at shapes as well
+        attention="auto" if backend == "auto" and not traced else attend,  # its "auto" depends on shapes too
         statistics=norm == add == "triton",
         winograd=winograd,
         small=small,
@@ -170,7 +170,7 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
 
 
 def chosen(target: Target) -> dict[Operator, Backend]:
-    """What each operator of a network folded for `target` runs, for `resolve` in another process."""
+    """The backend of each operator in a network folded for `target`, for another process to check with `resolve`."""
     found = {
         group_norm_silu.OPERATOR: target.norm,
         residual.OPERATOR: target.residual,
@@ -182,7 +182,7 @@ def chosen(target: Target) -> dict[Operator, Backend]:
 
 
 def _packable() -> tuple[torch.dtype, ...]:
-    """What oneDNN convolves in on this processor, nothing in a PyTorch without it."""
+    """The dtypes in which oneDNN convolves on this processor; empty in a PyTorch without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return ()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -190,7 +190,7 @@ def _packable() -> tuple[torch.dtype, ...]:
 
 
 class _Folder(Folding):
-    """The folding of one network; each method makes the layer that takes the place of one or several of its."""
+    """Folds one network; each method makes the layer that replaces one or several of its layers."""
 
     def __init__(self, net: EDMPrecond, sigma: float, target: Target) -> None:
         super().__init__(target)
@@ -215,7 +215,7 @@ class _Folder(Folding):
             self.constants = iter(embedding.rows(None))
             sizes = []
 
-        # The residual encoder reads the image once, then its own maps; the skip encoder reads it at every resolution.
+        # The residual encoder reads the image once, then its own maps; the skip encoder reads it at each resolution.
         encoder: list[tuple[str, nn.Module]] = []
         folded: nn.Module
         channels, first = self.net.img_channels, True
@@ -285,9 +285,9 @@ class _Folder(Folding):
         return Resampling(conv.resample_filter, up=conv.up, padding=padding, box=conv.box, target=self.target)
 
     def block(self, block: UNetBlock, stream: int) -> Block:
-        """`stream`: channels of the map that comes in; where the block takes more, the rest are an encoder's skip."""
+        """`stream`: channels of the incoming map; if the block takes more, the rest are a skip from the encoder."""
         paired = block.in_channels != stream
-        # Attention that accumulates into the block's map adds to k times that map, and its norm undoes the factor.
+        # Attention that accumulates in place needs k times the block's map to add to; its norm undoes the factor.
         accumulates = bool(block.num_heads) and self.target.convolve == "packed"
         gain = block.skip_scale if accumulates else 1.0
         conv1, skip = self.end(block, block.skip_scale * gain, stream, paired)
@@ -306,14 +306,14 @@ class _Folder(Folding):
         )
 
     def condition(self, block: UNetBlock) -> tuple[Convolution, Norm, Literal["add", "scale_shift"] | None]:
-        """conv0, norm1, and how the rows of a label enter between them (`Block`)."""
+        """conv0, norm1, and how a label's rows act between them (see `Block`)."""
         adaptive, conv0 = block.adaptive_scale, block.conv0
         offset: Tensor | None = f64(conv0.bias)
         condition: Literal["add", "scale_shift"] | None = None
         rows: list[Tensor] = []
         if self.conditioning is not None:
             condition = "scale_shift" if adaptive else "add"
-            offset = offset if adaptive else None  # it is in the rows
+            offset = offset if adaptive else None  # the rows contain it
         elif adaptive:
             rows = [next(self.constants)[0].double() for _ in range(2)]
         else:
@@ -325,7 +325,7 @@ class _Folder(Folding):
     ) -> tuple[Convolution, Identity | FusedResidual | Projection | FusedProjection | Resampled]:
         """conv1, and the end of the block: (conv1(h) + skip) * scale."""
         conv1, skip = block.conv1, block.skip
-        if skip is None:  # never of a pair, which has more channels than a block returns
+        if skip is None:  # never for a pair, which has more channels than a block returns
             return self.identity(f64(conv1.weight), f64(conv1.bias), conv1.padding, scale)
         weight, bias = f64(conv1.weight), f64(conv1.bias)
         if skip.bias is not None:
@@ -348,7 +348,7 @@ class _Folder(Folding):
         if self.target.attention == "triton":
             check_triton(block.attend.head_dim, self.target.dtype, self.target.device.type)
         norm2 = self.norm(block.norm2, silu=False, gain=gain)
-        # EDM's order is (channel, which of the three), and is here (which, channel)
+        # EDM orders by (channel, which of q, k, v); here it is (which, channel)
         weight, bias = (
             f64(t).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) for t in (block.qkv.weight, block.qkv.bias)
         )

@@ -1,13 +1,13 @@
-"""Folding a U-Net of diffusers' at one noise level; what is constant there is in `fold`.
+"""Folding a diffusers U-Net at one noise level; `fold` explains what is constant there.
 
-The network is copied, and in the copy its residual blocks and attentions are exchanged for the folded layers of our own
-networks, its first and last convolution for ones that hold D's scales. The modules that call them (diffusers' down,
-middle and up blocks) stay, and so does every layer of a kind that is not known here: it runs as it is, in the compute
-type. In place of the embedding the blocks are handed the rows that a label gives.
+In a copy of the network, residual blocks and attentions are replaced by the folded layers of our own networks, the
+first and last convolutions by ones that include D's scales. The modules that call them (diffusers' down, middle and up
+blocks) stay, as does every layer of an unknown kind, which runs unchanged in the compute dtype. Instead of the
+embedding, the blocks are passed the rows of a label.
 """
 
 # mypy: disable-error-code="union-attr,arg-type,operator,index,assignment,return-value,attr-defined,call-arg,misc"
-# The layers of diffusers are known by their structure and have no types here.
+# diffusers' layers are recognised by their structure and have no static types here.
 
 import copy
 import dataclasses
@@ -39,12 +39,12 @@ Rows = Callable[[Tensor], list[Tensor]]
 
 
 class FoldedUNet2D(nn.Module):
-    """A preconditioned U-Net of diffusers' at one noise level, from standard normal latents to images."""
+    """A preconditioned diffusers U-Net at one noise level, from standard normal latents to images."""
 
     def __init__(
         self, unet: nn.Module, row_sizes: list[int], *, reads: tuple[float, float], latent_scale: float, target: Target
     ) -> None:
-        """`reads`: factor and offset with which latents become what the U-Net reads; (1, 0) if its layers hold them."""
+        """`reads`: factor and offset that turn latents into the U-Net's input; (1, 0) if its layers include them."""
         super().__init__()
         self.unet = unet
         self.row_sizes = row_sizes
@@ -57,7 +57,7 @@ class FoldedUNet2D(nn.Module):
         factor, offset = self.reads
         x = latents if self.reads == (1.0, 0.0) else latents * factor + offset
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        # a tuple also without classes: it stands where the blocks of diffusers pass an embedding on
+        # a tuple even without classes: diffusers' blocks pass it along as they would an embedding
         x, image = unet_body(self.unet, x, () if rows is None else rows.split(self.row_sizes, 1))
         x = self.unet.conv_out(self.unet.conv_norm_out(x.float()))
         x = x if image is None else x + image.float()
@@ -65,7 +65,7 @@ class FoldedUNet2D(nn.Module):
 
 
 class Resnet(nn.Module):
-    """diffusers' residual block. `place`: where its rows are among all, None if they are constants of its layers."""
+    """diffusers' residual block. `place`: index of its first row among all; None if its layers hold constant rows."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Resnet(nn.Module):
         self.adaptive = adaptive
 
     def forward(self, x: Tensor, temb: tuple[Tensor, ...]) -> Tensor:
-        """`temb`, as diffusers calls it: the rows of all blocks."""
+        """`temb` (diffusers' name) holds the rows of all blocks."""
         h = self.norm1(x)
         if self.act is not None:
             h = self.act(h)
@@ -117,8 +117,8 @@ class SelfAttention(nn.Module):
 
 
 class Doubled(nn.Module):
-    """diffusers' Upsample2D without its question whether the batch is of 64 images, which a program of torch.export for
-    any number of images cannot ask. `conv` may be None."""
+    """diffusers' Upsample2D without its test for batches of 64 images or more, which a torch.export program for any
+    number of images cannot contain. `conv` may be None."""
 
     def __init__(self, conv: nn.Module | None) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Doubled(nn.Module):
 
 
 def for_any_batch(folded: nn.Module) -> None:
-    """Exchange, in a folded network, the layers of diffusers' that look at the number of images."""
+    """In a folded network, replace the diffusers layers that depend on the number of images."""
     upsampling = library_class("diffusers.models.upsampling", "Upsample2D")
     for name, layer in list(folded.named_modules()):
         if upsampling is None or type(layer) is not upsampling:
@@ -141,7 +141,7 @@ def for_any_batch(folded: nn.Module) -> None:
 
 
 class Unfolded(nn.Module):
-    """A block of a kind that is not known here, with the embedding that it takes."""
+    """A block of an unknown kind, with the embedding that it takes."""
 
     def __init__(self, block: nn.Module, emb: Tensor | None, place: int | None) -> None:
         super().__init__()
@@ -154,13 +154,13 @@ class Unfolded(nn.Module):
 
 
 def fold_unet2d(net: UNet2DPrecond, target: Target, sigma: float) -> tuple[FoldedUNet2D, Conditioning | None]:
-    """As `fold.fold`, for a U-Net of diffusers'."""
+    """As `fold.fold`, for a diffusers U-Net."""
     return _Folder(net, target, sigma).fold()
 
 
 class _Folder(Folding):
     def __init__(self, net: UNet2DPrecond, target: Target, sigma: float) -> None:
-        # the blocks of diffusers hand on no statistics
+        # diffusers' blocks do not pass statistics on
         super().__init__(dataclasses.replace(target, statistics=False))
         self.net, self.sigma = net, sigma
         own = copy.deepcopy(net).cpu().float().eval()
@@ -169,7 +169,7 @@ class _Folder(Folding):
         c = net.parametrisation.coefficients(torch.tensor([sigma], dtype=torch.float64))
         self.read, self.offset = float(c.scale) * sigma, c.shift
         self.latent_scale, self.out = float(c.skip) * sigma, float(net.out_factor(c))
-        base = own.double().embed(c.time.double(), None)  # waves are made in float32, what follows in float64
+        base = own.double().embed(c.time.double(), None)  # sinusoids are computed in float32, the rest in float64
         self.base = base.detach()
         self.classes = None
         if net.label_dim:
@@ -193,7 +193,7 @@ class _Folder(Folding):
         outside = [block for block in unet.down_blocks if hasattr(block, "skip_conv")]
         center = unet.config.center_input_sample
         read, offset = (2 * self.read, 2 * self.offset - 1) if center else (self.read, self.offset)
-        first = read if not outside and not offset else 1.0  # a padded convolution of an offset is none of an image
+        first = read if not outside and not offset else 1.0  # zero padding rules out folding an offset
         conv = unet.conv_in
         unet.conv_in = Convolution(f64(conv.weight) * first, f64(conv.bias), conv.padding[0], self.target)
         exact = dataclasses.replace(self.target, dtype=torch.float32)
@@ -202,7 +202,7 @@ class _Folder(Folding):
         weight, bias = f64(conv.weight)[:channels] * self.out, f64(conv.bias)[:channels] * self.out
         unet.conv_out = Convolution(weight, bias, conv.padding[0], exact)
         for block in unet.up_blocks:
-            if getattr(block, "skip_conv", None) is not None:  # adds to the image that conv_out gives
+            if getattr(block, "skip_conv", None) is not None:  # its output is added to conv_out's
                 block.skip_conv.weight.data.mul_(self.out)
                 block.skip_conv.bias.data.mul_(self.out)
         for name in ("time_proj", "time_embedding", "class_embedding"):
@@ -221,7 +221,7 @@ class _Folder(Folding):
         return folded.eval().requires_grad_(False), conditioning
 
     def _to_target(self, unet: nn.Module) -> None:
-        """What is left of diffusers' own layers, in the compute type; folded layers have theirs."""
+        """Cast what is left of diffusers' own layers to the compute dtype; folded layers already have theirs."""
         ours = (Convolution, Norm, FusedResidual, Identity)
         for module in unet.modules():
             if isinstance(module, ours):
@@ -241,7 +241,7 @@ class _Folder(Folding):
         return torch.cat([row for block in self.rows for row in block(emb)], 1).float()
 
     def condition(self, rows: Rows) -> tuple[list[Tensor], int | None]:
-        """The constant rows of a block and None, or with classes none and their place among all rows."""
+        """A block's constant rows and None; or, with classes, no rows and the index of its first among all rows."""
         if self.classes is None:
             return [row[0] for row in rows(self.base)], None
         place = len(self.sizes)
@@ -257,7 +257,7 @@ class _Folder(Folding):
         if affine is not None:
             w, b = f64(affine.weight), f64(affine.bias)
             activate = nn.Identity() if block.skip_time_act else block.nonlinearity
-            before = 0 if adaptive else offset  # the convolution's bias joins what is added after it
+            before = 0 if adaptive else offset  # the convolution's bias is folded into what is added after it
 
             def rows(emb: Tensor) -> list[Tensor]:
                 row = torch.addmm(b, activate(emb), w.t())

@@ -1,10 +1,10 @@
 """The layers of a folded network: what is left of a U-Net at one noise level. `fold` makes them.
 
-Weights are in the compute type and the target's layout from the start, nothing requires a gradient, and a layer may
-write to the activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
+Weights are in the compute dtype and the target's layout from the start, nothing requires a gradient, and a layer may
+overwrite activations that only it reads: a projection on a skip path accumulates into the branch that it ends.
 
-With a map go its statistics, for the norm that reads it next, if what made the map has taken them: a fused residual
-does, and spares every norm that reads the map a pass over it.
+A map is passed along with its statistics, for the norms that read it, if the operator that made the map computed them.
+A fused residual does, which saves each such norm a pass over the map.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ from gdd_fast.ops.small_maps import MOST_PRODUCTS, panel_conv2d, panel_weight, s
 from gdd_fast.ops.winograd_conv2d import LEAST_TILES, takes, tiles, winograd_conv2d, winograd_weight
 
 Convolve = Literal["plain", "packed", "traced"]
-"""How convolutions run: PyTorch's own; oneDNN's on weights in its own order (CPU); or without writing in place, for a
-compiler."""
+"""How convolutions run: by PyTorch; by oneDNN on weights in its own order (CPU); or, for a compiler, without writing in
+place."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folded network runs, and by which implementations (see gdd_fast.backend), each one that can run there.
+    """Where a folded network runs, and by which implementations (see gdd_fast.backend), all able to run there.
 
-    layout: of images and weights, `gdd_fast.device.fast_layout`.
-    statistics: whether residuals take the statistics of their results, for norms that can use them.
-    winograd: convolve by `winograd_conv2d` where that has a kernel and the maps are large enough.
-    small: run what is small by the kernels of `gdd_fast.ops.small_maps`.
-    late_bias: leave a convolution's bias to the next operator where that can take it, and convolve 1x1 by a matrix
-        product, which adds it. PyTorch's convolutions on a GPU add it in a pass of its own.
+    layout: memory format of images and weights, as `gdd_fast.device.fast_layout`.
+    statistics: whether residuals compute statistics of their results, for norms that can use them.
+    winograd: convolve by `winograd_conv2d` where it has a kernel and the maps are large enough.
+    small: run small maps by the kernels of `gdd_fast.ops.small_maps`.
+    late_bias: leave a convolution's bias to the next operator where that can add it, and run 1x1 convolutions as matrix
+    products, which add it. PyTorch's convolutions on a GPU add it in a separate pass.
     """
 
     device: torch.device
@@ -61,11 +61,11 @@ class Target:
 
 
 class PackedWeight:
-    """A weight in the order that oneDNN convolves in, kept for the last input shape.
+    """A weight in the order that oneDNN's convolution reads, kept for the last input shape.
 
-    The order depends on the processor, the threads and the shape. Without a packed weight every call brings it to that
-    order anew. A weight packed for another shape is worse: oneDNN then reorders one blocked order to another, for some
-    pairs of which it has no fast code, and a whole network took four times as long (AVX2, two threads).
+    The order depends on the processor, the threads and the shape. Unless the weight is packed, every call reorders it.
+    A weight packed for another shape is worse: oneDNN then converts between blocked orders, for some pairs without fast
+    code, and a whole network took four times as long (AVX2, two threads).
     """
 
     def __init__(self) -> None:
@@ -80,13 +80,13 @@ class PackedWeight:
         return last[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedWeight, ()  # oneDNN's order has no copy and no pickle, and is this processor's
+        return PackedWeight, ()  # oneDNN's order cannot be copied or pickled, and belongs to this processor
 
 
 class WinogradWeight:
-    """A 3x3 weight and its bias as `winograd_conv2d` reads them, made for the first call and kept.
+    """A 3x3 weight and its bias as `winograd_conv2d` reads them, made at the first call and kept.
 
-    They take four times the memory of the weight in float32.
+    They take four times the memory of the float32 weight.
     """
 
     def __init__(self) -> None:
@@ -98,11 +98,11 @@ class WinogradWeight:
         return self._made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WinogradWeight, ()  # this processor's order, as above
+        return WinogradWeight, ()  # the order belongs to this processor, as above
 
 
 class PanelWeight:
-    """The weights of a convolution, and of those added to it, as `panel_conv2d` reads them, made for the first call."""
+    """The weights of a convolution and of those added to it as `panel_conv2d` reads them, made at the first call."""
 
     def __init__(self) -> None:
         self._made: tuple[Tensor, Tensor] | None = None
@@ -116,11 +116,11 @@ class PanelWeight:
         return self._made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PanelWeight, ()  # this processor's order, as above
+        return PanelWeight, ()  # the order belongs to this processor, as above
 
 
 class Convolution(nn.Module):
-    """A convolution of step 1 with constant weights; of a pair if it is 1x1 and the target has `pointwise`.
+    """A stride-1 convolution with constant weights. Takes a pair if it is 1x1 and the target has `pointwise`.
 
     Args:
         weight: (out, in, K, K), any floating dtype; cast once.
@@ -177,7 +177,7 @@ class Convolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, "none", [], "")
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y + self(x)`; with a packed weight in the memory of `y`."""
+        """`y + self(x)`; with a packed weight, computed in place in `y`."""
         if self.panels is not None and self._small(x.shape):
             return self(x, y)
         if self.packed is not None:
@@ -222,7 +222,7 @@ class Norm(nn.Module):
         shift: Tensor | None = None,
     ) -> Tensor:
         add = self.add if add is None else add
-        if self.direct:  # the operator's checks take longer than a map of 8x8 pixels
+        if self.direct:  # the operator's checks take longer than norming a map of 8x8 pixels
             first, skip = x if isinstance(x, tuple) else (x, None)
             first = first.contiguous(memory_format=torch.channels_last)
             skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
@@ -245,7 +245,7 @@ class Norm(nn.Module):
 
 
 class Resampling(nn.Module):
-    """Up or down by two; on request `(R(x) + add) * scale`."""
+    """Up- or downsampling R by two; given `add`, `(R(x) + add) * scale`."""
 
     def __init__(self, kernel: Tensor, *, up: bool, padding: int, box: bool, target: Target) -> None:
         super().__init__()
@@ -276,8 +276,8 @@ class FusedResidual(nn.Module):
 
 
 class Identity(nn.Module):
-    """End of a residual branch whose skip path changes nothing, and which comes scaled: `conv(h) + scale * x`. With a
-    fused residual this is `FusedResidual`."""
+    """End of a residual branch whose skip path is the identity and whose convolution is already scaled: `conv(h) +
+    scale * x`. With a fused residual, `FusedResidual` takes its place."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -288,9 +288,9 @@ class Identity(nn.Module):
 
 
 class Projection(nn.Module):
-    """End of a residual branch whose skip path is a 1x1 convolution, of a tensor, downsampled first, or a pair.
+    """End of a residual branch whose skip path is a 1x1 convolution of a pair or a (perhaps downsampled) tensor.
 
-    The scales of both, and the projection's bias, are in the weights and the bias of the branch's last convolution.
+    The scale of both paths is in their weights, and the projection's bias in that of the branch's last convolution.
     """
 
     def __init__(self, convs: list[Convolution], resample: Resampling | None) -> None:
@@ -306,8 +306,8 @@ class Projection(nn.Module):
 
 
 class FusedProjection(nn.Module):
-    """`Projection` with a map of its own, which a fused residual adds to the branch: no more memory is moved, the bias
-    of both is added on the way, and the result has its statistics."""
+    """`Projection` into a map of its own, which a fused residual adds to the branch: this moves no more memory, adds
+    both biases on the way and yields the result's statistics."""
 
     def __init__(self, conv: Convolution, resample: Resampling | None, add: FusedResidual) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class FusedProjection(nn.Module):
 class Resampled(nn.Module):
     """End of a residual branch whose skip path is resampled: `(R(x) + h) * scale`.
 
-    A projection of it comes before doubling the resolution, where it costs a quarter and gives the same.
+    A projection, if any, comes before upsampling: the result is the same at a quarter of the cost.
     """
 
     def __init__(self, resample: Resampling, conv: Convolution | None, scale: float) -> None:
@@ -337,7 +337,7 @@ class Resampled(nn.Module):
 
 
 class ConvolutionDown(nn.Module):
-    """The residual encoder's path: `(R(conv(x)) + add) * scale`, the convolution at the full resolution."""
+    """The residual encoder's path: `(R(conv(x)) + add) * scale`, with the convolution at the full resolution."""
 
     def __init__(self, conv: Convolution, resample: Resampling) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A folded U-Net: its blocks, its attention and the network, made of folded layers. `fold` makes it."""
+"""A folded U-Net, its blocks and its attention, built from folded layers. `fold` makes it."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -23,7 +23,7 @@ from gdd_fast.ops.small_maps import MOST_TOKENS, small_attention
 
 
 class Attention(nn.Module):
-    """Self-attention with its residual. `qkv` puts all queries first, then all keys, then all values."""
+    """Self-attention with its residual. `qkv` outputs all queries, then all keys, then all values."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block. `condition` names what its rows of a conditional network's table mean to its second norm."""
+    """A residual block. In a conditional network, `condition` says how its rows of the table enter its second norm."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class Block(nn.Module):
         self.paired = paired
 
     def forward(self, x: Tensor | Pair, statistics: Statistics, rows: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """`x` (N, C, H, W) or a pair, with its statistics -> the same of the result.
+        """`x` (N, C, H, W) or a pair, with its statistics -> the resulting map with its statistics.
 
-        `rows` are (N, C) each; the next of them are this block's if it is conditional.
+        `rows` are (N, C) each; a conditional block takes the next ones.
         """
         h = self.norm0(x, statistics)
         if self.resample is not None:
@@ -107,9 +107,9 @@ class FoldedUNet(nn.Module):
 
     Args:
         encoder, decoder: (role, layer) in order; the roles are those of `gdd_fast.models.edm.layer_role`.
-        row_sizes: widths of the conditional blocks' rows, in the order they are taken; empty without classes.
-        aux_scale: of the sums on the residual encoder's path.
-        latent_scale: what of the latents goes straight to the images.
+        row_sizes: widths of the conditional blocks' rows, in the order of use; empty without classes.
+        aux_scale: factor of the sums on the residual encoder's path.
+        latent_scale: factor with which the latents are added to the images.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class FoldedUNet(nn.Module):
         self.aux_scale = aux_scale
         self.latent_scale = latent_scale
         self.dtype = target.dtype
-        # not the format itself, which pickle's protocol 2, torch.save's, cannot write
+        # not the format itself, which pickle's protocol 2, used by torch.save, cannot write
         self.channels_last = target.layout is torch.channels_last
 
     def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:

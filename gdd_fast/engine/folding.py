@@ -1,4 +1,4 @@
-"""What folding a network of any kind takes: layers made of weights in float64, and what a label does to them."""
+"""What folding any network needs: layers made from float64 weights, and how a label acts on them."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ from gdd_fast.engine.folded_layers import Convolution, FusedResidual, Identity, 
 
 
 class Conditioning(nn.Module):
-    """What a label does to a folded network: its rows, float32 (N, sum of row_sizes).
+    """How a label acts on a folded network: computes its rows, float32 (N, sum of row_sizes).
 
-    Rows of classes come from a table; those of soft labels are computed anew.
+    Rows of classes come from a table; those of soft labels are computed in each call.
     """
 
     def __init__(
         self, rows: Callable[[Tensor], Tensor], label_dim: int, device: torch.device, *, anywhere: bool = False
     ) -> None:
-        """`rows`: of labels float64 (N, label_dim) on the CPU, or, if `anywhere`, on the device that they are on."""
+        """`rows`: takes labels float64 (N, label_dim), on the CPU or, if `anywhere`, on any device."""
         super().__init__()
         self._rows, self._anywhere = rows, anywhere
         self.table = nn.Buffer(rows(torch.eye(label_dim, dtype=torch.float64)).to(device))
@@ -38,7 +38,7 @@ class Folding:
         self.target = target
 
     def norm(self, norm: nn.Module, *, silu: bool = True, gain: float = 1.0) -> Norm:
-        """A norm of a map that comes `gain` times as large."""
+        """The norm for a map that arrives multiplied by `gain`."""
         return Norm(norm.weight, norm.bias, norm.num_groups, norm.eps * gain**2, self.target, silu=silu)  # type: ignore[arg-type,operator]
 
     def before_norm(
@@ -50,8 +50,8 @@ class Folding:
         rows: list[Tensor],
         silu: bool = True,
     ) -> tuple[Convolution, Norm]:
-        """A convolution and the norm behind it. `offset` is added between them, by whichever does it at no cost; `rows`
-        are the norm's constant scale and shift, or nothing."""
+        """A convolution and the norm after it. `offset` is added between them, by whichever of the two adds it for
+        free; `rows` are the norm's constant scale and shift, or empty."""
         scale, bias = f64(norm.weight), f64(norm.bias)  # type: ignore[arg-type]
         if rows:
             scale, bias = scale * (1 + rows[0]), bias * (1 + rows[0]) + rows[1]
@@ -63,7 +63,7 @@ class Folding:
     def identity(
         self, weight: Tensor, bias: Tensor, padding: int, scale: float
     ) -> tuple[Convolution, Identity | FusedResidual]:
-        """The last convolution of a branch, and its sum with a map that stays as it is."""
+        """The last convolution of a branch, and its sum with an unchanged map."""
         if self.target.residual == "torch":
             return Convolution(weight * scale, bias * scale, padding, self.target), Identity(scale)
         return Convolution(weight, None, padding, self.target), FusedResidual(scale, bias, self.target)

@@ -3,16 +3,16 @@
     generator = OneStepGenerator.from_pretrained("run", device="cuda", dtype="bfloat16")
     images = generator(16, seeds=range(16))             # uint8 (16, H, W, 3)
 
-A generator of GDD is evaluated at one noise level, so most of its conditioning is constant: `fold` takes it out of the
-network once. What is left runs under one of three engines:
+A GDD generator is evaluated at one noise level, so most of its conditioning is constant: `fold` takes it out of the
+network once. The rest runs under one of three engines:
 
     "eager"     operator after operator
     "compile"   torch.compile of the folded network
     "graph"     CUDA graphs, one per batch size, so that a small batch does not wait for the host
 
-Seeds: image i is a function of seeds[i] and labels[i] alone, but for rounding; neither the batch size nor how seeds are
-split over processes changes it. The order of draws is EDM's (Karras et al., arXiv 2206.00364): one generator per seed,
-the latent before the label.
+Seeds: up to rounding, image i depends on seeds[i] and labels[i] alone, not on the batch size or on how seeds are split
+over processes. The order of draws is EDM's (Karras et al., arXiv 2206.00364): one generator per seed, latent before
+label.
 """
 
 import operator
@@ -40,18 +40,18 @@ Output = Literal["uint8", "float"]
 
 
 class OneStepGenerator:
-    """Images in one evaluation of a network, on one device and in one compute type.
+    """Generates images in one evaluation of a network, on one device and in one compute dtype.
 
-    It holds the weights that the network had when it was made: make another when they have changed. It can be copied,
-    pickled and handed to another process, which captures or compiles for itself.
+    It holds the weights that the network had when the generator was made: make another if they change. It can be
+    copied, pickled and sent to another process, which captures or compiles for itself.
 
     Attributes:
-        network: the plain network it was made from, which is read once and not changed; in host memory after
-            `from_pretrained`.
-        img_resolution, img_channels, label_dim: of the images (square), and the number of classes (0: none).
-        dtype, device: what it computes in and where.
-        engine: "eager", "compile" or "graph", as decided.
-        folded, conditioning: what runs, and what gives it the labels' constants (None without classes); see `fold`.
+        network: the plain network it was made from, which is read once and not changed; on the CPU after
+        `from_pretrained`.
+        img_resolution, img_channels, label_dim: side in pixels and channels of the images, number of classes (0: none).
+        dtype, device: what it computes in, and where.
+        engine: "eager", "compile" or "graph", with "auto" resolved.
+        folded, conditioning: the module that runs, and the one that makes its rows (None without classes); see `fold`.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class OneStepGenerator:
         sigma: float | None = None,
         winograd_memory: float = DEFAULT_MEMORY,
     ) -> None:
-        """A generator with the weights `network` has now; it is read, not changed, and kept as `.network`.
+        """A generator with the current weights of `network`, which is not changed, and kept as `.network`.
 
-        By default on its device and in its compute type. `sigma` is the noise level of the one evaluation, by default
-        the network's own `sigma_init`. The rest, and what it raises, as `from_pretrained`; InputError if `network` is
-        none of gdd_fast's.
+        By default it has the network's device and compute dtype. `sigma` is the noise level of the one evaluation, by
+        default the network's `sigma_init`. Other arguments and errors are as in `from_pretrained`; also raises
+        InputError if `network` is not one of gdd_fast's.
         """
         if not winograd_memory >= 0:
             raise ConfigError(f"winograd_memory must be 0 or more, not {winograd_memory}")
         if not isinstance(network, Preconditioned):
             raise InputError(
-                f"a OneStepGenerator is made of a network of gdd_fast, not {type(network).__name__}: load one with "
+                f"a OneStepGenerator takes a network of gdd_fast, not {type(network).__name__}: load one with "
                 "gdd_fast.load_generator, or make this one faster with gdd_fast.accelerate"
             )
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -99,8 +99,8 @@ class OneStepGenerator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.device = _device(self.device)  # which this process may not have
-        for implemented, backend in self._chosen.items():  # nor these, which are loaded here
+        self.device = _device(self.device)  # this process may not have it
+        for implemented, backend in self._chosen.items():  # nor these implementations
             resolve(backend, implemented, self.device.type)
         self._run = make_engine(self.engine, self.folded, self.device)
 
@@ -120,23 +120,23 @@ class OneStepGenerator:
         repository of the Hugging Face Hub that holds a network folder, such as "user/name".
 
         Args:
-            path: where it is; what exists as a path is no repository.
+            path: a local path, or a repository's name if no such path exists.
             device: where to compute; by default a GPU if there is one.
             dtype: what to compute in: float32, bfloat16 or float16; by default what the network was saved with. On a
-                GPU, float16 is the half precision to choose where images have to be those of float32: a trained
-                generator keeps to 2 levels of a byte in it; in bfloat16 some 0.3 % of values do not, in the plain
-                network either (counted on a CPU, docs/one_step.md).
+            GPU, choose float16 as half precision if images have to match float32's: a trained generator's stay within 2
+            of 255 levels; in bfloat16 some 0.3 % of values do not, in the plain network either (counted on a CPU,
+            docs/one_step.md).
             engine: "auto", "eager", "compile" or "graph"; "auto" is "graph" on a GPU and "eager" elsewhere.
             backend: of the fused operators, see gdd_fast.backend.
-            winograd_memory: on a CPU, the most memory that weights transformed for Winograd's method take, in times
-                its convolutions' weights in float32. More is faster, up to 4; 0 does without the method.
-            hub_options: revision, token, cache_dir, force_download, local_files_only, as of `hf_hub_download`.
+            winograd_memory: on a CPU, the most memory that weights transformed for Winograd's method may take, as a
+            multiple of all convolution weights in float32. More is faster, up to 4; 0 disables the method.
+            hub_options: revision, token, cache_dir, force_download, local_files_only, as for `hf_hub_download`.
 
         Raises:
             WeightsError: there is no network at `path` or in the repository, the Hub cannot be reached, or the network
                 is broken.
             ConfigError: an unknown dtype, device or engine, or a negative winograd_memory.
-            BackendError: an engine or backend asked for by name cannot run here.
+            BackendError: an engine or backend requested by name cannot run here.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,7 +145,7 @@ class OneStepGenerator:
 
     @classmethod
     def from_network(cls, net: Preconditioned, **options: Any) -> "OneStepGenerator":
-        """The constructor, under a name that goes with `from_pretrained`."""
+        """The constructor, under a name that matches `from_pretrained`."""
         return cls(net, **options)
 
     def __call__(
@@ -159,22 +159,22 @@ class OneStepGenerator:
         generator_device: torch.device | str = "cpu",
         latents: Tensor | None = None,
     ) -> Tensor:
-        """`n` images: uint8 (n, H, W, C), or with `output="float"` float32 (n, H, W, C), about -1 to 1.
+        """Generate `n` images: uint8 (n, H, W, C) or, with `output="float"`, float32 (n, H, W, C), about -1 to 1.
 
         Args:
             n: how many, computed as one batch.
-            labels: a class for all, n classes, or one-hot or soft labels float (n, label_dim); None draws classes.
-            seeds: n seeds, each of which gives its image whatever the others are.
+            labels: one class for all, n classes, or one-hot or soft labels float (n, label_dim); None draws classes.
+            seeds: n seeds; the image of a seed does not depend on the others.
             output: "uint8" or "float".
-            generator: draws the whole batch at once, faster than seeds, and in the order latents, labels. Without
-                seeds, generator and latents, torch's default generator of the device draws, there and at once.
-            generator_device: where the seeds draw. On the CPU a seed names the same image on every machine; on "cuda",
-                the one that EDM's own code gives it on a GPU.
-            latents: standard normal numbers, float32 (n, C, H, W), to make the images of; labels are then given too,
-                where the network has classes.
+            generator: draws the whole batch at once, latents before labels, which is faster than seeds. Without seeds,
+            generator and latents, the device's default generator of torch is used in the same way.
+            generator_device: where seeds draw. With "cpu" a seed gives the same image on every machine; with "cuda",
+            the image that EDM's own code gives on a GPU.
+            latents: standard normal numbers, float32 (n, C, H, W), to make the images from; if the network has classes,
+            labels must be given too.
 
         Raises:
-            InputError: numbers, labels or seeds that do not fit together or the network.
+            InputError: arguments that do not fit together or do not fit the network.
             WeightsError: the network returns values that are not finite.
         """
         if output not in get_args(Output):
@@ -184,7 +184,7 @@ class OneStepGenerator:
             latents, drawn = self.draw(n, seeds, generator, generator_device)
             labels = drawn if own else labels
         elif seeds is not None or generator is not None or len(latents) != n or (own and self.label_dim):
-            raise InputError(f"give {n} latents, with labels if there are classes, in place of seeds or a generator")
+            raise InputError(f"give {n} latents, with labels if there are classes, instead of seeds or a generator")
         finish = _as_bytes if output == "uint8" else _as_floats
         images, finite = self._run_on(latents, labels, not own, finish)
         require_finite(finite)
@@ -197,7 +197,7 @@ class OneStepGenerator:
         generator: torch.Generator | None = None,
         generator_device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents float32 (n, C, H, W) and classes int64 (n,), None without classes, as `__call__` draws them."""
+        """Latents float32 (n, C, H, W) and classes int64 (n,), or None without classes, as `__call__` draws them."""
         number = _whole(n)
         if number is None or number < 0:
             raise InputError(f"n must be a whole number of images, not {n!r:.100}")
@@ -208,7 +208,7 @@ class OneStepGenerator:
                 raise InputError("give seeds or a generator, not both")
             seeds = _seeds(seeds)
             if len(seeds) != n:
-                raise InputError(f"{n} images take {n} seeds, not {len(seeds)}")
+                raise InputError(f"{n} images need {n} seeds, not {len(seeds)}")
             streams = SeedStreams(seeds, self.device, _device(generator_device))
             latents = streams.normal(shape)
             return latents, streams.integers(self.label_dim) if self.label_dim else None
@@ -220,19 +220,18 @@ class OneStepGenerator:
         return latents.to(self.device), classes
 
     def run(self, latents: Tensor, labels: Labels | None = None, *, check_classes: bool = True) -> Tensor:
-        """Images float32 (N, C, H, W) of standard normal latents float32 (N, C, H, W), unclipped and unchecked.
+        """Images float32 (N, C, H, W) from standard normal latents float32 (N, C, H, W), neither clipped nor checked.
 
-        `labels` as in `__call__`; None stands for zeros, "no class", as in the plain network. The result is the
-        caller's: no later call writes to it. Autocast is without effect: `dtype` alone decides.
+        `labels` as in `__call__`, except that None means zeros, "no class", as in the plain network. The caller owns
+        the result: no later call writes to it. Autocast has no effect. Raises InputError as `__call__`.
 
-        That classes are in range is checked by looking at them, which waits for all that was asked of a GPU if they
-        are there. `check_classes=False` leaves that out: for classes that are known to be; others then fail on the
-        device.
+        Checking that classes are in range means reading them, which waits for the GPU if they are there.
+        `check_classes=False` skips the check, for classes known to be in range; others then fail on the device.
         """
         return self._run_on(latents, labels, check_classes, None)
 
     def _run_on(self, latents: Tensor, labels: Labels | None, check_classes: bool, finish: Finish | None) -> Any:
-        """`run`, or what `finish` makes of its images as a part of the evaluation."""
+        """`run`, or what `finish` makes of its images as part of the evaluation."""
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise InputError(f"latents must be (N, {', '.join(map(str, expected))}), not {tuple(latents.shape)}")
@@ -244,23 +243,23 @@ class OneStepGenerator:
             return self._evaluate(latents, labels, finish)
 
     def _evaluate(self, latents: Tensor, labels: Tensor | None, finish: Finish | None = None) -> Any:
-        """Images of latents and of what `_labels` returns."""
+        """Images from latents and the result of `_labels`."""
         return self._run(latents, None if self.conditioning is None else self.conditioning(labels), finish)
 
     def _labels(self, labels: Labels | None, n: int, check_classes: bool) -> Tensor | None:
-        """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None for a network without."""
+        """Classes int64 (n,) or soft labels float32 (n, label_dim) on the device; None if there are no classes."""
         if self.label_dim == 0:
             if labels is None or (isinstance(labels, Tensor) and labels.shape[-1:] == (0,)):
                 return None
-            raise InputError("the network is without classes: leave labels out")
+            raise InputError("the network has no classes: leave labels out")
         if labels is None:
             return torch.zeros(n, self.label_dim, device=self.device)
         if not isinstance(labels, Tensor) and (label := _whole(labels)) is not None:
             labels = [label] * n
         try:
-            labels = torch.as_tensor(labels)  # still where it is: numbers of the host are looked at there
+            labels = torch.as_tensor(labels)  # not moved yet: labels on the host are checked there
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"labels must be numbers of classes, not {labels!r:.100}") from error
+            raise InputError(f"labels must be class numbers, not {labels!r:.100}") from error
         if labels.is_floating_point() and tuple(labels.shape) == (n, self.label_dim):
             return labels.to(self.device).float()
         whole = not (labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex())
@@ -275,7 +274,7 @@ class OneStepGenerator:
 
 
 def _as_bytes(images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (N, H, W, C), and whether all values were finite, which bytes cannot say."""
+    """uint8 (N, H, W, C), and whether all values were finite, which bytes cannot show."""
     return to_uint8(images), images.isfinite().all()
 
 
@@ -285,13 +284,13 @@ def _as_floats(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(images: Tensor) -> Tensor:
-    """`images` themselves, or WeightsError if a value is not finite. Waits for them."""
+    """Return `images`; raise WeightsError if a value is not finite. Waits for the device."""
     require_finite(images.isfinite().all())
     return images
 
 
 def require_finite(finite: Tensor) -> None:
-    """Raise WeightsError unless `finite`, bool (), holds. Waits for it."""
+    """Raise WeightsError unless `finite`, bool (), is true. Waits for the device."""
     if not bool(finite):
         raise WeightsError(
             "the network's output holds NaN or infinite values: its weights are broken, or its dtype overflows "
@@ -303,14 +302,14 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device {device!r} is none that PyTorch knows: give cpu, cuda or cuda:N") from error
+        raise ConfigError(f"device {device!r} is unknown to PyTorch: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device}: nothing here was written for it; give cpu, cuda or cuda:N")
+        raise ConfigError(f"device {device} is not supported; give cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device}: there is no usable CUDA device; use cpu")
-    # with its number: what "cuda" alone means differs between threads
+    # with its index: "cuda" alone can mean different devices in different threads
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device {device}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
@@ -318,7 +317,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number of Python's, NumPy's or PyTorch's as an int; None for anything else, truth values among it."""
+    """A whole number of Python, NumPy or PyTorch as an int; None for anything else, booleans included."""
     if isinstance(value, bool | np.bool_):
         return None
     try:

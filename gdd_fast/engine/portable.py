@@ -1,13 +1,13 @@
-"""A one-step generator as a file that runs without gdd_fast: ONNX, or a program of torch.export.
+"""A one-step generator as a file that runs without gdd_fast: ONNX, or a torch.export program.
 
 The file holds one function,
 
     latents float32 (N, C, H, W), standard normal [, classes int64 (N,)]  ->  images float32 (N, C, H, W), about -1 to 1
 
-for any N: the network folded at its noise level (`gdd_fast.engine.fold`), in operators of PyTorch's or ONNX's own set.
-In float16 the weights and activations are float16, and inputs, outputs and the statistics of norms stay float32.
+for any N: the network folded at its noise level (`gdd_fast.engine.fold`), in PyTorch's or ONNX's own operators. With
+float16, weights and activations are float16, while inputs, outputs and the statistics of norms stay float32.
 
-A file is compared with the network before it takes its name: one that computes something else is never left behind.
+A file is compared with the network before it is moved into place: one that computes something else is not kept.
 """
 
 import io
@@ -36,8 +36,8 @@ from gdd_fast.sampling.seeds import SeedStreams
 Precision = Literal["float32", "float16"]
 SUFFIXES = (".onnx", ".pt2")
 ALLOWED_LEVELS: dict[Precision, int] = {"float32": 1, "float16": 16}
-"""How far a byte of an image may be from the network's in float32. A value on the border of two levels falls to either
-side; a trained network has edges that float16's rounding moves by a few (docs/one_step.md)."""
+"""How many levels a pixel may be from the network's in float32. A value between two levels may round to either; at
+edges, float16's rounding moves a trained network's pixels by a few levels (docs/one_step.md)."""
 _BATCH = 16
 
 Function = Callable[..., Tensor]
@@ -45,8 +45,8 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a file is from the network that it was made of: the largest difference in `images` images, in the range
-    -1 to 1 and in levels of a byte."""
+    """How far a file is from its network: the largest difference in `images` images, in the range -1 to 1 (`worst`) and
+    in levels of 0 to 255 (`levels`)."""
 
     images: int
     worst: float
@@ -69,40 +69,40 @@ class OneStepFunction(nn.Module):
             self.table = nn.Buffer(generator.conditioning.table)  # type: ignore[arg-type]
 
     def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
-        """As the module's docstring; `classes` only of a network that has them."""
+        """The function of this module's docstring; `classes` only for a network with classes."""
         return self.folded(latents, None if classes is None else self.table.index_select(0, classes))
 
 
 def write_portable(
     net: Preconditioned, path: str | Path, *, dtype: Precision = "float32", sigma: float | None = None, images: int = 64
 ) -> Difference:
-    """Write `net` as `path`, an ONNX file (.onnx) or a program of torch.export (.pt2), and compare it with the network.
+    """Write `net` to `path`, an ONNX file (.onnx) or a torch.export program (.pt2), and compare it with the network.
 
     Args:
-        net: a network of gdd_fast on any device; read, not changed.
+        net: a network of gdd_fast on any device; not changed.
         dtype: what the file computes in and stores its weights in.
         sigma: the noise level of the one evaluation; by default the network's own.
-        images: how many images are compared, those of the seeds from 0 on, at least 1.
+        images: how many images to compare, from seed 0 on; at least 1.
 
     Returns:
-        How far the file's images are from the network's in float32. There is no file, and what was at `path` is left
-        as it was, where that is more than `ALLOWED_LEVELS`.
+        How far the file's images are from the network's in float32. If that is more than `ALLOWED_LEVELS`, nothing is
+        written, and what was at `path` stays.
 
     Raises:
-        ConfigError: a suffix, type or number that cannot be, or a library is missing.
-        WeightsError: the network, or the file in its type, returns other images or values that are not finite.
+        ConfigError: an invalid suffix, dtype, sigma or number of images, or a missing library.
+        WeightsError: the file's images are too far from the network's, or either returns values that are not finite.
     """
     path = Path(path)
     check_portable(path, dtype)
     if images < 1:
-        raise ConfigError(f"at least 1 image has to be compared, not {images}")
+        raise ConfigError(f"images must be at least 1, not {images}")
     sigma = net.sigma_init if sigma is None else sigma
     program = trace(net, dtype, sigma)
     with atomic_write(path) as temporary:
         if path.suffix.lower() == ".onnx":
             write_onnx(program, temporary, {"sigma": str(sigma), "dtype": dtype, "classes": str(net.label_dim)})
         else:
-            archive = io.BytesIO()  # PyTorch's own writer of files ends the process where a disk is full
+            archive = io.BytesIO()  # PyTorch's own file writer kills the process if the disk is full
             with _torch_warns_of_itself():
                 torch.export.save(program, archive)
             temporary.write_bytes(archive.getbuffer())
@@ -116,7 +116,7 @@ def write_portable(
 
 
 def check_portable(path: Path, dtype: str) -> None:
-    """Raise ConfigError for what `write_portable` cannot do, before a network is read."""
+    """Raise ConfigError for a suffix, dtype or missing library with which `write_portable` would fail."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: an exported generator is a file that ends in {' or '.join(SUFFIXES)}")
     if dtype not in get_args(Precision):
@@ -127,12 +127,12 @@ def check_portable(path: Path, dtype: str) -> None:
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ConfigError(f"an ONNX file takes {error.name}: pip install 'gdd_fast[export]'") from error
+            raise ConfigError(f"an ONNX file needs {error.name}: pip install 'gdd_fast[export]'") from error
 
 
 @torch.no_grad()
 def trace(net: Preconditioned, dtype: Precision = "float32", sigma: float | None = None) -> ExportedProgram:
-    """The folded network as a program of PyTorch's own operators, for any number of images from 1 on."""
+    """The folded network as a program of PyTorch's own operators, for any number of images."""
     # nothing fused or in place
     generator = OneStepGenerator.from_network(
         net, device="cpu", dtype=dtype, engine="compile", backend="torch", sigma=sigma
@@ -146,7 +146,7 @@ def trace(net: Preconditioned, dtype: Precision = "float32", sigma: float | None
         program = torch.export.export(function, inputs, dynamic_shapes=_shapes(batch, len(inputs)))
         program = program.run_decompositions({torch.ops.gdd_fast.resample2d.default: _resample2d})
     foreign = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("gdd_fast")}
-    assert not foreign, foreign  # an operator of ours that has no entry above
+    assert not foreign, foreign  # an operator of ours that lacks an entry above
     return program
 
 
@@ -159,19 +159,19 @@ def _resample2d(x, kernel, add, up, padding, height, width, gain, scale, box, im
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    """One file, weights included, in operators of ONNX's default set. `metadata` goes into its properties."""
+    """Write one file, weights included, in operators of ONNX's default set. `metadata` goes into its properties."""
     names = ["latents", "classes"][: len(program.graph_signature.user_inputs)]
     with _torch_warns_of_itself():
         exported = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, input_names=names, output_names=["images"]
         )
-    assert exported is not None  # it is with dynamo=True
+    assert exported is not None  # true with dynamo=True
     exported.model.metadata_props.update({"format": "gdd_fast.one_step", **metadata})
     exported.save(path, external_data=False)
 
 
 def open_portable(path: str | Path) -> Function:
-    """The function in an .onnx or .pt2 file, on the CPU."""
+    """The function in an .onnx or .pt2 file, on the CPU; its tensors are those of this module's docstring."""
     path = Path(path)
     if path.suffix.lower() == ".pt2":
         return torch.export.load(path).module()
@@ -189,7 +189,7 @@ def open_portable(path: str | Path) -> Function:
 @torch.no_grad()
 @full_float32()
 def compare(net: Preconditioned, function: Function, *, sigma: float | None = None, images: int = 64) -> Difference:
-    """`function` against `net` in float32, on the images of the seeds from 0 on, in batches of several sizes."""
+    """`function` against `net` in float32, on the images from seed 0 on. Raises WeightsError on NaN or infinities."""
     own, device = net.dtype, next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     worst, levels = 0.0, 0
@@ -213,10 +213,10 @@ def compare(net: Preconditioned, function: Function, *, sigma: float | None = No
 
 @contextmanager
 def _torch_warns_of_itself() -> Iterator[None]:
-    """Without what PyTorch's exporter has to say about its own use of PyTorch."""
+    """Suppress warnings of PyTorch's exporter about its own use of PyTorch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*treespec.*", FutureWarning)
-        # said of weights in channels_last, which fill their memory all the same
+        # raised for weights in channels_last, though they do fill their memory
         warnings.filterwarnings("ignore", "No complete tensor", UserWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield

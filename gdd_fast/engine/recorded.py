@@ -1,10 +1,10 @@
-"""A network on a CPU, operator by operator, without Python between them from the third call of a shape on.
+"""A network on a CPU, operator by operator, but without Python between operators from the third call of a shape on.
 
-Which operators a folded network calls, and on what, depends on the shapes alone. The second call of a shape (the first
-prepares weights) notes them; later ones repeat the notes from C++ (csrc/recording.cpp), on new tensors, so that results
-are the caller's and threads do not disturb each other. Python's part is a fifth of a call where maps are 16x16 pixels.
+Which operators a folded network calls, and on what, depends on the shapes alone. The second call of a shape records
+them (the first prepares weights); later calls replay the recording from C++ (csrc/recording.cpp), on new tensors, so
+that the caller owns the results and threads do not interfere. For maps of 16x16 pixels, Python takes a fifth of a call.
 
-A network with hooks, or one that is called under a dispatch mode, runs as it is.
+A network with hooks, or called with gradients enabled or under a dispatch mode, runs as it is.
 """
 
 import threading
@@ -24,22 +24,22 @@ from gdd_fast.errors import ConfigError
 MAX_RECORDINGS = 8
 
 _ONE_AT_A_TIME = threading.Lock()
-"""PyTorch keeps whether a dispatch mode is on for the process: two threads that leave theirs in the order in which they
-entered would leave it on for good, and every operator on its slower way."""
+"""PyTorch keeps one flag per process for whether a dispatch mode is on: two threads that leave their modes in the order
+in which they entered would leave it on for good, and every operator on its slower path."""
 
 Replay = tuple[Callable[[list[Tensor]], list[Tensor] | None], TreeSpec]
 
 
 class Recorded:
-    """`network(latents, rows)`, and what a `Finish` makes of its images; recordings of the last shapes are kept."""
+    """`network(latents, rows)`, and what a `Finish` makes of its images; the last `limit` recordings are kept."""
 
     def __init__(self, network: nn.Module, limit: int = MAX_RECORDINGS) -> None:
         if limit < 1:
-            raise ConfigError(f"at least 1 recording is kept, not {limit}")
+            raise ConfigError(f"limit must be at least 1, not {limit}")
         self.network = network
         self.limit = limit
         self._modules = list(network.modules())
-        # by kind of call: how many there were, and the recording, for good None where it cannot be repeated
+        # by kind of call: how many calls there were, and the recording; None forever if it cannot be replayed
         self._replays: OrderedDict[Any, tuple[int, Replay | None]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -50,7 +50,7 @@ class Recorded:
         key = (*((t.shape, t.stride(), t.dtype) for t in inputs), finish, torch.get_num_threads())
         with self._lock:
             calls, replay = self._replays.pop(key, (0, None))
-            self._replays[key] = calls + 1, replay  # the last used is the last to go
+            self._replays[key] = calls + 1, replay  # the most recently used is evicted last
             if len(self._replays) > self.limit:
                 self._replays.popitem(last=False)
         if replay is not None:
@@ -83,13 +83,13 @@ class Recorded:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operator that is called."""
+    """Records every operator that is called."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
         self.recording: Any = extension().Recording(inputs)  # type: ignore[union-attr]
         self.complete = True
-        """Whether all of them can be repeated."""
+        """Whether all of them can be replayed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))

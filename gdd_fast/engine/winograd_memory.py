@@ -1,7 +1,7 @@
 """How much memory a folded network gives to Winograd's method, and to which layers.
 
-A transformed weight has four times the size of its weight in float32. What it saves at a call grows with the pixels of
-the layer's maps, so those of the largest maps come first.
+A transformed weight takes four times the memory of the float32 weight. The time it saves per call grows with the pixels
+of the layer's maps, so layers with the largest maps come first.
 """
 
 import torch
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from gdd_fast.engine.folded_layers import Convolution, PackedWeight
 
 DEFAULT_MEMORY = 2.5
-"""docs/cpu_operators.md has what other values take."""
+"""docs/cpu_operators.md has the time and memory of other values."""
 
 
 def transformed_bytes(layer: Convolution) -> int:
-    """Of the layer's weight (out, in, 3, 3): 36 values in float32 for every nine."""
+    """Bytes of the layer's transformed weight: 36 float32 values for every nine of the weight (out, in, 3, 3)."""
     return layer.weight.numel() * 4 * 4
 
 
 @torch.no_grad()
 def limit_winograd(folded: nn.Module, img_channels: int, img_resolution: int, times: float) -> None:
-    """Leave `winograd_conv2d` to the layers whose transformed weights together take at most `times` the memory of all
-    convolutions' weights in float32; the others convolve by the library.
+    """Keep `winograd_conv2d` for layers whose transformed weights together take at most `times` the memory of all
+    convolution weights in float32; the other layers use the library's convolution.
 
-    Which they are depends on the network alone. Where not all fit, one image is computed to see the sizes of their
-    maps. `folded` is a `FoldedUNet` or `FoldedUNet2D` on a CPU.
+    The choice depends on the network alone. If not all fit, one image is computed to find the sizes of their maps.
+    `folded` is a `FoldedUNet` or `FoldedUNet2D` on a CPU.
     """
     layers = [m for m in folded.modules() if isinstance(m, Convolution) and m.winograd is not None]
     left = int(min(times, 4) * 4 * sum(m.weight.numel() for m in folded.modules() if isinstance(m, Convolution)))
@@ -42,11 +42,11 @@ def limit_winograd(folded: nn.Module, img_channels: int, img_resolution: int, ti
             left -= size
             layers[i].winograd = methods[i]
             if layers[i].packed is not None:
-                layers[i].packed = PackedWeight()  # without what was packed to see the sizes
+                layers[i].packed = PackedWeight()  # without the weight packed while finding the sizes
 
 
 def _pixels(folded: nn.Module, layers: list[Convolution], shape: tuple[int, ...]) -> list[int]:
-    """The pixels that each layer convolves for one image; 0 for a layer that is not called."""
+    """The pixels of each layer's input for one image; 0 for a layer that is not called."""
     found = dict.fromkeys(layers, 0)
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

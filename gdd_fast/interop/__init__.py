@@ -1,1 +1,1 @@
-"""Reading networks that other projects wrote."""
+"""Exchanging networks with other projects: EDM's pickles, diffusers and the Hugging Face Hub."""

@@ -1,11 +1,11 @@
 """One-step generators as a pipeline of diffusers; the only file that needs that library.
 
-    pipe = OneStepPipeline.from_generator("run")                      what gdd_fast.load_generator takes, or a network
+    pipe = OneStepPipeline.from_generator("run")                      a network, or what gdd_fast.load_generator takes
     images = pipe(batch_size=4, class_labels=3, generator=torch.Generator().manual_seed(0)).images
     pipe.save_pretrained("folder"); pipe = OneStepPipeline.from_pretrained("folder")
 
-`pipe.to("cuda")`, `pipe.push_to_hub(...)` and the rest are diffusers'. A stored pipeline loads after this module is
-imported, as diffusers imports no module because a file names it.
+`pipe.to("cuda")`, `pipe.push_to_hub(...)` and the rest work as in diffusers. A stored pipeline loads only after this
+module is imported: diffusers does not import a module because a file names it.
 """
 
 import itertools
@@ -35,7 +35,7 @@ OutputType = Literal["pil", "np", "pt"]
 
 
 class GeneratorModel(ModelMixin, ConfigMixin):
-    """A network of gdd_fast as a component of diffusers': stored with its arguments, called as the network.
+    """A network of gdd_fast as a diffusers component: stored with its arguments, called like the network.
 
     Args:
         precond: "edm", "gdd" or "unet2d".
@@ -51,7 +51,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(cls, network: Preconditioned) -> "GeneratorModel":
-        """A component around `network` itself, not a copy."""
+        """A component around `network` itself, not a copy. Raises ConfigError if it is not a network of gdd_fast."""
         precond = next((name for name, kind in PRECONDS.items() if type(network) is kind), None)
         if precond is None:
             raise ConfigError(f"a pipeline takes a network of gdd_fast, not {type(network).__name__}")
@@ -69,14 +69,14 @@ class GeneratorModel(ModelMixin, ConfigMixin):
         torch_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> "GeneratorModel":
-        """As diffusers', with weights in `dtype`, which it also calls `torch_dtype`.
+        """As diffusers', with weights in `dtype` (or `torch_dtype`, diffusers' other name for it).
 
-        They are read as they are stored and cast by the network, which keeps its embedding's frequencies out of that.
+        They are read as stored and cast by the network, which leaves its embedding's frequencies in float32.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         dtype = torch_dtype if dtype is None else dtype
         if dtype is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype)  # a tuple with output_loading_info=True
+            (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype)  # a tuple if output_loading_info=True
         return loaded
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -84,7 +84,7 @@ class GeneratorModel(ModelMixin, ConfigMixin):
 
 
 class OneStepPipeline(DiffusionPipeline):
-    """Images from noise in one evaluation of `model`."""
+    """Generates images from noise in one evaluation of `model`."""
 
     model_cpu_offload_seq = "model"
 
@@ -96,7 +96,7 @@ class OneStepPipeline(DiffusionPipeline):
 
     @classmethod
     def from_generator(cls, generator: str | Path | Preconditioned | OneStepGenerator) -> "OneStepPipeline":
-        """A pipeline of a network, or of whatever `gdd_fast.load_generator` takes."""
+        """A pipeline from a network, or from anything `gdd_fast.load_generator` takes."""
         network = load_generator(generator) if isinstance(generator, str | Path) else generator
         network = network.network if isinstance(network, OneStepGenerator) else network
         pipe = cls(GeneratorModel.of(network))
@@ -106,7 +106,7 @@ class OneStepPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "OneStepPipeline":
-        """As diffusers', from a folder or repository that a pipeline was saved to, and from a training run as well."""
+        """As diffusers', from a folder or repository that holds a pipeline; or from the folder of a training run."""
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / INDEX).is_file():
             pipe = cls.from_generator(folder)
@@ -129,7 +129,7 @@ class OneStepPipeline(DiffusionPipeline):
     ) -> str:
         """As diffusers', with a card that names teacher, data, metrics and the licence of each.
 
-        They are known of a pipeline that was made from a training run's folder; licences as of `hub.save_pretrained`.
+        The first three are known of a pipeline made from a run's folder; licences are as in `hub.save_pretrained`.
         """
         licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
         loading = (
@@ -152,17 +152,17 @@ class OneStepPipeline(DiffusionPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
+        """Generate images.
 
         Args:
             batch_size: how many.
-            class_labels: a class for all, one for each, or float (batch_size, label_dim); None draws classes.
-            generator: one, or one per image; the images are then the same whatever the batch.
+            class_labels: one class for all, one per image, or float (batch_size, label_dim); None draws classes.
+            generator: one for all, or one per image, which makes images independent of the batch.
             output_type: "pil", "np" (float32 (N, H, W, C) in [0, 1]) or "pt" (float32 (N, C, H, W) in [0, 1]).
             return_dict: False for a tuple.
 
         Raises:
-            InputError: arguments that do not fit together or the network.
+            InputError: arguments that do not fit together or do not fit the network.
             WeightsError: the network returns values that are not finite.
         """
         if output_type not in get_args(OutputType):
@@ -172,7 +172,7 @@ class OneStepPipeline(DiffusionPipeline):
             latents, drawn = engine.draw(batch_size, generator=generator)
         else:
             if len(generator) != batch_size:
-                raise InputError(f"{batch_size} images take {batch_size} generators, or one, not {len(generator)}")
+                raise InputError(f"{batch_size} images need {batch_size} generators, or one, not {len(generator)}")
             rows = [engine.draw(1, generator=one) for one in generator]
             latents = torch.cat([row for row, _ in rows])
             drawn = torch.cat([label for _, label in rows]) if engine.label_dim else None
@@ -187,29 +187,29 @@ class OneStepPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def engine(self) -> OneStepGenerator:
-        """The network made fast, again after it has moved, changed its dtype or got other weights.
+        """The network as a fast generator, remade if it has moved, changed its dtype or got other weights.
 
-        Nothing tells surely that a weight has changed (fused optimizers and diffusers' EMAModel leave no trace), so the
-        weights are compared with a copy of those that were folded, which takes as much memory as they do. Where a layer
-        has hooks, a forward of its own or parameters of another class, as for offloading, the model itself is called.
+        No flag reliably shows that a weight has changed (fused optimizers and diffusers' EMAModel leave no trace), so
+        the weights are compared with a copy of those that were folded, which doubles their memory. If a layer has
+        hooks, a replaced forward or parameters of another class, as for offloading, the model itself is called.
         """
         network, device = self.model.network, self._execution_device
         if not all(silent(module) for module in self.model.modules()):
             self._engine = None
             return _Unfolded(self.model, device)
-        stored = self.model.dtype  # what `to` and `from_pretrained(torch_dtype=...)` ask for is written in the weights
+        stored = self.model.dtype  # `to` and `from_pretrained(torch_dtype=...)` leave their choice in the weights
         dtype = network.dtype if stored == torch.float32 else stored
         made_of = (network, device, dtype)
         weights = [t.detach() for t in itertools.chain(network.parameters(), network.buffers())]
         if self._engine is None or self._engine[0] != made_of or not _equal(weights, self._engine[1]):
-            self._engine = None  # its memory goes before the next is made
+            self._engine = None  # frees its memory before the next is made
             engine = OneStepGenerator.from_network(network, device=device, dtype=dtype)
             self._engine = made_of, [t.clone() for t in weights], engine
         return self._engine[2]
 
 
 class _Unfolded(OneStepGenerator):
-    """A pipeline's model called as it is, with whatever was hooked into it."""
+    """A pipeline's model called unfolded, with all its hooks."""
 
     def __init__(self, model: GeneratorModel, device: torch.device) -> None:
         network = model.network
@@ -226,7 +226,7 @@ class _Unfolded(OneStepGenerator):
 
 
 def _equal(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Whether all are the same numbers of the same types on the same device; waits for the device once."""
+    """Whether all have the same values, dtypes and device; waits for the device once."""
     kind = lambda t: (t.shape, t.dtype, t.device)
     if [kind(t) for t in weights] != [kind(t) for t in copies]:
         return False

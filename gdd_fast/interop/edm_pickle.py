@@ -1,4 +1,4 @@
-"""Reading EDM's network pickles, executing nothing: the public name of `gdd_fast.models.files.pickle_reader`."""
+"""Read EDM's network pickles without executing anything: the public name of `gdd_fast.models.files.pickle_reader`."""
 
 from gdd_fast.models.files.pickle_reader import PickledNetwork, load
 

@@ -1,17 +1,17 @@
-"""Networks on the Hugging Face Hub, by the conventions of huggingface_hub: three functions named as there.
+"""Networks on the Hugging Face Hub: three functions that follow the names and conventions of huggingface_hub.
 
     save_pretrained(net, "folder")                             config.json, model.safetensors, README.md
-    push_to_hub("runs/mine", "user/name", license="mit")       the same, uploaded, with what the run says of itself
+    push_to_hub("runs/mine", "user/name", license="mit")       uploads the same, with what is known about the run
     net = from_pretrained("user/name", revision="main")        or a folder
 
-`gdd_fast.OneStepGenerator.from_pretrained` takes a repository as well, and reads it by `locate`.
+`gdd_fast.OneStepGenerator.from_pretrained` takes a repository too, found by `locate`.
 
 `net` is a network of gdd_fast, a `OneStepGenerator` (its network is stored), a network that `accelerate` changed, or
-the folder of a training run: its averaged generator, with a card that names teacher, data, metrics and the licence of
-each (`gdd_fast.interop.model_card`). What is stored is the folder format of `gdd_fast.models.files.save`: no code, no
-pickle. Arguments that are not described here mean what they mean in huggingface_hub.
+the folder of a training run: then its averaged generator is stored, with a card that names teacher, data, metrics and
+the licence of each (`gdd_fast.interop.model_card`). The format is the folder of `gdd_fast.models.files.save`: no code,
+no pickle. Arguments not described here have their meaning in huggingface_hub.
 
-`network_path` finds what a command's --net or --teacher names: `demo`, a path, a repository.
+`network_path` resolves what a command's --net or --teacher names: `demo`, a path or a repository.
 """
 
 import re
@@ -32,13 +32,13 @@ from gdd_fast.models.files.save import save_network
 from gdd_fast.models.preconditioned import Preconditioned
 
 FILES = ("config.json", "model.safetensors")
-# What a pipeline of diffusers' consists of: its description and its components, in folders or beside it.
+# The files of a diffusers pipeline: its description and its components, in subfolders or beside it.
 PIPELINE = (
     "model_index.json",
     "*config.json",
     "*diffusion_pytorch_model.safetensors",
     "*diffusion_pytorch_model.bin",
-    "README.md",  # says the teacher's licence, for the card of what is made from it
+    "README.md",  # states the teacher's licence, for the card of generators distilled from it
 )
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -61,17 +61,16 @@ def save_pretrained(
     push_to_hub: bool = False,
     **push_to_hub_kwargs: Any,
 ) -> str | None:
-    """Write `net` to a folder, each file atomically; weights in `dtype`. A README.md that is there is left alone.
+    """Write `net` to a folder, each file atomically, with weights in `dtype`. An existing README.md is left alone.
 
-    `license`, `teacher_license` and `data_license` are the Hub's identifiers, such as apache-2.0, and stand on the card
-    in place of what is known of them. With `push_to_hub=True` the folder is uploaded to `repo_id` (by default the
-    folder's name) as well.
+    `license`, `teacher_license` and `data_license` are the Hub's identifiers, such as apache-2.0, and override what is
+    known on the card. With `push_to_hub=True` the folder is also uploaded to `repo_id` (by default the folder's name).
 
     Returns:
         The address of the commit on the Hub, or None.
 
     Raises:
-        ConfigError: `net` is no network that can be stored, or a licence is no identifier.
+        ConfigError: `net` is not a network that can be stored, or a licence is not an identifier.
         WeightsError: there is no network at the path `net`.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused, or cannot be reached.
     """
@@ -89,9 +88,9 @@ def save_pretrained(
 
 
 def push_to_hub(net: Preconditioned | HasNetwork | str | Path, repo_id: str, **options: Any) -> str | None:
-    """Upload `net` to the Hub's repository `repo_id`, made if it does not exist. Returns the commit's address.
+    """Upload `net` to the Hub's repository `repo_id`, created if it does not exist. Returns the commit's address.
 
-    `options` and what is raised: as of `save_pretrained` and `upload`.
+    `options` and errors are those of `save_pretrained` and `upload`.
     """
     with tempfile.TemporaryDirectory() as folder:
         return save_pretrained(net, folder, repo_id=repo_id, push_to_hub=True, **options)
@@ -108,15 +107,15 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Preconditioned:
-    """A network as `load_generator` returns it, from a repository of the Hub or from anything `load_generator` takes.
+    """A network as `load_generator` returns it, from a Hub repository or from anything `load_generator` takes.
 
     Args:
         pretrained_model_name_or_path: "user/name" on the Hub; a path that exists is preferred.
         revision: branch, tag or commit.
-        device, dtype: where the network is put and what it computes in.
+        device, dtype: where to put the network, and what it computes in.
 
     Raises:
-        WeightsError: neither a path nor a repository that holds a network, or a broken one.
+        WeightsError: not a path or repository that holds a network, or the network is broken.
     """
     path = locate(
         pretrained_model_name_or_path,
@@ -130,12 +129,12 @@ def from_pretrained(
 
 
 def locate(name_or_path: str | Path, **options: Any) -> Path:
-    """Where a network is: the path itself if it exists, else the folder that `download` brings, with its options.
+    """Where a network is: the path itself if it exists, else the folder that `download` fetches, given its options.
 
-    A repository is named by a string of letters, digits, `-`, `_`, `.` and at most one `/`, such as "user/name". What
-    can be nothing but a path (a Path, a .pkl) is returned for `load_generator` to say what is wrong with it.
+    A repository's name is a string of letters, digits, `-`, `_`, `.` and at most one `/`, such as "user/name". What can
+    only be a path (a Path, a .pkl) is returned even if missing; `load_generator` then says so.
 
-    Raises WeightsError for a string that is neither, and as `download`.
+    Raises WeightsError for a string that is neither, and where `download` does.
     """
     path = Path(name_or_path)
     if path.exists() or isinstance(name_or_path, Path) or path.suffix.lower() == ".pkl":
@@ -146,23 +145,23 @@ def locate(name_or_path: str | Path, **options: Any) -> Path:
 
 
 def network_path(name: str | Path) -> Path:
-    """Where a network lies that a command names: `demo`, a path, or a repository of the Hub, ours or a pipeline.
+    """The path of a network that a command names: `demo`, a path, or a Hub repository, ours or a pipeline.
 
-    A name below a folder that is here (runs/mine, where there is runs/) is a path, and the Hub is not asked. Raises
-    WeightsError for a name of nothing.
+    A name inside an existing folder (runs/mine if there is runs/) is a path, and the Hub is not asked. Raises
+    WeightsError if there is no such network.
     """
     path = teacher_path(str(name))
     if path.exists() or isinstance(name, Path):
         return path
     if path.parent != Path() and path.parent.is_dir():
-        raise WeightsError(f"{name} does not exist: give {KINDS}, or a repository of the Hub")
+        raise WeightsError(f"{name} does not exist: give {KINDS}, or a Hub repository")
     return locate_teacher(str(name))
 
 
 def locate_teacher(name: str) -> Path:
-    """As `locate`; of a repository that holds a pipeline of diffusers', such as google/ddpm-cifar10-32, its folder.
+    """As `locate`; also the folder of a repository that holds a diffusers pipeline, as google/ddpm-cifar10-32.
 
-    Raises WeightsError for a string that is neither.
+    Raises WeightsError for a string that names neither.
     """
     if Path(name).exists() or Path(name).suffix.lower() == ".pkl" or not _REPOSITORY.fullmatch(name):
         return locate(name)
@@ -182,7 +181,7 @@ def locate_teacher(name: str) -> Path:
     try:
         commit = Path(hf_hub_download(name, PIPELINE[0], **options)).parent.name
         return Path(snapshot_download(name, revision=commit, allow_patterns=list(PIPELINE), **options))
-    except LocalEntryNotFoundError as error:  # is an EntryNotFoundError, and says that the Hub cannot be reached
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError: the Hub cannot be reached
         return _download(name, silent or error, options)
     except EntryNotFoundError:
         return _download(name, silent, {})
@@ -199,7 +198,7 @@ def _unknown(repo_id: str, error: Exception) -> WeightsError:
 
 
 def _no_answer(repo_id: str, filename: str, options: dict[str, Any]) -> ConnectionError | None:
-    """Why the Hub cannot be asked for a file; None if it answers, whatever it says."""
+    """Why the Hub cannot be asked for a file; None if it answers at all."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from gdd_fast.models.files.hub_question import ask_hub
@@ -214,16 +213,16 @@ def _no_answer(repo_id: str, filename: str, options: dict[str, Any]) -> Connecti
 
 
 def download(repo_id: str, **options: Any) -> Path:
-    """The folder in huggingface_hub's cache with the network of a repository; options as of `hf_hub_download`.
+    """The folder in huggingface_hub's cache that holds a repository's network; options as for `hf_hub_download`.
 
-    A Hub that does not answer is asked once, and the cache is read. Raises WeightsError if there is no such repository,
-    it holds no network, or the Hub cannot be reached and the cache does not have it.
+    If the Hub does not answer the first time, only the cache is read. Raises WeightsError if there is no such
+    repository, it holds no network, or the Hub cannot be reached and the network is not in the cache.
     """
     try:
         import huggingface_hub  # noqa: F401
     except ModuleNotFoundError as error:
         raise WeightsError(
-            f"{repo_id} is no path that exists, and the Hub takes `pip install huggingface_hub`"
+            f"{repo_id} is not a path that exists, and the Hub needs `pip install huggingface_hub`"
         ) from error
 
     return _download(
@@ -232,15 +231,15 @@ def download(repo_id: str, **options: Any) -> Path:
 
 
 def _download(repo_id: str, silent: Exception | None, options: dict[str, Any]) -> Path:
-    """`silent`: why the cache alone is looked into, None to ask the Hub."""
+    """`silent`: why only the cache is read; None to ask the Hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if silent is not None:
         options = options | {"local_files_only": True}
     try:
-        # each of the cache's folders is named after a commit, and the second file is asked for by that name: a branch
-        # may move in between
+        # the cache's folders are named after commits, and the second file is requested by that commit, as a branch may
+        # move in between
         folder = Path(hf_hub_download(repo_id, FILES[0], **options)).parent
         for name in FILES[1:]:
             hf_hub_download(repo_id, name, **options | {"revision": folder.name})
@@ -260,7 +259,7 @@ def _origin(net: Preconditioned | HasNetwork | str | Path) -> Origin:
 
 
 def form_of(network: Preconditioned) -> str:
-    """What its images are, in words."""
+    """What the network's images are, in words."""
     classes = f" in {network.label_dim} classes" if network.label_dim else ""
     return f"{network.img_channels} x {network.img_resolution} x {network.img_resolution} pixels{classes}"
 
@@ -281,7 +280,7 @@ def upload(
     create_pr: bool | None = None,
     allow_patterns: Sequence[str] | None = (*FILES, "README.md"),
 ) -> str:
-    """Upload a folder's files to the Hub's repository `repo_id`, made if it does not exist; the commit's address."""
+    """Upload a folder's files to the Hub repository `repo_id`, created if missing. Returns the commit's address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

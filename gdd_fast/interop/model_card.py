@@ -1,9 +1,9 @@
 """The README.md of a generator on the Hub: its teacher, its data, how good it is, and the licences of all three.
 
-What a training run knows is read from its folder (config.json, report.json). Licences are known of what comes with the
-package, of EDM's published networks, and of a teacher whose own card is beside it or in huggingface_hub's cache; the
-others are named by whoever publishes, by the Hub's identifiers (mit, apache-2.0, cc-by-nc-sa-4.0, ...). What nobody
-said is "not stated" on the card.
+What a training run recorded is read from its folder (config.json, report.json). Known licences are those of the
+package's own assets, of EDM's published networks, and of a teacher whose card is beside it or in huggingface_hub's
+cache; the publisher states the others, by the Hub's identifiers (mit, apache-2.0, cc-by-nc-sa-4.0, ...). Anything
+unknown is "not stated" on the card.
 """
 
 import json
@@ -32,10 +32,10 @@ class Origin:
     """Where a generator comes from.
 
     Args:
-        license, teacher_license, data_license: identifiers of the Hub; None where nobody has said.
-        distances: Frechet distance by row ("teacher", "untrained", "distilled") and feature network, as a run's
-            report.json has them.
-        measured: how many images, and of what data the real ones.
+        license, teacher_license, data_license: the Hub's identifiers; None if not stated.
+        distances: Frechet distance by row ("teacher", "untrained", "distilled") and feature network, as in a run's
+        report.json.
+        measured: how many images were compared, and with which real ones.
     """
 
     teacher: str | None = None
@@ -48,15 +48,15 @@ class Origin:
     training: str = ""
 
     def licensed(self, **licenses: str | None) -> "Origin":
-        """With those licences that are not None. Raises ConfigError for one that is not an identifier of the Hub's."""
+        """A copy with those licences that are not None. Raises ConfigError for one that is not a Hub identifier."""
         for name, value in licenses.items():
             if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value):
-                raise ConfigError(f"{name} must be an identifier of the Hub's, such as apache-2.0, not {value!r:.100}")
+                raise ConfigError(f"{name} must be an identifier of the Hub, such as apache-2.0, not {value!r:.100}")
         return replace(self, **{name: value for name, value in licenses.items() if value is not None})
 
 
 def origin_of_run(folder: Path) -> Origin:
-    """What a training run's folder says of its generator; an empty Origin for any other folder."""
+    """What a training run's folder says about its generator; an empty Origin for any other folder."""
     config = _json(folder / "config.json")
     if "generator" not in config or "data" not in config:
         return Origin()
@@ -79,7 +79,7 @@ def origin_of_run(folder: Path) -> Origin:
 
 
 def license_of_teacher(teacher: str) -> str | None:
-    """The identifier of a teacher's licence, as far as it is known here. Asks nobody."""
+    """The identifier of a teacher's licence, or None if unknown. Uses no network connection."""
     if teacher == DEMO:
         return LICENSE_OF_DEMO
     if _EDM.fullmatch(Path(teacher).stem):
@@ -144,6 +144,6 @@ def _cell(value: str | None) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file that a run has written; {} where there is none."""
+    """A JSON file that a run wrote; {} if there is none."""
     config = json.loads(path.read_text()) if path.is_file() else {}
     return config if isinstance(config, dict) else {}

@@ -1,4 +1,4 @@
-"""Which implementation of the operators a whole network runs."""
+"""Chooses the implementation of the operators for a whole network."""
 
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -20,10 +20,10 @@ def operators_of(net: nn.Module) -> set[Operator]:
 
 
 def set_backend(net: nn.Module, backend: Backend) -> None:
-    """Choose the implementation of every operator in `net`, of those that have it; the others run their definition.
+    """Set the implementation of every operator in `net` that has it; the others run their definition.
 
-    "auto" is the default of every layer. Raises BackendError for an unknown name; that a backend cannot run on the
-    network's device shows, as the same error, when it is first called.
+    "auto" is the default of every layer. Raises BackendError for an unknown name. A backend that cannot run on the
+    network's device raises the same error when it is first called.
     """
     if backend not in get_args(Backend):
         raise BackendError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
@@ -39,8 +39,8 @@ def choose_backend(
 ) -> dict[str, Backend]:
     """`set_backend` for all networks of a run -> what runs, by operator's name; see gdd_fast.backend.resolve_all.
 
-    `further` are the operators that the run calls itself. Raises BackendError before anything is set, also for layers
-    of a form, or a network's compute type, that the backend asked for by name does not take.
+    `further` are the operators that the run itself calls. Raises BackendError before anything is set, also if a backend
+    requested by name does not support a layer's form or a network's compute dtype.
     """
     nets = list(nets)
     runs = resolve_all(backend, {*further}.union(*(operators_of(net) for net in nets)), device)

@@ -17,10 +17,10 @@ from gdd_fast.ops.resample2d import resample2d
 
 
 def hold_frozen_weights(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Hold the frozen weights of all convolutions in `net` in `dtype` from here on, in place; returns `net`.
+    """Convert the frozen weights of all convolutions in `net` to `dtype`, in place; returns `net`.
 
-    `Conv2d` casts such a weight in every call if it computes in another type. This is for a network that belongs to the
-    caller and only samples in `dtype`: results are the same bits, and the weights' own precision is given up.
+    `Conv2d` would cast such a weight in every call if it computes in another dtype. This is for a network that belongs
+    to the caller and only samples in `dtype`: results are bitwise the same, but the weights lose their precision.
     """
     for module in net.modules():
         if isinstance(module, Conv2d) and module.weight is not None and not module.weight.requires_grad:
@@ -39,8 +39,8 @@ def resample_kernel(taps: Sequence[float]) -> Tensor:
 class Conv2d(nn.Module):
     """Convolution (odd `kernel`, same size) after an optional up- or downsampling by two; `kernel=0` only resamples.
 
-    `conv_first` convolves at the full resolution and downsamples after it, over one common border of zeros. EDM calls
-    this fused_resample and uses it in the residual encoder of NCSN++.
+    `conv_first` convolves at the full resolution and then downsamples, with zero padding added only once. EDM calls
+    this fused_resample and uses it in NCSN++'s residual encoder.
 
     `backend` is that of the resampling; see gdd_fast.backend.
     """
@@ -87,13 +87,13 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor | Pair, *, add_bias: bool = True) -> Tensor:
         """`x` (N, in_channels, H, W), or a pair if this is a 1x1 convolution, -> (N, out_channels, H', W').
 
-        Without `add_bias` the bias is left to an operator that follows.
+        Without `add_bias` the bias is left to a later operator.
         """
         bias = self.bias if add_bias else None
         if isinstance(x, tuple):
             return self._convolve_pair(*x, bias)
         if self.conv_first:
-            # The border that the filter needs is added once, before the convolution.
+            # The padding that the filter needs is added once, before the convolution.
             x = self._convolve(x, self.bias, self.padding + self.border)
             return resample2d(x, self.resample_filter, up=False, padding=0, box=self.box, backend=self.backend)
         if self.up or self.down:
@@ -113,7 +113,7 @@ class Conv2d(nn.Module):
         bias = as_dtype(bias, x.dtype)
         if (memory_format(x), memory_format(skip)) != (torch.channels_last, torch.channels_last):
             return F.conv2d(x, first, bias) + F.conv2d(skip, second)
-        # In channels_last memory both are matrix products, and the second adds to the first without a pass for that.
+        # In channels_last memory both are matrix products, and the second adds to the first without a separate pass.
         n, _, height, width = x.shape
         rows, skip_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, skip))
         y = torch.addmm(F.linear(rows, first.flatten(1), bias), skip_rows, second.flatten(1).t())

@@ -12,7 +12,7 @@ from gdd_fast.errors import WeightsError
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
-    _Module = object  # of the mixin below, which stands before the module's own class
+    _Module = object  # base of the mixin below, which precedes the module's own class
 
 
 class PositionalEmbedding(nn.Module):
@@ -32,9 +32,9 @@ class PositionalEmbedding(nn.Module):
 
 
 class KeepsFrequencies(_Module):
-    """Mixin of a module with the buffer `freqs`, which stays as precise as it is when the module is cast.
+    """Mixin for a module with a buffer `freqs` that keeps its precision when the module is cast.
 
-    Phases are some hundreds of radians: of frequencies rounded to bfloat16 they would be wrong by half a turn.
+    Phases are some hundreds of radians: with frequencies rounded to bfloat16 they would be off by half a turn.
     """
 
     freqs: Tensor
@@ -50,7 +50,7 @@ class KeepsFrequencies(_Module):
 class FourierEmbedding(KeepsFrequencies, nn.Module):
     """Sines and cosines of random frequencies, drawn once from N(0, 16^2): (N,) -> (N, num_channels).
 
-    The frequencies stay float32 whatever the network is cast to; others raise WeightsError.
+    The frequencies stay float32 whatever the network is cast to; half-precision ones raise WeightsError.
     """
 
     def __init__(self, num_channels: int, *, sin_first: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The convolution of networks that gradients pass through and that are never trained."""
+"""The convolution of frozen networks through which gradients pass."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,8 +12,8 @@ from gdd_fast.ops.frozen_conv2d_relu import OPERATOR, Activation, frozen_conv2d_
 class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` with a frozen weight: same arguments (zero padding only) and state_dict, no input kept for backward.
 
-    `forward(x, activation)` applies ReLU or ReLU6 as well, for one bit per element. The weight computes in x's type (or
-    autocast's) and layout; where that is not its own, it is converted in every call, so hold it in them. If it is made
+    `forward(x, activation)` also applies ReLU or ReLU6, which keeps one bit per element. It computes in x's dtype (or
+    autocast's) and layout; a weight in others is converted in every call, so keep it in these. If the weight is made
     trainable after all, PyTorch's convolution runs.
     """
 
@@ -31,7 +31,7 @@ class FrozenConv2d(nn.Conv2d):
     def _convolve(
         self, x: Tensor, padding: tuple[int, int], activation: Activation | None, pad: tuple[int, ...] = ()
     ) -> Tensor:
-        """With `pad` zeros around the kernel, as of `F.pad`."""
+        """With `pad` zeros around the kernel, as in `F.pad`."""
         geometry = (self.stride, padding, self.dilation, self.groups)
         if self.weight.requires_grad:
             y = F.conv2d(x, F.pad(self.weight, pad) if pad else self.weight, self.bias, *geometry)

@@ -1,4 +1,4 @@
-"""Group normalisation with what surrounds it in a U-Net block."""
+"""Group normalisation with the operations around it in a U-Net block."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from gdd_fast.ops import group_norm_silu
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation and what surrounds it in a U-Net block: `group_norm_silu` with its parameters.
+    """`group_norm_silu` with its parameters: group normalisation and the operations around it in a U-Net block.
 
     y = act(norm(x + add) * weight + bias), or act((norm(x + add) * weight + bias) * (1 + scale) + shift).
     """
@@ -33,8 +33,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def is_fused(self, x: Tensor | Pair) -> bool:
-        """Whether a GPU kernel normalises maps like x: an addend before the norm then costs no pass over them, and
-        statistics that come with x save one. On a CPU the convolution adds its bias for nothing."""
+        """Whether a GPU kernel normalises maps like x: then an addend before the norm takes no extra pass, and
+        statistics that come with x save one. On a CPU the convolution adds its bias for free."""
         return group_norm_silu.chosen(x[0] if isinstance(x, tuple) else x, self.backend) == "triton"
 
     def forward(
@@ -49,7 +49,7 @@ class GroupNorm(nn.Module):
     ) -> Tensor:
         """`x` (N, C, H, W) in any floating dtype, or a pair -> the same. `add`, `scale`, `shift`: (N, C) or (1, C).
 
-        `statistics` are those that `residual` returned with `x`, if it did; of a pair, a pair of them.
+        `statistics` are those that `residual` returned with `x`, if any; for a pair, a pair of them.
         """
         return group_norm_silu.group_norm_silu(
             x,

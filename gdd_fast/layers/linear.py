@@ -1,4 +1,4 @@
-"""The linear layer of EDM's networks, and how the weights of a layer are drawn."""
+"""The linear layer of EDM's networks, and the initialisation of layers."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How a layer's weight and bias are drawn: a distribution over the fans, and a gain for each of the two."""
+    """How to draw a layer's weight and bias: a distribution scaled by its fans, and a gain for each of the two."""
 
     mode: Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"] = "kaiming_normal"
     weight: float = 1.0

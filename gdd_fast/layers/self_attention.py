@@ -15,9 +15,9 @@ from gdd_fast.ops.frozen_conv2d import converted, frozen_conv2d
 class QkvConv2d(Conv2d):
     """The 1x1 convolution that makes queries, keys and values: (N, C, H, W) -> (N, 3 C, H, W) in "blocks".
 
-    Weight and bias are EDM's, with channel c of head h of q (j = 0), k and v at (h * D + c) * 3 + j. They are put into
-    the order that `attention` reads without a copy at every call: gradients find their way back by themselves, and no
-    checkpoint, export or optimizer sees another order than EDM's.
+    Weight and bias are in EDM's order, with channel c of head h of q (j = 0), k and v at (h * D + c) * 3 + j. Every
+    call reorders them so that `attention` can read the result without a copy: autograd maps gradients back, and
+    checkpoints, exports and optimizers see only EDM's order.
     """
 
     def __init__(self, channels: int, num_heads: int, *, init: Init | None = None) -> None:
@@ -38,7 +38,7 @@ class QkvConv2d(Conv2d):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of what `QkvConv2d` makes: (N, 3 C, H, W) in "blocks" -> (N, C, H, W)."""
+    """Self-attention over the pixels of the output of `QkvConv2d`: (N, 3 C, H, W) in "blocks" -> (N, C, H, W)."""
 
     operator = ATTENTION
     backend: Backend = "auto"

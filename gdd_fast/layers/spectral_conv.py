@@ -1,4 +1,4 @@
-"""A convolution under a spectral norm (Miyato et al., arXiv 1802.05957) that divides its result, not its weight."""
+"""A spectrally normalised convolution (Miyato et al., arXiv 1802.05957) that divides its result, not its weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +12,28 @@ from torch.nn.utils.parametrizations import spectral_norm
 from gdd_fast.ops._memory_format import runs_eagerly
 
 _MOST_PIXELS = 128
-"""The most for which the result is computed as a matrix product."""
+"""The most output pixels for which the result is computed as a matrix product."""
 
 
 class SpectralConv2d(nn.Conv2d):
-    """`spectral_norm(nn.Conv2d(...))`: same state_dict and buffers, vectors that start iterated or `random`.
+    """`spectral_norm(nn.Conv2d(...))`: same state_dict and buffers; its vectors start iterated or `random`.
 
-    It computes in the type of its input, and takes the norm in the weight's own.
+    It computes in the dtype of its input, and takes the norm in the weight's.
 
-    A convolution is linear, so W / sigma convolved with x is W convolved with x, over sigma. With few images the result
-    is smaller than the weight, and so float32 on a CPU divides the result: PyTorch's parametrization passes over the
-    weight some twenty times, forward and backward, where this one does five times. Both are the same function and can
-    be differentiated twice, except through the power iteration, which is a constant in both.
+    A convolution is linear, so W / sigma convolved with x is W convolved with x, over sigma. For few images the result
+    is smaller than the weight, so in float32 on a CPU the result is divided: PyTorch's parametrization passes over the
+    weight some twenty times, forward and backward, this one five times. Both are the same function and twice
+    differentiable, except through the power iteration, which is constant in both.
     """
 
     divide_result = True
-    """False: as PyTorch's parametrization, whatever the type and device."""
+    """False: always as PyTorch's parametrization."""
 
     @classmethod
     def make(cls, *args: Any, random: bool = False, **kwargs: Any) -> nn.Module:
-        """The module with its parametrization; arguments as of `nn.Conv2d`.
+        """The module with its parametrization; arguments as for `nn.Conv2d`.
 
-        `random` starts the power iteration from random vectors, not from those that torch has iterated 15 times.
+        `random` starts the power iteration from random vectors instead of ones that torch has iterated 15 times.
         """
         normed = spectral_norm(cls(*args, **kwargs))
         if random:
@@ -75,9 +75,9 @@ class SpectralConv2d(nn.Conv2d):
         return zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
 
     def _norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The weight, its rows (K, C * R * S) as they lie in memory, and u, v and u^T rows v, which are constants.
+        """The weight, its rows (K, C * R * S) in memory order, and the constants u, v and u^T rows v.
 
-        In training one power iteration is done, and kept in the buffers, whose v is in the order C, R, S.
+        In training this does one power iteration and stores it in the buffers, whose v is in the order C, R, S.
         """
         norm: Any = self.parametrizations.weight[0]  # type: ignore[index,union-attr]
         weight: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr,assignment]
@@ -86,7 +86,7 @@ class SpectralConv2d(nn.Conv2d):
         rows = _rows(weight) if channels_last else weight.flatten(1)
         with torch.no_grad():
             u = norm._u.clone()
-            v = norm._v.clone()  # what is saved for backward must not be the buffer, which the next iteration writes
+            v = norm._v.clone()  # backward must not keep the buffer itself, which the next iteration overwrites
             v = v.view(window).permute(1, 2, 0).flatten() if channels_last else v
             if not norm.training:
                 return weight, rows, u, v, torch.dot(u, torch.mv(rows, v))
@@ -100,10 +100,10 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class _Product(torch.autograd.Function):
-    """The convolution of few pixels, over sigma, as a matrix product of their windows, read in the weight's own order.
+    """A convolution of few pixels, over sigma, as a matrix product of their windows, in the weight's memory order.
 
-    oneDNN brings the weight to an order of its own, and its gradient back from it, which takes as long as multiplying.
-    The weight's gradient is one pass: what comes from sigma, an outer product, is added in place.
+    oneDNN would reorder the weight, and its gradient back, which takes as long as multiplying. The weight's gradient is
+    one pass: sigma's part, an outer product, is added in place.
     """
 
     @staticmethod
@@ -119,7 +119,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         windows, (n, height, width) = _windows(x, weight.shape[2:], stride, padding)
         y = (windows @ _rows(weight).t()).div_(sigma).view(n, height, width, -1).permute(0, 3, 1, 2)
-        of_sigma = (u, v, y) if weight.requires_grad else (None,) * 3  # what its derivative is made of
+        of_sigma = (u, v, y) if weight.requires_grad else (None,) * 3  # for sigma's derivative
         ctx.save_for_backward(x, weight, sigma, *of_sigma)
         ctx.geometry = stride, padding
         return y
@@ -130,7 +130,7 @@ class _Product(torch.autograd.Function):
         stride, padding = ctx.geometry
         for_x, for_weight = ctx.needs_input_grad[:2]
         nothing = (None,) * 5
-        if torch.is_grad_enabled():  # to be differentiated again: by the definition
+        if torch.is_grad_enabled():  # will be differentiated again: by the definition
             wanted = [t for t, needed in ((x, for_x), (weight, for_weight)) if needed]
             norm = torch.dot(u, torch.mv(_rows(weight), v)) if for_weight else sigma
             y = F.conv2d(x, weight, None, stride, padding) / norm
@@ -157,7 +157,7 @@ def _rows(weight: Tensor) -> Tensor:
 def _windows(
     x: Tensor, window: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """What each pixel of a convolution's result sees of channels_last x, (pixels, R * S * C), and (N, H', W')."""
+    """The window of channels_last x for each output pixel, (pixels, R * S * C), and the output's (N, H', W')."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     seen = padded.unfold(1, window[0], stride[0]).unfold(2, window[1], stride[1])  # (N, H', W', C, R, S)
     n, height, width = seen.shape[:3]
@@ -172,10 +172,10 @@ def _from_windows(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    """The adjoint of `_windows`: what each pixel of x, of `shape`, gets from all windows that see it; channels_last.
+    """The adjoint of `_windows`: each pixel of x, of `shape`, sums over the windows that contain it; channels_last.
 
-    `out` is the number of windows each way. A window, and x with its border, are tiles of the stride's size side by
-    side, which are added up whole.
+    `out` is the number of windows per direction. Windows and the padded x consist of tiles of the stride's size, which
+    are added as a whole.
     """
     n, channels, height, width = shape
     rows, columns = (k // t for k, t in zip(window, stride, strict=True))

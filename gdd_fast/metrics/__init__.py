@@ -1,1 +1,1 @@
-"""How far generated images are from real ones: features, their statistics, Frechet distances."""
+"""How far generated images are from real ones: features, their statistics, and metrics of them."""

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, and the Frechet distance between two of them.
+"""Mean and covariance of features, and the Frechet distance between two such statistics.
 
 The distance is that of the two Gaussians with these moments (Heusel et al., arXiv 1706.08500):
 `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`.
@@ -10,16 +10,16 @@ import torch
 from gdd_fast.errors import DataError
 
 _ROUNDING = 1e-6
-"""Share of a covariance's trace by which files in float32 may be off."""
+"""Fraction of a covariance's trace by which float32 files may be off."""
 
 
 class Statistics:
     """Float64 mean and covariance (N - 1) of a stream of features of `dim` dimensions.
 
-    Updated and merged around the running mean (Chan, Golub & LeVeque 1979), so that a mean far from zero costs no
-    digits. `features` names what was measured (`FeatureExtractor.name`) and `image_shape` is the `(C, H, W)` of the
-    images it was measured on, None where that is not known; two that differ are never compared: features resize images
-    of any size to their own.
+    Updates are centred on the running mean (Chan, Golub & LeVeque 1979), so that a mean far from zero costs no digits.
+    `features` names what was measured (`FeatureExtractor.name`), `image_shape` is the `(C, H, W)` of the images, None
+    if unknown. Statistics that differ in either are never compared: feature networks resize images of any size to their
+    own.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Statistics:
         count: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
     ) -> "Statistics":
-        """From a mean (F,) and a covariance (F, F), floating point; `count` None if it is not known.
+        """From a mean (F,) and a covariance (F, F), floating point; `count` None if unknown.
 
-        Raises `DataError` for other shapes and types, for values that are not finite, and for a matrix that is not
-        symmetric or has negative eigenvalues, beyond what rounding does.
+        Raises `DataError` for other shapes and dtypes, for values that are not finite, and for a matrix that is not
+        symmetric or has negative eigenvalues, beyond rounding.
         """
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
             raise DataError(
-                f"mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance"
+                f"mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are not a mean and covariance"
             )
         mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma))
         if not (bool(mu.isfinite().all()) and bool(sigma.isfinite().all())):
@@ -106,7 +106,7 @@ class Statistics:
 
 
 def check_finite(features: torch.Tensor, name: str) -> None:
-    """Raise `DataError` for features (N, F), called `name`, that hold NaN or infinity."""
+    """Raise `DataError` for features (N, F), called `name`, that contain NaN or infinities."""
     if not bool(features.isfinite().all()):
         raise DataError(
             f"{name or 'the'} features of {len(features)} images hold NaN or infinite values: "
@@ -115,22 +115,22 @@ def check_finite(features: torch.Tensor, name: str) -> None:
 
 
 def check_covariance(sigma: torch.Tensor) -> None:
-    """Raise `DataError` unless float64 `sigma` (F, F) is symmetric and positive semidefinite, but for rounding."""
+    """Raise `DataError` unless float64 `sigma` (F, F) is symmetric and positive semidefinite, up to rounding."""
     tolerance = _ROUNDING * float(sigma.diagonal().abs().sum())
     if float((sigma - sigma.T).abs().max()) > tolerance:
-        raise DataError("sigma is not symmetric, so it is the covariance of nothing")
-    # A Cholesky factorisation tells whether the smallest eigenvalue is above -tolerance, sooner than eigenvalues do.
+        raise DataError("sigma is not symmetric, so it is not a covariance")
+    # A Cholesky factorisation tells faster than eigenvalues whether the smallest of these is above -tolerance.
     shifted = sigma + max(tolerance, torch.finfo(sigma.dtype).tiny) * torch.eye(len(sigma), dtype=sigma.dtype)
     if bool((sigma.diagonal() < -tolerance).any()) or bool(torch.linalg.cholesky_ex(shifted).info):
-        raise DataError("sigma has negative eigenvalues, so it is the covariance of nothing")
+        raise DataError("sigma has negative eigenvalues, so it is not a covariance")
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The squared Frechet distance, as FID reports it; 0 for equal statistics, never negative.
 
     With factors `S = L L^T`, the trace of `(S1 S2)^(1/2)` is the nuclear norm of `L1^T L2`: no matrix square root, no
-    complex numbers, and covariances of fewer samples than dimensions are no special case. Raises `DataError` for
-    statistics of different features or of fewer than two samples.
+    complex numbers, and no special case for fewer samples than dimensions. Raises `DataError` for statistics of
+    different features or image sizes, or of fewer than two samples.
     """
     a._check_comparable(b)
     first, second = a.covariance, b.covariance.to(a.mean.device)
@@ -141,7 +141,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """`L` with `L L^T` the covariance: Cholesky, or where it is singular its eigenvectors that carry anything."""
+    """`L` such that `L L^T` is the covariance: by Cholesky or, if singular, by eigenvectors with nonzero values."""
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return lower

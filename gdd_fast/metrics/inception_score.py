@@ -1,4 +1,4 @@
-"""The Inception score (Salimans et al., arXiv 1606.03498): how sure a classifier is, and of how many classes."""
+"""The Inception score (Salimans et al., arXiv 1606.03498): how confident a classifier is, and in how many classes."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ SPLITS = 10
 
 
 def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
-    """Mean and deviation over `splits` parts of `exp(E KL(p(y|x) || p(y)))`, of class logits (N, classes).
+    """Mean and standard deviation over `splits` parts of `exp(E KL(p(y|x) || p(y)))`, from logits (N, classes).
 
     The images are shuffled first, as torch-fidelity does, since those of a data set may be sorted by class. Raises
     `DataError` with fewer images than parts.

@@ -1,6 +1,6 @@
 """The kernel distance (Binkowski et al., arXiv 1801.01401): an unbiased squared MMD with a cubic kernel.
 
-Unlike a Frechet distance it does not depend on the number of images, only its deviation does.
+Unlike a Frechet distance, its expectation does not depend on the number of images; only its deviation does.
 """
 
 import numpy as np
@@ -15,12 +15,11 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 def kernel_distance(
     generated: Tensor, real: Tensor, *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 2020
 ) -> tuple[float, float]:
-    """Mean and deviation over `subsets` pairs of subsets, of features (N, F) and (M, F) on one device.
+    """Mean and standard deviation over `subsets` pairs of subsets of features (N, F) and (M, F), on one device.
 
-    The kernel is `(x . y / F + 1)^3`. Subsets are drawn as torch-fidelity draws them, so that the two agree on the same
-    features. Where a set is smaller than `subset_size`, a subset is the whole of the smaller one and as many of the
-    other.
-    Raises `DataError` with fewer than two images.
+    The kernel is `(x . y / F + 1)^3`. Subsets are drawn as in torch-fidelity, so that the two agree on the same
+    features. If a set is smaller than `subset_size`, subsets have the size of the smaller set. Raises `DataError` for
+    fewer than two images.
     """
     size = min(subset_size, len(generated), len(real))
     if size < 2:
@@ -44,5 +43,5 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    """Float64 from the products on: what is left of the sums is in their third digit and later."""
+    """float64 from the products on: the sums cancel up to their third digit."""
     return ((x @ y.T).double() / x.shape[1] + 1) ** 3

@@ -1,4 +1,4 @@
-"""`evaluate ref`: the statistics of a data set, in a file that stands for its images."""
+"""`evaluate ref`: writes the statistics of a data set to a file that can replace its images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +19,31 @@ from gdd_fast.settings import Settings
 
 @dataclass(frozen=True)
 class ReferenceConfig(Settings):
-    """What `evaluate ref` keeps of a data set."""
+    """What `evaluate ref` stores of a data set."""
 
     data: str
     """The real images: EDM-style zip, folder or npz."""
     out: Path
-    """The .npz to write: mu and sigma in EDM's form, with the number of images, their size and the network's name."""
+    """The .npz to write: mu and sigma in EDM's format, with the number of images, their size and the network's name."""
     features: str = "inception"
     """The feature network."""
     with_features: bool = False
-    """Keep the features of every image too, which kid, pr and dc need: 4 bytes times images times features."""
+    """Store the features of every image too, which kid, pr and dc need: 4 bytes per image and feature."""
     feature_resolution: int | None = None
     """Resolution at which features are computed; by default the network's own."""
     feature_weights: tuple[str, ...] = ()
     """Local weight file of the network, `name=path`."""
     data_images: int | None = None
-    """At most how many images to use; by default all."""
+    """How many images to use at most; by default all."""
     batch: int = 64
-    """Images through the network at once."""
+    """Images per pass through the network."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no file."""
         require("," not in self.features, f"a reference holds the features of one network, not of {self.features}")
-        require(self.out.suffix.lower() == ".npz", f"--out is an .npz, not {self.out}")
+        require(self.out.suffix.lower() == ".npz", f"--out must be an .npz file, not {self.out}")
         require(not self.out.exists(), f"--out {self.out} exists; name another file or move it")
         check_destination(self.out)
         require(self.data_images is None or self.data_images >= 2, "--data-images must be at least 2")
@@ -53,7 +53,7 @@ class ReferenceConfig(Settings):
 
 @full_float32()
 def write_reference(config: ReferenceConfig) -> int:
-    """Write the statistics that `config` asks for; the number of images. Raises a `GddFastError` before any work."""
+    """Write the statistics that `config` asks for; the number of images. Raises a `GddFastError` for bad input."""
     config.validate()
     with join(config.device) as world:
         dataset = load_data(config.data)
@@ -74,5 +74,5 @@ def write_reference(config: ReferenceConfig) -> int:
 
 
 def image_bar(total: int, what: str, world: World, delay: float = 0) -> tqdm:
-    """A bar of so many images, on the main rank; shown if it takes longer than `delay` seconds."""
+    """A progress bar over `total` images, on the main rank; shown if it takes longer than `delay` seconds."""
     return tqdm(total=total, desc=what, unit="img", delay=delay, dynamic_ncols=True, disable=not world.is_main)

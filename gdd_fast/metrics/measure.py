@@ -1,6 +1,6 @@
-"""The metrics by name: what each needs to be gathered, and the values that come of it.
+"""The metrics by name: what each needs, and how its values are computed.
 
-A request is `metric` or `metric@network`: `fid,kid@lite2,pr`. FID and the Inception score are of Inception alone.
+A request is `metric` or `metric@network`: `fid,kid@lite2,pr`. FID and the Inception score use Inception only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,13 @@ Compute = Callable[[Population, Population, FeatureExtractor], dict[str, float]]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what it needs of both sets, and how its values are computed from (generated, real, extractor)."""
+    """A metric: what it needs from both sets, and how its values are computed from (generated, real, extractor)."""
 
     needs: Needs
     compute: Compute | None
     only_inception: bool = False
     least: tuple[int, int] = (2, 2)
-    """The fewest images that it can be computed of: generated and real ones."""
+    """The fewest generated and real images from which it can be computed."""
 
 
 def _frechet(generated: Population, real: Population, _: FeatureExtractor) -> dict[str, float]:
@@ -68,15 +68,15 @@ METRICS: dict[str, Metric] = {
     "dc": Metric(_ROWS, _density_coverage, least=(2, COVERAGE_K + 1)),
     "nn": Metric(_ROWS, None),
 }
-"""`nn`, nearest neighbours, needs images and is `gdd_fast.metrics.memorisation`'s."""
+"""`nn`, nearest neighbours, needs images and is in `gdd_fast.metrics.memorisation`."""
 
 DEFAULT_NETWORKS = {"fd": ("lite0", "pixels")}
-"""By metric; the others are Inception's by default."""
+"""By metric; the default of the others is Inception."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One metric of one network, by their names."""
+    """One metric on one network, by their names."""
 
     metric: str
     network: str
@@ -85,12 +85,12 @@ class Request:
 def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
     """The requests in `metrics`, comma-separated; `features` are the networks of those that do not name one.
 
-    Raises `ConfigError` for an unknown metric, a metric named twice, FID or IS of another network than Inception, and a
-    Frechet distance of LPIPS, whose covariance would have a thousand million entries.
+    Raises `ConfigError` for an unknown metric, a request or network given twice, FID or IS on another network than
+    Inception, or a Frechet distance of LPIPS, whose covariance would have a thousand million entries.
     """
     networks = None if features is None else [name.strip() for name in features.split(",")]
     if networks is not None and len(set(networks)) < len(networks):
-        raise ConfigError(f"--features names one twice: {features}")
+        raise ConfigError(f"--features has a network twice: {features}")
     found: list[Request] = []
     for text in metrics.split(","):
         name, _, network = text.strip().partition("@")
@@ -110,23 +110,23 @@ def parse_metrics(metrics: str, features: str | None = None) -> list[Request]:
             )
     twice = {request for request in found if found.count(request) > 1}
     if twice:
-        raise ConfigError(f"--metrics names one twice: {', '.join(sorted(f'{r.metric}@{r.network}' for r in twice))}")
+        raise ConfigError(f"--metrics has one twice: {', '.join(sorted(f'{r.metric}@{r.network}' for r in twice))}")
     if {("fid", "inception"), ("fd", "inception")} <= {(r.metric, r.network) for r in found}:
-        raise ConfigError("--metrics fid and fd@inception are the same: name one")
+        raise ConfigError("--metrics fid and fd@inception are the same: give one of them")
     return found
 
 
 class Measurement:
-    """Requests and the networks they need, built: what runs over generated images as often as one likes.
+    """Requests and the networks they need, ready to measure generated images any number of times.
 
     Args:
-        requests: of `parse_metrics`.
+        requests: from `parse_metrics`.
         weights: local weight files by network.
-        resolution: for the networks that have a choice; None: their own.
+        resolution: for the networks that allow a choice; None: their own.
 
     Raises:
-        ConfigError, WeightsError: as `build_extractor`; also if what is called FID would not be one, or
-            `resolution` has no effect.
+        ConfigError, WeightsError: as `build_extractor`; also if a FID would not be one, the weights of a requested
+        metric lack a part, or `weights` or `resolution` would have no effect.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Measurement:
             extractor = self.extractors[names.index(request.network)]
             if request.metric == "fid" and not extractor.is_published:
                 raise WeightsError(
-                    f"{extractor.name} has other weights than those of 2015-12-05, so that its Frechet distance is no "
+                    f"{extractor.name} has other weights than those of 2015-12-05, so its Frechet distance is not a "
                     "FID: fd@inception measures it under its own name"
                 )
             if request.metric == "is" and isinstance(extractor, InceptionFeatures):
@@ -169,23 +169,23 @@ class Measurement:
 
     @property
     def networks(self) -> list[torch.nn.Module]:
-        """What has operators to choose an implementation of."""
+        """The networks whose operators need a choice of implementation."""
         return [extractor.network for extractor in self.extractors if extractor.network is not None]
 
     def extractor(self, network: str) -> FeatureExtractor:
         return self.extractors[self._names.index(network)]
 
     def of(self, network: str, populations: Sequence[Population]) -> Population:
-        """The one of `network` among populations in the order of `extractors`."""
+        """The population of `network`, from `populations` in the order of `extractors`."""
         return populations[self._names.index(network)]
 
     def references(
         self, paths: Sequence[str | Path], image_shape: tuple[int, ...], *, complete: bool
     ) -> list[Population | None]:
-        """For each extractor, the statistics in files that stand for real images; None where there are none.
+        """For each extractor, the statistics from reference files of real images; None if there are none.
 
-        `complete`: what they lack comes from real images. Raises `ConfigError` or `DataError` for files that do not fit
-        the networks or the (C, H, W) of the images, and without `complete` for what they lack.
+        `complete`: real images will provide what the files lack. Raises `ConfigError` or `DataError` for files that do
+        not fit the networks or the (C, H, W) of the images, and, without `complete`, if they lack anything.
         """
         files = [(Path(path), population) for path in paths for population in load_references(path)]
         if not files:
@@ -198,17 +198,17 @@ class Measurement:
                 there = ", ".join(f"{p.features or 'unnamed'} ({p.statistics.dim} dimensions)" for _, p in files)
                 what = "the features of every image (evaluate ref --with-features)" if needs.rows else "statistics"
                 raise ConfigError(
-                    f"the references hold {there}, and not {what} of {extractor.name}: give another one, the images "
+                    f"the references hold {there}, but not {what} of {extractor.name}: give another one, the images "
                     "themselves, or other features"
                 )
             chosen.append(None if found is None else found.to(extractor.device))
         return chosen
 
     def completed(self, known: Sequence[Population | None], count: CountImages) -> list[Population]:
-        """`known`, one for each extractor, with those that are None by `count(extractors, needs)`, in that order.
+        """`known`, one per extractor, with each None replaced by a result of `count(extractors, needs)`, in that order.
 
-        Networks that have a reference do not look at the images. `count` may return nothing, as it does on ranks other
-        than the main one: then nothing is added.
+        Networks with a reference do not process the images. `count` may return an empty list, as it does on ranks other
+        than the main one: then nothing is replaced.
         """
         found = list(known)
         lacking = [place for place, population in enumerate(found) if population is None]
@@ -219,9 +219,9 @@ class Measurement:
         return found  # type: ignore[return-value]
 
     def check_counts(self, generated: int, real: Sequence[int | None]) -> None:
-        """Raise `ConfigError` for a metric that so few images do not suffice for.
+        """Raise `ConfigError` for a metric that needs more images.
 
-        `real`: as many of those for each extractor, None where it is not known.
+        `generated`: their number. `real`: the number for each extractor, None if unknown.
         """
         for request in self.requests:
             least = METRICS[request.metric].least
@@ -231,9 +231,9 @@ class Measurement:
                     raise ConfigError(f"{request.metric} needs at least {needed} {what} images, not {count}")
 
     def values(self, generated: Sequence[Population], real: Sequence[Population]) -> dict[str, float]:
-        """Every requested value by its key: `fid`, `kid`, `kid_std`, `recall`; of another network, `recall-lite0-64`.
+        """Every requested value by its key: `fid`, `kid`, `kid_std`, `recall`; on other networks, `recall-lite0-64`.
 
-        Both are in the order of `extractors`. Raises `DataError` where there are too few images for a metric.
+        Both arguments are in the order of `extractors`. Raises `DataError` if there are too few images for a metric.
         """
         found: dict[str, float] = {}
         for request in self.requests:
@@ -248,7 +248,7 @@ class Measurement:
 
 
 def key_of(name: str, extractor: FeatureExtractor) -> str:
-    """The key of a value: of Inception the plain name, and `fid` for its Frechet distance."""
+    """The key of a value: for Inception the plain name, and `fid` for its Frechet distance."""
     if extractor.name == "inception":
         return {"fd": "fid"}.get(name, name)
     return f"{name}-{extractor.name}"

@@ -1,4 +1,4 @@
-"""Whether a generator repeats its training images: samples beside their nearest ones, and how near those are."""
+"""Whether a generator repeats its training images: samples beside their nearest ones, and the distances."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from gdd_fast.metrics.neighbours import Nearest, nearest, share_nearer
 from gdd_fast.sampling.grid import save_panel
 
 PAIRS, COLUMNS = 24, 12
-"""Pairs in each part of a sheet, and in one line of it."""
+"""Pairs in each part of a sheet, and per line."""
 GetImages = Callable[[Sequence[int]], Tensor]
-"""uint8 (N, C, H, W) of some indices."""
+"""Indices -> uint8 images (N, C, H, W)."""
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Nearest training images of N samples, and of M held-out images where there are some."""
+    """Nearest training images of N samples, and of M held-out images if there are any."""
 
     samples: Nearest
     held_out: Nearest | None
@@ -31,8 +31,8 @@ class Memorisation:
     def values(self) -> dict[str, float]:
         """`nn_distance`, the median; with held-out images `nn_distance_held_out` and `nn_share_nearer`.
 
-        The last is the chance that a sample is nearer to a training image than a held-out image is: 0.5 for a
-        generator that makes new images, towards 1 for one that copies.
+        The last is the probability that a sample is nearer to its nearest training image than a held-out image is to
+        its own: 0.5 for a generator that makes new images, towards 1 for one that copies.
         """
         found = {"nn_distance": float(self.samples.distance.median())}
         if self.held_out is not None:
@@ -41,7 +41,7 @@ class Memorisation:
         return found
 
     def save_sheet(self, path: Path, samples: GetImages, training: GetImages) -> None:
-        """The samples nearest to a training image, and the first samples, each above its nearest training image."""
+        """Write a PNG of the samples nearest to a training image, and of the first samples, each above its nearest."""
         there = len(self.samples.distance)
         columns = min(COLUMNS, there)
         count = min(PAIRS, there - there % columns)

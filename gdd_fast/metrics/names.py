@@ -1,12 +1,12 @@
-"""Keys of metric values, `base` or `base-network`: which value is better, and how people read a key."""
+"""Keys of metric values, `base` or `base-network`: which value is better, and how a key is shown."""
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "f1", "density", "coverage")
 TEACHER = "teacher_"
-"""Before the keys of the teacher's values."""
+"""Prefix of the keys of the teacher's values."""
 
 
 def higher_is_better(key: str) -> bool:
-    """Whether more is better of the metric with this key, such as `recall` or `recall-lite2-64`."""
+    """Whether higher values of the metric with this key are better; keys are such as `recall` or `recall-lite2-64`."""
     return key.partition("-")[0] in HIGHER_IS_BETTER
 
 
@@ -16,12 +16,12 @@ def is_better(key: str, value: float, than: float) -> bool:
 
 
 def deviation_key(key: str) -> str:
-    """The key of a value's deviation: `kid_std-lite2-64` of `kid-lite2-64`."""
+    """The key of a value's standard deviation: `kid_std-lite2-64` for `kid-lite2-64`."""
     base, dash, network = key.partition("-")
     return f"{base}_std{dash}{network}"
 
 
 def label(key: str) -> str:
-    """How a key is written for people: `FID`, `FD-lite0-64`, `recall-lite2-64`."""
+    """How a key is shown to people: `FID`, `FD-lite0-64`, `recall-lite2-64`."""
     base, dash, rest = key.partition("-")
     return (base.upper() if base in ("fid", "fd", "kid", "is") else base) + dash + rest

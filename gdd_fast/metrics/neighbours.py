@@ -1,4 +1,4 @@
-"""Distances to nearest neighbours in feature space, in tiles: no table of all pairs is ever held.
+"""Distances to nearest neighbours in feature space, in tiles: the table of all pairs is never held in memory.
 
 Precision and recall: Kynkaanniemi et al., arXiv 1904.06991. Density and coverage: Naeem et al., arXiv 2002.09797.
 """
@@ -12,22 +12,22 @@ from torch import Tensor
 from gdd_fast.errors import DataError
 
 TILE = 4096
-"""Rows and columns of a tile: 64 MiB of float32 distances."""
+"""Rows and columns per tile: 64 MiB of float32 distances."""
 PRECISION_K, COVERAGE_K = 3, 5
 
 
 class Nearest(NamedTuple):
-    """For each of N rows, the nearest of M others: distances float32 (N,) and their indices int64 (N,)."""
+    """For each of N rows, the nearest of M others: its distance, float32 (N,), and its index, int64 (N,)."""
 
     distance: Tensor
     index: Tensor
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = PRECISION_K) -> tuple[float, float]:
-    """Shares of generated images within the real ones' neighbourhoods, and of real within the generated ones'.
+    """The fractions of generated images within real neighbourhoods, and of real images within generated ones.
 
-    A neighbourhood is the ball around an image that reaches to its `k`-th nearest neighbour of the same set. Features
-    (N, F) and (M, F), float32 on one device. Raises `DataError` for sets of no more than `k` images.
+    A neighbourhood is the ball around an image that reaches its `k`-th nearest neighbour in the same set. Features are
+    (N, F) and (M, F), float32 on one device. Raises `DataError` for sets of at most `k` images.
     """
     real_radii, generated_radii = squared_radii(real, k), squared_radii(generated, k)
     covered = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
@@ -39,7 +39,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = PRECISION_K) -> t
 
 
 def density_coverage(generated: Tensor, real: Tensor, k: int = COVERAGE_K) -> tuple[float, float]:
-    """How many real neighbourhoods a generated image lies in, divided by `k`; share of them with one in. As above."""
+    """Mean number of real neighbourhoods around a generated image, over `k`; the fraction of them that hold one."""
     radii = squared_radii(real, k)
     inside = torch.zeros((), dtype=torch.int64, device=real.device)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -76,11 +76,11 @@ def nearest(x: Tensor, others: Tensor) -> Nearest:
 
 
 def share_nearer(generated: Tensor, held_out: Tensor) -> float:
-    """The chance that a generated image is nearer to a training image than a held-out one is; ties count half.
+    """The probability that a generated image is nearer to a training image than a held-out one is; ties count half.
 
-    Distances (N,) and (M,) to the nearest training image. 0.5: generated images are as new as real ones that were not
-    trained on; towards 1: they are copies. The statistic of Meehan et al., "A Non-Parametric Test to Detect
-    Data-Copying" (arXiv 2004.05675), taken over the whole space.
+    Arguments are distances (N,) and (M,) to the nearest training image. 0.5 means that generated images are as new as
+    unseen real ones; towards 1, they are copies. The statistic of Meehan et al., "A Non-Parametric Test to Detect
+    Data-Copying" (arXiv 2004.05675), computed over the whole space.
     """
     ordered = held_out.sort().values
     below = torch.searchsorted(ordered, generated.contiguous(), right=False)
@@ -89,9 +89,9 @@ def share_nearer(generated: Tensor, held_out: Tensor) -> float:
 
 
 def _tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Squared distances, float32, of rows of `x` to rows of `y`, with the rows that each tile is of.
+    """Squared float32 distances between rows of `x` and rows of `y`, with the ranges of rows of each tile.
 
-    Around the mean of `y`: as |x|^2 + |y|^2 - 2 x.y, distances lose the digits in which the norms are larger than they.
+    Centred on the mean of `y`: |x|^2 + |y|^2 - 2 x.y loses as many digits as the norms are larger than distances.
     """
     centre = y.mean(0)
     for i in range(0, len(x), TILE):

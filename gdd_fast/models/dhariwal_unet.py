@@ -17,7 +17,7 @@ from gdd_fast.models.unet_block import UNetBlock
 
 
 class DhariwalUNet(EDMUNet):
-    """ADM. Arguments as in `SongUNet`; attention has heads of 64 channels (none below 64 channels, as in EDM)."""
+    """ADM. Arguments and errors as in `SongUNet`; attention has heads of 64 channels (none below that, as in EDM)."""
 
     def __init__(
         self,

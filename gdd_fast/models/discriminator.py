@@ -17,17 +17,17 @@ _LEVEL_STRIDES = (4, 8, 16, 32)
 
 
 class ProjectedFeatures(nn.Module):
-    """What the discriminator sees of an image: backbone features under a fixed random projection. Nothing trains.
+    """What the discriminator sees of an image: backbone features under a fixed random projection. Nothing is trained.
 
-    `backbones` are taken over: converted to `dtype`, in which they and the projections compute, and to `layout`. Images
-    are normalised for each backbone and resized bilinearly to `resolution`. The projections are drawn from `seed`;
-    `projection_state()` is what a checkpoint has to keep of this module, the backbones being published weights.
+    The module takes ownership of `backbones`: they are converted to `dtype`, in which they and the projections compute,
+    and to `layout`. Images are normalised for each backbone and resized bilinearly to `resolution`. The projections are
+    drawn from `seed`; a checkpoint only has to keep `projection_state()`, as the backbones are published weights.
 
-    `channels` and `resolutions` hold, for each backbone, the width and the nominal size of its four maps, fine to
-    coarse: what `DiscriminatorHeads` is built from. Nominal is the size at the next power of two of `resolution`
-    (256 for 224) and a stride of 2 to 16; VGG's maps are really twice that.
+    `channels` and `resolutions` hold, for each backbone, the widths and nominal sizes of its four maps, fine to coarse:
+    the arguments of `DiscriminatorHeads`. Nominal sizes are for the next power of two from `resolution` (256 for 224)
+    and strides 2 to 16; VGG's maps are actually twice as large.
 
-    Raises `ConfigError` for no backbone, one given twice, and a resolution that one of them cannot take.
+    Raises `ConfigError` for no backbone, one given twice, or a resolution that one of them cannot take.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ProjectedFeatures(nn.Module):
         return self.projections.state_dict()
 
     def load_projection_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the projections of another run; `CheckpointError` if they are of other backbones."""
+        """Load another run's projections. Raises `CheckpointError` if they belong to other backbones."""
         try:
             self.projections.load_state_dict(state)
         except RuntimeError:
@@ -77,14 +77,14 @@ class ProjectedFeatures(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the backbones and projections compute in."""
+        """The dtype in which the backbones and projections compute."""
         return next(self.projections.parameters()).dtype
 
     def train(self, mode: bool = True) -> "ProjectedFeatures":
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[list[Tensor]]:
-        """Images in [-1, 1], float `(N, 1 or 3, H, W)` -> for each backbone four maps, fine to coarse."""
+        """Images in [-1, 1], float `(N, 1 or 3, H, W)` -> per backbone four maps, fine to coarse; or `ConfigError`."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ConfigError(f"the discriminator takes images (N, 1 or 3, H, W), not {tuple(images.shape)}")
         features = []

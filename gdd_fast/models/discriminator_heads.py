@@ -19,17 +19,17 @@ LEARNED_EMBEDDING_DIM = 320
 class DiscriminatorHeads(nn.Module):
     """One head for each map of each backbone (StyleGAN-XL's multi-scale discriminators, arXiv 2202.00273).
 
-    `channels` and `resolutions` are those of `ProjectedFeatures`. `dtype` is the type that convolutions compute in;
-    parameters, batch statistics and logits stay float32. `width` scales the channels of every convolution: 1 is the
-    paper's, 0.25 costs a tenth of the arithmetic.
+    `channels` and `resolutions` are those of `ProjectedFeatures`. Convolutions compute in `dtype`; parameters, batch
+    statistics and logits stay float32. `width` scales the channels of every convolution: 1 is the paper's; 0.25 takes a
+    tenth of the arithmetic.
 
-    With `label_dim`, logits are inner products with a projection of the class's row of a table that all heads share.
-    `embedding` is that table, frozen: at least `label_dim` rows (the first are taken) of any width, scaled as a
-    whole to mean 0 and deviation 1. None learns a table from scratch. With `tables_per_head` each head learns a table
-    of its own, which starts from the first rows of `embedding` as they are, or at random.
-    With `spectral_random`, spectral norms start from random vectors, not from those that torch has iterated 15 times.
+    With `label_dim`, logits are inner products with a projection of the class's row in a table that all heads share.
+    `embedding` is that table, frozen: at least `label_dim` rows (the first are used) of any width, scaled as a whole to
+    mean 0 and standard deviation 1. None learns a table from scratch. With `tables_per_head`, each head learns a table
+    of its own, starting from the first rows of `embedding`, unscaled, or at random. With `spectral_random`, spectral
+    norms start from random vectors instead of ones that torch has iterated 15 times.
 
-    Raises `ConfigError` for resolutions that are not powers of two up to 512 and for a table that does not fit.
+    Raises `ConfigError` for resolutions that are not powers of two up to 512, or a width or table that cannot be.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DiscriminatorHeads(nn.Module):
         )
 
     def forward(self, features: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> list[list[Tensor]]:
-        """Maps of `ProjectedFeatures` and one-hot `(N, label_dim)` -> for each map logits `(N, positions)`."""
+        """Maps of `ProjectedFeatures` and one-hot `(N, label_dim)` -> logits `(N, positions)` per map, float32."""
         embedded = None
         if self.label_dim:
             if labels is None or labels.ndim != 2 or labels.shape[1] != self.label_dim:
@@ -79,8 +79,8 @@ class DiscriminatorHeads(nn.Module):
 class Head(nn.Module):
     """Strided convolutions from `start` down to `end`, then one to logits; nominal sizes, both powers of two.
 
-    With `own_rows` it has a class table of its own, and takes classes in place of their rows; `own_table` (own_rows,
-    embedding_dim) is what that starts from.
+    With `own_rows` it has a class table of its own and takes classes instead of their rows; that table starts from
+    `own_table` (own_rows, embedding_dim).
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class Head(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """Normalises by the batch in training, and leaves the running statistics as they are.
+    """Normalises by the batch in training, without updating the running statistics.
 
-    Heads train and are thrown away: nothing reads the statistics. One batch with a value that is not finite would leave
-    them NaN for good, in every later checkpoint, although its step is left out.
+    Heads are trained and thrown away: nothing reads these statistics. A single batch with a non-finite value would make
+    them NaN for good, in every later checkpoint, even though its step is skipped.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class _BatchNorm(nn.BatchNorm2d):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if not (self.running_mean + self.running_var).isfinite().all():  # type: ignore[operator]
-            self.reset_running_stats()  # of a run that was begun before this class
+            self.reset_running_stats()  # from a run that started before this class existed
 
 
 class ClassMap(nn.Module):
@@ -161,7 +161,7 @@ class ClassMap(nn.Module):
 def _class_table(label_dim: int, embedding: Tensor | None) -> nn.Embedding | None:
     if label_dim == 0:
         if embedding is not None:
-            raise ConfigError("a class embedding is of no use without labels: leave it out or set label_dim")
+            raise ConfigError("a class embedding has no use without labels: leave it out or set label_dim")
         return None
     if embedding is None:
         return nn.Embedding(label_dim, LEARNED_EMBEDDING_DIM)

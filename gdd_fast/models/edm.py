@@ -1,6 +1,6 @@
-"""EDM's U-Nets: NCSN++ and DDPM++ (`SongUNet`) and ADM (`DhariwalUNet`), and EDM's arguments for each.
+"""EDM's U-Nets, NCSN++ and DDPM++ (`SongUNet`) and ADM (`DhariwalUNet`), with EDM's arguments for each.
 
-As configured by Karras et al., arXiv 2206.00364 (EDM). Names, shapes, arguments and initialisation equal EDM's, so its
+As configured by Karras et al., arXiv 2206.00364 (EDM). Names, shapes, arguments and initialisation are EDM's, so its
 weights load unchanged.
 """
 
@@ -68,7 +68,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "edm-ffhq-64x64-uncond-vp": {**_LARGE, **ddpmpp(**_FACES)},
     "edm-imagenet-64x64-cond-adm": {**_LARGE, "label_dim": 1000, **adm()},
 }
-"""Arguments of `EDMPrecond` by the name of EDM's file, without the augmentation layer (`augment_dim`)."""
+"""Arguments of `EDMPrecond`, by the name of EDM's file, without the augmentation layer (`augment_dim`)."""
 
 _PRESETS = {
     "cifar10-uncond": "edm-cifar10-32x32-uncond-ve",
@@ -80,6 +80,6 @@ _PRESETS = {
 
 
 def published(name: str) -> dict[str, Any] | None:
-    """The arguments of the network that `name` names, a preset's teacher or one of EDM's files; None for any other."""
+    """The arguments of the network called `name`: a preset's teacher or one of EDM's files; None for any other."""
     preset = re.sub(r"-gdd(-i)?$", "", name)
     return PUBLISHED.get(_PRESETS.get(preset, name.removesuffix(".pkl")))

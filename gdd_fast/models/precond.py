@@ -29,19 +29,19 @@ COMPUTE_DTYPES: dict[str, torch.dtype] = {
 
 
 class EDMPrecond(Preconditioned):
-    """A U-Net under EDM's preconditioning.
+    """A U-Net with EDM's preconditioning.
 
     Args:
-        img_resolution, img_channels, label_dim: the images (square) and the number of classes (0: none).
-        use_fp16: taken so that EDM's own arguments pass unchanged, and without effect: `dtype` alone decides.
-        sigma_min, sigma_max: noise levels the network supports (samplers clamp to them).
+        img_resolution, img_channels, label_dim: side and channels of the square images, number of classes (0: none).
+        use_fp16: accepted so that EDM's own arguments work unchanged, but has no effect: `dtype` alone decides.
+        sigma_min, sigma_max: range of supported noise levels (samplers clamp to it).
         sigma_data: standard deviation of the training data in [-1, 1].
         model_type: "SongUNet" | "DhariwalUNet".
         sigma_eps: eps of the formula above.
         sigma_init: the noise level of the one step, 80 in GDD.
-        dtype: compute type of the U-Net's activations, a torch.dtype or its name: float32, bfloat16 or float16.
-            Parameters, embeddings, normalisation statistics and softmax are float32 in any case.
-        **model_kwargs: arguments of the U-Net, EDM's names.
+        dtype: dtype of the U-Net's activations, a torch.dtype or its name: float32, bfloat16 or float16. Parameters,
+        embeddings, normalisation statistics and softmax are always float32.
+        **model_kwargs: arguments of the U-Net, with EDM's names.
 
     Raises ConfigError for arguments that cannot make a network.
     """
@@ -91,10 +91,10 @@ class EDMPrecond(Preconditioned):
         )
 
     def init_config(self) -> dict[str, Any]:
-        """The constructor's arguments that rebuild this network, in JSON's types.
+        """The constructor's arguments that rebuild this network, as JSON types.
 
-        An infinite `sigma_max`, which is the default, is left out: JSON has no infinity. So is a `sigma_init` of 80,
-        for programs that know no other.
+        An infinite `sigma_max`, the default, is left out, as JSON has no infinity. So is a `sigma_init` of 80, for
+        programs that know no other.
         """
         config = {
             "img_resolution": self.img_resolution,
@@ -126,11 +126,11 @@ class EDMPrecond(Preconditioned):
         """Denoised images D(x; sigma), float32 (N, C, H, W).
 
         Args:
-            x: noisy images (N, C, H, W), any floating type.
-            sigma: noise level > 0, one for all or N of them.
-            class_labels: (N, label_dim) or (1, label_dim), one-hot; None stands for zeros, "no class".
+            x: noisy images (N, C, H, W), any floating dtype.
+            sigma: noise level > 0, one for all images or N of them.
+            class_labels: (N, label_dim) or (1, label_dim), one-hot; None means zeros, "no class".
             augment_labels: (N, augment_dim) or (1, augment_dim); None for images that were not augmented.
-            force_fp32: compute in float32 whatever `dtype` is, as EDM's networks take it.
+            force_fp32: compute in float32 whatever `dtype` is, as with EDM's networks.
 
         Raises ConfigError if the shapes do not fit the network.
         """
@@ -163,14 +163,14 @@ class EDMPrecond(Preconditioned):
 
 
 class GDDPrecond(EDMPrecond):
-    """A U-Net under GDD's preconditioning: EDM's, with eps = 0.002, so that D(x; 0.002) = x."""
+    """A U-Net with GDD's preconditioning: EDM's with eps = 0.002, so that D(x; 0.002) = x."""
 
     def __init__(self, *args: Any, sigma_eps: float = 0.002, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, sigma_eps=sigma_eps)  # type: ignore[misc]
 
 
 def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """`dtype` as a torch.dtype; ConfigError if it is not one a network computes in."""
+    """`dtype` as a torch.dtype. Raises ConfigError if networks cannot compute in it."""
     name = str(dtype).removeprefix("torch.")
     if name not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {name!r}.")
@@ -179,7 +179,7 @@ def compute_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _level(name: str, value: float) -> float:
     if not isinstance(value, int | float) or not value >= 0:
-        raise ConfigError(f"{name} must be a number that is not negative, got {value!r:.100}.")
+        raise ConfigError(f"{name} must be a number of at least 0, got {value!r:.100}.")
     try:
         return float(value)
     except OverflowError:
@@ -187,7 +187,7 @@ def _level(name: str, value: float) -> float:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An argument in JSON's types: numbers, strings, and lists of numbers."""
+    """An argument as JSON types: numbers, strings, and lists of numbers."""
     if isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):

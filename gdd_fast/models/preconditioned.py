@@ -1,6 +1,6 @@
-"""What every network here is to the loop, the samplers, the fold, evaluation and the Hub: a denoiser D(x; sigma).
+"""The interface of every network to training, samplers, folding, evaluation and the Hub: a denoiser D(x; sigma).
 
-A subclass adds its constructor, `init_config` and `forward`; nothing else in the project asks what is inside.
+A subclass adds its constructor, `init_config` and `forward`; most other code does not depend on what is inside.
 """
 
 from abc import abstractmethod
@@ -18,14 +18,13 @@ class Preconditioned(nn.Module):
     """A network called as `net(x, sigma, class_labels=None)`, which returns denoised images.
 
     Attributes:
-        img_resolution, img_channels, label_dim: of the images (square), and the number of classes (0: none).
-        sigma_min, sigma_max: noise levels it supports; samplers clamp to them.
-        sigma_init: the noise level at which a generator of one step is evaluated.
+        img_resolution, img_channels, label_dim: side and channels of the square images, number of classes (0: none).
+        sigma_min, sigma_max: range of supported noise levels; samplers clamp to it.
+        sigma_init: the noise level at which a one-step generator is evaluated.
         dtype: what it computes in.
-        predicts_noise: whether the image is x minus noise that it predicts, as in many networks of other libraries.
-        learns_velocity: whether it predicts noise under a schedule for which `gdd_fast.pretrain --teacher` has it
-            predict v.
-        foreign: whether its layers are another library's, which `gdd_fast.accelerate` makes fast.
+        predicts_noise: whether the image is x minus predicted noise, as in many networks of other libraries.
+        learns_velocity: whether it predicts noise and `gdd_fast.pretrain --teacher` can teach it to predict v.
+        foreign: whether its layers are another library's, which `gdd_fast.accelerate` makes faster.
     """
 
     img_resolution: int
@@ -44,7 +43,7 @@ class Preconditioned(nn.Module):
         """The constructor's arguments that rebuild this network, in JSON's types."""
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
-        """The nearest noise level the network supports: `sigma` itself, as the noise level is continuous."""
+        """The nearest supported noise level, which is `sigma` itself, as levels are continuous."""
         return torch.as_tensor(sigma)
 
     def _check_images(self, x: Tensor) -> None:
@@ -63,7 +62,7 @@ class Preconditioned(nn.Module):
         """Labels float32 (N, label_dim) or (1, label_dim); None for a network without classes."""
         if self.label_dim == 0:
             if labels is not None and labels.shape[-1] != 0:
-                raise ConfigError(f"the network is without classes, got class_labels {tuple(labels.shape)}: give None.")
+                raise ConfigError(f"the network has no classes, got class_labels {tuple(labels.shape)}: give None.")
             return None
         if labels is None:
             return torch.zeros(1, self.label_dim, device=x.device)
@@ -81,7 +80,7 @@ def is_row_each(labels: Tensor, x: Tensor, width: int) -> bool:
 
 
 def check_sigma_init(sigma: Any, sigma_min: float, sigma_max: float) -> float:
-    """`sigma` as the noise level of the one step; ConfigError for one that the network does not support."""
+    """`sigma` as the noise level of the one step. Raises ConfigError if the network does not support it."""
     usable = isinstance(sigma, int | float) and not isinstance(sigma, bool) and sigma > 0
     if not usable or not sigma_min <= sigma <= sigma_max or sigma == float("inf"):
         raise ConfigError(

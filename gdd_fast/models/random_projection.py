@@ -13,7 +13,7 @@ REASSEMBLED_CHANNELS = (96, 192, 384, 768)
 
 
 class Reassemble(nn.Module):
-    """Four token maps of one size to a pyramid (x4, x2, x1, x1/2), as in DPT (arXiv 2103.13413)."""
+    """Turns four token maps of one size into a pyramid (x4, x2, x1, x1/2), as in DPT (arXiv 2103.13413)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,9 +34,9 @@ class Reassemble(nn.Module):
 class RandomProjection(nn.Module):
     """Cross-channel mixing (CCM), then cross-scale mixing (CSM) from the coarsest level up.
 
-    Takes four maps, fine to coarse, `tap_channels` wide, each half the size of the one before (or, with
-    `reassemble`, all of one size); returns four, twice as large and `OUT_CHANNELS` wide. The values are torch's
-    initial ones for convolutions and are never trained.
+    Takes four maps, fine to coarse, with `tap_channels`, each half the size of the one before (or, with `reassemble`,
+    all of one size); returns four, twice as large, with `OUT_CHANNELS`. The weights are torch's initial ones for
+    convolutions and are never trained.
     """
 
     def __init__(self, tap_channels: Sequence[int], reassemble: bool = False):
@@ -54,7 +54,7 @@ class RandomProjection(nn.Module):
             x = ccm(x)
             if mixed:
                 x = x + mixed[-1]
-            # The paper enlarges first. A 1x1 convolution commutes with an interpolation whose weights add up to one,
-            # and costs a quarter before it.
+            # The paper upsamples first. A 1x1 convolution commutes with an interpolation whose weights add up to one,
+            # and takes a quarter of the time before it.
             mixed.append(F.interpolate(csm(x), scale_factor=2, mode="bilinear", align_corners=True))
         return mixed[::-1]

@@ -20,17 +20,13 @@ class SongUNet(EDMUNet):
     """NCSN++ and DDPM++. The defaults are DDPM++'s; `ncsnpp()` and `ddpmpp()` give EDM's two sets of arguments.
 
     Args (EDM's names):
-        img_resolution, in_channels, out_channels: of the images.
-        label_dim: number of classes, 0 without.
-        augment_dim: size of the augmentation label of EDM's training, 0 without.
-        model_channels, channel_mult, num_blocks: width, its multiplier at each resolution, blocks at each.
-        channel_mult_emb, channel_mult_noise: width of the embedding and of the noise level's part of it.
-        attn_resolutions: resolutions with self-attention (one head).
-        dropout, label_dropout: probabilities, in training mode only.
-        embedding_type: "positional" | "fourier".
-        encoder_type: "standard" | "skip" | "residual".
-        decoder_type: "standard" | "skip".
-        resample_filter: taps of the up- and downsampling filter.
+        img_resolution, in_channels, out_channels: side of the images, and channels of input and output. label_dim:
+        number of classes; 0: none. augment_dim: size of the augmentation labels in EDM's training; 0: none.
+        model_channels, channel_mult, num_blocks: base width, its multiplier per resolution, blocks per resolution.
+        channel_mult_emb, channel_mult_noise: multipliers for the widths of the embedding and of the noise embedding.
+        attn_resolutions: resolutions with self-attention (one head). dropout, label_dropout: probabilities, in training
+        mode only. embedding_type: "positional" | "fourier". encoder_type: "standard" | "skip" | "residual".
+        decoder_type: "standard" | "skip". resample_filter: taps of the up- and downsampling filter.
 
     Raises ConfigError for arguments that cannot make a network.
     """

@@ -1,4 +1,4 @@
-"""What EDM's U-Nets share: the order of layers and their names, labels dropped in training."""
+"""What EDM's U-Nets share: the order and names of layers, and the dropping of labels in training."""
 
 import math
 from typing import Any
@@ -11,9 +11,9 @@ from gdd_fast.ops import residual
 
 
 class EDMUNet(nn.Module):
-    """A U-Net whose constructor has put layers into `enc` and `dec`, which run in their order, each by its role.
+    """A U-Net whose constructor puts layers into `enc` and `dec`; they run in that order, each according to its role.
 
-    Its image is the sum of those that `aux_conv` layers make; without them, `out_conv` makes it.
+    Its image is the sum of the outputs of `aux_conv` layers; without these, it is the output of `out_conv`.
     """
 
     operator = residual.OPERATOR
@@ -28,13 +28,13 @@ class EDMUNet(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Images (N, C, H, W), noise levels (N or 1,), labels (N or 1, dim) -> (N, out_channels, H, W) as `x`.
+        """Images (N, C, H, W), noise levels (N or 1,), labels (N or 1, dim) -> (N, out_channels, H, W), dtype of `x`.
 
-        Labels and the embedding are float32; `x`'s dtype is what the convolutions compute in.
+        Labels and the embedding are float32; convolutions compute in the dtype of `x`.
         """
         emb = self.embed(noise_labels, class_labels, augment_labels, batch=x.shape[0])
 
-        # With each map go its statistics, for the norm that reads it, if what made the map has taken them.
+        # Each map is passed along with its statistics, for the next norm, if the operator that made it has them.
         skips: list[tuple[Tensor, Tensor | None]] = []
         aux, statistics = x, None
         for name, layer in self.enc.items():
@@ -81,17 +81,17 @@ class EDMUNet(nn.Module):
 
 
 def size_name(img_resolution: int, level: int) -> str:
-    """What the names of a level's layers begin with: `32x32`, `16x16`, ..."""
+    """The prefix of a level's layer names: `32x32`, `16x16`, ..."""
     return f"{img_resolution >> level}x{img_resolution >> level}"
 
 
 def layer_role(name: str) -> str:
-    """What a layer of the encoder or decoder is for: `conv`, `block0`, `aux_down`, ... of `32x32_conv`, ..."""
+    """The role of an encoder or decoder layer: `conv`, `block0`, `aux_down`, ... for `32x32_conv`, ..."""
     return name.partition("_")[2]
 
 
 def drop_labels(labels: Tensor | None, probability: float, batch: int) -> Tensor | None:
-    """Labels with whole rows set to zero at random, for guidance without a classifier."""
+    """Labels with whole rows set to zero at random, for classifier-free guidance."""
     if labels is None or not probability:
         return labels
     return labels * (torch.rand(batch, 1, device=labels.device) >= probability).to(labels.dtype)

@@ -1,4 +1,4 @@
-"""The residual block that all of EDM's U-Nets are made of: the unit that freezing, fusing and folding work on."""
+"""The residual block of all EDM's U-Nets: the unit on which freezing, fusing and folding work."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from gdd_fast.ops import residual
 
 
 class UNetBlock(nn.Module):
-    """Residual block, conditioned on an embedding, optionally resampling and ending in self-attention.
+    """Residual block conditioned on an embedding, which may resample and may end in self-attention.
 
     The embedding enters before the second norm as an offset, or after it as scale and shift (`adaptive_scale`).
     """
@@ -78,10 +78,10 @@ class UNetBlock(nn.Module):
         """`x` (N, in_channels, H, W), `emb` (N or 1, emb_channels) -> (N, out_channels, H', W') in `x`'s dtype.
 
         A pair (x, skip) stands for its concatenation. `statistics` are those returned with `x`; `return_statistics`
-        returns the result's beside it, for the norm that reads it next: None where that would not be fused.
+        also returns the result's, for the norm that reads it next, or None if that would not be fused.
         """
-        # Fused norms and residuals take a convolution's bias along, which libraries' convolutions add in a pass of its
-        # own, and the residual's statistics spare the next norm a pass.
+        # Fused norms and residuals also add a convolution's bias, which libraries' convolutions add in a separate pass,
+        # and the residual's statistics save the next norm a pass.
         fused = self.norm1.is_fused(x) and self._biases_are_free()
         h = self.conv0(self.norm0(x, statistics=statistics), add_bias=not fused)
         if self.adaptive_scale:
@@ -106,7 +106,7 @@ class UNetBlock(nn.Module):
         return (x, statistics) if return_statistics else x
 
     def _biases_are_free(self) -> bool:
-        """Whether every convolution may leave its bias to what follows: none has a hook that would see it."""
+        """Whether every convolution may leave its bias to the next operator: none has a hook that would notice."""
         convs = (self.conv0, self.conv1, self.skip, self.proj if self.num_heads else None)
         return all(conv is None or silent(conv) for conv in convs)
 

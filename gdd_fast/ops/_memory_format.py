@@ -1,4 +1,4 @@
-"""What operators on feature maps (N, C, H, W) share: their memory layouts, and the statistics passed between them."""
+"""What operators on feature maps (N, C, H, W) share: memory layouts, and the statistics passed between operators."""
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +12,25 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of results made from x: channels_last if its channels are innermost, else contiguous.
 
     Unlike torch's own rule this looks through slices of a channels_last tensor, which are most of a U-Net's gradients.
-    Where both formats are the same memory, in maps of one channel or one pixel, x's strides say how it was laid out, as
-    they do for torch's convolutions.
+    If both formats are the same memory, as for one channel or one pixel, x's strides decide, as in torch's
+    convolutions.
     """
     innermost = x.stride(1) == 1 and (x.stride(2), x.stride(3)) != (1, 1)
     return torch.channels_last if innermost else torch.contiguous_format
 
 
 def runs_eagerly(x: Tensor) -> bool:
-    """Whether what is called with x is computed at once and unobserved, so that autograd may be left to C++.
+    """Whether calls with x are computed at once and unobserved, so that autograd may be left to C++.
 
-    It is not where a compiler traces, under a dispatch mode (a counter of FLOP, fake tensors), and where x is a tensor
-    of another class.
+    Not so while a compiler traces, under a dispatch mode (a FLOP counter, fake tensors), or for a tensor subclass.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
 
 
 def evenly_spaced(x: Tensor) -> Tensor:
-    """x itself if its pixels, row after row, are one run of equal steps, which is all the kernels need; else a copy in
-    its `memory_format`."""
+    """x itself if all its pixels, row after row, are equally spaced, which is all that kernels need; else a copy in its
+    `memory_format`."""
     _, _, h, w = x.shape
     even = h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
     return x if even else x.contiguous(memory_format=memory_format(x))
@@ -44,8 +43,8 @@ def empty_map(x: Tensor, channels: int) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What sums and products of x are computed in: float32, or float64 for float64."""
-    # torch.promote_types says the same, through the dispatcher, which counts beside a norm of 10 us on a GPU
+    """The dtype for sums and products of x: float32, or float64 for float64."""
+    # torch.promote_types gives the same, but its dispatcher call counts next to a norm of 10 us on a GPU
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -55,7 +54,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x takes and gives: autocast's type where autocast is on, else x's own."""
+    """The dtype in which x is convolved: autocast's if autocast is on, else its own."""
     device = x.device.type
     # float64 stays: autocast leaves it alone; torch 2.11 does not compile is_autocast_available
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -64,7 +63,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def statistics_parts(pixels: int) -> int:
-    """Into how many runs of pixels statistics are split: of 64 pixels or more, at most 16, a function of size alone."""
+    """The number of runs of pixels for statistics: at most 16, of 64 pixels or more; depends on size alone."""
     parts = min(max(pixels // 64, 1), 16)
     chunk = -(-pixels // parts)
     return -(-pixels // chunk)

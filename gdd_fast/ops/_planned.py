@@ -1,8 +1,8 @@
-"""Triton's kernels without Python per call: launch plans, which the extension keeps and repeats (csrc/launch_plan.h).
+"""Triton kernels without Python in each call: launch plans that the extension keeps and repeats (csrc/launch_plan.h).
 
-An operator asks `plans(planner)` for the cache of its plans. A plan is kept by the shapes, strides, types, devices,
-alignments and numbers of a call; `planner` checks a call of a new kind and decides who computes it, once. Without the
-extension, under a compiler, a mode or for a tensor of another kind the operators of torch.library run.
+An operator asks `plans(planner)` for its cache of plans, keyed by the shapes, strides, dtypes, devices, alignments and
+numbers of a call; for each new kind of call, `planner` checks it and decides once what computes it. Without the
+extension, under a compiler or dispatch mode, or for a tensor subclass, the operators of torch.library run.
 """
 
 import functools
@@ -20,13 +20,13 @@ Planner = Callable[[str, str, Sequence[Tensor | None], tuple[float, ...]], tuple
 
 
 def wanted(x: Tensor, backend: str) -> bool:
-    """Whether a call with x may be one for a plan."""
+    """Whether a call with x may use a plan."""
     return (x.is_cuda or backend == "triton") and backend in ("auto", "triton") and runs_eagerly(x)
 
 
 @functools.cache
 def plans(planner: Planner) -> Any | None:
-    """The extension and its cache of the plans that `planner` makes, or None where it is not built."""
+    """The extension and its cache of plans from `planner`; None if it is not built or does not know streams."""
     module = extension()
     if module is None or not _knows_streams(module):
         return None
@@ -35,9 +35,9 @@ def plans(planner: Planner) -> Any | None:
 
 @functools.cache
 def _knows_streams(module: Any) -> bool:
-    """Whether this PyTorch tells C++ which stream of a GPU is the current one, as 2.11 on does where it is asked.
+    """Whether this PyTorch (2.11 or later) can tell C++ which GPU stream is the current one.
 
-    Asked on a stream of its own: the handle of the default stream is 0, as is that of a stream that is not known.
+    Tested on a new stream: the handle of the default stream is 0, as is that of an unknown one.
     """
     if not torch.cuda.is_available():
         return True

@@ -1,14 +1,14 @@
 """One pass over all parameters of a network: Adam and the moving average of the weights.
 
-Nothing is changed by a step that any gradient has a NaN or an infinity in; it is only counted. Otherwise, with t the
-number of steps taken (Kingma & Ba, arXiv 1412.6980, written as torch.optim.Adam computes it):
+A step with a NaN or an infinity in any gradient changes nothing and is only counted. Otherwise, with t the number of
+steps taken (Kingma & Ba, arXiv 1412.6980, written as torch.optim.Adam computes it):
 
     g <- g + weight_decay * p        m <- lerp(m, g, 1 - beta1)        v <- beta2 * v + (1 - beta2) * g^2
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     average <- lerp(average, p, average_weight)
 
-Unfused this reads and writes the parameters' memory 11 times and more; here it is 9 times (8 with beta1 = 0) and one
-look at the gradients before. `gdd_fast.training.optimizer` wraps it as an optimizer.
+Unfused, this reads or writes memory of the parameters' size 11 times or more; here 9 times (8 with beta1 = 0), after
+one check of the gradients. `gdd_fast.training.optimizer` wraps it as an optimizer.
 """
 
 import math
@@ -27,7 +27,7 @@ _choose = chooser(OPERATOR)
 
 @dataclass(frozen=True)
 class Group:
-    """The next `tensors` parameters and the options of their steps; the next learning rate is theirs."""
+    """The next `tensors` parameters and their options; they use the next learning rate."""
 
     tensors: int
     betas: tuple[float, float] = (0.9, 0.999)
@@ -36,7 +36,7 @@ class Group:
 
 
 def check_options(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise InputError for options that no step can be taken with."""
+    """Raise InputError for options out of range."""
     if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
         raise InputError(
             f"adam_ema_: betas must be in [0, 1), eps and weight_decay not negative, and they are {tuple(betas)}, "
@@ -56,13 +56,13 @@ def adam_ema_ref_(
     average_weight: Tensor,
     groups: Sequence[Group],
 ) -> None:
-    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device, once.
+    """The definition, in any floating dtype; arguments as for `adam_ema_`. It waits for the device once.
 
-    What "torch" runs on a CPU, where that costs nothing; elsewhere `adam_ema_waitless_` is.
+    "torch" runs this on a CPU, where waiting costs nothing, and `adam_ema_waitless_` elsewhere.
     """
     if not params:
         return
-    # the largest magnitude: NaN and infinity survive it, and it cannot overflow as a sum of squares can
+    # the largest magnitude propagates NaN and infinity, and cannot overflow as a sum of squares can
     norms = torch._foreach_norm([g for g in grads if g.numel()], ord=float("inf"))
     largest = torch.stack(norms).max() if norms else step
     numbers = [number.double().view(-1) for number in (largest, step + 1, average_weight, lr)]
@@ -103,9 +103,9 @@ def adam_ema_waitless_(
     average_weight: Tensor,
     groups: Sequence[Group],
 ) -> None:
-    """The same from PyTorch's fused Adam, float32: the device decides whether to step, and the host never waits.
+    """The same by PyTorch's fused Adam, in float32: the device decides whether to step, and the host never waits.
 
-    What "torch" runs on a GPU whose extension was built without nvcc. It can be captured in a CUDA graph.
+    "torch" runs this on a GPU. It can be captured in a CUDA graph.
     """
     if not params:
         return
@@ -163,20 +163,20 @@ def adam_ema_(
     """One step, in place: all of it, or only `skipped += 1` if a gradient is not finite.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: float32, dense, one of each per parameter. A gradient whose memory is laid
-            out otherwise than its parameter is copied once first; the others must agree.
-        step, skipped: float32 and int64 of one number; the steps taken and the steps left out.
+        params, grads, exp_avgs, exp_avg_sqs: float32, dense, one of each per parameter. A gradient with another memory
+        layout than its parameter's is copied once first; the others must agree.
+        step, skipped: float32 and int64 of one number; the steps taken and the steps skipped.
         lr, average_weight: float64 of one number. Like the two above they are on the parameters' device, where a
             replayed CUDA graph reads and writes them. With `groups`, lr has a number for each, (len(groups),).
-        averages: moving averages of the parameters, float32, or nothing.
-        groups: parameters that stand side by side with options of their own, in place of `betas`, `eps` and
-            `weight_decay`. The finite check and the counts are of all groups together.
-        backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. On a GPU both, "torch" and "cuda", are
-            captured in graphs and never wait for the device.
+        averages: moving averages of the parameters, float32, or empty.
+        groups: consecutive parameters with options of their own, instead of `betas`, `eps` and `weight_decay`. The
+        finite check and the counts cover all groups together.
+        backend: "auto", "torch", "cuda" or "cpp"; see gdd_fast.backend. On a GPU both "torch" and "cuda" can be
+        captured in graphs and never wait for the device.
 
     Raises:
         InputError: lists, dtypes or layouts that do not fit.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages}
     for name, tensors in lists.items():
@@ -215,12 +215,12 @@ def adam_ema_(
 
 def _dense(p: Tensor) -> bool:
     if p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)):
-        return True  # the usual ones, known without making a tensor
+        return True  # the usual cases, checked without making a tensor
     return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _same_memory(t: Tensor, p: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same places, whatever strides sizes of 1 have."""
+    """Whether two tensors of one shape have the same memory layout, ignoring strides of dimensions of size 1."""
     if t.stride() == p.stride():
         return True
     return all(n < 2 or a == b for n, a, b in zip(p.shape, t.stride(), p.stride(), strict=True))
@@ -230,7 +230,7 @@ def _laid_out_like(g: Tensor, p: Tensor) -> Tensor:
     """A gradient with its parameter's strides, copied only if its memory is laid out otherwise."""
     if g.stride() == p.stride():
         return g
-    if _same_memory(g, p):  # PyTorch's foreach functions, too, are quick only where the strides are equal
+    if _same_memory(g, p):  # PyTorch's foreach functions are fast only if strides are equal
         return g.as_strided(p.shape, p.stride())
     return torch.empty_like(p).copy_(g)
 
@@ -265,8 +265,7 @@ def _adam_ema_(params: list[Tensor], *arguments) -> None:
         run(params, *lists, [Group(*values) for values in options])  # type: ignore[call-arg]
     else:
         torch.ops.gdd_fast_C.adam_ema_(params, *given)
-        # The extension writes through pointers. Whoever keeps something made of these tensors, as autograd and the
-        # casts of frozen weights do, goes by their version.
+        # The extension writes through pointers, but autograd and others detect changes of tensors by their version.
         _, exp_avgs, exp_avg_sqs, averages, step, skipped, *_ = given
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, step, skipped])
 

@@ -1,15 +1,15 @@
-"""Self-attention over the pixels of a feature map, on the packed result of the convolution that makes q, k and v.
+"""Self-attention over the pixels of a feature map, on the packed output of the convolution that makes q, k and v.
 
-Softmax is in float32 in every dtype. "torch" calls PyTorch's scaled_dot_product_attention; "triton" saves qkv with one
+Softmax is in float32 in every dtype. "torch" calls PyTorch's scaled_dot_product_attention; "triton" saves qkv and one
 number per query and head, and recomputes the probabilities in backward.
 
 EDM's convolution interleaves q, k and v. Parameters keep its order everywhere, in training, checkpoints and exports;
-`gdd_fast.layers.self_attention.QkvConv2d` reorders its weight at every call, which is a few hundred kilobytes where
-activations are many megabytes, so that the result comes in "blocks". Those both implementations read where the
-convolution left them if the memory is channels_last; "interleaved" ones, and contiguous memory, cost "torch" one copy.
+`gdd_fast.layers.self_attention.QkvConv2d` reorders its weight, a few hundred kilobytes against many megabytes of
+activations, in every call, so that its output is in "blocks". In channels_last memory both implementations read blocks
+in place; "interleaved" order, or contiguous memory, costs "torch" one copy.
 
-"auto" takes the Triton kernels at the shapes that kernels/tuned.json lists as measured to be faster than PyTorch's on
-the architecture at hand. None has been measured yet, so it is "torch" everywhere.
+"auto" takes the Triton kernels for shapes that kernels/tuned.json lists as measured faster than PyTorch's on the GPU's
+architecture. None has been measured yet, so it is "torch" everywhere.
 """
 
 from typing import Any, Literal, get_args
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_ref(qkv: Tensor, num_heads: int, order: Order = "interleaved") -> Tensor:
-    """The definition by PyTorch's own attention, whose second derivative not every device has."""
+    """The definition by PyTorch's own attention, which is not twice differentiable on every device."""
     q, k, v = _tokens(qkv, num_heads, order)
     return _image(F.scaled_dot_product_attention(q, k, v), qkv)
 
@@ -49,17 +49,17 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
     Args:
         qkv: (N, 3 C, H, W), C = num_heads * D, floating. "triton" reads channels_last memory and copies any other.
         num_heads: how many heads share the channels.
-        order: where channel c of head h of the query (j = 0), key (1) and value (2) stands among the 3 C:
+        order: where channel c of head h of query (j = 0), key (1) and value (2) is among the 3 C:
             "interleaved" (EDM's) at (h * D + c) * 3 + j, "blocks" at j * C + h * D + c.
-        backend: "auto", "torch" or "triton". "triton" takes float32, bfloat16 and float16 and D of 16 to 256, a power
-            of two; it is twice differentiable, "torch" where PyTorch's attention is.
+        backend: "auto", "torch" or "triton". "triton" supports float32, bfloat16 and float16, and D from 16 to 256, a
+        power of two. It is twice differentiable; "torch" is if PyTorch's attention is.
 
     Returns:
         (N, C, H, W) in qkv's dtype and memory format.
 
     Raises:
         InputError: channels that do not divide, or an unknown order.
-        BackendError: the backend asked for cannot run here, or not with heads of this width or in this type.
+        BackendError: the requested backend cannot run here, or not with this head width or dtype.
     """
     if qkv.dim() != 4 or num_heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads):
         raise InputError(
@@ -79,7 +79,7 @@ def attention(qkv: Tensor, num_heads: int, order: Order = "interleaved", backend
 
 
 def check_triton(head_dim: int, dtype: torch.dtype, device: str) -> None:
-    """Raise BackendError unless "triton" takes heads of `head_dim` channels in `dtype` on tensors of `device`."""
+    """Raise BackendError unless "triton" supports heads of `head_dim` channels in `dtype` on `device`."""
     if head_dim not in HEAD_DIMS or dtype not in DTYPES:
         raise BackendError(
             f"attention: backend 'triton' takes heads of {', '.join(map(str, HEAD_DIMS))} channels in float32, "
@@ -90,8 +90,7 @@ def check_triton(head_dim: int, dtype: torch.dtype, device: str) -> None:
 
 
 def attention_inference(qkv: Tensor, num_heads: int, backend: Backend = "auto") -> Tensor:
-    """`attention(qkv, num_heads, "blocks", backend)` without gradient, always as a single operator, which costs the
-    host little."""
+    """`attention(qkv, num_heads, "blocks", backend)` without gradients, as a single operator, for little host time."""
     if _choose(qkv, num_heads, backend) == "torch":
         return torch.ops.gdd_fast.attention_inference.default(qkv, num_heads)
     return attention(qkv, num_heads, "blocks", "triton")
@@ -135,7 +134,7 @@ class _AttentionGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, ddqkv: Tensor) -> tuple[Tensor | None, ...]:
-        # through the formula; y and lse are functions of qkv, whose share this contains
+        # by the formula, which includes what goes through y and lse, both functions of qkv
         with torch.enable_grad():
             dy, qkv = (t.detach().requires_grad_() for t in ctx.saved_tensors)
             y = attention_formula(qkv, ctx.num_heads, ctx.order)

@@ -1,15 +1,15 @@
 """Convolution with a weight that is not trained: the input is not kept for backward.
 
-PyTorch's own convolution saves its input for the weight's gradient whether or not that is wanted. This one saves the
-weight and the input's shape. The extension, where it is built, does autograd's part: in Python that costs 0.1 ms per
-call, forward and backward, which is more than many small convolutions take.
+PyTorch's own convolution saves its input for the weight's gradient even if that is not wanted. This one saves the
+weight and the input's shape. The extension, if built, does autograd's part: in Python that takes 0.1 ms per call,
+forward and backward, longer than many small convolutions.
 
-Forward and the input's gradient are the library's convolution and its backward, called as PyTorch calls them, equal in
-every bit; but for float32 in channels_last memory on a CPU (csrc/constant_convolution.cpp decides, by shape):
+Forward and the input's gradient are bitwise PyTorch's convolution and its backward, except for float32 in channels_last
+memory on a CPU (csrc/constant_convolution.cpp decides, by shape):
 
-- 1x1 convolutions of maps of up to 1024 pixels in all are matrix products. oneDNN reorders the weight at every call.
+- 1x1 convolutions of up to 1024 pixels in all are matrix products; oneDNN would reorder the weight in every call.
 - 3x3 convolutions go through Winograd's method, as `winograd_conv2d`, whose rounding error is five times a direct
-  convolution's. The weight is transformed anew at every call.
+  convolution's. The weight is transformed in every call.
 
 The gradient is itself linear in the output's gradient, and its derivative is the convolution again: the operator can be
 differentiated any number of times.
@@ -40,7 +40,7 @@ def frozen_conv2d_ref(
     dilation: Size2 = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The definition: PyTorch's convolution, in x's dtype; arguments as of `frozen_conv2d`."""
+    """The definition: PyTorch's convolution, in x's dtype; arguments as for `frozen_conv2d`."""
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
 
@@ -59,15 +59,15 @@ def frozen_conv2d(
 
     Args:
         x: (N, C, H, W), floating, in any memory format. Its gradient is channels_last if x's channels are innermost.
-        weight: (K, C / groups, R, S), not requiring gradient. Cast to the compute type, which is x's or autocast's, at
-            every call if it has another.
-        bias: (K,) or None, trainable or not, cast likewise.
-        stride, padding, dilation, groups: as of `F.conv2d`; padding in numbers.
-        backend: that of the layer. "torch" is the library's convolution, with autograd's part in Python; with any other
-            the extension computes, if it is built, as said above.
+        weight: (K, C / groups, R, S), not requiring gradients. Cast in every call if its dtype is not the compute
+        dtype, x's or autocast's.
+        bias: (K,) or None, trainable or not; cast likewise.
+        stride, padding, dilation, groups: as for `F.conv2d`; padding as numbers.
+        backend: the layer's. "torch" is PyTorch's convolution, with autograd's part in Python; with any other the
+        extension, if built, computes as described above.
 
     Returns:
-        (N, K, H', W') in the compute type.
+        (N, K, H', W') in the compute dtype.
 
     Raises:
         InputError: x or weight is not four-dimensional or floating, or they or the bias are on different devices, or
@@ -89,7 +89,7 @@ def frozen_conv2d(
 
 
 def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias in the compute type; raises as `frozen_conv2d`."""
+    """x, weight and bias in the compute dtype; raises as `frozen_conv2d`."""
     if x.dim() != 4 or weight.dim() != 4:
         raise InputError(
             f"{name}: x must be (N, C, H, W) and weight (K, C / groups, R, S), not {tuple(x.shape)} and "
@@ -108,7 +108,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> tuple[
 
 
 def geometry(stride: Size2, padding: Size2, dilation: Size2, groups: int) -> Geometry:
-    """The numbers that describe a convolution, every pair spelled out."""
+    """The numbers that describe a convolution, all as pairs."""
     first, second, third = ((v, v) if isinstance(v, int) else (v[0], v[1]) for v in (stride, padding, dilation))
     return first, second, third, groups
 
@@ -161,12 +161,11 @@ class _InputGradient(torch.autograd.Function):
 
 
 def converted(weight: Tensor, dtype: torch.dtype, layout: torch.memory_format, pad: tuple[int, ...] = ()) -> Tensor:
-    """A frozen weight in `dtype`, in channels_last if that is `layout`, with `pad` zeros around it (as of `F.pad`).
+    """A frozen weight in `dtype`, in channels_last if that is `layout`, with `pad` zeros around it (as in `F.pad`).
 
-    It is `weight` itself where nothing has to be converted, else made in one pass over it, in every call. No copy is
-    kept between calls, since nothing tells when it grows old: fused optimizers, writes through `.data` and FSDP change
-    a tensor and leave its version as it was. Where the pass counts, hold the parameter in the type and layout that is
-    computed in.
+    It is `weight` itself if nothing has to be converted; otherwise every call converts it, in one pass. No copy is kept
+    between calls, since nothing tells when it is outdated: fused optimizers, writes through `.data` and FSDP change a
+    tensor but not its version. If that pass matters, keep the parameter in the dtype and layout of the computation.
     """
     if pad:
         weight = F.pad(weight, pad)

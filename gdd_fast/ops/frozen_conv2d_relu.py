@@ -41,7 +41,7 @@ def frozen_conv2d_relu_ref(
     groups: int = 1,
     activation: Activation = "relu",
 ) -> Tensor:
-    """The definition; arguments as of `frozen_conv2d_relu`. PyTorch keeps the result for backward."""
+    """The definition; arguments as for `frozen_conv2d_relu`. PyTorch keeps the result for backward."""
     y = frozen_conv2d(x, weight, bias, stride, padding, dilation, groups, backend="torch")
     return F.relu(y) if activation == "relu" else F.relu6(y)
 
@@ -60,19 +60,19 @@ def frozen_conv2d_relu(
     """`relu(conv2d(x))` for a weight without gradient; differentiable in x and bias.
 
     Args:
-        x, weight, bias, stride, padding, dilation, groups: as of `frozen_conv2d`; fold a frozen batch norm into weight
-            and bias first.
+        x, weight, bias, stride, padding, dilation, groups: as for `frozen_conv2d`; fold a frozen batch norm into weight
+        and bias first.
         activation: "relu" or "relu6", the clamp to [0, 6].
-        backend: "auto", "torch", "triton" or "cpp": who packs the bits; "cpp" does autograd's part too. Who
-            convolves is as of `frozen_conv2d`.
+        backend: "auto", "torch", "triton" or "cpp": what packs the bits; "cpp" also does autograd's part. The
+        convolution is as in `frozen_conv2d`.
 
     Returns:
-        (N, K, H', W') in the compute type.
+        (N, K, H', W') in the compute dtype.
 
     Raises:
         InputError: as `frozen_conv2d`.
         ConfigError: an activation of another name.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
@@ -94,7 +94,7 @@ def frozen_conv2d_relu(
     x, weight, bias = prepare(x, weight, bias, "frozen_conv2d_relu")
     g, ceiling = geometry(stride, padding, dilation, groups), CEILING[activation]
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        if implementation == "triton" and not torch.compiler.is_compiling():  # a compiler joins bias and clamp itself
+        if implementation == "triton" and not torch.compiler.is_compiling():  # a compiler fuses bias and clamp itself
             y = _dense(convolve(x, weight, None, g))
             torch.ops.gdd_fast.clamp_(y, ceiling, bias)
             return y
@@ -108,7 +108,7 @@ class _ConvolutionRelu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, ceiling: float, implementation: str
     ) -> Tensor:
-        # Triton's kernel adds the bias on the way; a GPU's convolution would in a pass of its own
+        # Triton's kernel adds the bias on the way; a GPU's convolution would take a separate pass
         late = bias if implementation == "triton" else None
         y = _dense(convolve(x, weight, None if late is not None else bias, g))
         ctx.out_format = memory_format(y)
@@ -126,7 +126,7 @@ class _ConvolutionRelu(torch.autograd.Function):
 
 
 def _dense(y: Tensor) -> Tensor:
-    """y in the memory format that it has nearly; not copied at every call: where that is y itself, torch 2.11 compiles
-    what changes it afterwards to a wrong gradient."""
+    """y, dense in its memory format; not always through `contiguous`: if that returns y itself, torch 2.11 compiles
+    later in-place changes to a wrong gradient."""
     layout = memory_format(y)
     return y if y.is_contiguous(memory_format=layout) else y.contiguous(memory_format=layout)

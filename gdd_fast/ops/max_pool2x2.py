@@ -1,9 +1,9 @@
 """Max pooling over 2x2 windows that keeps one byte per output for backward.
 
-PyTorch's own keeps the input and an int64 index per output: in float32, six times what the output takes. A window has
-four places, so a byte says all: 2 * row + column of the largest value, the first of equal ones, as in PyTorch.
+PyTorch's own keeps the input and an int64 index per output: in float32, six times the output's memory. A window has
+four places, so a byte suffices: 2 * row + column of the largest value, the first of equal ones, as in PyTorch.
 
-The operator is linear where the maxima are, and can be differentiated any number of times.
+For fixed places of the maxima the operator is linear, so it can be differentiated any number of times.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
     """The largest value of each 2x2 window, stride 2; an odd last row or column is left out.
 
     Args:
-        x: (N, C, H, W), floating, H and W of at least 2. Dense contiguous and channels_last memory is read where it
-            lies, any other is copied once.
+        x: (N, C, H, W), floating, H and W of at least 2. Dense contiguous and channels_last memory is read in place,
+        any other is copied once.
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
@@ -40,7 +40,7 @@ def max_pool2x2(x: Tensor, backend: Backend = "auto") -> Tensor:
 
     Raises:
         InputError: x is not four-dimensional or floating, or is smaller than a window.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     if wanted(x, backend) and (planned := plans(_plan)) is not None:
         module, cache = planned
@@ -67,7 +67,7 @@ def _chosen(x: Tensor, backend: Backend) -> str:
 
 
 def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
-    """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
+    """The launch plan of the Triton kernels for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels import max_pool2x2 as kernels
     from gdd_fast.kernels._plans import plan
 
@@ -100,7 +100,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """The gradient of pooling: every value to the place its maximum came from, zero elsewhere."""
+    """The gradient of pooling: every value goes to the place of its maximum, zero elsewhere."""
 
     @staticmethod
     def forward(
@@ -124,7 +124,7 @@ def collect_ref(x: Tensor, places: Tensor) -> Tensor:
     return y
 
 
-# x, dy and places are dense. The backward is told the format: that of 1x1 places cannot be seen.
+# x, dy and places are dense. Backward takes the format as an argument, as strides of 1x1 places do not show it.
 torch.library.define("gdd_fast::max_pool2x2", "(Tensor x, str implementation) -> (Tensor, Tensor)")
 torch.library.define(
     "gdd_fast::max_pool2x2_backward",
@@ -158,7 +158,7 @@ def _max_pool2x2_backward(
 
     dx = _empty(dy, height, width, channels_last)
     if height % 2 or width % 2:
-        dx.zero_()  # the row and column that no window holds
+        dx.zero_()  # the row and column outside all windows
     kernels.max_pool2x2_backward(dy, places, dx, channels_last)
     return dx
 

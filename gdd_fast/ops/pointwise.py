@@ -1,8 +1,8 @@
 """`W x + b` for every pixel: a 1x1 convolution as the matrix product that it is in channels_last.
 
-For inference: without gradients. A product adds its bias, or that of a pair's other half, on the way, where libraries'
-convolutions on a GPU take a pass over the map for that. Under autocast it computes in its type, as torch's convolution
-does.
+For inference: without gradients. A product adds its bias, or the other half of a pair, on the way, while libraries'
+convolutions on a GPU take a separate pass over the map. Under autocast it computes in autocast's dtype, as torch's
+convolution does.
 """
 
 import torch
@@ -19,18 +19,18 @@ Pair = tuple[Tensor, Tensor]
 
 
 def pointwise_ref(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition; arguments as of `pointwise`."""
+    """The definition; arguments as for `pointwise`."""
     return F.conv2d(torch.cat(x, 1) if isinstance(x, tuple) else x, weight, bias)
 
 
 def pointwise(x: Tensor | Pair, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of `x` (N, C, H, W) with `weight` (C', C, 1, 1) and `bias` (C',), all of one floating dtype.
 
-    Under autocast they may be of several, and are cast to autocast's, which is the result's.
+    Under autocast, dtypes may differ: all are cast to autocast's, which is also the result's.
 
-    A pair (x, skip) stands for `torch.cat([x, skip], 1)`, which is not built. Where all maps are channels_last, this is
-    a matrix product for each, the second added to the first by itself, and the result is channels_last; in other memory
-    formats, convolutions, and the result is contiguous.
+    A pair (x, skip) stands for `torch.cat([x, skip], 1)`, which is never built. If all maps are channels_last, each
+    takes a matrix product, the second of which adds to the first, and the result is channels_last; in other memory
+    formats these are convolutions, and the result is contiguous.
 
     Raises:
         InputError: shapes or dtypes do not fit.
@@ -78,7 +78,7 @@ def _channels_last(*maps: Tensor | None) -> bool:
 
 
 def _as_convolved(t: Tensor) -> Tensor:
-    """t in autocast's type where that is on."""
+    """t in autocast's dtype if autocast is on."""
     return cast(t, autocast_dtype(t))
 
 

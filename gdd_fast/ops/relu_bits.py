@@ -1,10 +1,10 @@
-"""ReLU and ReLU6 that keep one bit per element for backward, for networks in which nothing else needs the activation.
+"""ReLU and ReLU6 that keep one bit per element for backward, for networks where nothing else needs the activation.
 
-PyTorch keeps the result: under a trained convolution that is free, as the convolution keeps the same tensor for its
-weight's gradient. Under a frozen one nothing else does; `frozen_conv2d_relu` joins the two.
+PyTorch keeps the result: before a trained convolution that is free, as the convolution keeps the same tensor for its
+weight's gradient. Before a frozen one nothing else does; `frozen_conv2d_relu` fuses convolution and activation.
 
 Bit i of byte j belongs to element 8 j + i of the output in its own memory order (contiguous or channels_last), and is 1
-where the gradient is zero: y <= 0, and y >= 6 for ReLU6, so NaN stays and passes its gradient on. What follows the
+where the gradient is zero: y <= 0, and y >= 6 for ReLU6, so NaN stays and passes its gradient on. Everything after the
 forward pass is linear, so the operator can be differentiated any number of times.
 """
 
@@ -41,7 +41,7 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
         x: (N, C, H, W), floating, dense: contiguous or channels_last.
         activation: "relu" or "relu6", the clamp to [0, 6].
         inplace: overwrite x.
-        backend: "auto", "torch", "triton" or "cpp": who packs the bits.
+        backend: "auto", "torch", "triton" or "cpp": what packs the bits.
 
     Returns:
         The same shape, dtype and memory format; x itself if `inplace`.
@@ -49,7 +49,7 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
     Raises:
         InputError: x is not floating, four-dimensional and dense (see `dense`).
         ConfigError: an activation of another name.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     if activation not in CEILING:
         raise ConfigError(f"relu_bits: activation must be one of {', '.join(CEILING)}, not {activation!r}")
@@ -74,8 +74,8 @@ def relu_bits(x: Tensor, activation: Activation = "relu", inplace: bool = False,
 
 
 def plan_bits(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
-    """What the Triton kernels launch (see gdd_fast.ops._planned): forward of (y, its bias or None) with the numbers
-    (ceiling, whether bits are kept), backward of (dy, bits)."""
+    """The launch plan of the Triton kernels (see gdd_fast.ops._planned): forward of (y, its bias or None) with the
+    numbers (ceiling, whether bits are kept), backward of (dy, bits)."""
     from gdd_fast.kernels import relu_bits as kernels
     from gdd_fast.kernels._plans import plan
 
@@ -111,12 +111,12 @@ class _Relu(torch.autograd.Function):
 
 
 def masked(dy: Tensor, bits: Tensor, layout: torch.memory_format, implementation: str) -> Tensor:
-    """dy in `layout`, zero where the bits say so; differentiable any number of times."""
+    """dy in `layout`, zero where its bit is 1; differentiable any number of times."""
     return _Masked.apply(dy, bits, layout, implementation)
 
 
 class _Masked(torch.autograd.Function):
-    """dy, zero where the bits say so; its own derivative."""
+    """dy, zero where its bit is 1; its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, bits: Tensor, layout: torch.memory_format, implementation: str) -> Tensor:
@@ -129,7 +129,7 @@ class _Masked(torch.autograd.Function):
         return masked(ddy, ctx.saved_tensors[0], ctx.layout, ctx.implementation), None, None, None
 
 
-# y and dy are dense, contiguous or channels_last; elements are counted as they lie in memory. A bias (C,) is added to y
+# y and dy are dense, contiguous or channels_last; elements are counted in memory order. A bias (C,) is added to y
 # before it is clamped.
 torch.library.define(
     "gdd_fast::relu_bits_", "(Tensor(a!) y, float ceiling, str implementation, Tensor? bias=None) -> Tensor"

@@ -5,8 +5,8 @@ For a filter k of K x K taps (K even) on the grid of the larger image and a bord
     down:  R(x)[u, v] = sum over a, b of k[a, b] x[2 u + a - p, 2 v + b - p]
     up:    R(x)[u, v] = 4 times the sum of k[a, b] x[i, j] over all i, j, a, b with 2 i + a - p = u, 2 j + b - p = v
 
-Going up is 4 times the transpose of going down, so the gradient of one is the other, to any order, and nothing of the
-size of an image is saved for it. In plain PyTorch these are depthwise convolutions with one copy of k per channel. EDM:
+Upsampling is 4 times the transpose of downsampling, so each is the other's gradient, to any order, and nothing of an
+image's size is saved for it. In plain PyTorch these are depthwise convolutions with one copy of k per channel. EDM:
 Karras et al., arXiv 2206.00364; filters [1, 1] and [1, 3, 3, 1].
 """
 
@@ -52,13 +52,13 @@ def resample2d(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
-            either along the batch or the channels, are read where they lie; anything else is copied once first.
-        kernel: (1, 1, K, K), the normalised filter, floating, without gradient. K is even.
+            either along the batch or the channels, are read in place; anything else is copied once first.
+        kernel: (1, 1, K, K), the normalised filter, floating, not requiring gradients. K is even.
         up: double the resolution instead of halving it.
         padding: width p of the border of zeros, in pixels of the larger image; K / 2 - 1 doubles or halves exactly.
-        add: like the result; copied first if its memory format is another.
-        scale: factor of the sum.
-        box: promises that `kernel` is the mean of 2 x 2 pixels, which the definition then computes without convolution.
+        add: like the result; copied first if its memory format differs.
+        scale: factor for the sum.
+        box: states that `kernel` averages 2 x 2 pixels, which the definition then computes without a convolution.
         backend: "auto", "torch" or "cuda"; see gdd_fast.backend.
 
     Returns:
@@ -66,8 +66,8 @@ def resample2d(
         Differentiable in x and add, any number of times.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, an image smaller than the filter, a filter that wants a gradient.
-        BackendError: the backend asked for cannot run here.
+        InputError: shapes or dtypes that do not fit, an image smaller than the filter, a trainable filter.
+        BackendError: the requested backend cannot run here.
     """
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise InputError(f"resample2d: x must be (N, C, H, W) and floating, not {x.dtype} {tuple(x.shape)}")
@@ -96,7 +96,7 @@ def resample2d(
     arguments = (x, kernel, add, up, padding, height, width, 4.0 if up else 1.0, scale, box, implementation)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (add is not None and add.requires_grad))
     if not recorded and runs_eagerly(x):
-        return _resample2d(*arguments)  # without torch.library's autograd, which takes longer than a small map
+        return _resample2d(*arguments)  # skip torch.library's autograd, which takes longer than a small map
     return torch.ops.gdd_fast.resample2d.default(*arguments)
 
 
@@ -182,7 +182,7 @@ def _ref(
     scale: float,
     box: bool,
 ) -> Tensor:
-    """`(gain * R(x) + add) * scale`; going up from a size that was halved with a remainder, `size` restores it."""
+    """`(gain * R(x) + add) * scale`; when upsampling after halving an odd size, `size` restores it."""
     channels, k = x.shape[1], kernel.shape[-1]
     if up and not box and x.is_cpu and x.itemsize == 2:  # PyTorch's transposed convolution takes 30 times as long there
         wide = None if add is None else add.float()

@@ -1,7 +1,7 @@
-"""The end of a residual branch: `(h + skip + bias) * scale`, on request with the statistics the next norm needs.
+"""The end of a residual branch: `(h + skip + bias) * scale`, optionally with the statistics that the next norm needs.
 
 Fused, the sum is taken in float32 and rounded once, in one pass over h and skip. The operator is linear, so nothing is
-saved for backward, which is plain torch: `dy * scale`, and its sum for the bias.
+saved for backward, which is plain PyTorch: `dy * scale`, and its sum for the bias.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _choose = chooser(OPERATOR)
 
 
 def residual_ref(h: Tensor, skip: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """The definition; arguments as of `residual`."""
+    """The definition; arguments as for `residual`."""
     y = h + skip
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None, None]
@@ -70,21 +70,21 @@ def residual(
     """(h + skip + bias) * scale, twice differentiable.
 
     Args:
-        h, skip: (N, C, H, W) of one dtype, float32, bfloat16, float16 or float64, in any memory format. Memory whose
-            rows are not evenly spaced is copied once.
+        h, skip: (N, C, H, W) of one dtype, float32, bfloat16, float16 or float64, in any memory format. Memory with
+        unevenly spaced rows is copied once.
         bias: (C,), float32 or h's dtype, or None.
         scale: a number.
         statistics: also return the statistics of the result for `group_norm_silu(..., statistics=...)`.
-        backend: "auto", "torch" or "triton"; float64 has "torch" alone. See gdd_fast.backend.
+        backend: "auto", "torch" or "triton"; float64 has only "torch". See gdd_fast.backend.
 
     Returns:
         y (N, C, H, W) in h's dtype, dense, channels_last if h's channels are innermost ("torch": as eager torch adds).
-        With `statistics` the pair (y, s): s is float32 (N, P, 2, C), of each channel the mean and the sum of squared
-        deviations over each of P runs of pixels (see gdd_fast.ops._memory_format); it carries no gradient.
+        With `statistics` the pair (y, s): s is float32 (float64 for float64) (N, P, 2, C), each channel's mean and sum
+        of squared deviations over each of P runs of pixels (see gdd_fast.ops._memory_format); it carries no gradient.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     if wanted(h, backend) and (planned := plans(_plan)) is not None:
         extension, cache = planned
@@ -99,7 +99,7 @@ def residual(
 
 
 def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
-    """What the Triton kernel launches for such a call (see gdd_fast.ops._planned)."""
+    """The launch plan of the Triton kernel for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels._plans import plan
 
     (h, skip, bias), (scale, statistics) = tensors, numbers
@@ -145,7 +145,7 @@ def _forward(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, statist
 
 
 def _launched(h: Tensor, skip: Tensor, bias: Tensor | None, scale: float, statistics: bool) -> tuple[Tensor, Tensor]:
-    """The same by the kernel, of maps whose pixels are evenly spaced."""
+    """The same by the kernel, for maps with evenly spaced pixels."""
     from gdd_fast.kernels import residual as kernels
 
     y, s = _empty(h, skip, bias, scale, statistics)

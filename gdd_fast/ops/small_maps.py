@@ -1,11 +1,11 @@
-"""What a folded network of small maps runs on a CPU: convolution, resampling and attention, each in one call.
+"""Operators for small maps of a folded network on a CPU: convolution, resampling and attention, each in one call.
 
-At 16x16 pixels and less a call of the library's own takes 40 to 170 microseconds, several times as long as its
-arithmetic: weights are reordered, primitives looked up, and a filter of 4 x 4 taps is convolved channel by channel. A
-`panel_conv2d` takes further 1x1 convolutions and the map that a residual block adds into its sum.
+At 16x16 pixels or fewer, a library call takes 40 to 170 microseconds, several times as long as its arithmetic: weights
+are reordered, primitives looked up, and a 4 x 4 filter is convolved channel by channel. `panel_conv2d` can add further
+1x1 convolutions and a residual block's other map to its sum.
 
 "cpp" has AVX2 and AVX-512 kernels. Maps are float32 or bfloat16 and channels_last (others are copied); sums are in
-float32. For inference: the operators record no gradient, and `gdd_fast_C` checks what it is given.
+float32. For inference: the operators record no gradient, and `gdd_fast_C` checks their arguments.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ OPERATOR = Operator("small_maps", fused=frozenset({"cpp"}))
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_TOKENS = 64
-"""Of an image, up to which `small_attention` is faster than PyTorch's; see docs/cpu_operators.md."""
+"""Pixels of an image up to which `small_attention` is faster than PyTorch's; see docs/cpu_operators.md."""
 MOST_PRODUCTS = 1 << 23
-"""Of a convolution, up to which `panel_conv2d` is faster than oneDNN's."""
+"""Multiplications up to which `panel_conv2d` is faster than oneDNN."""
 
 
 def runs_here() -> bool:
@@ -32,7 +32,7 @@ def runs_here() -> bool:
 
 def panel_weight(weights: Sequence[Tensor]) -> Tensor:
     """Weights (out, in, K, K) and further (out, in_i, 1, 1) as `panel_conv2d` reads them: float32 (panels, depth,
-    panel), of this processor."""
+    panel), for this processor only."""
     out = weights[0].shape[0]
     rows = torch.cat([w.float().permute(2, 3, 1, 0).reshape(-1, out) for w in weights])
     narrow = torch.ops.gdd_fast_C.panel_width(True)
@@ -68,20 +68,20 @@ def panel_conv2d(
     add: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """A convolution with a border of zeros, and what is added to it.
+    """A convolution with zero padding, plus further terms.
 
     Args:
         x: (N, C, H, W), float32 or bfloat16.
-        weight: what `panel_weight` returned, of a window of `size` (1 or 3) and of each part.
+        weight: from `panel_weight`, for a window of `size` (1 or 3) and for each part.
         padding: rows and columns of zeros around x, less than 3.
         bias: float32 (out,).
-        parts: up to two maps of the result's pixels and x's type, convolved 1x1.
-        add: like the result; `scale` times it is added.
+        parts: up to two maps with the result's pixels and x's dtype, convolved 1x1.
+        add: a map like the result, added `scale` times.
 
     Returns:
         (N, out, H', W') in x's dtype, channels_last.
 
-    Raises ValueError for shapes or types that do not fit.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
     first, second = (*parts, None, None)[:2]
     return torch.ops.gdd_fast_C.panel_conv2d.default(x, first, second, weight, bias, size, padding, add, scale)
@@ -90,10 +90,10 @@ def panel_conv2d(
 def small_resample2d(
     x: Tensor, kernel: Tensor, *, up: bool, padding: int, add: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """`resample2d` (its definition is `resample2d_ref`) of a float32 filter, channels_last."""
+    """`resample2d` (definition: `resample2d_ref`) with a float32 filter; the result is channels_last."""
     return torch.ops.gdd_fast_C.small_resample2d.default(x, kernel, add, up, padding, scale)
 
 
 def small_attention(qkv: Tensor, heads: int) -> Tensor:
-    """`attention(qkv, heads, "blocks")`, channels_last."""
+    """`attention(qkv, heads, "blocks")`; the result is channels_last."""
     return torch.ops.gdd_fast_C.small_attention.default(qkv, heads)

@@ -1,7 +1,7 @@
 """Network images to bytes: `(x * 127.5 + 128)` clipped to [0, 255], truncated, channels moved last.
 
-This is EDM's conversion for image files and for every published FID: products and sums are rounded apart, in float32 or
-in float64 if x is float64. It is plain PyTorch on every device: a batch of images is small beside the network's maps.
+This is EDM's conversion for image files and for every published FID: products and sums are rounded separately, in
+float32, or in float64 if x is float64. It is plain PyTorch on every device, as images are small next to network maps.
 """
 
 import torch
@@ -29,5 +29,5 @@ def to_uint8(x: Tensor) -> Tensor:
     if x.dtype not in DTYPES:
         raise InputError(f"to_uint8: x must be float32, bfloat16, float16 or float64 in [-1, 1], not {x.dtype}")
     y = x.detach().to(compute_dtype(x)) * 127.5 + 128
-    y = torch.fmax(y, y.new_zeros(())).clamp(max=255)  # fmax passes over NaN: 0
+    y = torch.fmax(y, y.new_zeros(())).clamp(max=255)  # fmax ignores NaN: 0
     return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,10 +1,10 @@
-"""3x3 convolutions of constant weights by Winograd's method, on a CPU: `conv2d(x, w, bias, padding=1)`.
+"""3x3 convolutions with constant weights by Winograd's method, on a CPU: `conv2d(x, w, bias, padding=1)`.
 
-A tile of 4x4 pixels takes 36 products per pair of channels in place of 144: F(4x4, 3x3) of Lavin and Gray, arXiv
+A tile of 4x4 pixels takes 36 products per pair of channels instead of 144: F(4x4, 3x3) of Lavin and Gray, arXiv
 1509.09308. Sums and products are in float32 whatever the dtype of x. For inference: without gradients.
 
-"cpp" has AVX2 and AVX-512 kernels, on weights that are brought to its form once, by `winograd_weight`. They take four
-times the memory of the weights in float32.
+"cpp" has AVX2 and AVX-512 kernels, for weights that `winograd_weight` has transformed once. These take four times the
+memory of the float32 weights.
 """
 
 import torch
@@ -18,12 +18,12 @@ OPERATOR = Operator("winograd_conv2d", fused=frozenset({"cpp"}))
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST_TILES = 16
-"""Tiles of a call from which its products take longer than the weights take to come from memory; see
+"""The fewest tiles for which a call's products take longer than loading its weights from memory; see
 docs/cpu_operators.md."""
 
 
 def winograd_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, of a plain weight (out, in, 3, 3); the other arguments as of `winograd_conv2d`."""
+    """The definition, for a plain weight (out, in, 3, 3); other arguments as for `winograd_conv2d`."""
     return F.conv2d(x.float(), weight.float(), bias, padding=1).to(x.dtype)
 
 
@@ -43,7 +43,7 @@ def tiles(shape: torch.Size) -> int:
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """A weight (out, in, 3, 3) that `takes` accepts, in the form `winograd_conv2d` reads: float32, of this processor.
+    """A weight (out, in, 3, 3) that `takes` accepts, as `winograd_conv2d` reads it: float32, for this processor only.
 
     Raises InputError for any other weight.
     """
@@ -53,11 +53,11 @@ def winograd_weight(weight: Tensor) -> Tensor:
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution with a border of one pixel of zeros.
+    """The convolution with zero padding of one pixel.
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16; channels_last memory is read where it lies, other memory is copied.
-        weight: what `winograd_weight` returned.
+        x: (N, C, H, W), float32 or bfloat16; channels_last memory is read in place, other memory is copied.
+        weight: from `winograd_weight`.
         bias: float32 (out,) or None.
 
     Returns:

@@ -1,7 +1,7 @@
-"""A page of one or more training runs: `python -m gdd_fast.report RUN [RUN ...] --out report.html`.
+"""Write a page about one or more training runs: `python -m gdd_fast.report RUN [RUN ...] --out report.html`.
 
 One self-contained HTML file: sample sheets over time, curves, what was frozen, settings, runs side by side. Training
-writes it into its run folder at every checkpoint; this command makes it anew, of several runs too.
+writes one into its run folder at every checkpoint; this command writes it again, or one for several runs.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ class ReportConfig:
     """What the page shows."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, as given to training as --run-dir."""
+    """Run folders: the --run-dir of each training."""
     out: Path = Path("report.html")
-    """The page."""
+    """The page to write."""
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first option that cannot work. Reads no run."""
         require(len(self.runs) >= 1, "name at least one run folder")
-        require(len({run.resolve() for run in self.runs}) == len(self.runs), "a run is named twice")
-        require(self.out.suffix in (".html", ".htm"), f"--out is an .html file, not {self.out}")
+        require(len({run.resolve() for run in self.runs}) == len(self.runs), "a run is given twice")
+        require(self.out.suffix in (".html", ".htm"), f"--out must be an .html file, not {self.out}")
         check_destination(self.out)
 
 

@@ -1,14 +1,14 @@
-"""What the JSON files of a run folder look like, and whether a file does.
+"""The forms of a run folder's JSON files, and the check that a file has its form.
 
-A form is a type (`str`, `int`, `float` for any number, `object` for anything), a tuple of forms of which one is enough,
-a list of one form for a list of any length, or a dictionary: by name, where a name that ends in "?" may be missing and
-others may be there, or `{str: form}` for any names.
+A form is a type (`str`, `int`, `float` for any number), a tuple of alternative forms, a list of one form for a list of
+any length, a list of several forms for a list of exactly these, or a dictionary: either form by name, where names
+ending in "?" may be missing and further names are allowed, or `{str: form}` for any names.
 """
 
 from typing import Any
 
 LARGEST = 1e100
-"""The largest number: far more than a run comes to, and little enough for what a page computes with it."""
+"""The largest number allowed: far more than a run reaches, yet small enough for what a page computes with it."""
 
 _PLAIN = (None, bool, float, str)
 _SETTING = (*_PLAIN, [_PLAIN])
@@ -29,7 +29,7 @@ DISTANCES = {"distances": {str: {str: (float, None)}}}
 
 
 def check(value: Any, form: Any, where: str = "it") -> None:
-    """Raise `ValueError`, which says where, if `value` is not of `form`."""
+    """Raise a `ValueError` that says where, if `value` is not of `form`."""
     match form:
         case tuple():
             if not any(_fits(value, choice) for choice in form):

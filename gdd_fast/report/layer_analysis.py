@@ -1,15 +1,15 @@
 """What the layers of a diffusion network do at each noise level: the analysis behind GDD-I.
 
 Zheng & Yang (arXiv 2405.20750) freeze most layers because "layers are differentially activated at different time
-steps": a diffusion network holds, in different layers, what a one-step generator needs at once. Measured here for every
-residual branch, at the states that EDM's sampler passes through from fixed noise:
+steps": different layers of a diffusion network hold what a one-step generator needs all at once. Three values are
+measured for every residual branch, at the states that EDM's sampler passes through from fixed noise:
 
     relative_norm   ||h|| / ||h + s||, for a branch's output h and the skip connection s that it is added to
     output_change   ||F - F'|| / ||F||, where F is the network's own share of the denoised image,
                     D(x; sigma) = c_skip x + c_out F, and F' the same with the branch's output replaced by zeros
-    image_change    the root mean square over pixels of D - D', images in [-1, 1]
+    image_change    the root mean square over pixels of D - D', for images in [-1, 1]
 
-each a mean over images. A one-step student has one noise level, 80, where its input is the teacher's.
+each averaged over images. A one-step student has one noise level, 80, where its input equals the teacher's.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ class Branch:
     """A residual branch: the layer whose output is added to a skip connection.
 
     Args:
-        name: of the block in the U-Net, such as `enc.16x16_block0`.
+        name: the block's name in the U-Net, such as `enc.16x16_block0`.
         kind: "conv", "attention", or "input" for NCSN++'s branch from the image to each encoder level.
         layer: its last layer.
-        sum_at: the module at which the sum appears, and whether as its input or as its output.
-        scale: what the sum is multiplied by.
+        sum_at, at_input: the module whose input or output is the sum, and whether it is the input.
+        scale: the factor that multiplies the sum.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Branch:
 
 
 def branches(net: EDMPrecond) -> list[Branch]:
-    """The residual branches of a U-Net in the order in which they are computed.
+    """The residual branches of a U-Net in the order of computation.
 
     Raises WeightsError for a network without any.
     """
@@ -75,7 +75,7 @@ def branches(net: EDMPrecond) -> list[Branch]:
                 found.append(Branch(name, "input", layer, layers[index + 1][1], True, scale))
     if not found:
         raise WeightsError(
-            f"{type(net).__name__} has no residual branches that this analysis knows: it is for EDM's nets"
+            f"{type(net).__name__} has no residual branches that this analysis knows: it is for EDM's U-Nets"
         )
     return found
 
@@ -86,7 +86,7 @@ def sampler_states(net: EDMPrecond, z: Tensor, labels: Tensor | None, steps: int
     states: dict[float, Tensor] = {}
 
     def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        states[float(sigma[0])] = x  # of the two calls at a level the later one is at the corrected state
+        states[float(sigma[0])] = x  # the second of the two calls at a level has the corrected state
         return net(x, sigma, labels)
 
     heun(denoise, z, labels, steps=steps, sigma_min=max(0.002, net.sigma_min), sigma_max=min(80.0, net.sigma_max))
@@ -97,7 +97,7 @@ def sampler_states(net: EDMPrecond, z: Tensor, labels: Tensor | None, steps: int
 def measure(
     net: EDMPrecond, states: dict[float, Tensor], labels: Tensor | None, progress: Progress = lambda levels: None
 ) -> dict[str, Any]:
-    """`sigmas`, and each of `MEASURES` as a list over branches of lists over noise levels. `states` by sigma."""
+    """`sigmas`, and each of `MEASURES` as a list over branches of lists over noise levels. `states` is by sigma."""
     found = branches(net)
     table = {name: [[] for _ in found] for name in MEASURES}
     for sigma, x in states.items():
@@ -125,19 +125,19 @@ def analyze(
     seeds: range = range(16),
     progress: Progress = lambda levels: None,
 ) -> dict[str, Any]:
-    """Measure a teacher at the `levels` noise levels of its sampler, and a one-step student at its one; as JSON types.
+    """Measure a teacher at its sampler's `levels` noise levels, and a one-step student at its only one; JSON types.
 
-    The networks are in evaluation mode. They run their operators' PyTorch definitions, which leave every branch's
-    output to be seen. `progress` is called with 1 after every noise level of either network.
+    The networks must be in evaluation mode. They are set to their operators' PyTorch definitions, which leave every
+    branch's output visible. `progress` is called with 1 after every noise level of either network.
 
     Raises:
-        ConfigError: networks that do not have the same branches, and fewer than 2 levels.
+        ConfigError: networks with different branches, or fewer than 2 levels.
         WeightsError: a network that is not one of EDM's U-Nets, or whose output is not finite.
     """
     rows = branches(teacher)
     names = [(branch.name, branch.kind) for branch in rows]
     if student is not None and [(branch.name, branch.kind) for branch in branches(student)] != names:
-        raise ConfigError("the student's layers are not the teacher's: give the teacher that it was distilled from")
+        raise ConfigError("the student's layers differ from the teacher's: give the teacher that it was distilled from")
     noise_levels(levels)
     for net in (teacher, student):
         if net is not None:

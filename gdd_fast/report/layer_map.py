@@ -11,13 +11,12 @@ VIEWS: dict[str, tuple[str, str, str, bool]] = {
         "relative to the network's own share of that image",
         False,
     ),
-    "when": ("output_change", "When each branch counts", "that change, relative to the branch's own largest", True),
+    "when": ("output_change", "When each branch counts", "that change, relative to the branch's largest", True),
     "norm": ("relative_norm", "Norm of the branch's output", "relative to the sum that it is added into", False),
 }
-"""For each map: the measure, the title, what the colour is relative to, and whether every row has a scale of its
-own."""
+"""For each map: the measure, the title, what the colour is relative to, and whether each row has its own scale."""
 ROW, COLUMN, LABEL, TOP, STUDENT_GAP = 15, 20, 160, 34, 10
-# Anchors of a map from dark to light that reads the same in grey and to colour-blind eyes (viridis, CC0).
+# Anchors of a colour map from dark to light that works in greyscale and for colour-blind readers (viridis, CC0).
 COLOURS = ((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142))
 COLOURS += ((31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37))
 STYLE = (
@@ -28,7 +27,7 @@ STYLE = (
 
 
 def pictures(analysis: dict[str, Any]) -> list[str]:
-    """A map for each of `VIEWS` of what `layer_analysis.analyze` returned, each an SVG element."""
+    """One map for each of `VIEWS`, as SVG elements; `analysis` is what `layer_analysis.analyze` returned."""
     return [_element(*_map(analysis, view)) for view in VIEWS]
 
 
@@ -102,13 +101,14 @@ def _legend(x: float, y: float, top: float) -> str:
 
 
 def _scaled(row: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Each network's values relative to the row's largest."""
+    """Each network's values relative to the largest in the row."""
     largest = max(value for values in row.values() for value in values) or 1.0
     return {who: [value / largest for value in values] for who, values in row.items()}
 
 
 def _ceiling(values: Sequence[float]) -> float:
-    """The value of the lightest colour: what 98 % of the cells stay below, so that one of them does not darken all."""
+    """The value of the lightest colour: the 98th percentile of the cells, so that one outlier does not darken the
+    rest."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))] or 1.0
 

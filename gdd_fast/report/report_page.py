@@ -1,4 +1,4 @@
-"""The page: one HTML file that shows one or more runs. It fetches nothing, and says so to the browser."""
+"""The page: one HTML file that shows one or more runs. It fetches nothing, and forbids the browser to do so."""
 
 import base64
 import io
@@ -19,24 +19,24 @@ from gdd_fast.report.run_record import RunRecord, read_run
 
 PAGE = "report.html"
 MAX_SHEETS = 40
-"""The most sheets of one run, evenly over its length, the first and the last among them."""
-LOSSLESS_BYTES = 60_000  # a sheet that is larger without loss is compressed with some
+"""The most sheets shown of one run, spread evenly over its length, first and last included."""
+LOSSLESS_BYTES = 60_000  # larger lossless sheets are compressed with loss
 
 
 def write_page(folders: Sequence[Path], destination: Path) -> None:
     """Read the runs in `folders` and write their page, whole or not at all.
 
-    Raises DataError for a folder that is no run, or a file in it that is damaged.
+    Raises DataError for a folder that is not a run, or if a file in it is damaged.
     """
     runs = [read_run(Path(folder)) for folder in folders]
     text = page(runs)
     with atomic_write(destination) as temporary:
-        # the name of a folder may be bytes that are no text; the page shows them as Python does
+        # a folder's name may be bytes that are not UTF-8; the page shows them as Python does
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def refresh(run_dir: Path) -> None:
-    """Write the page of a run that goes on into its folder. What prevents that is printed: no reason not to train."""
+    """Write the page of a running training into its folder. An error is only printed, as training can do without it."""
     try:
         write_page([run_dir], run_dir / PAGE)
     except (GddFastError, OSError) as error:
@@ -44,7 +44,7 @@ def refresh(run_dir: Path) -> None:
 
 
 def is_there(run_dir: Path) -> bool:
-    """Whether the run has its page."""
+    """Whether the run's page exists."""
     return (run_dir / PAGE).is_file()
 
 
@@ -98,12 +98,12 @@ def _asset(name: str) -> str:
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that no text in it can end."""
+    """JSON escaped so that no text in it can end the script element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """What tells the runs apart: folder names, or as much of the paths as differs."""
+    """Names that tell the runs apart: folder names, or as much of the paths as needed."""
     paths = [run.folder.resolve() for run in runs]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -158,7 +158,7 @@ def _header(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _tiles(run: RunRecord) -> str:
-    """What one wants to know first."""
+    """The figures that readers want first."""
     rows = run_charts.summary(run)
     wanted = {"images seen": "images seen", "time": "time", "images/s, median": "images/s"}
     wanted |= {"GPU memory, peak": "GPU memory", "host memory, peak": "host memory"}
@@ -176,9 +176,9 @@ def _tiles(run: RunRecord) -> str:
 
 
 def _samples(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Sheets from the same noise: the teacher, one step before, and one step at the slider's place.
+    """Sheets from the same noise: the teacher, one step before training, and one step at the slider's position.
 
-    What several runs begin with alike is shown once, and their sheets beside it.
+    Sheets that several runs start from are shown once, with the runs' own sheets beside them.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for k, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -300,7 +300,7 @@ def _layers(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             maps = "".join(f"<div>{svg}</div>" for svg in layer_map.pictures(run.layers))
             shown.append(f'{title}<div class="maps">{maps}</div>')
     about = (
-        "Every row is a residual branch of the U-Net, every column a noise level of the sampler. GDD-I rests on what "
+        "Each row is a residual branch of the U-Net, each column a noise level of the sampler. GDD-I rests on what "
         "they show: layers are differentially activated at different noise levels, so a network holds more than any "
         "one level uses."
     )

@@ -14,12 +14,12 @@ WARNINGS = {
     "discriminator_saturated": "discriminator tells all apart",
     "loss_ran_away": "a loss ran away",
 }
-# title, what it says, and the columns that share its axis; those that no run has are left out.
+# title, subtitle, and the columns that share its axis; those that no run has are left out.
 TRAINING: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Losses", "", {"loss_g": "generator", "loss_d": "discriminator", "loss": "loss"}),
     (
         "Logits and their gap",
-        "means; the gap is real less generated",
+        "means; the gap is real minus generated",
         {"logit_real": "real", "logit_fake": "generated", "logit_gap": "gap"},
     ),
     (
@@ -50,7 +50,7 @@ MACHINE: tuple[tuple[str, str, dict[str, str]], ...] = (
 def columns(run: RunRecord) -> dict[str, list[float | None]]:
     """Every number of metrics.jsonl as a column, one entry per line; None where a line has none.
 
-    A value of the teacher, which is measured once, stands in every line: a level to compare the curve with.
+    A value of the teacher, measured once, is repeated in every line, as a level to compare the curve with.
     """
     keys = dict.fromkeys(key for line in run.lines for key, value in line.items() if _is_number(value))
     found = {key: [v if _is_number(v := line.get(key)) else None for line in run.lines] for key in keys}
@@ -64,9 +64,9 @@ def columns(run: RunRecord) -> dict[str, list[float | None]]:
 
 
 def metric_names(runs: Sequence[RunRecord]) -> list[str]:
-    """The columns that measure the generator: all that are not of training or of the machine.
+    """The columns that measure the generator: all except those of training and of the machine.
 
-    Not their deviations and the teacher's values, which are shown beside them.
+    Left out, too, are deviations and the teacher's values, which are shown with them.
     """
     known = {key for _, _, keys in (*TRAINING, *MACHINE) for key in keys} | set(AXES)
     names = dict.fromkeys(key for run in runs for key in columns(run) if key not in known)
@@ -92,7 +92,7 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def summary(run: RunRecord) -> dict[str, tuple[str, float | None]]:
-    """The rows of the table of runs: what is shown, and the number by which runs are compared, None for none."""
+    """The rows of the table of runs: the text shown, and the number, if any, by which runs compare (lowest is best)."""
     data = columns(run)
     rows: dict[str, tuple[str, float | None]] = {"state": (state(run), None)}
     rows["images seen"] = (f"{run.images:,} of {run.total_images:,}", None)
@@ -135,12 +135,12 @@ def state(run: RunRecord) -> str:
 
 
 def last(data: dict[str, list[float | None]], key: str) -> float | None:
-    """The latest value of a column that is one."""
+    """The latest value of a column that is not None; None if there is none."""
     return next((value for value in reversed(data.get(key, [])) if value is not None), None)
 
 
 def number(value: float | None) -> str:
-    """To four digits, as a person reads it."""
+    """`value` with four digits, for reading."""
     if value is None:
         return "-"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -159,7 +159,7 @@ def duration(minutes: float) -> str:
 
 
 def _best(values: list[float | None], highest: bool) -> int | None:
-    """The place of a column's best value, None if it has none."""
+    """The index of a column's best value, None if it has no values."""
     places = [place for place, value in enumerate(values) if value is not None]
     return (max if highest else min)(places, key=values.__getitem__, default=None)
 

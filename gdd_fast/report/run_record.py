@@ -1,4 +1,4 @@
-"""What a run folder says: settings, the metrics of every tick, sheets of samples, and what was measured of it."""
+"""What a run folder holds: settings, the metrics of every tick, sheets of samples, and final measurements."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from gdd_fast.report import forms
 
 SAMPLES = "samples"
 TEACHER_SHEET = "teacher.png"
-"""In the folder of samples: the teacher's images from the noise of every other sheet there."""
+"""In the folder of samples: the teacher's images, from the same noise as all other sheets there."""
 COMPARISON = "comparison.png"
 UNET = "unet.json"
 LAYER_ANALYSIS = "layer_analysis.json"
@@ -19,18 +19,18 @@ LAYER_ANALYSIS = "layer_analysis.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, as far as it has come.
+    """One run, up to its latest tick.
 
     Args:
-        folder: of the run.
-        config: all settings, as `config.to_dict` made them.
-        lines: of metrics.jsonl, in the order of their images; what is not finite is None.
-        changes: (images, settings that changed there), where a resumed run went on with other ones.
+        folder: the run's.
+        config: all settings, as from `config.to_dict`.
+        lines: those of metrics.jsonl, in the order of their images; values that are not finite are None.
+        changes: (images, settings that changed there), for runs resumed with other settings.
         sheets: images seen -> sheet of samples.
-        teacher_sheet, comparison: pictures, None where there are none.
-        unet: of `unet_picture.record`, None where the run has not written it.
-        layers: of `layer_analysis.analyze`, None where nobody has asked for it.
-        distances: of `distill.comparison`, at the end of a run.
+        teacher_sheet, comparison: pictures, None if there are none.
+        unet: from `unet_picture.record`, None if the run has not written it.
+        layers: from `layer_analysis.analyze`, None if `gdd_fast.analyze` was not run.
+        distances: from `distill.comparison`, at the end of a run.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class RunRecord:
         return flat
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting by the name of its flag, in whatever section it stands."""
+        """A setting by its name, whatever its section."""
         return next((v for k, v in self.settings.items() if k.rpartition(".")[2] == name), default)
 
     @property
@@ -71,7 +71,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. Raises DataError if it is none, or a file in it is damaged."""
+    """Read a run folder. Raises DataError if it is not one, or if a file in it is damaged."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is not a training run: it has no config.json; give the folder of --run-dir")
     config = _json(folder / "config.json", forms.CONFIG)
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> RunRecord:
     )
     length = record.setting("duration_mimg", 0)
     if isinstance(length, bool) or not isinstance(length, int | float):
-        raise DataError(f"{folder / 'config.json'}: duration_mimg is {length!r}, not a number; give it again")
+        raise DataError(f"{folder / 'config.json'}: duration_mimg is {length!r}, not a number; correct it")
     return record
 
 
@@ -102,7 +102,7 @@ def _if_there(path: Path, read: Callable[[Path], Any] = lambda path: path) -> An
 
 
 def _json(path: Path, form: Any) -> dict[str, Any]:
-    """The JSON object in `path`, of this form."""
+    """The JSON object in `path`, which must have this form."""
     try:
         value = parse_json(path.read_bytes())
         forms.check(value, form)
@@ -125,12 +125,12 @@ def _layers(path: Path) -> dict[str, Any]:
         for measure in ("output_change", "relative_norm") if network else ():
             rows = [len(row) for row in network[measure]]
             if rows != [len(network["sigmas"])] * len(layers["layers"]) or not rows or not rows[0]:
-                raise DataError(f"{path}: {who}.{measure} has not one value for each layer and level; make it again")
+                raise DataError(f"{path}: {who}.{measure} lacks one value per layer and level; make it again")
     return layers
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Entries of metrics.jsonl; one that is cut short at the end is being written, and left out."""
+    """Entries of metrics.jsonl. An incomplete last line is still being written, and left out."""
     if not path.is_file():
         return []
     found = []

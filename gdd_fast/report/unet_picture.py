@@ -1,4 +1,4 @@
-"""Which weights of a U-Net train and which are frozen: the record a run keeps, and its picture as SVG."""
+"""Which weights of a U-Net are trained and which frozen: the record that a run keeps, and its picture as SVG."""
 
 from collections.abc import Iterator
 from html import escape
@@ -15,16 +15,16 @@ SIDE = NAME + CELL * len(SLOTS)
 
 
 def record(net: nn.Module) -> dict[str, Any]:
-    """What `picture` draws of EDM's networks, preconditioned: JSON types, numbers of parameters (scalars).
+    """What `picture` draws of a preconditioned network of EDM's: JSON types, with numbers of parameters (scalars).
 
-    A layer is frozen where its parameters have no `requires_grad`.
+    A layer is frozen if its parameters do not require gradients.
     """
     model = net.model
     parts = {
         part: [_layer(name, layer) for name, layer in getattr(model, part, nn.ModuleDict()).items()]
         for part in ("enc", "dec")
     }
-    # what stands beside encoder and decoder: the mapping network, and in ADM the last norm and convolution
+    # outside encoder and decoder: the mapping network and, in ADM, the last norm and convolution
     beside = [_layer(name, layer) for name, layer in model.named_children() if name not in parts]
     beside = [layer for layer in beside if layer["total"]]
     everything = [*parts["enc"], *parts["dec"], *beside]
@@ -68,7 +68,7 @@ def picture(unet: dict[str, Any]) -> str:
         )
         for i, layer in enumerate(encoder):
             svg += _row(layer, left, y + 4 + ROW * i)
-        for i, layer in enumerate(reversed(decoder)):  # its first layer is the lowest
+        for i, layer in enumerate(reversed(decoder)):  # the decoder's first layer is at the bottom
             svg += _row(layer, right, y + 4 + ROW * i)
         y += height + 6
     return (
@@ -90,7 +90,7 @@ def _row(layer: dict[str, Any], x: float, y: float) -> Iterator[str]:
     about = "{0[0]} → {0[1]} channels, ".format(layer["channels"]) if "channels" in layer else ""
     title = f"<title>{escape(layer['name'])}: {about}{layer['total']:,} parameters</title>"
     yield f'<text x="{x + NAME - 6:g}" y="{y + 14:g}" text-anchor="end">{escape(name)}{title}</text>'
-    # a layer that is no block is one bar: a convolution or a norm
+    # a layer that is not a block, but a convolution or norm, is one bar
     cells = layer.get("cells") or {layer["name"]: layer}
     for slot, counts in cells.items():
         place, size = (SLOTS.index(slot), 1) if slot in SLOTS else (0, len(SLOTS))

@@ -1,4 +1,4 @@
-"""The loop every command shares: seeds in, batches of uint8 images out."""
+"""The loop that all commands share: seeds in, batches of uint8 images out."""
 
 import math
 from collections import deque
@@ -16,7 +16,7 @@ from gdd_fast.settings import Settings
 
 
 class OneStepFunction(Protocol):
-    """A generator whose one noise level is fixed, such as `gdd_fast.engine.one_step.OneStepGenerator`."""
+    """A generator with one fixed noise level, such as `gdd_fast.engine.one_step.OneStepGenerator`."""
 
     device: torch.device
     img_channels: int
@@ -36,16 +36,16 @@ class SamplerConfig(Settings):
     """How latents become images."""
 
     sampler: SamplerName = "one-step"
-    """`one-step`: GDD's, one evaluation at one noise level. `heun`: EDM's, 2 * steps - 1 evaluations."""
+    """`one-step`: GDD's, one evaluation at one noise level. `heun`: EDM's, with 2 * steps - 1 evaluations."""
     steps: int = 18
     """Steps of the heun sampler."""
     sigma_min: float = 0.002
     """Lowest noise level of the heun sampler."""
     sigma_max: float | None = None
-    """Highest noise level of the heun sampler, 80 by default, and the only one of one-step, by default the one that the
-    generator was trained at."""
+    """Highest noise level of the heun sampler, by default 80; or the only one of one-step, by default that of the
+    generator's training."""
     rho: float = 7.0
-    """How far the heun sampler's steps crowd towards low noise."""
+    """How strongly the heun sampler's steps concentrate at low noise."""
     s_churn: float = 0.0
     """Stochasticity of the heun sampler; 0 is deterministic."""
     s_min: float = 0.0
@@ -56,7 +56,7 @@ class SamplerConfig(Settings):
     """Standard deviation of the noise that is added."""
 
     def validate(self) -> None:
-        """Raise `ConfigError` for settings that cannot work, or that a sampler of one step would ignore."""
+        """Raise `ConfigError` for settings that cannot work, or that the one-step sampler would ignore."""
         if self.sampler not in get_args(SamplerName):
             raise ConfigError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(get_args(SamplerName))}")
         for option in fields(self):
@@ -65,7 +65,7 @@ class SamplerConfig(Settings):
                 require(value == math.inf and option.name == "s_max", f"{flag} must be a finite number, not {value}")
             require(
                 self.sampler != "one-step" or option.name in ("sampler", "sigma_max") or value == option.default,
-                f"{flag} {value}: for --sampler heun; one-step takes one step from --sigma-max",
+                f"{flag} {value} is for --sampler heun; one-step takes one step from --sigma-max",
             )
         if self.s_churn < 0:
             raise ConfigError(f"--s-churn must be at least 0, not {self.s_churn}")
@@ -101,8 +101,8 @@ class SamplerConfig(Settings):
 class Batch(NamedTuple):
     """Images of some seeds: uint8 `(N, H, W, C)` on the network's device, class indices int64 `(N,)` or `None`.
 
-    `finite`, a boolean on the device: whether the network's output was. Bytes cannot say NaN: without it, a broken
-    network makes black images.
+    `finite`, bool () on the device: whether the network's output was finite. Bytes cannot show NaN: without this, a
+    broken network makes black images.
     """
 
     seeds: list[int]
@@ -111,7 +111,7 @@ class Batch(NamedTuple):
     finite: torch.Tensor
 
     def check(self) -> "Batch":
-        """The batch itself, or `WeightsError` if its images are of values that are not finite. Waits for them."""
+        """Return the batch itself; `WeightsError` if its images are of values that are not finite. Waits for them."""
         if not bool(self.finite):
             raise WeightsError(
                 f"the network's output for seeds {self.seeds[0]} to {self.seeds[-1]} holds NaN or infinite values: "
@@ -126,11 +126,11 @@ def generate(
     sampler: SamplerConfig | None = None,
     **options: Any,
 ) -> Iterator[Batch]:
-    """Images of `seeds` in order, from `net` on the device its parameters are on; options as of `launch`.
+    """Images of `seeds` in order, from `net` on its parameters' device; options as for `launch`.
 
     `net` is called as `net(x, sigma, labels)` and has `img_resolution`, `img_channels` and `label_dim`; or it is a
-    `OneStepFunction`, for the sampler one-step at its own noise level. Options are checked here, before the first batch
-    is asked for: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
+    `OneStepFunction`, for the one-step sampler at its own noise level. Options are checked at once, not at the first
+    batch: raises `ConfigError`. A batch with a value that is not finite raises `WeightsError`.
     """
     return (part.check() for part in launch(net, seeds, sampler, **options))
 
@@ -144,14 +144,14 @@ def launch(
     class_index: int | None = None,
     generator_device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """As `generate`, but a GPU may still be computing what it yields: nothing waits, and no image is checked.
+    """As `generate`, but a GPU may still be computing the batches it yields: nothing waits, and no image is checked.
 
-    At most `batch` images at a time; of `class_index` alone, or each seed of a class it draws, on `generator_device`.
+    At most `batch` images at a time, of `class_index` alone or of classes that seeds draw, on `generator_device`.
     """
     sampler = sampler or SamplerConfig()
     sampler.validate()
     if not isinstance(net, torch.nn.Module) and sampler.sampler != "one-step":
-        raise ConfigError(f"a one-step generator takes one step; give the network itself to {sampler.sampler!r}")
+        raise ConfigError(f"a one-step generator takes only one step; give the network itself to {sampler.sampler!r}")
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, not {batch}")
     check_class(class_index, net.label_dim)
@@ -177,7 +177,7 @@ def _batches(net, seeds, sampler, batch, class_index, generator_device) -> Itera
 def to_host(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
     """The batches of `launch` in host memory, checked, while the GPU computes up to `ahead` more.
 
-    Copies go to pinned memory behind the images they are of; the host waits for one when its turn comes.
+    Copies to pinned memory are queued after the images' computation; the host waits for each in its turn.
     """
     copies: deque[_HostCopy] = deque()
     for batch in batches:
@@ -202,7 +202,7 @@ class _HostCopy:
 
     @staticmethod
     def _start(t: torch.Tensor) -> torch.Tensor:
-        # PyTorch keeps pinned memory for the next batch once this one's is let go of
+        # PyTorch reuses pinned memory for later batches once this one's is freed
         return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
 
     def wait(self) -> Batch:

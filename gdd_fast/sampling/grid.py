@@ -1,4 +1,4 @@
-"""Many small images on one sheet, to look at."""
+"""Many small images on one sheet, for viewing."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from gdd_fast.ops.to_uint8 import to_uint8
 
 _PAPER = (255, 255, 255)
 _INK = (32, 32, 32)
-_TILE = 64  # pixels an image is enlarged towards, so that 16x16 can be looked at
+_TILE = 64  # pixels to which small images are enlarged, so that 16x16 ones can be seen
 
 
 def save_grid(
     images: torch.Tensor, path: str | Path, *, cols: int | None = None, zoom: int | None = None, padding: int = 2
 ) -> None:
-    """Write `images` as one PNG, row by row, as square a sheet as they make or `cols` wide.
+    """Write `images` as one PNG, row by row, on a sheet that is `cols` images wide, by default as square as possible.
 
     `images` is `(N, C, H, W)`, C 1 or 3, float in [-1, 1] or uint8; uint8 may also be `(N, H, W, C)`. `zoom` is a
     whole factor, nearest neighbour; by default it brings small images to about 64 pixels. Raises `ValueError` for
@@ -38,8 +38,8 @@ def save_panel(
 ) -> None:
     """Write sheets of images one below the other, each under its title, for example to compare samplers.
 
-    `rows` holds `(title, images)`; images as in `save_grid`, all of the same size and number, so that the same seed
-    stands in the same place. `cols` defaults to one line of images per title, at most 12.
+    `rows` holds `(title, images)`; images as in `save_grid`, of one size and number, so that the same seed is in the
+    same place. `cols` defaults to one line per title, at most 12. Raises `ValueError` for anything else.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
@@ -71,11 +71,11 @@ def _tiles(images: torch.Tensor, zoom: int | None) -> np.ndarray:
     if images.is_floating_point():
         images = to_uint8(images.detach())
     elif images.dtype != torch.uint8:
-        raise ValueError(f"images are float in [-1, 1] or uint8, not {images.dtype}")
+        raise ValueError(f"images must be float in [-1, 1] or uint8, not {images.dtype}")
     elif images.shape[3] not in (1, 3):
         images = images.permute(0, 2, 3, 1)
     if images.shape[3] not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, not {images.shape[3]}")
+        raise ValueError(f"images must have 1 or 3 channels, not {images.shape[3]}")
     array = images.cpu().numpy()
     zoom = zoom or max(1, _TILE // array.shape[1])
     return np.broadcast_to(array, (*array.shape[:3], 3)).repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -1,12 +1,12 @@
-"""Writing images so that an interrupted run goes on where it stopped.
+"""Writes images so that an interrupted run can continue where it stopped.
 
-Until a run is whole, its images lie beside the output in a folder `.<name>.part`: `images`, with the PNGs under the
-names that they will have, `labels.jsonl`, the classes of labelled images, and `run.json`, which says what run they are
-of. How far a run has come is seen from the files: its seeds in order, up to the first without a whole PNG. One process
-at a time: whoever is to write holds a lock on `lock`, which ends with the process.
+Until a run is complete, its images are beside the output in a folder `.<name>.part`: `images`, with the PNGs under
+their final names, `labels.jsonl`, the classes of labelled images, and `run.json`, which identifies the run. The files
+show how far a run has come: its seeds in order, up to the first without a complete PNG. One process at a time may
+write: it holds a lock on the file `lock`, which is released when the process ends.
 
-At the end the output is made within that folder and appears by one rename: a zip, an npz, or `images` itself. A process
-may be killed between any two of its steps on files, and the next one goes on.
+At the end the output, a zip, an npz, or `images` itself, is made within that folder and appears by one rename. A
+process may be killed between any two file operations, and the next one can continue.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _RUN, _LOCK, _LABELS, _IMAGES = "run.json", "lock", "labels.jsonl", "images"
 
 
 class ResumableWriter:
-    """Takes the images of the seeds after the first `done`, which an earlier run has written."""
+    """Takes the images of the seeds after the first `done`, which an earlier process wrote."""
 
     def __init__(self, output: "Reserved", seeds: Sequence[int], subdirs: bool, workers: int | None) -> None:
         self._held, self._seeds = output.interruptible.held, list(seeds)
         self._names = [image_name(seed, subdirs) for seed in seeds]
         self._path, self._folder, self._images = output.path, output.folder, output.folder / _IMAGES
         self._images.mkdir(exist_ok=True)
-        for temporary in self._images.rglob(".*.part"):  # of a process that was killed
+        for temporary in self._images.rglob(".*.part"):  # left by a process that was killed
             temporary.unlink()
         remove_leftovers(self._images / "dataset.json")
         self._labels = self._read_labels()
@@ -54,7 +54,7 @@ class ResumableWriter:
         """
         if list(seeds) != self._seeds[self._put : self._put + len(seeds)]:
             raise ValueError(
-                f"images of seeds {list(seeds)[:3]}... where those of {self._seeds[self._put :][:3]}... are next"
+                f"got images of seeds {list(seeds)[:3]}..., but those of {self._seeds[self._put :][:3]}... are next"
             )
         with self._held():
             if classes is not None:  # first: an image counts only with its label
@@ -67,14 +67,14 @@ class ResumableWriter:
             self._put += len(seeds)
 
     def flush(self) -> None:
-        """Write what has been put; nothing can be put afterwards. SIGINT and SIGTERM wait until it is done."""
+        """Write all images that were put; no more can be put afterwards. SIGINT and SIGTERM wait until it is done."""
         with self._held():
             self._png.close()
 
     def finish(self) -> None:
-        """If all images are there, make the output of them, and remove what it was made of.
+        """If all images are there, make the output from them and remove the parts.
 
-        Raises `ConfigError`, and nothing is lost, if something has taken the output's name meanwhile.
+        Raises `ConfigError`, and nothing is lost, if something else has taken the output's name meanwhile.
         """
         if self._count_done() < len(self._seeds):
             return
@@ -89,14 +89,14 @@ class ResumableWriter:
             elif labels:
                 with atomic_write(self._images / "dataset.json") as temporary:
                     temporary.write_text(json.dumps({"labels": labels}))
-            check_new_output(self._path)  # whoever has filled it meanwhile keeps it
+            check_new_output(self._path)  # something may have been written there meanwhile: it stays
             whole.replace(self._path)
             sync_folder(self._path.parent)
             for left in set(self._folder.iterdir()) - {self._folder / _LOCK}:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _write_zip(self, path: Path, labels: list[list[Any]]) -> None:
-        # A ZipInfo made this way carries no time of day: the same images make the same file.
+        # A ZipInfo made this way has no current time: the same images make the same file.
         with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name in self._names:
                 archive.writestr(zipfile.ZipInfo(name), (self._images / name).read_bytes())
@@ -127,14 +127,14 @@ class ResumableWriter:
 
 @dataclass(frozen=True)
 class Reserved:
-    """An output that this process alone may write, and the folder of its images until then. See `reserve`."""
+    """An output that only this process may write, and the folder of its parts. See `reserve`."""
 
     path: Path
     folder: Path
     interruptible: Interruptible
 
     def check(self, run: Mapping[str, Any]) -> None:
-        """Raise `ConfigError` if `writer` would for such a run, before anything is made for it; touches nothing."""
+        """Raise `ConfigError` where `writer` would for such a run, before anything is made; touches nothing."""
         _check_free(self.path)
         if not (self.folder / _RUN).is_file():
             return
@@ -145,7 +145,7 @@ class Reserved:
             raise ConfigError(f"{self.folder / _RUN} is damaged ({error}); delete the folder to start again") from error
         if changed:
             raise ConfigError(
-                f"{self.folder} holds the beginning of a run with another {', '.join(changed)}; delete it to start "
+                f"{self.folder} holds an unfinished run with another {', '.join(changed)}; delete it to start "
                 "again, or name another --out"
             )
 
@@ -159,12 +159,12 @@ class Reserved:
         (`012000/012345.png`). Labelled images come with EDM's `dataset.json`.
 
         Args:
-            run: what the images depend on, in JSON's types. Images of another run are not taken up.
+            run: what the images depend on, as JSON types. A run with other values is not continued.
 
-        The block puts the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing appears
-        at the output's path, and what was put is kept for the next call with the same arguments.
-        Raises `ConfigError`, before anything is written, for a path that cannot be written and for images of another
-        run; and at the end, with the images kept, for a path that has been filled meanwhile.
+        The block has to put the images of `seeds[writer.done:]`. If it raises or ends without all of them, nothing
+        appears at the output's path, and what was put is kept for the next call with the same arguments. Raises
+        `ConfigError`, before anything is written, for a path that cannot be written and for images of another run; and
+        at the end, with the images kept, if something was written at the path meanwhile.
         """
         self.check(run)
         with atomic_write(self.folder / _RUN) as temporary:
@@ -173,7 +173,7 @@ class Reserved:
         try:
             yield writer
         except BaseException:
-            with contextlib.suppress(OSError):  # of the disk, say: what failed first is what counts
+            with contextlib.suppress(OSError):  # such as the disk's: the first error is the one that counts
                 writer.flush()
             raise
         writer.flush()
@@ -182,10 +182,10 @@ class Reserved:
 
 @contextlib.contextmanager
 def reserve(path: str | Path) -> Iterator[Reserved]:
-    """The output at `path` for this process alone, from before the network is loaded until the images are written.
+    """Reserve the output at `path` for this process, from before the network is loaded until the images are written.
 
-    Within the block SIGTERM ends what is done as Ctrl-C does, see `Interruptible`. A block that writes nothing leaves
-    nothing behind. Raises `ConfigError` for a path that cannot be written, and while another process has it.
+    Within the block SIGTERM ends the work as Ctrl-C does, see `Interruptible`. A block that writes nothing leaves
+    nothing behind. Raises `ConfigError` for a path that cannot be written, or while another process has it.
     """
     path = Path(path)
     _check_free(path)
@@ -194,24 +194,24 @@ def reserve(path: str | Path) -> Iterator[Reserved]:
 
 
 def part_folder(path: Path) -> Path:
-    """Where the images of an unfinished output lie."""
+    """The folder for the parts of an unfinished output."""
     return path.with_name(f".{path.name}.part")
 
 
 def _check_free(path: Path) -> None:
-    """Raise `ConfigError` if `path` cannot be written whatever the run, but for another process; touches nothing."""
+    """Raise `ConfigError` if no run could write `path`, other processes aside; touches nothing."""
     check_new_output(path)
     folder = part_folder(path)
     if not folder.exists() or (folder / _RUN).is_file():
         return
     if set(folder.iterdir()) - {folder / _LOCK, *leftovers(folder / _RUN)}:
-        raise ConfigError(f"{folder} is in the way and not of an interrupted run; move it, or name another --out")
+        raise ConfigError(f"{folder} is in the way and not from an interrupted run; move it, or name another --out")
 
 
 @contextlib.contextmanager
 def _locked(path: Path, interruptible: Interruptible) -> Iterator[Path]:
-    """The folder of parts, made if it is not there, as this process's alone. It goes if it ends empty, and with it the
-    folders above it that were made for it.
+    """The folder of parts, created if missing, locked for this process. If it ends empty it is removed, together with
+    the parent folders that were created for it.
 
     Raises `ConfigError` if another process has it.
     """
@@ -233,7 +233,7 @@ def _locked(path: Path, interruptible: Interruptible) -> Iterator[Path]:
                 raise ConfigError(
                     f"{folder} cannot be locked: {error.strerror}; name an --out on another disk"
                 ) from error
-            if not ours:  # or it was, of a process that removed the file as it ended, before this one came to lock it
+            if not ours:  # or an ending process removed the file before this one locked it
                 raise ConfigError(f"another process is writing {path}; let it end, or name another --out")
             stack.callback(lock.unlink, missing_ok=True)
         try:
@@ -244,7 +244,7 @@ def _locked(path: Path, interruptible: Interruptible) -> Iterator[Path]:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with contextlib.suppress(OSError):  # there are images in it, or the next process has begun
+    with contextlib.suppress(OSError):  # it holds images, or the next process has begun
         for folder in folders:
             folder.rmdir()
 

@@ -24,7 +24,7 @@ def one_step(
 ) -> torch.Tensor:
     """`D(sigma * z; sigma)`: latents z `(N, C, H, W)` and labels `(N, label_dim)` -> images `(N, C, H, W)`.
 
-    By default sigma is `net.sigma_init`, and 80 for a network that has none.
+    By default sigma is `net.sigma_init`, or 80 for a network without it.
     """
     sigma = getattr(net, "sigma_init", SIGMA_MAX) if sigma is None else sigma
     return net(latents * sigma, _noise_level(sigma, latents), labels)
@@ -38,7 +38,7 @@ def noise_levels(
     Raises `ConfigError` for a schedule that does not go down.
     """
     if steps < 1:
-        raise ConfigError(f"a sampler takes at least 1 step, not {steps}")
+        raise ConfigError(f"a sampler needs at least 1 step, not {steps}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ConfigError(f"noise levels must satisfy 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
     if rho <= 0:
@@ -65,10 +65,10 @@ def heun(
     """Solve the probability-flow ODE with Heun's method; `2 * steps - 1` evaluations of `net`.
 
     `latents` z `(N, C, H, W)` -> images of the same shape and dtype. The state is float64; `net` is called in the
-    dtype of `latents`. Noise levels are clipped to `net.sigma_min` and `net.sigma_max` where it has them. The step
-    to zero is Euler's. With `s_churn > 0`, fresh noise from `noise(x)` (standard normal like x; give
-    `SeedStreams.normal_like` for results that depend on the seed alone) is added between `s_min` and `s_max`.
-    Raises `ConfigError` for a schedule that does not go down.
+    dtype of `latents`. Noise levels are clipped to `net.sigma_min` and `net.sigma_max` if it has them. The step to zero
+    is Euler's. With `s_churn > 0`, fresh noise from `noise(x)` (standard normal like x; give `SeedStreams.normal_like`
+    for results that depend on the seed alone) is added between `s_min` and `s_max`. Raises `ConfigError` for a schedule
+    that does not go down.
     """
     levels = noise_levels(
         steps, max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf)), rho

@@ -1,9 +1,9 @@
-"""One random generator per seed, so that the image of a seed does not depend on the batch it is computed in.
+"""One random generator per seed, so that a seed's image does not depend on the batch in which it is computed.
 
-The order of draws is EDM's: the latent, then the label, then whatever noise a stochastic sampler asks for. The numbers
-of a `torch.Generator` depend on the kind of device it lives on. Published EDM and GDD figures drew on CUDA; here the
-default is the CPU wherever the network runs, because then a seed names the same latent on every machine. Ask for
-`generator_device="cuda"` to draw the latents behind published figures.
+The order of draws is EDM's: the latent, then the label, then any noise that a stochastic sampler needs. The numbers of
+a `torch.Generator` depend on its kind of device. Published EDM and GDD figures drew on CUDA; here the default is the
+CPU, wherever the network runs, so that a seed gives the same latent on every machine. Use `generator_device="cuda"` to
+draw the latents of published figures.
 """
 
 import re
@@ -20,8 +20,8 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 def parse_seeds(text: str) -> list[int]:
     """`"0-9,12"` -> `[0, 1, ..., 9, 12]`, in the order written.
 
-    Raises `ConfigError` for anything that is not a comma-separated list of numbers and ascending ranges, and for a
-    seed named twice: it would make the same image again under the same file name.
+    Raises `ConfigError` for anything that is not a comma-separated list of numbers and ascending ranges, and for a seed
+    given twice: it would make the same image again under the same file name.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -37,15 +37,15 @@ def parse_seeds(text: str) -> list[int]:
         seeds.extend(range(first, last + 1))
     seed, times = Counter(seeds).most_common(1)[0]
     if times > 1:
-        raise ConfigError(f"--seeds names seed {seed} more than once in {text!r}")
+        raise ConfigError(f"--seeds has seed {seed} more than once in {text!r}")
     return seeds
 
 
 class SeedStreams:
     """One `torch.Generator` for each of N seeds; every draw takes one item from each.
 
-    `device` is where results go, `generator_device` where they are drawn: on `device` itself if that is of the kind
-    asked for, as all GPUs draw alike. Seeds are taken modulo 2**32, as EDM does.
+    `device` is where results go, `generator_device` where they are drawn: on `device` itself if both are of the same
+    kind, as all GPUs draw alike. Seeds are taken modulo 2**32, as in EDM.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class SeedStreams:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The inputs of a sampler: latents float32 `(N, *shape)` and one-hot labels float32 `(N, label_dim)`.
 
-        Labels are drawn, or all `class_index`, which leaves the latents what they are; `None` when `label_dim` is 0.
-        Raises `ConfigError` for a class that the network does not have.
+        Labels are drawn, or all `class_index`, which does not change the latents; `None` if `label_dim` is 0. Raises
+        `ConfigError` for a class that the network does not have.
         """
         check_class(class_index, label_dim)
         latents = self.normal(shape)
@@ -92,7 +92,7 @@ class SeedStreams:
             return torch.empty(tuple(empty), dtype=dtype, device=self.device)
         stacked = torch.stack(draws)
         if self.device.type == "cuda" and not stacked.is_cuda:
-            stacked = stacked.pin_memory()  # a copy out of other memory would wait for all that the GPU has to do
+            stacked = stacked.pin_memory()  # a copy from pageable memory would wait for all pending work of the GPU
         return stacked.to(self.device, non_blocking=True)
 
 
@@ -117,6 +117,6 @@ def check_class(class_index: int | None, label_dim: int) -> None:
     if class_index is None:
         return
     if label_dim == 0:
-        raise ConfigError(f"class {class_index} was asked for, but the network is unconditional; leave the class out")
+        raise ConfigError(f"class {class_index} was requested, but the network is unconditional; leave the class out")
     if not 0 <= class_index < label_dim:
         raise ConfigError(f"there is no class {class_index}: the network has classes 0 to {label_dim - 1}")

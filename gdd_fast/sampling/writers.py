@@ -1,6 +1,6 @@
-"""Images to PNG files named by seed, encoded on threads, and which outputs can be written at all.
+"""Writes images to PNG files named by seed, encoded on threads, and checks which outputs can be written.
 
-The encoder releases the interpreter lock, so that the sampler need not wait for it. Equal images give equal bytes.
+The encoder releases the interpreter lock, so the sampler need not wait for it. Equal images give equal bytes.
 """
 
 import io
@@ -17,7 +17,7 @@ from PIL import Image
 from gdd_fast.errors import ConfigError
 
 _NOT_A_FOLDER = {".bmp", ".gif", ".gz", ".jpeg", ".jpg", ".npy", ".png", ".pt", ".tar", ".tgz", ".webp"}
-_PENDING_PER_WORKER = 64  # encoded images that may wait to be written: bounds memory, keeps every thread busy
+_PENDING_PER_WORKER = 64  # images that may wait to be written: bounds memory, keeps every thread busy
 _END_OF_PNG = b"IEND\xaeB`\x82"
 
 
@@ -32,13 +32,13 @@ def check_new_output(path: str | Path) -> None:
     elif path.exists() and not path.is_dir():
         raise ConfigError(f"--out {path} is a file; name a folder, a .zip or an .npz")
     elif path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"--out {path} is not empty; name a new folder, so that no older image stays among the new")
+        raise ConfigError(f"--out {path} is not empty; name a new folder, so that no old image stays among the new")
     if path.is_file():
-        raise ConfigError(f"--out {path} exists and is not written over; name another file or move it away")
+        raise ConfigError(f"--out {path} exists and is not overwritten; name another file or move it away")
 
 
 def image_name(seed: int, subdirs: bool) -> str:
-    """The name of a seed's image within a zip or folder; with `subdirs` every thousand seeds have a folder."""
+    """The name of a seed's image within a zip or folder; with `subdirs`, every thousand seeds have a folder."""
     return f"{seed - seed % 1000:06d}/{seed:06d}.png" if subdirs else f"{seed:06d}.png"
 
 
@@ -50,17 +50,17 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether there is a PNG that was written to its end, which a machine that went down may have prevented."""
+    """Whether there is a PNG that was written to its end, as it may not be after a crash of the machine."""
     try:
         with path.open("rb") as file:
             file.seek(-len(_END_OF_PNG), os.SEEK_END)
             return file.read() == _END_OF_PNG
-    except OSError:  # there is none, or it is shorter than that
+    except OSError:  # missing, or shorter than that
         return False
 
 
 class PngFolder:
-    """Writes images to `folder`, which exists, encoded on `workers` threads; in order, by the caller's thread."""
+    """Writes images to an existing `folder`: encoded on `workers` threads, written in order by the caller's thread."""
 
     def __init__(self, folder: Path, subdirs: bool, workers: int | None = None) -> None:
         self._folder, self._subdirs = folder, subdirs
@@ -70,7 +70,7 @@ class PngFolder:
         self._pending: deque[tuple[str, Future[bytes]]] = deque()
 
     def put(self, seeds: Sequence[int], images: torch.Tensor) -> None:
-        """Take uint8 images `(N, H, W, C)`, C 1 or 3, of `seeds`."""
+        """Take uint8 images `(N, H, W, C)`, C 1 or 3, of `seeds`. Raises `ValueError` for others."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(f"expected uint8 images (N, H, W, 1 or 3), got {images.dtype} {tuple(images.shape)}")
         array = images.cpu().numpy()
@@ -79,19 +79,19 @@ class PngFolder:
         self._write(at_most=self._limit)
 
     def close(self) -> None:
-        """Write what has been put."""
+        """Write all images that were put, and end the threads."""
         try:
             self._write(at_most=0)
         finally:
             self._pool.shutdown(cancel_futures=True)
 
     def _write(self, at_most: int) -> None:
-        """Write what is encoded, and wait until at most `at_most` images are left."""
+        """Write what is encoded, waiting until at most `at_most` images are left."""
         while self._pending and (len(self._pending) > at_most or self._pending[0][1].done()):
             name, future = self._pending.popleft()
             path = self._folder / name
             path.parent.mkdir(exist_ok=True)
-            # never half of an image under its name; not flushed one by one, see is_whole_png
+            # never half an image under its final name; not flushed one by one, see is_whole_png
             temporary = path.with_name(f".{path.name}.part")
             temporary.write_bytes(future.result())
             temporary.replace(path)

@@ -1,1 +1,1 @@
-"""What anything trains in: loop, checkpoint, optimizer, moving average, ranks, output."""
+"""What any training needs: loop, checkpoint, optimizer, moving average, gradient exchange, output."""

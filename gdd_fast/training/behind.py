@@ -1,4 +1,4 @@
-"""Work that goes on behind training: the files of a checkpoint, which take seconds on a slow disk."""
+"""Background work during training: writing a checkpoint's files, which takes seconds on a slow disk."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ from gdd_fast.errors import CheckpointError
 class Behind:
     """Runs one job at a time on a thread.
 
-    What a job raises is raised again by the next `start` or `wait`: after each of them whatever was given is done.
+    An error of a job is raised again by the next `start` or `wait`; when either returns, all earlier jobs are done.
     """
 
     def __init__(self) -> None:
@@ -17,20 +17,20 @@ class Behind:
         self._job: Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Wait for the job before, then begin this one."""
+        """Wait for the previous job, then start this one. Raises what the previous one raised."""
         self.wait()
         self._job = self._pool.submit(job)
 
     def wait(self) -> None:
-        """Wait for the job that was started last, if any. Raises what it raised."""
+        """Wait for the last job, if any. Raises what it raised."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
     def close(self) -> CheckpointError | OSError | None:
-        """Wait for the job in progress and end the thread; for whoever has an error of its own to raise.
+        """Wait for the job in progress and end the thread, for callers that may have an error of their own to raise.
 
-        Returns what the job raised for want of a place to write, if nobody has been told.
+        Returns the job's CheckpointError or OSError, if it was not raised yet.
         """
         self._pool.shutdown()
         try:

@@ -1,21 +1,21 @@
 """Training steps that are recorded once and replayed, so that an iteration does not wait for the host.
 
-A step is a function of tensors with effects on tensors: it takes the batch, draws from the run's generator, and changes
-weights, moments, averages and counts in place. What it reads and writes has to lie at the same addresses each time:
+A step is a function of tensors with side effects on tensors: it takes the batch, draws from the run's generator, and
+changes weights, moments, averages and counts in place. What it reads and writes must stay at the same addresses:
 
-- inputs are copied to buffers of their own before a replay;
+- inputs are copied to fixed buffers before a replay;
 - learning rates, the average's weight and the counts of `AdamEma` are tensors, filled outside the step;
-- whether a step is left out is decided on the device; the host looks at its count between steps (`StepGuard`);
-- gradients begin and end within the step, with every accumulation over micro-batches. Between several processes a step
-  ends where they are packed into a buffer that stays; the ranks add the buffers up, and what follows is a step of its
-  own (training/exchange.py): no graph holds a collective, and no rank depends on whether another one captures;
-- values for the log are returned, and added up by the caller before the next replay.
+- whether a step is skipped is decided on the device; the host reads the count between steps (`StepGuard`);
+- gradients are made and consumed within the step, with all accumulation over micro-batches. With several processes, a
+step ends once they are packed into a fixed buffer; the ranks sum these buffers, and the rest is a separate step
+(training/exchange.py): no graph holds a collective, and no rank depends on whether another one captures;
+- values for the log are returned, and the caller accumulates them before the next replay.
 
-`Recorder` is the interface. `CudaGraphs` is that of a GPU. The tests have another, tests/rehearsal.py, which replays on
-any device, operator by operator, and finds what breaks the rules above. The first calls of a step run as they are: they
-choose cuDNN's algorithms, compile kernels and make the optimizer's state, and are part of the training.
+`Recorder` is the interface, `CudaGraphs` the implementation for GPUs. The tests have another, tests/rehearsal.py, which
+replays on any device, operator by operator, and finds what breaks the rules above. The first calls of a step run
+eagerly: they choose cuDNN's algorithms, compile kernels and make the optimizer's state, and are part of training.
 
-With a `Trial` the first replays have to agree with the step as it is, or all steps go on as they are.
+With a `Trial`, the first replays have to agree with the eager step; otherwise all steps stay eager.
 """
 
 import sys
@@ -31,42 +31,42 @@ from gdd_fast.training.trial import CHECKS, Trial
 
 Inputs = Sequence[Tensor | None]
 Step = Callable[..., dict[str, Tensor]]
-"""(inputs) -> values for the log, of one number each."""
+"""(inputs) -> values for the log, each a scalar."""
 
 WARM_UP = 3
 
 
 class Recorder(Protocol):
-    """Makes a replay of a step out of one that has run."""
+    """Records a step that has run before, for replaying."""
 
     warm_up: int
-    """Calls of each step that run as they are before it is recorded."""
+    """How many calls of each step run eagerly before it is recorded."""
 
     def eagerly(self, step: Step, inputs: Inputs) -> dict[str, Tensor]:
-        """One call as it is, in the surroundings that a recording needs."""
+        """One eager call, in the environment that a recording needs."""
 
     def record(self, step: Step, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
-        """A replay on `inputs`, which are the caller's to fill and the replay's to read."""
+        """A replay that reads `inputs`, which the caller fills."""
 
 
 class CapturedSteps:
     """Steps by name; each is recorded after its first calls and replayed from then on.
 
-    A step whose inputs change in shape, type or presence is recorded anew for those.
+    A step whose inputs change in shape, strides, dtype or presence is recorded again for these.
     """
 
     def __init__(self, recorder: Recorder | None, trial: Trial | None = None) -> None:
-        """Without a recorder every call runs as it is."""
+        """Without a recorder every call runs eagerly."""
         self.recorder, self.trial = recorder, trial
         self.reset()
 
     def reset(self) -> None:
-        """Forget all recordings: for whoever puts other tensors in the place of those that steps change."""
+        """Forget all recordings; to be called when tensors that steps change are replaced by others."""
         self._calls: dict[object, int] = {}
         self._recorded: dict[object, tuple[list[Tensor | None], Callable[[], dict[str, Tensor]]]] = {}
 
     def __call__(self, name: str, step: Step, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """`step(*inputs)`. What it returns is valid until the next call."""
+        """`step(*inputs)`. The result is valid until the next call."""
         if self.recorder is None:
             return step(*inputs)
         key = (name, *((None if t is None else (t.shape, t.dtype, t.stride())) for t in inputs))
@@ -94,15 +94,15 @@ class CapturedSteps:
         if reason is not None:
             self.recorder = None
             self.reset()
-            print(f"Steps run eagerly, as a captured one did not do what it should: {reason}", file=sys.stderr)
+            print(f"Steps run eagerly, as a captured one failed its check: {reason}", file=sys.stderr)
         return values
 
 
 class CudaGraphs:
-    """CUDA graphs in one memory pool; `generator` is what the steps draw from.
+    """CUDA graphs in one memory pool; the steps draw random numbers from `generator`.
 
-    A capture runs nothing, so its first replay is the call that it was made for. Steps are replayed on the current
-    stream, one after the other: what one leaves in the pool is read before the next overwrites it.
+    A capture does not execute anything, so the first replay is the call it was made for. Steps are replayed on the
+    current stream, one after the other: the results of one in the pool are read before the next overwrites them.
     """
 
     warm_up = WARM_UP
@@ -114,7 +114,7 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
 
     def eagerly(self, step: Step, inputs: Inputs) -> dict[str, Tensor]:
-        """On the stream of the capture: workspaces and autograd's threads belong to streams."""
+        """Runs on the capture's stream: workspaces and autograd's threads belong to streams."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             values = step(*inputs)
@@ -138,27 +138,27 @@ class CudaGraphs:
 def choose_step_engine(
     engine: StepEngine, device: torch.device, processes: int, *, fixed: bool = True, apart: bool = True
 ) -> StepEngine:
-    """What "auto" is: "graph" on a GPU if steps are `fixed`, on trial; on a CPU "threads" for one process whose G and D
-    steps can be taken `apart`, if PyTorch has two threads or more; else "eager".
+    """`engine`, with "auto" resolved: "graph", on trial, on a GPU if steps are `fixed`; "threads" on a CPU for one
+    process whose G and D steps can be taken `apart`, if PyTorch has two threads or more; else "eager".
 
     "compile" runs anywhere, and its steps are not captured: see `compiled_losses`.
 
-    Raises ConfigError for an unknown name and for threads that cannot be; BackendError for the wrong device.
+    Raises ConfigError for an unknown name or unsuitable settings for "threads", BackendError for the wrong device.
     """
     if engine not in get_args(StepEngine):
-        raise ConfigError(f"--engine is one of {', '.join(get_args(StepEngine))}, not {engine!r}")
+        raise ConfigError(f"--engine must be one of {', '.join(get_args(StepEngine))}, not {engine!r}")
     threads = apart and processes == 1
     if engine == "auto":
         if device.type == "cuda":
             return "graph" if fixed else "eager"
         return "threads" if threads and device.type == "cpu" and torch.get_num_threads() > 1 else "eager"
     if engine == "graph" and device.type != "cuda":
-        raise BackendError(f"--engine graph is of CUDA graphs and cannot run on {device}; use eager, or auto")
+        raise BackendError(f"--engine graph needs CUDA and cannot run on {device}; use eager, or auto")
     if engine == "threads" and device.type != "cpu":
         raise BackendError(f"--engine threads is for CPUs and cannot run on {device}; use auto")
     if engine == "threads" and not threads:
         raise ConfigError(
-            "--engine threads takes the G and the D step of the same images at once: it needs --reuse-fakes, one "
-            "process, a whole batch at a time, and neither other losses nor --debug-finite; use auto"
+            "--engine threads takes the G and D steps on the same images at once: it needs --reuse-fakes, one "
+            "process, the whole batch in one pass, and neither other losses nor --debug-finite; use auto"
         )
     return engine

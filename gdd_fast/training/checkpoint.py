@@ -1,6 +1,6 @@
-"""One file that holds everything needed to go on: tensors as safetensors, the rest as JSON in its header.
+"""One file with everything needed to resume: tensors as safetensors, the rest as JSON in its header.
 
-A single file replaced by a rename is either the old state or the new one, never a mixture. Nothing is pickled.
+A single file that is replaced by a rename holds the old state or the new one, never a mixture. Nothing is pickled.
 """
 
 import contextlib
@@ -51,9 +51,9 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint's {name} does not fit this configuration: {reason}") from None
 
     def load_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`, but for its learning rate.
+        """Restore an optimizer saved with `optimizer_tensors` and `optimizer_values`, except its learning rates.
 
-        That stays as it is: a run may go on with another one. Raises `CheckpointError` if the parameters differ.
+        These are left as they are: a run may resume with others. Raises `CheckpointError` if the parameters differ.
         """
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in self.section(name).items():
@@ -83,10 +83,10 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def copied(sections: Sections) -> Sections:
-    """Contiguous copies on the CPU, which nothing changes any more: `save` computes nothing with them.
+    """Contiguous copies on the CPU, which later steps do not change and `save` can write without computing.
 
-    A thread that runs one operator of PyTorch's in parallel has a pool of threads of its own from then on. OpenMP has
-    more of them than there are cores, lets those that wait sleep, and training takes 1.6 times as long.
+    A thread that once runs a PyTorch operator in parallel keeps its own pool of threads. OpenMP then has more threads
+    than there are cores and lets waiting ones sleep, and training takes 1.6 times as long.
     """
     return {
         name: {key: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, t in part.items()}
@@ -107,7 +107,7 @@ def not_finite(sections: Sections) -> str:
 
 
 def save(path: Path, sections: Sections, values: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. `values` must survive JSON.
+    """Write a checkpoint atomically. `values` must be JSON types.
 
     Raises `CheckpointError` if it cannot be written; a checkpoint already there stays as it was.
     """
@@ -122,7 +122,7 @@ def save(path: Path, sections: Sections, values: dict[str, Any]) -> None:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory; those that do are copied."""
+    """`tensors`, with those copied that share memory, which safetensors refuses."""
     seen: set[int] = set()
     result = {}
     for key, tensor in tensors.items():
@@ -133,13 +133,13 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint to the CPU; raises `CheckpointError` if it is not one, is damaged, or of a newer version."""
+    """Read a checkpoint to the CPU. Raises `CheckpointError` if it is not one, is damaged, or has a newer version."""
     with _opened(path) as (file, values):
         return Checkpoint({key: file.get_tensor(key) for key in file.keys()}, values)  # noqa: SIM118
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint alone, without reading its tensors; raises as `load`."""
+    """The JSON values of a checkpoint, without reading its tensors. Raises as `load`."""
     with _opened(path) as (_, values):
         return values
 

@@ -1,4 +1,4 @@
-"""Moving average of a network's weights; the average is what is sampled from. The optimizer's step moves it."""
+"""Moving average of a network's weights, which is what is sampled from. The optimizer's step updates it."""
 
 import copy
 
@@ -14,8 +14,8 @@ class Ema:
 
     Args:
         net: the network that trains; call `freeze` on it first.
-        halflife: images after which an old weight counts half.
-        rampup: upper bound of the half-life as a fraction of the images seen.
+        halflife: number of images after which an old weight counts half.
+        rampup: upper bound of the half-life as a fraction of the images seen; 0: no bound.
     """
 
     def __init__(self, net: nn.Module, halflife: float, rampup: float) -> None:
@@ -25,7 +25,7 @@ class Ema:
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """By trained parameter, as `AdamEma` takes them; of the parameters that the two networks have now."""
+        """The averages by trained parameter, as `AdamEma` takes them, for the current parameters of both networks."""
         pairs = zip(self._trained.parameters(), self.net.parameters(), strict=True)
         return {p: a for p, a in pairs if p.requires_grad}
 

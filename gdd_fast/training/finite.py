@@ -1,4 +1,4 @@
-"""`--debug-finite`: looks at all that a step computes, and names the first thing that is not finite."""
+"""`--debug-finite`: checks everything that a step computes, and names the first value that is not finite."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,13 @@ from gdd_fast.errors import NotFiniteError
 
 
 class FiniteWatch:
-    """Looks at what every layer of some networks returns, at the gradients there and of weights, and at optimizers.
+    """Checks the output of every layer of some networks, the gradients there and of weights, and optimizers.
 
-    The host waits for each of them, and layers that are fused into their block are known by its name. What is called
-    outside of `step` is not looked at.
+    The host waits for each check. Layers that are fused into their block appear under its name. Calls outside `step`
+    are not checked.
 
     Args:
-        networks: by the names that errors give them; those that train require their gradients now.
+        networks: by the names to use in errors; trained parameters must require gradients already.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -32,10 +32,10 @@ class FiniteWatch:
 
     @contextlib.contextmanager
     def step(self, name: str, images: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """For one step of `optimizer`, after `images` images.
+        """Check one step of `optimizer`, after `images` images.
 
         Raises:
-            NotFiniteError: of the first layer, gradient, moment or weight with a value that is not finite.
+            NotFiniteError: for the first layer, gradient, moment or weight with a value that is not finite.
         """
         self._where = f"in the {name} step after {images:,} images"
         try:
@@ -67,7 +67,7 @@ class FiniteWatch:
         if wrong:
             raise NotFiniteError(
                 f"{wrong:,} of the {tensor.numel():,} values of {what} are NaN or infinite, {self._where}; "
-                "the last checkpoint is as it was"
+                "the last checkpoint is unchanged"
             )
 
 

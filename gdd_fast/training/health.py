@@ -1,12 +1,12 @@
-"""Signs in the metrics that a run has gone wrong although all its numbers are finite.
+"""Signs in the metrics that a run has gone wrong even though all its numbers are finite.
 
-- `discriminator_collapsed`: it says the same of every image. In this tick and the one before, its logits are on the
-  right side of zero for more than 99 % of the images of one kind, real or generated, and for less than 1 % of the
-  other.
-- `discriminator_saturated`: it tells all images apart: more than 99.9 % of either kind in this tick and the one before.
-  There is little left that the generator could learn from it.
-- `loss_ran_away`: the mean of a loss in this tick is not finite, or more than 10 times the median of the 10 ticks
-  before it, of which there are at least 3.
+- `discriminator_collapsed`: the discriminator gives every image the same verdict. In this tick and the one before, its
+logits have the right sign for more than 99 % of the images of one kind, real or generated, and for less than 1 % of the
+other.
+- `discriminator_saturated`: it tells all images apart: more than 99.9 % of both kinds in this tick and the one before.
+The generator can learn little more from it.
+- `loss_ran_away`: the mean of a loss in this tick is not finite, or is more than 10 times its median over the previous
+10 ticks, once there are at least 3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ _TICKS, _FEWEST, _FACTOR = 10, 3, 10.0
 
 
 def signs(before: Sequence[Mapping[str, Any]], now: Mapping[str, float]) -> dict[str, str]:
-    """Which of the signs above the metrics `now` show, after those of the ticks `before`, and a line about each.
+    """Which of these signs the metrics `now` show, given those of the ticks `before`, with a line about each.
 
-    Empty for a run without the metrics that a sign is of.
+    A sign whose metrics the run does not have is never found.
     """
     found = {}
     if before and all(_one_sided(line) for line in (before[-1], now)):
         real, fake = (now[name] for name in _ACCURACIES)
         kind = "real" if real > fake else "generated"
-        found[COLLAPSED] = f"the discriminator has collapsed: it takes every image for a {kind} one"
+        found[COLLAPSED] = f"the discriminator has collapsed: it takes every image to be {kind}"
     if before and all(_tells_all(line) for line in (before[-1], now)):
         found[SATURATED] = "the discriminator tells all images apart: the generator learns little from it"
     for name, value in now.items():
@@ -43,7 +43,7 @@ def signs(before: Sequence[Mapping[str, Any]], now: Mapping[str, float]) -> dict
 
 
 def applicable(now: Mapping[str, float]) -> tuple[str, ...]:
-    """The signs that these metrics can show."""
+    """The signs that a run with these metrics can show."""
     of_discriminator = (COLLAPSED, SATURATED) if all(name in now for name in _ACCURACIES) else ()
     return (*of_discriminator, RAN_AWAY) if any(name.startswith("loss") for name in now) else of_discriminator
 

@@ -1,4 +1,4 @@
-"""Viewers that a run's metrics go to beside metrics.jsonl: TensorBoard and Weights & Biases."""
+"""Viewers that get a run's metrics in addition to metrics.jsonl: TensorBoard and Weights & Biases."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -9,15 +9,15 @@ from gdd_fast.errors import ConfigError
 from gdd_fast.files import atomic_write
 
 WANDB_ID = "wandb_id.txt"
-"""In the run folder: what a resumed run goes on with at Weights & Biases."""
+"""File in the run folder: the id with which a resumed run continues at Weights & Biases."""
 _PROJECT = "gdd_fast"
 
 
 class Logger(Protocol):
-    """Something that shows metrics."""
+    """Shows metrics somewhere."""
 
     def add(self, values: Mapping[str, float], images: int) -> None:
-        """The values after `images` images."""
+        """Add the values after `images` images."""
 
     def close(self) -> None: ...
 
@@ -39,10 +39,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, in the project `gdd_fast` or that of WANDB_PROJECT; WANDB_MODE=offline keeps it local.
+    """A Weights & Biases run, in the project `gdd_fast` or that of WANDB_PROJECT; WANDB_MODE=offline keeps it local.
 
-    A resumed run goes on with the same one. Lost work that is done again adds points at steps that are there already,
-    which Weights & Biases leaves out.
+    A resumed run continues it. Work that was lost and is redone adds points at steps that already exist, which Weights
+    & Biases ignores.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class WeightsAndBiases:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a viewer that was asked for by name and is not installed."""
+    """Raise `ConfigError` for a viewer that was requested by name but is not installed."""
     for name in names:
         if name != "auto" and find_spec(name) is None:
             raise ConfigError(f"--log {name} needs {name}, which is not installed: pip install {name}")
@@ -81,13 +81,13 @@ def check_loggers(names: Sequence[str]) -> None:
 def open_loggers(
     names: Sequence[str], run_dir: Path, start: int, config: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Logger]:
-    """The viewers of `--log`. With "auto", TensorBoard where it is installed and works; if not, a line says so."""
+    """The viewers of `--log`. With "auto", TensorBoard if it is installed; `say` is told if it does not work."""
     if "auto" in names:
         if find_spec("tensorboard") is None:
             return []
         try:
             return [TensorBoard(run_dir, start)]
-        except Exception as error:  # whatever its dependencies raise; a viewer is no reason not to train
+        except Exception as error:  # whatever its dependencies raise: training can do without a viewer
             say(f"TensorBoard is installed but does not import ({error}): no event files are written.")
             return []
     made: list[Logger] = []

@@ -1,4 +1,4 @@
-"""The training loop: iterate, log at ticks, save, stop when asked, resume. What an iteration does is the task's."""
+"""The training loop: iterate, log at ticks, save, stop on request, resume. The task defines an iteration."""
 
 import json
 import math
@@ -27,15 +27,15 @@ from gdd_fast.training.output import Averages, RunOutput
 
 CHECKPOINT = "checkpoint.safetensors"
 DIVERGED = "diverged.safetensors"
-"""The state in which a run diverged, to look at; nothing reads it. `CHECKPOINT` is what the run goes on from."""
-TIME_IS_UP = 1000  # where the ranks agree on a signal; no signal has this number
+"""The state in which a run diverged, for inspection only. Runs resume from `CHECKPOINT`."""
+TIME_IS_UP = 1000  # stands for a signal where the ranks agree on one; no signal has this number
 
 
 class Task(Protocol):
-    """Something that trains. `images` is always the number of real images seen before the call.
+    """A training. `images` is always the number of real images seen before the call.
 
-    contents: digests of what was given as flags of these names; a run resumes only with the same. remedy: the flags
-    that help a run that diverged.
+    contents: digests of what the flags of these names gave; a run resumes only with the same. remedy: words that name
+    the flags that help a run that diverged.
     """
 
     batch: int
@@ -45,20 +45,20 @@ class Task(Protocol):
 
     def iteration(self, images: int) -> None: ...
     def tick(self, images: int) -> dict[str, float]:
-        """Extra metrics and files of a tick. Called on every rank; what the main one returns is written."""
+        """Extra metrics and files of a tick. Called on every rank; only the main one's result is used."""
 
     def state(self) -> tuple[Sections, dict[str, Any]]:
         """Sections of tensors and JSON values to save. Called on every rank."""
 
     def restore(self, saved: Checkpoint) -> None: ...
     def export(self, run_dir: Path, sections: Sections) -> None:
-        """Write the network that the run is for, of the tensors that `state` gave; main rank only.
+        """Write the run's resulting network from the tensors that `state` gave; main rank only.
 
-        Called while training goes on, from another thread: it reads nothing of the task that training changes.
+        Called from another thread during training: it must not read anything of the task that training changes.
         """
 
     def exported(self, run_dir: Path) -> bool:
-        """Whether what `export` would write is there. Called on every rank; what the main one says counts."""
+        """Whether what `export` would write exists. Called on every rank; only the main one's result is used."""
 
     def close(self) -> None:
         """End the processes that belong to the task."""
@@ -66,7 +66,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run, of a tick, and between checkpoints, in images; checkpoints to keep; seconds for this call."""
+    """Length of a run, of a tick and between checkpoints, in images; how many checkpoints to keep; seconds to run."""
 
     total: int
     tick: int
@@ -76,7 +76,7 @@ class Schedule:
     keep: int = 1
     seconds: float = math.inf
     behind: bool = True
-    """Whether training goes on while a checkpoint is written."""
+    """Whether training continues while a checkpoint is written."""
 
     @classmethod
     def of(cls, run: LoopSettings, *, at_start: bool = False) -> "Schedule":
@@ -89,18 +89,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: images seen in its whole life, those of them seen by this call, the signal that stopped it."""
+    """How a run ended: images seen in all, those seen in this call, and the signal that stopped it."""
 
     images: int
     new_images: int
     signal: int = 0
     out_of_time: bool = False
-    """Whether `Schedule.seconds` were over before the run was finished."""
+    """Whether `Schedule.seconds` ran out before the run was finished."""
 
     @property
     def exit_status(self) -> int:
-        """Exit status of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if the time was
-        up."""
+        """Exit status of the process: 0 for a finished run, 128 + a signal's number, 75 (EX_TEMPFAIL) if time ran
+        out."""
         return 128 + self.signal if self.signal else os.EX_TEMPFAIL if self.out_of_time else 0
 
 
@@ -116,21 +116,21 @@ def run(
     """Train until `schedule.total` images, from `run_dir`'s checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, the checkpoint and the task's own files. The state is saved at the end, and on
-    SIGINT or SIGTERM after the iteration in progress; one that comes while the last state is saved counts too. With
-    `schedule.behind` a checkpoint is a copy of the state that is written while training goes on: one that cannot be
-    written ends the run at the next, and the last is waited for. A run that is finished already is left untouched, but
-    for an export that is not of its checkpoint, which is made again: the process was killed between the two, or
-    somebody has removed it. A run that diverges leaves its state beside the last checkpoint, from which it goes on with
-    other `ADJUSTABLE` settings; these changes are printed, and written to metrics.jsonl. `defaults` stand for the
-    settings that a checkpoint of an earlier version lacks. `log`: see `training.loggers`.
+    SIGINT or SIGTERM after the iteration in progress; a signal that arrives while the last state is saved counts too.
+    With `schedule.behind`, a checkpoint is a copy of the state that is written while training continues: if it cannot
+    be written, the run ends at the next one; the last is waited for. A finished run is left untouched, except that a
+    missing or outdated export is made again (the process was killed before it, or someone removed it). A run that
+    diverges leaves its state beside the last checkpoint, from which it can resume with other `ADJUSTABLE` settings;
+    such changes are printed, and written to metrics.jsonl. `defaults` fill in settings that a checkpoint of an earlier
+    version lacks. `log`: see `training.loggers`.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or written, or is of a run with other settings or contents.
+        CheckpointError: the checkpoint cannot be read or written, or belongs to a run with other settings or contents.
         ConfigError: the run folder was moved or deleted while the run trained in it.
-        DivergedError: see `StepGuard`; or what a checkpoint would hold is not finite.
+        DivergedError: see `StepGuard`; or a state to be saved is not finite.
     """
     if world.is_main:
-        remove_leftovers_within(run_dir)  # of a finished run too: killed behind its last rename
+        remove_leftovers_within(run_dir)  # even for a finished run: it may have been killed after its last rename
     images, changes = _resume(task, run_dir, config, schedule, world, defaults)
     started_at = images
     if images and not task.exported(run_dir) and world.is_main:
@@ -152,7 +152,7 @@ def run(
     folder = run_dir.stat() if world.is_main else None
 
     def check_folder() -> None:
-        """Else what is written from here on would make a folder with half of a run in it, which nobody has locked."""
+        """Otherwise later writes would create a folder with half of a run in it, which nobody has locked."""
         if folder is not None and not (run_dir.is_dir() and os.path.samestat(folder, run_dir.stat())):
             raise ConfigError(
                 f"{run_dir} was moved or deleted while this run trained in it; its last checkpoint went too"
@@ -178,7 +178,7 @@ def run(
         if not world.is_main:
             return
         if schedule.behind:
-            behind.wait()  # before there is one more copy
+            behind.wait()  # before making one more copy
             sections = checkpoint.copied(sections)
         behind.start(partial(_write, task, run_dir, sections, values, saved_at, schedule.keep))
         if not schedule.behind:
@@ -211,7 +211,7 @@ def run(
             if images != saved_at:
                 save()
             behind.wait()
-            signal = world.largest(stop.signal)  # one that came meanwhile, too; and all wait for the main process
+            signal = world.largest(stop.signal)  # even one that came meanwhile; waits for the main rank
     finally:
         unwritten = behind.close()
         if unwritten is not None:
@@ -223,9 +223,9 @@ def run(
 
 
 def stored_values(run_dir: Path) -> dict[str, Any] | None:
-    """The JSON values of the checkpoint in `run_dir`, among them its `images`, `config` and `contents`; None without.
+    """The JSON values of the checkpoint in `run_dir`, `images`, `config` and `contents` among them; None without one.
 
-    Raises `CheckpointError` if it cannot be read, or is none of a run; `ConfigError` where none could be.
+    Raises `CheckpointError` if it cannot be read or is not a run's; `ConfigError` if its path is not UTF-8.
     """
     path = run_dir / CHECKPOINT
     check_name(path)
@@ -235,7 +235,7 @@ def stored_values(run_dir: Path) -> dict[str, Any] | None:
     kinds = {"images": int, "config": dict, "contents": dict}
     if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in kinds.items()):
         raise CheckpointError(
-            f"{path} does not say of which run it is; move it away to start the run from the beginning"
+            f"{path} does not say which run it belongs to; move it away to start the run from the beginning"
         )
     return values
 
@@ -247,15 +247,15 @@ def check_same_run(
     total: int,
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
-    """The values of the checkpoint in `run_dir`, None without one.
+    """The values of the checkpoint in `run_dir`; None without one.
 
-    Raises `CheckpointError` if it is not of a run to `total` images with these settings and contents.
+    Raises `CheckpointError` if it belongs to a run that does not have these settings and contents.
     """
     values = stored_values(run_dir)
     if values is None:
         return None
     elsewhere = "choose another --run-dir or move it away"
-    finished = values["images"] >= total  # and what it came to is no result of other settings
+    finished = values["images"] >= total  # then its result must not pass for that of other settings
     changed = differences(values["config"], config, RESUMABLE if finished else RESUMABLE | ADJUSTABLE, defaults)
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -279,7 +279,7 @@ def _resume(
     world: World,
     defaults: Mapping[str, Any],
 ) -> tuple[int, list[str]]:
-    """Restore the task from the run folder's checkpoint, if any; the images it had seen, and what is set otherwise."""
+    """Restore the task from the run folder's checkpoint, if any; the images it had seen, and changed settings."""
     values = check_same_run(run_dir, config, task.contents, schedule.total, defaults)
     images, changes = 0, []
     if values is not None:
@@ -294,34 +294,34 @@ def _resume(
         if values.get("processes", world.size) != world.size:
             changes.append(f"processes: {values['processes']} -> {world.size}")
     if any(images != other.item() for other in world.gather(torch.tensor([images]))):
-        raise CheckpointError(f"not every process finds the same checkpoint in {run_dir}; it must be on a shared disk")
+        raise CheckpointError(f"not all processes find the same checkpoint in {run_dir}; it must be on a shared disk")
     return images, changes
 
 
 def _not_finite(sections: Sections, world: World) -> str:
-    """What `checkpoint.not_finite` finds on the main rank, on every rank: the others may hold parts, or nothing."""
+    """The main rank's `checkpoint.not_finite`, on every rank: the others may hold only shards, or nothing."""
     return world.from_main(checkpoint.not_finite(sections) if world.is_main else "")
 
 
 def _write(task: Task, run_dir: Path, sections: Sections, values: dict[str, Any], saved_at: int, keep: int) -> None:
-    """A checkpoint and the export that belongs to it. `saved_at`: the images of the checkpoint before."""
+    """Write a checkpoint and its export. `saved_at`: the images of the previous checkpoint."""
     _keep_earlier(run_dir, saved_at, values["images"], keep)
     checkpoint.save(run_dir / CHECKPOINT, sections, values)
     task.export(run_dir, sections)
 
 
 def _keep_earlier(run_dir: Path, saved_at: int, images: int, keep: int) -> None:
-    """Give the checkpoint of `saved_at` images, about to be replaced, a name that stays; the last `keep - 1` do.
+    """Give the checkpoint of `saved_at` images, about to be replaced, a permanent name; keep the last `keep - 1`.
 
-    What has that name already is of this checkpoint, if a process was killed between this and the new one; or of work
-    that was given up, and is replaced.
+    A file of that name is either this checkpoint, if a process was killed before writing the new one, or from abandoned
+    work, and is replaced.
     """
     newest, kept = run_dir / CHECKPOINT, run_dir / f"checkpoint-{saved_at:09d}.safetensors"
     if keep > 1 and newest.exists() and not (kept.exists() and kept.samefile(newest)):
         with atomic_write(kept) as temporary:
             try:
                 os.link(newest, temporary)
-            except OSError:  # not every file system has a second name for a file
+            except OSError:  # not every file system has hard links
                 shutil.copyfile(newest, temporary)
     earlier = {path.stem.partition("-")[2]: path for path in run_dir.glob("checkpoint-*.safetensors")}
     numbers = sorted(int(number) for number in earlier if number.isdecimal() and int(number) < images)
@@ -331,5 +331,5 @@ def _keep_earlier(run_dir: Path, saved_at: int, images: int, keep: int) -> None:
 
 def _advice(task: Task, run_dir: Path, saved_at: int) -> str:
     """What to do about a run that diverged."""
-    start = f"goes on from the checkpoint of {saved_at:,} images" if saved_at else "begins again"
+    start = f"resumes from the checkpoint of {saved_at:,} images" if saved_at else "starts again"
     return f"The state is in {run_dir / DIVERGED}. The same command with {task.remedy} {start}"

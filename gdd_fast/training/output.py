@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a progress bar, metrics.jsonl, TensorBoard where it is installed."""
+"""What a run shows as it progresses: a progress bar, metrics.jsonl, and viewers such as TensorBoard."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from gdd_fast.training.loggers import Logger, open_loggers
 class Averages:
     """Means of named scalars between two ticks, kept on the device so that adding one never waits for it.
 
-    They are of this rank's share of the batch.
+    They cover this rank's share of the batch.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Averages:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means so far; starts anew."""
+        """The means since the last call; resets them."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
@@ -46,10 +46,10 @@ class RunOutput:
     Args:
         run_dir: folder of metrics.jsonl and of TensorBoard's event files.
         total: images at which the run ends.
-        start: images already seen; metric lines beyond it, from work that a crash lost, are dropped.
+        start: images already seen; lines of metrics beyond it, from work that a crash lost, are dropped.
         unit: what the progress bar counts.
         enabled: False on every rank but the main one: nothing is shown or written.
-        log, config: where metrics go beside metrics.jsonl, and what of; see `training.loggers`.
+        log, config: where metrics go besides metrics.jsonl, and the settings shown there; see `training.loggers`.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class RunOutput:
     def metrics(self, images: int, values: dict[str, float]) -> dict[str, float | None]:
         """Write one line for the state after `images` images.
 
-        Adds the rate and the GPU's memory peak since the last call, the process's memory peak so far, and the minutes
-        spent on these images, in earlier parts of a run that was resumed too.
+        Adds the rate and peak GPU memory since the last call, the process's peak memory so far, and the minutes spent
+        on all images, including those before a run was resumed.
 
-        A value that is not finite is written as null, as JSON has no other word for it.
+        A value that is not finite is written as null, for want of another in JSON. Returns the line.
         """
         now = time.monotonic()
         self._seconds += now - self._started
@@ -119,13 +119,13 @@ class RunOutput:
             shown = {k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss") and k != health.RAN_AWAY}
             self._bar.set_postfix(shown | ({"warning": ", ".join(found)} if found else {}), refresh=False)
             for name, text in found.items():
-                if not (self._lines and self._lines[-1].get(name)):  # said when it begins
+                if not (self._lines and self._lines[-1].get(name)):  # reported only when it first appears
                     self.say(f"At {images:,} images: {text}.")
         self._lines.append(line)
         return line
 
     def changes(self, images: int, changes: list[str]) -> None:
-        """Print and write that settings are others from `images` images on."""
+        """Print, and write to metrics.jsonl, that settings have changed from `images` images on."""
         self.say(f"Settings that have changed: {'; '.join(changes)}.")
         if self._enabled:
             with self._path.open("a") as file:
@@ -144,7 +144,7 @@ class RunOutput:
 
 @contextlib.contextmanager
 def reading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar for reading the data set, to be called with (images done, images in all); shown if it takes a while."""
+    """A progress bar for reading the data set, to be called with (images done, total); shown after 2 seconds."""
     from tqdm import tqdm
 
     with tqdm(desc="Reading images", unit="img", delay=2, disable=not enabled, dynamic_ncols=True) as bar:
@@ -157,7 +157,7 @@ def reading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def _drop_lines_after(path: Path, images: int) -> None:
-    """Drop the lines of work that was lost, among them one that a crash cut short, and what is no line of metrics."""
+    """Drop lines of lost work, a line that a crash cut short, and anything that is not a line of metrics."""
     if not path.exists():
         return
     lines = _text(path).splitlines(keepends=True)
@@ -168,7 +168,7 @@ def _drop_lines_after(path: Path, images: int) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The metrics of the ticks so far; none for a run that begins."""
+    """The metrics of the ticks so far; empty for a new run."""
     lines = [json.loads(line) for line in _text(path).splitlines()] if path.exists() else []
     return [line for line in lines if "changed" not in line]
 
@@ -182,7 +182,7 @@ def _images_of(line: str) -> float:
         entry = json.loads(line) if line.endswith("\n") else {}
         if not all(value is None or isinstance(value, int | float | list) for value in entry.values()):
             return math.inf
-        # changed settings come after the state of so many images: they are dropped with the work that they were for
+        # changed settings follow the state of this many images: they are dropped with the work they applied to
         return entry["images"] + (0.5 if "changed" in entry else 0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return math.inf

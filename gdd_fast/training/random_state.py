@@ -14,7 +14,7 @@ class RandomState:
     """A generator on the training device for this rank.
 
     Args:
-        seed: of the run; every rank draws other numbers from the same seed.
+        seed: the run's; every rank draws different numbers from it.
         world: the ranks whose states are saved together.
     """
 
@@ -27,7 +27,7 @@ class RandomState:
         self.generator.manual_seed(self._derive("generator", images))
 
     def renew(self, state: Tensor) -> None:
-        """Another generator in this state: one that a failed capture has left may refuse to go on."""
+        """Make a new generator in this state, as one that a failed capture has used may refuse to work."""
         self.generator = torch.Generator(self._world.device)
         self.generator.set_state(state)
 
@@ -37,21 +37,21 @@ class RandomState:
 
     @contextlib.contextmanager
     def for_layers(self, images: int) -> Iterator[None]:
-        """torch's own generators, from which layers such as dropout draw, as they are for this iteration in any run."""
+        """For a block, seed torch's own generators, from which layers such as dropout draw, by iteration and rank."""
         device = self._world.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._derive("layers", images))
             yield
 
     def tensors(self, state: Tensor | None = None) -> dict[str, Tensor]:
-        """The state of every rank by rank number, or this one's earlier `state`; called on every rank."""
+        """The generators' states by rank, with this rank's current one or the earlier `state`. Every rank calls it."""
         own = self.generator.get_state() if state is None else state
         return {str(rank): state for rank, state in enumerate(self._world.gather(own))}
 
     def restore(self, states: dict[str, Tensor], images: int) -> None:
-        """Go on where `tensors` was taken.
+        """Resume where `tensors` was called.
 
-        With another number of ranks or another kind of device there is no such place: reseed from `images`.
+        With another number of ranks or kind of device that is impossible: then reseed from `images`.
         """
         own = states.get(str(self._world.rank))
         same_world = own is not None and len(states) == self._world.size

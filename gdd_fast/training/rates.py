@@ -1,4 +1,4 @@
-"""Learning rates that fall as a run goes on."""
+"""Learning rates that decay over a run."""
 
 import torch
 
@@ -6,11 +6,11 @@ import torch
 class RateDecay:
     """Learning rates times `1 / sqrt(max(images / reference, 1))` (Karras et al. 2024, arXiv 2312.02696, eq. 67).
 
-    It depends on the images seen alone: a run that is made longer, or resumed, goes on as if it had never ended.
+    They depend on the images seen alone: a run that is extended or resumed continues as if it had never stopped.
 
     Args:
-        optimizers: with the learning rates that they start from.
-        reference: images after which the rates begin to fall; 0: they stay.
+        optimizers: whose groups have the initial learning rates now.
+        reference: images after which the rates start to decay; 0: they stay constant.
     """
 
     def __init__(self, *optimizers: torch.optim.Optimizer, reference: float) -> None:
@@ -18,7 +18,7 @@ class RateDecay:
         self._reference = reference
 
     def set(self, images: int) -> None:
-        """The rates of the step that follows `images` images."""
+        """Set the rates for the step that follows `images` images."""
         factor = (self._reference / max(images, self._reference)) ** 0.5 if self._reference else 1.0
         for optimizer, rates in self._start:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,4 +1,4 @@
-"""One process at a time on a run folder."""
+"""Lets only one process at a time use a run folder."""
 
 import contextlib
 import errno
@@ -18,10 +18,10 @@ _TAKEN = (errno.EAGAIN, errno.EACCES)
 def only_process(run_dir: Path, enabled: bool = True) -> Iterator[None]:
     """Within the block no other process trains in `run_dir`; the lock ends with this process, however it ends.
 
-    The folder is made if it is not there, and goes again if the block leaves it empty. A disk without locks is said on
-    stderr, and the block runs without one. `enabled`: False on every rank but the main one, for which nothing happens.
+    The folder is created if missing, and removed if the block leaves it empty. If the disk does not support locks,
+    stderr says so and the block runs without. `enabled`: False on all ranks but the main one; then nothing happens.
 
-    Raises `CheckpointError` if another process has the folder.
+    Raises `CheckpointError` if another process uses the folder.
     """
     if not enabled:
         yield
@@ -38,22 +38,22 @@ def only_process(run_dir: Path, enabled: bool = True) -> Iterator[None]:
 
 
 def _take(descriptor: int, lock: Path) -> bool:
-    """Whether the lock is held now; False where the disk has none."""
+    """Whether the lock is held now; False if the disk does not support locks."""
     try:
-        # A record lock: forked processes, such as those that read images, do not share it, and may outlive this one.
+        # A record lock: forked processes, such as image readers, may outlive this one and must not share it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _TAKEN:
             print(f"{lock} cannot be locked ({error.strerror}): see that nothing else trains there", file=sys.stderr)
             return False
     else:
-        # else it was of a process that removed the file as it ended, before this one came to lock it
+        # else a process that was ending removed the file before this one locked it
         if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
             return True
     raise CheckpointError(f"another process is training in {lock.parent}; let it end, or choose another --run-dir")
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with contextlib.suppress(OSError):  # there is something in it
+    with contextlib.suppress(OSError):  # not empty
         for folder in folders:
             folder.rmdir()

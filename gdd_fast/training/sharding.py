@@ -1,10 +1,10 @@
-"""Networks that are spread over the ranks: FSDP2, `torch.distributed.fsdp.fully_shard` (Zhao et al., arXiv 2304.11277).
+"""Networks sharded over the ranks: FSDP2, `torch.distributed.fsdp.fully_shard` (Zhao et al., arXiv 2304.11277).
 
-Each rank holds its part of every parameter, and so of its gradient, its moments and its average: of all but the batch,
-one in `world.size`. A U-Net block's weights are gathered when it is called and freed behind it, forward and backward.
-Files never hold a part: what a checkpoint says of a sharded run, an unsharded one reads, and the other way round.
+Each rank holds its shard of every parameter, gradient, moment and average: 1 / `world.size` of everything but the
+batch. A U-Net block's weights are gathered when it is called and freed after it, forward and backward. Files never hold
+shards: an unsharded run can read the checkpoint of a sharded one, and vice versa.
 
-A part is a DTensor. It is told by its methods, as to import the class takes a second that other runs need not wait for.
+A shard is a DTensor, recognised by its methods: importing the class takes a second, which other runs need not wait.
 """
 
 import copy
@@ -22,28 +22,28 @@ Net = TypeVar("Net", bound=Preconditioned)
 
 
 def check_sharding(net: Preconditioned, processes: int) -> None:
-    """Raise ConfigError if `shard` cannot serve a run of this network on so many processes."""
+    """Raise ConfigError if `shard` does not work for this network on this number of processes."""
     if processes == 1:
         raise ConfigError(
-            "--fsdp shares a network out to several processes and there is one: start it with "
+            "--fsdp shards a network over several processes, but there is only one: start it with "
             "torchrun --standalone --nproc_per_node=N, or leave --fsdp out"
         )
     if net.foreign:
-        raise ConfigError("--fsdp is for EDM's networks, and the teacher is one of diffusers': leave it out")
+        raise ConfigError("--fsdp is for EDM's networks, but the teacher is from diffusers: leave it out")
 
 
 def shard(net: Preconditioned, world: World) -> None:
-    """Spread the parameters of `net` over the ranks, in place, on their device; it may be on the CPU before.
+    """Shard the parameters of `net` over the ranks, in place, on their device; `net` may still be on the CPU.
 
-    Its class becomes a subclass of FSDPModule's, its parameters become DTensors. Every rank calls it, and later every
-    forward and backward, as often as the others. Gradients arrive averaged over the ranks.
+    Its class becomes a subclass of FSDPModule, its parameters become DTensors. Every rank calls this, and later makes
+    the same forward and backward calls as the others. Gradients are averaged over the ranks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
-    # By default the outermost part stays gathered behind a forward without gradient, and a step on the parts would
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 supports no other
+    # By default the outermost module stays gathered after a forward without gradients, and a step on the shards would
     # leave old weights there.
     blocks = [module for module in net.modules() if isinstance(module, UNetBlock)]
     for module in (*blocks, net):
@@ -51,29 +51,29 @@ def shard(net: Preconditioned, world: World) -> None:
 
 
 def form_of(net: Net) -> Net:
-    """`net` without values, on the meta device, before it is sharded: for `assembled`, and to save weights as its."""
+    """An unsharded `net` on the meta device, without values: for `assembled`, and to save weights under its form."""
     return copy.deepcopy(net).to("meta")
 
 
 def assembled(form: Net, sharded: nn.Module) -> Net:
-    """A network like `form` with the weights that `sharded` has now, whole on every rank. Every rank calls it."""
+    """A network like `form` with the current weights of `sharded`, whole on every rank. Every rank calls it."""
     net = copy.deepcopy(form)
     net.load_state_dict({name: whole(t) for name, t in sharded.state_dict().items()}, assign=True)
     return net
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether this rank holds a part of `t`."""
+    """Whether `t` is sharded, and this rank holds only its shard."""
     return hasattr(t, "full_tensor")
 
 
 def own_part(t: Any) -> Tensor:
-    """The memory of `t` that this rank holds: its part, or all of a tensor that is not sharded."""
+    """The part of `t` that this rank holds: its shard, or all of a tensor that is not sharded."""
     return t.to_local() if is_sharded(t) else t
 
 
 def laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
-    """A copy of `saved`, whole or spread as `parameter` is, that lies in memory, and over the ranks, as that does.
+    """A copy of `saved`, whole or sharded like `parameter`, laid out like `parameter` in memory and over ranks.
 
     Raises ValueError if the shapes differ.
     """
@@ -84,16 +84,16 @@ def laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
 
         found: Any = parameter
         saved = saved.to(parameter.device)
-        saved = distribute_tensor(saved, found.device_mesh, found.placements, src_data_rank=None)  # each has it whole
+        saved = distribute_tensor(saved, found.device_mesh, found.placements, src_data_rank=None)  # each rank has it
     return torch.empty_like(parameter, requires_grad=False).copy_(saved)
 
 
 def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """`tensors` with those whole, on the CPU, that are sharded; for the main rank. Every rank calls it."""
+    """`tensors`, with sharded ones made whole on the CPU, for the main rank only. Every rank calls it."""
     found = {}
     for name, t in tensors.items():
         if is_sharded(t):
-            t = whole(t)  # one at a time: a GPU has no room for all
+            t = whole(t)  # one at a time: a GPU may not have room for all
             if not world.is_main:
                 continue
             t = t.cpu()
@@ -102,5 +102,5 @@ def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def whole(t: Any) -> Tensor:
-    """All of `t`, on every rank, without gradient. Every rank calls it."""
+    """All of `t`, on every rank, detached. Every rank calls it."""
     return t.detach().full_tensor() if is_sharded(t) else t.detach()

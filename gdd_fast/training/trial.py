@@ -1,9 +1,9 @@
-"""A recording proves itself before it is used: its first replays are held against the step as it is.
+"""Checks a recording before it is used: its first replays are compared with the eager step.
 
-Before each of the first `CHECKS` replays the step runs eagerly. Then everything that it changed is put back, random
-numbers too, and the replay starts from the same state with the same inputs. The second replay has other inputs, random
-numbers and counts than the recording was made with: what a graph froze in, or did not refill, differs there at the
-latest. If a recording raises or differs, the state is that of the eager call, and the run goes on eagerly.
+Before each of the first `CHECKS` replays the step runs eagerly. Then everything it changed is restored, random numbers
+included, and the replay starts from the same state with the same inputs. The second replay has other inputs, random
+numbers and counts than the recording was made with: values that the graph froze or failed to refill show there at the
+latest. If a recording raises or differs, the state becomes that of the eager call, and the run continues eagerly.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,23 +15,23 @@ from gdd_fast.training.random_state import RandomState
 
 CHECKS = 2
 VALUES, CHANGE = 0.02, 0.1
-"""How far a replay's logged values may be off, and all that it changed, in norm against the change of the eager call.
-Both run the same kernels; some of those add up in any order, and Adam makes a whole step of a sign."""
+"""Allowed errors of a replay, relative: of logged values, and of all that it changed, in norm against the eager call's
+change. Both run the same kernels, but some of these sum in any order, and Adam turns a sign into a whole step."""
 
 Values = dict[str, Tensor]
 
 
 class Trial:
-    """`state` gives every tensor that a step may change, the same ones in the same order each time.
+    """`state` yields every tensor that a step may change, the same ones in the same order each time.
 
-    Copies are in host memory: three of the state while a replay is checked.
+    Copies are in host memory: three copies of the state while a replay is checked.
     """
 
     def __init__(self, state: Callable[[], Iterable[Tensor]], random: RandomState) -> None:
         self._state, self._random = state, random
 
     def run(self, eager: Callable[[], Values], replay: Callable[[], Values]) -> tuple[Values, str | None]:
-        """One step, taken eagerly and again by `replay`: its values, and why the replay is not to be used, or None."""
+        """Take one step eagerly and again by `replay`: its values, and why not to use the replay, or None."""
         before, drawn = self._copies(), self._random.generator.get_state()
         expected = {name: value.detach().clone() for name, value in eager().items()}
         after, drawn_after = self._copies(), self._random.generator.get_state()
@@ -39,14 +39,14 @@ class Trial:
         self._random.generator.set_state(drawn)
         try:
             found = replay()
-        except RuntimeError as error:  # torch's own, out of memory among them, whatever forbids a capture
+        except RuntimeError as error:  # raised by torch for whatever prevents a capture, out of memory included
             reason: str | None = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         else:
             reason = _difference(expected, found, before, after, self._state())
         if reason is not None:
             self._put_back(after)
             for t in self._state():
-                t.grad = None  # a step leaves none, and a recording that raised may
+                t.grad = None  # a step leaves none, but a recording that raised may
             self._random.renew(drawn_after)
         return expected, reason
 
@@ -64,12 +64,12 @@ def _difference(
 ) -> str | None:
     for name, value in expected.items():
         if not torch.allclose(found[name].double(), value.double(), rtol=VALUES, atol=1e-3, equal_nan=True):
-            return f"{name} is {found[name].item():.6g} and {value.item():.6g} eagerly"
+            return f"{name} is {found[name].item():.6g}, but {value.item():.6g} eagerly"
     moved = off = 0.0
     for was, now, t in zip(before, after, state, strict=True):
         replayed = t.detach().cpu()
         if not torch.equal(now.isfinite(), replayed.isfinite()):
-            return "it makes values infinite or NaN that are not so eagerly, or the other way round"
+            return "it makes values infinite or NaN that are finite eagerly, or the other way round"
         moved += _squares(now, was)
         off += _squares(now, replayed)
     if off**0.5 > CHANGE * moved**0.5:
@@ -78,6 +78,6 @@ def _difference(
 
 
 def _squares(a: Tensor, b: Tensor) -> float:
-    """The sum of the squares of their difference, where both are finite."""
+    """The sum of the squared differences, where both are finite."""
     difference = a.double() - b.double()
     return difference[difference.isfinite()].square().sum().item()

@@ -1,8 +1,8 @@
-"""Two halves of an iteration at once on a CPU: half of the cores for each.
+"""Runs two halves of an iteration at once on a CPU, each on half of the cores.
 
-Small networks gain little from a second core within an operator, as threads meet at the end of each. Two parts of an
-iteration that do not need each other keep both cores busy with operators of their own. What either computes does not
-depend on when the other runs, so that results are the same each time.
+Small networks gain little from a second core within an operator, as threads synchronise at the end of each. Two
+independent parts of an iteration keep both cores busy with operators of their own. What one computes does not depend on
+when the other runs, so results are the same each time.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class TwoThreads:
-    """A second thread to compute in. From the first `start` on each of the two has half of `torch.get_num_threads()`.
+    """A second thread to compute in. From the first `start` on, each of the two has half of `torch.get_num_threads()`.
 
-    That number is of the whole process: `close` puts back what it was.
+    That number applies to the whole process: `close` restores it.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class TwoThreads:
         self._last: Future[Any] | None = None
 
     def start(self, work: Callable[[], T]) -> "Future[T]":
-        """Run `work` in the other thread, behind what it was given before; `result()` waits, and raises its errors."""
+        """Run `work` in the other thread, after its earlier work; `result()` waits for it and raises its errors."""
         if self._other is None:
             torch.set_num_threads(self._half)
             # OpenMP keeps a number for each thread
@@ -40,7 +40,7 @@ class TwoThreads:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All cores for this thread, once the other has done its work."""
+        """For a block, give this thread all cores, once the other has finished its work."""
         if self._last is not None:
             wait([self._last])
         before = torch.get_num_threads()
@@ -59,7 +59,7 @@ class TwoThreads:
 
 
 def at_once(beside: Callable[[], S], here: Callable[[], T], device: torch.device) -> tuple[S, T]:
-    """What both return, which do not need each other: at the same time on a CPU that PyTorch has several threads of."""
+    """The results of two independent functions: run at the same time if PyTorch has several threads on a CPU."""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return beside(), here()
     two = TwoThreads()

@@ -1,10 +1,10 @@
-"""A folder that is a web page of a one-step generator: its ONNX file, onnxruntime-web, and what is in assets/.
+"""A folder that is a web page for a one-step generator: its ONNX file, onnxruntime-web, and the files of assets/.
 
-The page draws the noise of a seed itself, as PyTorch does on a CPU (assets/latents.js). Files of latents would be small
-enough for a few seeds, but then a visitor could see only these, and at 64x64 a seed is 48 KB.
+The page draws a seed's noise itself, as PyTorch does on a CPU (assets/latents.js). Files of latents would be small
+enough for a few seeds, but visitors would see only those seeds, and at 64x64 each takes 48 KB.
 
-onnxruntime-web comes from a CDN that serves its npm package, at the version this page was tested with, or from that
-package itself: then the folder needs no other host.
+onnxruntime-web comes from a CDN that serves its npm package, at the version this page was tested with, or is copied
+from that package: then the folder needs no other host.
 """
 
 import json
@@ -38,15 +38,15 @@ class Page:
     title: str = "One-step generator"
     """Heading of the page."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, in order; by default their numbers."""
+    """Names of the classes in order; by default their numbers."""
     grid: int = 24
     """How many seeds the page shows at once."""
     runtime: Path | None = None
-    """npm package onnxruntime-web, a .tgz or its unpacked folder, to copy onto the page; by default a CDN serves it."""
+    """npm package onnxruntime-web, a .tgz or its unpacked folder, to copy into the page; by default a CDN serves it."""
 
 
 def check_site(folder: Path, page: Page) -> None:
-    """Raise ConfigError for what `write_site` cannot do, before a network is read."""
+    """Raise ConfigError for a folder or page that `write_site` would refuse. Reads no network."""
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_site(folder):
         raise ConfigError(f"{folder} holds other files than a page of gdd_fast: give a new folder")
@@ -65,20 +65,20 @@ def write_site(
     sigma: float | None = None,
     images: int = 64,
 ) -> Difference:
-    """Write the page of `net` as `folder`: a new one whole or not at all; of a page that is there already the files are
-    replaced, `model.json`, which the page reads first, last.
+    """Write the page of `net` to `folder`: a new folder whole or not at all. In an existing page the files are
+    replaced, with `model.json`, which the page reads first, last.
 
-    Arguments and what is raised as of `write_portable`; and ConfigError for images that are neither gray nor of three
-    colours, names that are not one for each class, or a runtime that is not the npm package.
+    Arguments, result and errors are those of `write_portable`; also raises ConfigError for images that are neither gray
+    nor RGB, a wrong number of class names, or a runtime that is not the npm package.
     """
     folder = Path(folder)
     check_site(folder, page)
     if net.img_channels not in (1, 3):
         raise ConfigError(f"a page shows images of 1 or 3 channels, not {net.img_channels}")
     if net.img_channels * net.img_resolution**2 < 16:
-        raise ConfigError("a page shows images of at least 16 values")  # PyTorch draws fewer in another way
+        raise ConfigError("a page shows images of at least 16 values")  # PyTorch draws fewer than 16 in another way
     if page.class_names and len(page.class_names) != net.label_dim:
-        raise ConfigError(f"--class-names takes {net.label_dim} names, not {len(page.class_names)}")
+        raise ConfigError(f"--class-names needs {net.label_dim} names, not {len(page.class_names)}")
     with ExitStack() as stack:
         if not folder.exists():
             folder = stack.enter_context(atomic_folder(folder))
@@ -121,7 +121,7 @@ def _is_site(folder: Path) -> bool:
 
 
 def _runtime(package: Path, stack: ExitStack) -> list[Path]:
-    """The files of the npm package that the page takes; unpacked for as long as `stack` is open."""
+    """The files of the npm package that the page needs; they stay unpacked while `stack` is open."""
     names = [name for files in RUNTIME_FILES.values() for name in files.values()]
     folder = package
     if package.is_file():

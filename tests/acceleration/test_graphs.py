@@ -81,7 +81,7 @@ def test_replays_are_the_forward() -> None:
         kept.append((got, want))
     torch.testing.assert_close([got for got, _ in kept], [want for _, want in kept], rtol=0, atol=0)
     assert forwards.replays == 6 - (CALLS - 1) and forwards.capture.number == 1
-    assert "4 replays" in str(forwards) and "2 calls ran as they are: the first 2 calls of a kind" in str(forwards)
+    assert "4 replays" in str(forwards) and "2 calls ran uncaptured: the first 2 calls of a kind" in str(forwards)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def test_what_a_replay_would_miss_runs_as_it_is() -> None:
         reason()
     assert reason() == ""
     handle = net.norm.register_forward_hook(lambda *_: None)
-    assert reason() == "a hook listens to a GroupNorm"
+    assert reason() == "a hook is set on a GroupNorm"
     handle.remove()
     net.conv.train()
     assert reason() == "training mode"
@@ -183,7 +183,7 @@ def test_weights_and_modules_that_change_are_seen(how: str) -> None:
         torch.testing.assert_close(net(image(seed)), plain(image(seed)), rtol=0, atol=0)
     assert forwards.capture.number == (1 if how == "in place" else 2)
     if how != "in place":
-        assert forwards.reasons["weights or modules are not where they were: captured anew"] == 1
+        assert forwards.reasons["weights or modules have moved: will be captured anew"] == 1
 
 
 @dataclass

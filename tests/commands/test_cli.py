@@ -54,7 +54,7 @@ def test_pop_option():
     assert pop_option(["--a", "1", "--name", "x", "--b"], "name", "y") == ("x", ["--a", "1", "--b"])
     assert pop_option(["--name=x", "--name", "z"], "name", "y") == ("z", [])
     assert pop_option(["--names", "x"], "name", "y") == ("y", ["--names", "x"])
-    with pytest.raises(ConfigError, match="takes a value"):
+    with pytest.raises(ConfigError, match="needs a value"):
         pop_option(["--name"], "name", "y")
 
 
@@ -88,11 +88,11 @@ def test_flags_of_train_need_no_section(capsys):
     [
         (GddFastError("no such thing"), 2, "error: no such thing\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (MemoryError(), 2, "error: not enough memory: ask for less at once\n"),
+        (MemoryError(), 2, "error: not enough memory: use smaller batches\n"),
         (
             torch.OutOfMemoryError("20 GiB\nmore"),
             2,
-            "error: not enough memory (20 GiB): ask for less at once\n",
+            "error: not enough memory (20 GiB): use smaller batches\n",
         ),
         (
             RuntimeError("can't allocate memory: 9 B"),
@@ -100,7 +100,7 @@ def test_flags_of_train_need_no_section(capsys):
             "error: not enough memory (can't allocate memory: 9 B)",
         ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "error: not enough memory ([Errno 12] "),
-        (RuntimeError("can't start new thread"), 2, "error: the system starts no more threads: "),
+        (RuntimeError("can't start new thread"), 2, "error: the system cannot start more threads: "),
     ],
 )
 def test_how_a_command_fails(error, status, text, capsys):
@@ -123,7 +123,7 @@ def test_a_file_is_not_called_damaged_for_want_of_memory(capsys):
 
     with pytest.raises(SystemExit) as end:
         main()
-    line = "error: not enough memory (x.pt: not a file of plain tensors): ask for less at once\n"
+    line = "error: not enough memory (x.pt: not a file of plain tensors): use smaller batches\n"
     assert end.value.code == 2 and capsys.readouterr().err == line
 
 

@@ -110,7 +110,7 @@ def changed(config, **settings):
         ({"backbones": ("vgg16", "vgg16")}, "twice"),
         ({"backbone_weights": ("vgg16.pt",)}, "name=path"),
         ({"backbone_weights": ("vgg16=x.pt",)}, "not among --backbones"),
-        ({"g_precision": "fp8"}, "--g-precision is one of fp32, tf32, bf16"),
+        ({"g_precision": "fp8"}, "--g-precision must be one of fp32, tf32, bf16"),
         ({"logit_reduction": "sum"}, "--logit-reduction"),
         ({"backend": "numpy"}, "--backend"),
         ({"g_precision": "tf32", "d_precision": "fp32"}, "cannot be mixed"),

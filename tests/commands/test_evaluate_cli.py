@@ -194,7 +194,7 @@ def fails(capsys, *args) -> str:
         (["--net", "demo", "--data", "demo", "--seeds", "0-9", "--images", "20"], "--images"),
         (["--net", "demo", "--data", "demo", "--features", "pixels", "--feature-weights", "lite0=x"], "lite0"),
         (["--net", "demo", "--data", "demo", "--features", "pixels", "--feature-weights", "x"], "name=path"),
-        (["--net", "demo", "--data", "demo", "--steps", "4"], "--steps 4: for --sampler heun"),
+        (["--net", "demo", "--data", "demo", "--steps", "4"], "--steps 4 is for --sampler heun"),
         (["--net", "demo", "--data", "demo", "--s-churn", "1"], "--s-churn"),
         *(
             (["--net", "demo", "--data", "demo", "--sampler", "heun", option, value], f"{option} must be a finite")

@@ -135,4 +135,4 @@ def test_memory_is_what_the_dry_run_prints(capsys):
     row = info.memory([config.preset])[config.preset]
     cards = ", ".join(f"{gb} GB: {row[f'--batch-gpu on {gb} GB']}" for gb in CARDS)
     assert f"forecast: {row['256 images at once']} with 256 images" in printed
-    assert f"by its memory: {cards}\n" in printed
+    assert f"by GPU memory: {cards}\n" in printed

@@ -212,8 +212,8 @@ def test_sources_that_cannot_be_used(tmp_path, capsys):
     assert "neither a folder nor a zip" in fails(capsys, tmp_path / "notes.txt", dest)
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "flat/a.png")
-    assert "a.png lies in no folder" in fails(capsys, tmp_path / "flat", dest, "--labels", "folders")
-    assert "all images lie in flat" in fails(capsys, tmp_path, dest, "--labels", "folders")
+    assert "a.png is not in a folder" in fails(capsys, tmp_path / "flat", dest, "--labels", "folders")
+    assert "all images are in flat" in fails(capsys, tmp_path, dest, "--labels", "folders")
     np.savez(tmp_path / "set.npz", images=noise()[:, 0])
     assert "is for image files" in fails(capsys, tmp_path / "set.npz", dest, "--labels", "folders")
     assert "must end in .zip or .npz" in fails(capsys, tmp_path / "flat", tmp_path / "out.tar")
@@ -266,7 +266,7 @@ def test_what_is_left_out_and_which_classes_there_are_is_said(tmp_path, capsys):
     main(["--source", str(tmp_path / "in"), "--dest", str(tmp_path / "out.zip")])
     said = capsys.readouterr().out
     assert "3 images" in said and "8 classes (2 of them with images)" in said
-    assert "left out, not known as images: 1 .heic" in said
+    assert "left out, not recognised as images: 1 .heic" in said
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on(conditional, tmp_path, monkeypatch, capsys, 
     assert "another class" in capsys.readouterr().err
     sample(*options(tmp_path / name))
     captured = capsys.readouterr()
-    assert "going on after 4 images" in captured.out + captured.err
+    assert "resuming after 4 images" in captured.out + captured.err
     grid = (tmp_path / "g.png").read_bytes()
     sample(*options(tmp_path / f"whole-{name}"))
     assert (tmp_path / "g.png").read_bytes() == grid
@@ -249,5 +249,5 @@ def test_maps_that_are_no_images_are_refused_and_leave_nothing(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         sample("--net", "net", "--seeds", "0-3", option)
-    assert "maps of 4 channels, and files of images have 1 or 3" in capsys.readouterr().err
+    assert "maps of 4 channels, but image files have 1 or 3" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["net"]

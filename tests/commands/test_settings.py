@@ -34,13 +34,13 @@ def test_numbers_of_other_libraries_become_pythons():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"g_lr": "1e-4"}, "--g-lr is a number, not '1e-4'"),
-        ({"batch": 4.5}, "--batch is a whole number, not 4.5"),
-        ({"batch": True}, "--batch is a whole number, not True"),
-        ({"cond": 1}, "--cond is True or False, not 1"),
-        ({"backbones": "vgg16"}, "--backbones takes several values, not 'vgg16'"),
-        ({"run_dir": 3}, "--run-dir is a path, not 3"),
-        ({"data": 3}, "--data is text, not 3"),
+        ({"g_lr": "1e-4"}, "--g-lr must be a number, not '1e-4'"),
+        ({"batch": 4.5}, "--batch must be a whole number, not 4.5"),
+        ({"batch": True}, "--batch must be a whole number, not True"),
+        ({"cond": 1}, "--cond must be True or False, not 1"),
+        ({"backbones": "vgg16"}, "--backbones takes several values: give a list, not 'vgg16'"),
+        ({"run_dir": 3}, "--run-dir must be a path, not 3"),
+        ({"data": 3}, "--data must be text, not 3"),
     ],
 )
 def test_what_cannot_be_meant_names_the_flag(settings, message):
@@ -50,5 +50,5 @@ def test_what_cannot_be_meant_names_the_flag(settings, message):
 
 
 def test_a_transform_too():
-    with pytest.raises(ConfigError, match="--resolution is a whole number"):
+    with pytest.raises(ConfigError, match="--resolution must be a whole number"):
         Transform(resolution="32")

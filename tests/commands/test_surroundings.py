@@ -111,7 +111,7 @@ def test_no_memory_for_a_thread(inputs, tmp_path):
         prepare.main(flags_of(prepare, inputs, tmp_path))
 
     code, said = in_a_fork(tmp_path, work)
-    assert code == 2 and said.splitlines()[-1].startswith("error: the system starts no more threads: ")
+    assert code == 2 and said.splitlines()[-1].startswith("error: the system cannot start more threads: ")
     assert "Traceback" not in said and os.listdir(tmp_path) == ["said"]
 
 
@@ -138,7 +138,7 @@ def test_too_little_memory(inputs, tmp_path, command):
         ends.append(code)
         assert "Traceback" not in said and code in (0, 2, *ABORTED), (mib, code, said)
         if code == 2:
-            errors = ("error: not enough memory", "error: the system starts no more threads")
+            errors = ("error: not enough memory", "error: the system cannot start more threads")
             assert any(line.startswith(errors) for line in said.splitlines()), (mib, said)
         if code:
             code, said = in_a_fork(out, lambda: work(None))
@@ -156,7 +156,7 @@ def test_a_working_directory_that_is_gone(inputs, tmp_path):
         sample.main(flags_of(sample, inputs, tmp_path))
 
     code, said = in_a_fork(tmp_path, work)
-    assert (code, said) == (2, "error: the working directory is gone: cd to one that is there\n")
+    assert (code, said) == (2, "error: the working directory no longer exists: cd to one that does\n")
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_teacher_that_is_broken(inputs, tmp_path, capsys, dry):
     parameter.data.view(-1)[0] = float("nan")
     save_network(net, tmp_path / "broken")
     flags = [*tiny_flags(inputs, run_dir=tmp_path / "run", teacher=str(tmp_path / "broken")), *dry]
-    assert f"has NaN or infinite values in {name}: take an earlier one" in refused(capsys, *flags)
+    assert f"has NaN or infinite values in {name}: use one of its earlier checkpoints" in refused(capsys, *flags)
     assert os.listdir(tmp_path) == ["broken"]
 
 
@@ -140,7 +140,7 @@ def test_a_dry_run_of_a_preset_says_what_it_needs(tmp_path, monkeypatch, capsys,
     total, frozen = (int(number.replace(",", "")) for number in everything)
     assert 0 < frozen < total and "Discriminator: " in shown
     assert shown.rstrip().endswith("converted folder)") and "--data PATH" in shown and "--teacher PATH" in shown
-    assert "Memory of a GPU, forecast: " in shown
+    assert "GPU memory, forecast: " in shown
     found = Forecast({"weights": 10**9}, {"G": Kept(0, 10**9)})
     monkeypatch.setattr(dry_run, "forecast", lambda *_: found)  # it takes seconds
     main(["--preset", name, "--dry-run", "--data", "here"])

@@ -23,7 +23,7 @@ def test_a_link_to_a_folder_that_was_read_is_refused(tmp_path, links):
     make_folder(tmp_path / "set")
     for name in links:
         (tmp_path / "set" / name).symlink_to(tmp_path / "set")
-    with pytest.raises(DataError, match=r"is a link to .*/set, whose images would count again: remove the link"):
+    with pytest.raises(DataError, match=r"is a link to .*/set, whose images would count twice: remove the link"):
         open_dataset(tmp_path / "set")
 
 
@@ -51,7 +51,7 @@ def test_links_to_files_elsewhere_are_images_and_one_to_nothing_is_named(tmp_pat
 def test_a_pipe_is_not_waited_for(tmp_path):
     make_folder(tmp_path / "set")
     os.mkfifo(tmp_path / "set" / "zz.png")
-    with pytest.raises(DataError, match=r"zz\.png is no file"):
+    with pytest.raises(DataError, match=r"zz\.png is not a file"):
         open_dataset(tmp_path / "set").validate()
     with pytest.raises(DataError, match=r"zz\.png: neither a file nor a folder"):
         open_dataset(tmp_path / "set" / "zz.png")

@@ -121,7 +121,7 @@ def test_a_recording_on_trial_is_used_if_right_and_leaves_no_trace_if_not(inputs
     for task in tasks[2:]:
         iterate(task, 0, stop)
         assert task.steps.recorder is None
-        assert "Steps run eagerly, as a captured one did not do what it should: " in capsys.readouterr().err
+        assert "Steps run eagerly, as a captured one failed its check: " in capsys.readouterr().err
     for task in tasks[1:]:
         compare(tasks[0], task, {"g": 0, "d": 0, "r1": 0})
 

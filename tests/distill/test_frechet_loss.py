@@ -99,7 +99,7 @@ def test_following_the_gradient_ends_at_the_data(data):
 
 
 def test_a_population_without_a_covariance_is_refused(data):
-    with pytest.raises(ConfigError, match="has 6 features, and a covariance"):
+    with pytest.raises(ConfigError, match="has 6 features, and their covariance"):
         FrechetLoss(PixelFeatures(), data, 6)
 
 

@@ -122,7 +122,7 @@ def test_of_two_stages_the_larger_counts_and_is_named(size, stage):
     larger = max(size, 2)
     assert found.bytes(2) == int((1 + 2.5 * larger) * GB)
     table = found.table(8, 2)
-    assert f"{1 + 2.5 * larger:.1f} GB with 2 images at once, by the stage of {stage}\n" in table
+    assert f"{1 + 2.5 * larger:.1f} GB with 2 images at once, in the stage of {stage}\n" in table
     assert all(text in table for text in ("Learning v: ", "Distillation: 6.0 GB", "kept by the v step"))
     assert found.largest(found.bytes(4), 8) == 4 and found.largest(found.bytes(4) - 1, 8) == 2
 

@@ -36,7 +36,7 @@ def test_flags_stand_above_the_recipe_and_that_above_the_preset():
     assert chosen.discriminator.class_embedding == "learned" and chosen.generator.g_lr == 8e-6
     assert read([*flags, "--precision", "fast"]).config == read(flags).config
     assert preset("demo", "fast").discriminator.d_precision == "bf16"
-    with pytest.raises(ConfigError, match="--precision is one of fast, public, not 'quick'"):
+    with pytest.raises(ConfigError, match="--precision must be one of fast, public, not 'quick'"):
         preset("demo", "quick")
 
 

@@ -126,7 +126,7 @@ def test_the_command_makes_a_teacher(inputs, tmp_path, capsys):
         ({"batch_gpu": 3}, "--batch-gpu 3 does not divide"),
         ({"dropout": 1.0}, "--dropout"),
         ({"lr": float("nan")}, "--lr must be finite"),
-        ({"arch": "unet"}, "--arch is one of"),
+        ({"arch": "unet"}, "--arch must be one of"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**64}, "--seed must be from 0 to 9223372036854775807"),
     ],

@@ -229,7 +229,7 @@ def test_a_run_that_diverges_and_goes_on_as_its_error_says(inputs, run, capsys):
     kept = {path: path.read_bytes() for path in (run / loop.CHECKPOINT, *(run / RUN_GENERATOR).iterdir())}
     told = refused(capsys, flags(g_lr=1e30))  # its images are not finite, and so the heads see it first
     assert "2 discriminator steps in a row had gradients that were not finite" in told
-    assert "lower --g-lr" in told and "goes on from the checkpoint of 8 images" in told
+    assert "lower --g-lr" in told and "resumes from the checkpoint of 8 images" in told
     assert checkpoint.load_values(run / loop.DIVERGED)["images"] > 8
     assert {path: path.read_bytes() for path in kept} == kept
 

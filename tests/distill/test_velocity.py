@@ -124,7 +124,7 @@ def test_a_signal_in_the_last_save_of_the_first_stage_ends_the_run(folder, monke
     assert (result.exit_status, result.images) == (143, 0) and killed[0].parent == folder / "stopped" / "velocity"
     assert not (folder / "stopped" / "checkpoint.safetensors").exists()
     trained = killed[0].stat().st_mtime_ns
-    with pytest.raises(CheckpointError, match=r"begun with --velocity-kimg 0\.04, not 0\.08: give that again"):
+    with pytest.raises(CheckpointError, match=r"started with --velocity-kimg 0\.04, not 0\.08: give that again"):
         distill(config_of(folder, "stopped", velocity_kimg=0.08))
     result = distill(config_of(folder, "stopped", max_hours=1e-9))
     assert (result.exit_status, result.images) == (75, 4) and killed[0].stat().st_mtime_ns == trained
@@ -137,13 +137,13 @@ MEASURED = {"evaluate_images": 8, "evaluate_ticks": 1}
     ("changes", "words"),
     [
         ({"evaluate_images": 3, "evaluate_ticks": 1}, "--evaluate-images 3: fewer than the 4 processes"),
-        ({"evaluate_images": 8, "evaluate_data": "one.zip"}, "--evaluate-data holds one image"),
+        ({"evaluate_images": 8, "evaluate_data": "one.zip"}, "--evaluate-data holds only one image"),
         ({"evaluate_metrics": "fid", "feature_weights": ("inception=none.pth",), **MEASURED}, r"none\.pth"),
         ({"evaluate_ref": ("none.npz",), **MEASURED}, r"none\.npz"),
         ({"log": "wandb"}, "--log wandb needs wandb"),
-        ({"engine": "graph"}, "--engine graph is of CUDA graphs"),
+        ({"engine": "graph"}, "--engine graph needs CUDA"),
         ({"fsdp": True}, "--fsdp is for EDM's networks"),
-        ({"batch": 6}, "--batch 6 cannot be shared equally by 4"),
+        ({"batch": 6}, "--batch 6 cannot be divided equally among 4"),
     ],
 )
 def test_what_the_distillation_could_not_do_is_refused_before_the_first_stage(folder, monkeypatch, changes, words):
@@ -252,7 +252,7 @@ def test_pretrain_goes_on_from_a_teacher(folder):
     pretrain.main([*asked, "--no-x-flip", "--duration-mimg", "0.00004", "--workers", "0", "--device", "cpu"])
     net = load_generator(out / "teacher")
     assert not net.predicts_noise
-    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network, .*pretrained/teacher"):
+    with pytest.raises(WeightsError, match=r"is a pretraining run: give its network folder, .*pretrained/teacher"):
         load_generator(out)
     stored = loop.stored_values(out)
     with pytest.raises(CheckpointError, match="with another --teacher"):  # none
@@ -270,5 +270,5 @@ def test_pretraining_goes_on_from_no_broken_teacher(folder):
 
 
 def test_a_network_of_another_kind_is_refused_by_name():
-    with pytest.raises(ConfigError, match="mine cannot go on by predicting v"):
+    with pytest.raises(ConfigError, match="mine cannot learn to predict v"):
         with_velocity(EDMPrecond(16, 1, 0, **ddpmpp(model_channels=8, channel_mult=[1])), "mine")

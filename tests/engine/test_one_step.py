@@ -181,7 +181,7 @@ def test_latents_of_the_callers(conditional) -> None:
     z, classes = conditional.draw(3, [0, 1, 2])
     assert torch.equal(conditional(3, classes, latents=z), conditional(3, seeds=range(3)))
     for wrong in ({"n": 2, "labels": 1}, {"n": 3}, {"n": 3, "labels": 1, "seeds": range(3)}):
-        with pytest.raises(InputError, match="in place of seeds"):
+        with pytest.raises(InputError, match="instead of seeds"):
             conditional(**wrong, latents=z)
 
 
@@ -253,7 +253,7 @@ def test_compiled() -> None:
         ((2, [0]), "labels must"),
         ((2, torch.zeros(2, 4)), "labels must"),
         ((2, torch.zeros(2)), "labels must"),
-        ((2, None, [1]), "2 images take 2 seeds"),
+        ((2, None, [1]), "2 images need 2 seeds"),
     ],
 )
 def test_arguments_that_do_not_fit(conditional, arguments, message) -> None:
@@ -268,7 +268,7 @@ def test_other_mistakes(conditional, tmp_path) -> None:
         conditional(1, seeds=[0], generator=torch.Generator())
     with pytest.raises(InputError, match="latents"):
         conditional.run(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(InputError, match="without classes"):
+    with pytest.raises(InputError, match="no classes"):
         OneStepGenerator.from_network(tiny())(1, 0)
     with pytest.raises(WeightsError, match="does not exist"):
         OneStepGenerator.from_pretrained(tmp_path / "nowhere")

@@ -187,7 +187,7 @@ def test_mistakes_are_one_error(pipe):
         pipe(output_type="jpeg")
     with pytest.raises(InputError, match="classes are 0 to 9"):
         pipe(class_labels=10)
-    with pytest.raises(InputError, match="3 images take 3 generators"):
+    with pytest.raises(InputError, match="3 images need 3 generators"):
         pipe(3, generator=[generator()])
     with pytest.raises(ConfigError, match="a network of gdd_fast"):
         OneStepPipeline.from_generator(torch.nn.Linear(1, 1))

@@ -99,7 +99,7 @@ def test_only_what_is_needed_is_gathered():
 def test_other_weights_than_the_published_measure_no_fid(monkeypatch):
     weights = InceptionV3().state_dict()
     monkeypatch.setattr(measure, "build_extractor", lambda *_, **__: InceptionFeatures(weights))
-    with pytest.raises(WeightsError, match="no FID"):
+    with pytest.raises(WeightsError, match="not a FID"):
         Measurement(parse_metrics("fid"))
     without = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     monkeypatch.setattr(measure, "build_extractor", lambda *_, **__: InceptionFeatures(without))

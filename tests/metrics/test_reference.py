@@ -154,7 +154,7 @@ def bad_sigmas() -> dict[str, np.ndarray]:
 def test_a_sigma_that_is_no_covariance_is_refused(kind, tmp_path):
     """The distance to one could be anything, 0 among it."""
     np.savez(tmp_path / "bad.npz", mu=np.zeros(6), sigma=bad_sigmas()[kind])
-    with pytest.raises(DataError, match=r"bad\.npz: sigma .* covariance of nothing"):
+    with pytest.raises(DataError, match=r"bad\.npz: sigma .* not a covariance"):
         load_references(tmp_path / "bad.npz")
 
 

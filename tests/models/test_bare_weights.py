@@ -106,7 +106,7 @@ def test_files_that_are_none(tmp_path, canary):
     (tmp_path / "text.pt").write_text("hello")
     for path, reason in (
         (broken, "cannot be read"),
-        (tmp_path / "text.pt", "no file of torch.save"),
+        (tmp_path / "text.pt", "not a torch.save file"),
         (hostile, "more than tensors"),
         (empty, "cannot be read"),
         (several, "--key can be net or opt"),
@@ -123,7 +123,7 @@ def test_what_the_command_and_the_loader_say(net, like, tmp_path):
     torch.save(net.state_dict(), path)
     with pytest.raises(ConfigError, match="pass --like"):
         convert(ConvertConfig(path, tmp_path / "out"))
-    with pytest.raises(WeightsError, match=r"weights\.pth is weights alone.*--like"):
+    with pytest.raises(WeightsError, match=r"weights\.pth holds weights alone.*--like"):
         load_generator(path)
     with pytest.raises(ConfigError, match="says what it is"):
         convert(ConvertConfig(Path(like), tmp_path / "out", like="cifar10-cond"))

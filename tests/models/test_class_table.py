@@ -101,5 +101,5 @@ def test_each_head_starts_from_the_file_and_trains_its_own(tmp_path):
     np.save(tmp_path / "t.npy", table[:2].numpy())
     with pytest.raises(ConfigError, match=r"3 classes.*\(2, 320\)"):
         tiny_task(tiny_config(tmp_path, cond=True, class_embedding=str(tmp_path / "t.npy")))
-    with pytest.raises(ConfigError, match="--class-embedding is one of imagenet"):
+    with pytest.raises(ConfigError, match="--class-embedding must be one of imagenet"):
         tiny_config(tmp_path, class_embedding="imagnet").validate()

@@ -118,7 +118,7 @@ NESTED = {
     "pickle": (pickle.dumps, "asks for posix.mkdir"),
     "legacy": (legacy_save, "asks for posix.mkdir"),
     "legacy list": (lambda payload: legacy_save([torch.ones(2), payload]), "asks for collections.OrderedDict|torch"),
-    "zip": (zip_save, "not in the format"),
+    "zip": (zip_save, "not in PyTorch's format"),
     "header and pickle": (
         lambda payload: header(little_endian=True) + pickle.dumps(payload, 2),
         "asks for posix.mkdir",

@@ -95,8 +95,8 @@ def test_storage_that_lies_about_its_size(tmp_path):
     content = dumps(with_parameter(rebuilt((6,), (1,))))
     data = struct.pack("<q6f", 6, *range(6))
     assert content.count(data) == 1
-    refused(tmp_path, content.replace(data, struct.pack("<q6f", 7, *range(6))), "announces 6 elements")
-    refused(tmp_path, content.replace(data, struct.pack("<q6f", -1, *range(6))), "announces 6 elements")
+    refused(tmp_path, content.replace(data, struct.pack("<q6f", 7, *range(6))), "claims 6 elements")
+    refused(tmp_path, content.replace(data, struct.pack("<q6f", -1, *range(6))), "claims 6 elements")
 
 
 def test_one_storage_as_many_parameters(tmp_path):

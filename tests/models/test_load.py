@@ -129,8 +129,8 @@ def test_only_preconditioned_networks_are_saved(net: EDMPrecond, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "not of the format"),
-        ({"version": 2}, "version 2 .* update gdd_fast"),
+        ({"format": "other"}, "not have the format"),
+        ({"version": 2}, "version 2, .* update gdd_fast"),
         ({"extra": 1}, "unknown keys extra"),
         ({"precond": "vp"}, "'precond' must be one of edm, gdd, unet2d, got 'vp'"),
         ({"precond": ["edm"]}, "'precond' must be one of"),

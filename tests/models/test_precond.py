@@ -96,7 +96,7 @@ def test_augment_labels_that_do_not_fit(net: EDMPrecond) -> None:
 
 def test_an_unconditional_network_takes_no_labels() -> None:
     net = EDMPrecond(SIZE, 3, **SMALL["adm"])
-    with pytest.raises(ConfigError, match="without classes"):
+    with pytest.raises(ConfigError, match="no classes"):
         net(torch.zeros(2, 3, SIZE, SIZE), 1.0, torch.eye(10)[:2])
 
 

@@ -220,7 +220,7 @@ def test_a_replay_that_does_not_is_left_and_the_run_is_the_eager_one(record, rea
     *found, used = on_trial(Broken(record))
     *expected, _ = on_trial(None)
     assert used is None
-    assert f"Steps run eagerly, as a captured one did not do what it should: {reason}" in capsys.readouterr().err
+    assert f"Steps run eagerly, as a captured one failed its check: {reason}" in capsys.readouterr().err
     assert found[0] == expected[0] and all(map(torch.equal, found[1:], expected[1:]))
 
 

@@ -56,7 +56,7 @@ def test_metrics_and_the_progress_line_say_it(tmp_path, monkeypatch, capsys):
         return shown.out + shown.err
 
     said = some(0, tick(), tick(1.0, 0.0), tick(1.0, 0.0), tick(1.0, 0.0))
-    assert said.count("At 30 images: the discriminator has collapsed: it takes every image for a real one.") == 1
+    assert said.count("At 30 images: the discriminator has collapsed: it takes every image to be real.") == 1
     assert "warning=discriminator_collapsed" in said
     said = some(40, tick(1.0, 0.0, loss_g=30.0), tick())  # a run that goes on knows what came before
     assert "has collapsed" not in said and "At 50 images: loss_g ran away: 30, where it was 1 before." in said

@@ -222,7 +222,7 @@ def test_a_checkpoint_of_no_run_is_refused(tmp_path, harm):
     run(Counting(), tmp_path, CONFIG, Schedule(10, 10, 10), ALONE)
     saved = checkpoint.load(tmp_path / CHECKPOINT)
     checkpoint.save(tmp_path / CHECKPOINT, saved.sections(), {**saved.values, **harm})
-    with pytest.raises(CheckpointError, match="does not say of which run it is; move it away"):
+    with pytest.raises(CheckpointError, match="does not say which run it belongs to; move it away"):
         run(Counting(), tmp_path, CONFIG, Schedule(20, 10, 10), ALONE)
 
 

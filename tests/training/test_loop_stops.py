@@ -99,7 +99,7 @@ def test_a_run_that_diverges_goes_on_from_the_checkpoint_before(tmp_path):
 
 
 def test_a_run_that_diverges_before_its_first_checkpoint_begins_again(tmp_path):
-    with pytest.raises(DivergedError, match="begins again"):
+    with pytest.raises(DivergedError, match="starts again"):
         run(Counting(at={20: diverge}), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE)
     assert not (tmp_path / CHECKPOINT).exists()
     assert run(Counting(), tmp_path, CONFIG, Schedule(100, 10, 50), ALONE) == Outcome(100, 100)

@@ -230,7 +230,7 @@ def test_the_environment_decides(monkeypatch):
     ("changes", "said"),
     [
         ({"RANK": "first"}, "RANK='first', WORLD_SIZE='2'"),
-        ({"RANK": "2"}, "RANK='2', WORLD_SIZE='2'.* as torchrun sets"),
+        ({"RANK": "2"}, "RANK='2', WORLD_SIZE='2'.* what torchrun would set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         ({}, "MASTER_ADDR and MASTER_PORT not in the environment"),
         ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "cannot meet at localhost:http"),

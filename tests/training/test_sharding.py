@@ -147,7 +147,7 @@ def test_one_process_goes_on_and_two_again(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "--fsdp .* there is one: start it with torchrun"),
+        ({}, "--fsdp .* there is only one: start it with torchrun"),
         ({"engine": "graph"}, "--engine graph cannot"),
         ({"engine": "compile"}, "--engine compile cannot"),
         ({"debug_finite": True}, "--debug-finite cannot"),

@@ -1,4 +1,4 @@
-"""Losses that compare the generator with its teacher image by image: what GDD's paper compares its own loss with."""
+"""Losses that compare the generator with its teacher image by image: the baselines of GDD's paper."""
 
 from gdd_fast.distill.teacher_losses.consistency_distillation import ConsistencyLoss
 from gdd_fast.distill.teacher_losses.progressive import ProgressiveLoss

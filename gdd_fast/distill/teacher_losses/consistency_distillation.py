@@ -18,8 +18,8 @@ from gdd_fast.models.preconditioned import Preconditioned
 class ConsistencyLoss(TeacherLoss):
     """d(f(x + t_{n+1} z, t_{n+1}), f'(x', t_n)), n uniform, with x' a Heun step of the teacher from t_{n+1} to t_n.
 
-    f' is the student without gradient (Song & Dhariwal, arXiv 2310.14189), or with a `target_ema` its slow
-    copy. The weight is 1. At t_1 the student is the identity, which GDD's preconditioning sees to.
+    f' is the student without gradient (Song & Dhariwal, arXiv 2310.14189) or, with a `target_ema`, its slow copy. The
+    weight is 1. At t_1 the student is the identity, by GDD's preconditioning.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""How far two images are from each other, by `--teacher-loss-distance`: (N, C, H, W) twice -> (N,), differentiable."""
+"""Distances between images, by `--teacher-loss-distance`: two of (N, C, H, W) -> (N,), differentiable."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from gdd_fast.metrics.features.lpips import Lpips, load_lpips
 
 LPIPS_RESOLUTION = 64
-"""Smaller images are enlarged to it, bilinearly: LPIPS's networks were made for larger ones."""
+"""Smaller images are enlarged bilinearly to this size: LPIPS's networks were trained on larger ones."""
 HUBER_SCALE = 0.00054
 
 
@@ -26,7 +26,7 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
 
 
 class LpipsDistance(nn.Module):
-    """LPIPS of images in [-1, 1]; gray ones are repeated to three channels."""
+    """LPIPS of images in [-1, 1]; gray images are repeated to three channels."""
 
     def __init__(self, lpips: Lpips) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ DISTANCES: dict[str, Distance] = {"l2": squared, "pseudo-huber": pseudo_huber}
 
 
 def build_distance(name: str, weights: Mapping[str, Path], device: torch.device | str = "cpu") -> Distance:
-    """The distance of a name; `weights` are those of `--feature-weights`. Raises `WeightsError` without LPIPS's."""
+    """The distance called `name`; `weights` as in `--feature-weights`. Raises `WeightsError` if LPIPS's are missing."""
     if name in DISTANCES:
         return DISTANCES[name]
     network = "vgg16" if name == "lpips-vgg" else "alexnet"

@@ -17,10 +17,10 @@ from gdd_fast.models.preconditioned import Preconditioned
 
 
 class ProgressiveLoss(TeacherLoss):
-    """One step of the student does what two DDIM steps of its teacher do; after a stage the student is the teacher.
+    """The student learns to do two DDIM steps of its teacher in one; after each stage it becomes the teacher.
 
-    Stage k has N = `pd_steps` / 2^k steps of the student, on 2 N + 1 noise levels; the last one has N = 1. From t over
-    t' to t'' the teacher comes to x''; the student that gets there in one step predicts
+    Stage k has N = `pd_steps` / 2^k steps of the student, on 2 N + 1 noise levels; the last one has N = 1. The teacher
+    gets from t via t' at t'' to x''; a student that gets there in one step predicts
 
         target = (x'' - (t'' / t) x_t) / (1 - t'' / t)
 

@@ -1,4 +1,4 @@
-"""What the losses against a teacher have in common: its noise levels, steps of its ODE, and a slow copy of the student.
+"""What the teacher losses have in common: noise levels, steps of the teacher's ODE, and a slow copy of the student.
 
 Everything is in EDM's parametrisation (Karras et al., arXiv 2206.00364): x_t = x + t z, a denoiser D(x_t; t), and
 dx/dt = (x - D(x; t)) / t. The noise levels are those of its equation 5 with rho 7.
@@ -20,7 +20,7 @@ SIGMA_MIN = 0.002
 
 @dataclass(frozen=True)
 class Setup:
-    """What a loss is made of. Networks are on the device of the training; the teacher is frozen."""
+    """What a loss is built from. Networks are on the training device; the teacher is frozen."""
 
     options: AblationConfig
     teacher: Preconditioned
@@ -29,10 +29,10 @@ class Setup:
 
 
 class TeacherLoss(nn.Module):
-    """A loss of the network that trains against a teacher.
+    """A loss of the trained network against a teacher.
 
-    `state_dict()` is what a checkpoint keeps; networks that are there anyway are held without being part of it. The
-    parameters, of which most losses have none, train with the generator's.
+    `state_dict()` is what a checkpoint keeps; networks that a checkpoint holds elsewhere are not part of it. The loss's
+    parameters, if it has any, train with the generator's.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -43,30 +43,30 @@ class TeacherLoss(nn.Module):
         self.device = next(setup.student.parameters()).device
 
     def begin(self, net: Preconditioned, images: int) -> None:
-        """Before the iteration that follows `images` images."""
+        """Called before the iteration that follows `images` images."""
 
     def forward(self, net: Preconditioned, images: Tensor, labels: Tensor | None, random: torch.Generator) -> Tensor:
         """Real images (N, C, H, W) in [-1, 1] and one-hot labels or None -> losses (N,)."""
         raise NotImplementedError
 
     def end(self, net: Preconditioned) -> None:
-        """After the generator's step."""
+        """Called after the generator's step."""
 
     def restore(self, state: dict[str, Tensor], net: Preconditioned) -> None:
-        """Go on from the `state_dict()` in a checkpoint; `net` is as restored."""
+        """Resume from the `state_dict()` in a checkpoint; `net` is already restored."""
         self.load_state_dict(state)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return self.distance_of[0](a, b)
 
     def levels(self, count: int) -> Tensor:
-        """Float32 (count,): t_1 = 0.002 < ... < t_count = the noise level of the one step."""
+        """Float32 (count,): t_1 = 0.002 < ... < t_count, the noise level of the one step."""
         levels = noise_levels(count, SIGMA_MIN, self.sigma_max)[:-1]
         return torch.tensor(levels[::-1], dtype=torch.float32, device=self.device)
 
 
 class SlowCopy(nn.Module):
-    """The student's weights as an exponential moving average that moves by 1 - `decay` after every step."""
+    """An exponential moving average of the student's weights, which moves by 1 - `decay` at every `follow`."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SlowCopy(nn.Module):
 
 
 def draw_integers(low: int, high: Tensor | int, count: int, random: torch.Generator) -> Tensor:
-    """(count,) integers from `low` to `high`, both included; `high` may be (count,)."""
+    """(count,) integers from `low` to `high` inclusive; `high` may be (count,)."""
     uniform = torch.rand(count, device=random.device, generator=random, dtype=torch.float64)
     return (low + (uniform * (high - low + 1)).floor().long()).clamp(max=high)
 
@@ -99,7 +99,7 @@ def euler_step(net: nn.Module, x: Tensor, t: Tensor, s: Tensor, labels: Tensor |
 
 
 def heun_step(net: nn.Module, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-    """The second-order step; s > 0."""
+    """As `euler_step`, of second order; s > 0."""
     slope = (x - net(x, t, labels)) / column(t)
     there = x + column(s - t) * slope
     return x + column(s - t) * (slope + (there - net(there, s, labels)) / column(s)) / 2

@@ -22,10 +22,10 @@ _HIDDEN = 64
 
 
 class EndEmbedding(nn.Module):
-    """What the U-Net's embedding is moved by for a jump that ends at noise level s: (N,) -> (N, channels).
+    """The offset to the U-Net's embedding for a jump that ends at noise level s: (N,) -> (N, channels).
 
-    Nothing at s = 0.002, so that the jump to the end is the generator as it is and needs no further weights; and
-    nothing anywhere before it is trained.
+    It is zero at s = 0.002, so that a jump to the end is the plain generator and needs no further weights; untrained,
+    it is zero everywhere.
     """
 
     def __init__(self, channels: int) -> None:
@@ -56,9 +56,9 @@ class TrajectoryLoss(TeacherLoss):
         self.grid = self.levels(self.options.teacher_loss_levels)
         channels = len(setup.student.model.map_layer1.weight)  # type: ignore[union-attr,arg-type]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # without influence: the layer behind starts at 0 for whatever these are
+            torch.manual_seed(0)  # no influence at the start: the layer after these starts at 0
             self.embedding = EndEmbedding(channels).to(self.device)
-        # with decay 0 it is the student itself as of the last step, in weights that take no gradient
+        # with decay 0 it is the student as of the last step, in weights without gradients
         self.slow = SlowCopy(setup.student, self.options.target_ema)
         self.slow_embedding = SlowCopy(self.embedding, self.options.target_ema)
 
@@ -80,7 +80,7 @@ class TrajectoryLoss(TeacherLoss):
         return loss + self.options.ctm_dsm_weight * (denoised - images).square().mean(dim=(1, 2, 3))
 
     def _solve(self, x: Tensor, start: Tensor, steps: Tensor, labels: Tensor | None) -> Tensor:
-        """The teacher's ODE from the grid's level `start`, `steps` levels down, both (N,)."""
+        """Solve the teacher's ODE from the grid's level `start` for `steps` levels down, both (N,)."""
         for number in range(self.options.ctm_solver_steps):
             here = (start - number).clamp(min=1)
             there = heun_step(self.teachers[0], x, self.grid[here], self.grid[here - 1], labels)
@@ -88,7 +88,7 @@ class TrajectoryLoss(TeacherLoss):
         return x
 
     def _to_the_end(self, x: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """By the slow copy; gradients go through x alone."""
+        """Jump to the end with the slow copy; gradients flow through x alone."""
         return self._slow_jump(x, s, self.grid[:1].expand_as(s), labels)
 
     def _slow_jump(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ class TrajectoryLoss(TeacherLoss):
 
 @contextlib.contextmanager
 def _moved(layer: nn.Module, offset: Tensor) -> Iterator[None]:
-    """While this lasts, `offset` is added to what `layer` returns."""
+    """Within the block, `offset` is added to the output of `layer`."""
     handle = layer.register_forward_hook(lambda module, inputs, output: output + offset.to(output.dtype))
     try:
         yield

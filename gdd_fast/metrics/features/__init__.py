@@ -1,7 +1,7 @@
-"""What images are described by before their distributions are compared: the feature networks, a file each.
+"""The feature networks, one per file: they describe the images whose distributions metrics compare.
 
-A distance compares only with distances of the same features at the same resolution, so both are part of the name that
-travels with the statistics. The Frechet distance of one of them is a FID: that of `inception`.
+Distances are comparable only for the same features at the same resolution, so both are part of the name that is stored
+with statistics. Only the Frechet distance of `inception` is a FID.
 """
 
 from collections.abc import Callable
@@ -34,21 +34,21 @@ NETWORKS: dict[str, Callable[..., FeatureExtractor]] = {
     "lpips-vgg": partial(LpipsFeatures.load, network="vgg16"),
     "pixels": PixelFeatures.load,
 }
-"""Made from a weights file or None, and the keywords `resolution` and `device`."""
+"""Called with a weights file or None, and the keywords `resolution` and `device`."""
 
 LARGEST = 2048
-"""Pixels of a side that any network is shown at most: some four times as many as any was trained with."""
+"""The largest image side in pixels for any network: some four times what any was trained with."""
 _TIMM = "timm:"
 
 
 def build_extractor(
     name: str, *, resolution: int | None = None, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """The extractor of a name in `NETWORKS`, or of any network of timm, as `timm:resnet50.a1_in1k`.
+    """The extractor called `name` in `NETWORKS`, or for any network of timm, such as `timm:resnet50.a1_in1k`.
 
-    `resolution` None is the network's own default. `weights` is a local file; by default the weights come from where
-    the network's file says. Raises `ConfigError` for another name or a resolution that it does not take, `WeightsError`
-    if the weights cannot be had.
+    `resolution` None means the network's own default. `weights` is a local file; by default the weights come from where
+    the network's module says. Raises `ConfigError` for an unknown name or unsupported resolution, `WeightsError` if the
+    weights are missing or do not fit.
     """
     if resolution is not None and resolution > LARGEST:
         raise ConfigError(

@@ -31,8 +31,8 @@ LITE2_FILE = WeightFile(
 def _scaled(stages: tuple[Stage, ...], width: float, depth: float) -> tuple[Stage, ...]:
     """Channels times `width` to the nearest multiple of 8, and blocks times `depth`, rounded up.
 
-    Tan & Le, "EfficientNet" (arXiv 1905.11946). The lite networks leave the first and the last stage as deep as they
-    are, and the stem and the last convolution as wide.
+    Tan & Le, "EfficientNet" (arXiv 1905.11946). The lite networks keep the depth of the first and last stages and the
+    width of the stem and the last convolution.
     """
     last = len(stages) - 1
     return tuple(
@@ -54,8 +54,8 @@ class Lite2(Lite0):
 class _LiteFeatures(NetworkFeatures):
     """ImageNet EfficientNet-lite after global average pooling, 1280 features.
 
-    Images are resized to `resolution` pixels (bilinear, antialiased when they shrink), gray ones repeated to three
-    channels. 64 is enough for images of up to 64 pixels and costs a twelfth of ImageNet's 224.
+    Images are resized to `resolution` pixels (bilinear, antialiased when they shrink), and gray ones repeated to three
+    channels. 64 is enough for images of up to 64 pixels and takes a twelfth of the time of ImageNet's 224.
     """
 
     dim = 1280
@@ -77,8 +77,8 @@ class _LiteFeatures(NetworkFeatures):
 
 
 class Lite0Features(_LiteFeatures):
-    """EfficientNet-lite0's. Where it is also a backbone of the discriminator, the generator has been trained against
-    these very features: report another judge beside it."""
+    """EfficientNet-lite0's. If that is also a backbone of the discriminator, the generator was trained against these
+    very features: report another judge as well."""
 
     make, file = Lite0, LITE0_FILE
 
@@ -88,7 +88,7 @@ class Lite0Features(_LiteFeatures):
 
 
 class Lite2Features(_LiteFeatures):
-    """EfficientNet-lite2's: a judge that no discriminator here looks through, though trained on the same ImageNet."""
+    """EfficientNet-lite2's: a judge that no discriminator here uses, though it was trained on ImageNet too."""
 
     make, file = Lite2, LITE2_FILE
 

@@ -1,4 +1,4 @@
-"""What a feature network is to a metric, and what its images go through first."""
+"""The interface between feature networks and metrics, and the preprocessing of images."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,22 +15,22 @@ class FeatureExtractor(Protocol):
     """A fixed function from images to vectors."""
 
     name: str
-    """Names the function and its settings, for example `lite0-64`. Weights that nobody has published are part of it."""
+    """Names the function and its settings, such as `lite0-64`; for unpublished weights their digest is part of it."""
     network: nn.Module | None
-    """What computes them, if anything does that has fused operators to choose; see layers.backends.choose_backend."""
+    """The network that computes the features, None without one; for layers.backends.choose_backend."""
     backbone: str | None
-    """The ImageNet network behind it, by its name as a backbone of the discriminator; None for any other."""
+    """The ImageNet network behind it, by its name as a discriminator's backbone, without `_bn`; None for any other."""
     dim: int | None
-    """F; None where it depends on the images."""
+    """F; None if it depends on the images."""
     device: torch.device
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `(N, C, H, W)`, C 1 or 3 -> float32 `(N, F)`, without gradient, on the extractor's device."""
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The same of float32 `(N, 3, H, W)` from 0 to 255 on the extractor's device, differentiable in them.
+        """The same for float32 `(N, 3, H, W)` from 0 to 255 on the extractor's device, differentiable.
 
-        Without a network, of as many channels as the images have.
+        Without a network, the number of channels is that of the images.
         """
 
 
@@ -45,7 +45,7 @@ class NetworkFeatures:
         return self.features(rgb(images, self.device))
 
     def features(self, pixels: Tensor) -> Tensor:
-        with full_float32():  # statistics made on one device stand for those of another
+        with full_float32():  # statistics made on one device are used on others
             return self._features(pixels)
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -58,23 +58,23 @@ def rgb(images: Tensor, device: torch.device) -> Tensor:
     Raises `InputError` for images of another type or number of channels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise InputError(f"features are of uint8 images (N, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
+        raise InputError(f"features need uint8 images (N, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
     return images.to(device).float().expand(-1, 3, -1, -1)
 
 
 def resized(x: Tensor, resolution: int, mode: str = "bilinear") -> Tensor:
-    """`x` float `(N, C, H, W)` at `resolution` x `resolution`, antialiased where it shrinks."""
+    """`x` float `(N, C, H, W)` resized to `resolution` x `resolution`, antialiased if it shrinks."""
     if x.shape[-2:] == (resolution, resolution):
         return x
     return interpolate(x, size=(resolution, resolution), mode=mode, antialias=True, align_corners=False)
 
 
 def of_bytes(values: Sequence[float], device: torch.device | str) -> Tensor:
-    """A mean or a deviation of each channel, float32 (C, 1, 1), for values from 0 to 255 instead of 0 to 1."""
+    """Per-channel means or deviations for values from 0 to 1, as float32 (C, 1, 1) for values from 0 to 255."""
     return torch.tensor(values, device=device)[:, None, None] * 255
 
 
 def check_multiple_of_32(name: str, resolution: int) -> None:
-    """Raise `ConfigError` for a resolution that the strides of an ImageNet network do not divide."""
+    """Raise `ConfigError` for a resolution that is not a multiple of an ImageNet network's total stride."""
     if resolution < 32 or resolution % 32:
-        raise ConfigError(f"the resolution of {name} features has to be a multiple of 32, not {resolution}")
+        raise ConfigError(f"the resolution of {name} features must be a multiple of 32, not {resolution}")

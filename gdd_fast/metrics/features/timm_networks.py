@@ -1,4 +1,4 @@
-"""DINOv2, CLIP and any other network of timm, which brings architecture, preprocessing and, if need be, weights."""
+"""DINOv2, CLIP and any other network of timm, which provides architecture, preprocessing and, if need be, weights."""
 
 import sys
 from pathlib import Path
@@ -16,17 +16,17 @@ CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
 
 
 class TimmFeatures(NetworkFeatures):
-    """What a network of timm puts before its classifier; of CLIP, the image's embedding.
+    """The input of a timm network's classifier; for CLIP, the image's embedding.
 
     Images are resized to the network's own resolution (or `resolution`), bicubic and antialiased, and normalised with
     its own mean and deviation. EDM2's FD of DINOv2 and clean-fid's CLIP-FID do the same with Pillow, which rounds to
-    bytes in between.
+    bytes after resizing.
 
     Args:
-        name: what the features are called.
+        name: the features' name.
         model: timm's name, `architecture.weights`.
-        weights: a file of timm's, or one that timm knows how to rename, such as Meta's dinov2_vitl14_pretrain.pth and
-            OpenAI's ViT-B-32.pt; None: timm's own, from the Hugging Face hub's cache or the hub.
+        weights: a file from timm, or one that timm can convert, such as Meta's dinov2_vitl14_pretrain.pth or OpenAI's
+        ViT-B-32.pt; None: timm's own, from the Hugging Face Hub's cache or the Hub.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TimmFeatures(NetworkFeatures):
             raise ConfigError(f"timm has no network {model!r}; timm.list_pretrained() lists them")
         resolution = resolution or config.input_size[-1]
         if name == "dinov2" and resolution == config.input_size[-1]:
-            resolution = 224  # published distances are at 224 and not at the 518 that timm evaluates it at
+            resolution = 224  # published distances are at 224, not at timm's default of 518
         network = _network(timm, name, model, weights, resolution)
         self.name = f"{name}-{resolution}"
         if weights is not None:
@@ -62,7 +62,7 @@ class TimmFeatures(NetworkFeatures):
 def _timm() -> Any:
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # torchvision's when it is of another build than torch
+    except (ImportError, RuntimeError) as error:  # raised by torchvision if its build does not match torch's
         raise ConfigError(
             f"dinov2, clip and timm:NAME need timm (pip install timm), which does not import: {error}"
         ) from None
@@ -77,7 +77,7 @@ def _network(timm: Any, name: str, model: str, weights: str | Path | None, resol
     if weights is None:
         try:
             return timm.create_model(model, pretrained=True, **options)
-        except Exception as error:  # whatever the hub's client raises, of the libraries that it sends requests with
+        except Exception as error:  # anything the Hub's client raises, its HTTP libraries included
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightsError(
                 f"the weights of {model} are not in the Hugging Face hub's cache and could not be fetched ({reason}): "
@@ -85,7 +85,7 @@ def _network(timm: Any, name: str, model: str, weights: str | Path | None, resol
             ) from None
     network = timm.create_model(model, pretrained=False, **options)
     state = read_weights(Path(weights))
-    # What timm does to weights that it fetches: renames them, and resizes embeddings of positions to the resolution.
+    # What timm does to weights that it fetches: renames them, and resizes position embeddings to the resolution.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     try:
         state = state if convert is None else convert(state, network)

@@ -24,8 +24,8 @@ FILE = WeightFile(
 class Vgg16Features(NetworkFeatures):
     """VGG-16's 512 features after the last ReLU, averaged over positions; images are resized to `resolution` pixels.
 
-    Improved precision and recall were published with the 4,096 outputs of its second fully connected layer instead:
-    what these say compares with those figures in kind only.
+    Improved precision and recall were published with the 4,096 outputs of its second fully connected layer instead, so
+    values with these features are not comparable with those figures.
     """
 
     dim = 512

@@ -1,8 +1,8 @@
-"""Where the weights of feature networks lie, and whether they are the published ones.
+"""Finds the weights of feature networks, and tells whether they are the published ones.
 
-A file is looked for where it was said to be, then in the folders of the environment variable GDD_FAST_WEIGHTS, in
-packages, and in the cache folders of the projects that fetch the same file. Nothing is fetched here: a metric that
-depends on what a server answers is no measurement.
+A file is searched for at a given path, or else in the folders of the environment variable GDD_FAST_WEIGHTS, in
+packages, and in the cache folders of projects that fetch the same file. Nothing is downloaded here: a metric must not
+depend on a server's answer.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ FOLDERS = "GDD_FAST_WEIGHTS"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A network's weights as others have them."""
+    """A network's weights as others distribute them."""
 
     network: str
     names: tuple[str, ...]
-    """File names, the first one that which advice is given for."""
+    """File names; error messages suggest the first."""
     origin: str
     """Where a user gets one."""
     in_packages: tuple[tuple[str, str], ...] = ()
-    """(package, path within it) of packages that carry the file."""
+    """(package, path within it) of packages that contain the file."""
     caches: tuple[str, ...] = ()
     """Patterns of paths, such as `~/.cache/x/*_file.pt`."""
     digests: frozenset[str] = frozenset()
-    """`digest` of the published weights, in each precision they are passed around in."""
+    """`digest` of the published weights, in each precision in which they are distributed."""
 
     def find(self, override: str | Path | None = None) -> Path:
-        """The path of the file; `override` is where the user says it is.
+        """The path of the file; `override` is the path that the user gave.
 
-        Raises `WeightsError` if there is none: one line with the name, the origin and the place to put it.
+        Raises `WeightsError` if there is none: one line with the name, the origin and where to put it.
         """
         if override is not None:
             path = Path(override)
@@ -55,7 +55,7 @@ class WeightFile:
             if path.is_file():
                 return path
         raise WeightsError(
-            f"the weights of {self.network} are not here: get {self.names[0]} ({self.origin}), and pass "
+            f"the weights of {self.network} are missing: get {self.names[0]} ({self.origin}), and pass "
             f"--feature-weights {self.network}=PATH or put it in a folder named by {FOLDERS}"
         )
 
@@ -71,22 +71,22 @@ class WeightFile:
             yield from sorted(path.parent.glob(path.name))
 
     def read(self, override: str | Path | None = None) -> dict[str, Tensor]:
-        """The tensors of the file, whose names depend on its kind; nothing in it is executed. Raises `WeightsError`."""
+        """The tensors, named as the file's format has them; nothing in it is executed. Raises as `read_weights`."""
         return read_weights(self.find(override))
 
     def name_of(self, weights: Mapping[str, Tensor], resolution: int) -> str:
-        """`network-resolution`, with the beginning of the digest behind it if these are not the published weights.
+        """`network-resolution`, followed by the start of the digest if these are not the published weights.
 
-        So that what two files of one architecture measure is never compared.
+        So measurements with different weights of one architecture are never compared.
         """
         found = digest(weights)
         return f"{self.network}-{resolution}" + ("" if found in self.digests else f"-{found[:8]}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of any kind that weights come in; nothing in it is executed.
+    """The tensors of a weights file of any supported format; nothing in it is executed.
 
-    Raises `WeightsError` or `UnsafePickleError`, with the path in front.
+    Raises `WeightsError` or `UnsafePickleError`, whose messages begin with the path.
     """
     try:
         return _read(path)
@@ -96,7 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """By what the file is: TorchScript, NVIDIA's pickle of a network, a pickle of arrays, or plain tensors."""
+    """Read by format: TorchScript, NVIDIA's pickle of a network, a pickle of arrays, or plain tensors."""
     if is_torchscript(path):
         return load_torchscript(path)
     if path.suffix.lower() == ".pkl":
@@ -107,9 +107,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hexadecimal, of names, shapes and float32 values, whatever the kind of file they came in.
+    """SHA-256, in hexadecimal, of names, shapes and float32 values, independent of the file format.
 
-    Batch counters of batch norms, which no value depends on and older files lack, do not count.
+    Batch counters of batch norms, which do not affect results and which older files lack, are left out.
     """
     total = hashlib.sha256()
     for name in sorted(weights):

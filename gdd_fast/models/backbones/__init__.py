@@ -1,4 +1,4 @@
-"""The frozen ImageNet networks a projected discriminator looks through.
+"""The frozen ImageNet networks of a projected discriminator.
 
 State-dict names are torchvision's for VGG-16 and timm's for the others; neither library is needed.
 """
@@ -28,8 +28,8 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 def build_backbone(name: str, weights: Mapping[str, Tensor] | None, resolution: int = 224) -> Backbone:
     """The backbone `name`, frozen and in eval mode, with `weights` (None: torch's random initialisation).
 
-    `resolution` is the size of the square images it will be given; a size it cannot take is a `ConfigError`, and so
-    is an unknown name. Weights that do not fit are a `WeightsError`.
+    `resolution` is the size of its square input images. Raises `ConfigError` for a size it cannot take or an unknown
+    name, `WeightsError` for weights that do not fit.
     """
     make = _maker(name)
     backbone = make() if weights is None else made_of(make, name, weights)
@@ -46,13 +46,13 @@ def check_resolution(backbone: Backbone, resolution: int) -> None:
             "or choose another backbone"
         )
     if resolution < 32 or resolution % 32:
-        raise ConfigError(f"the discriminator resolution has to be a positive multiple of 32, not {resolution}")
+        raise ConfigError(f"the discriminator resolution must be a positive multiple of 32, not {resolution}")
 
 
 def fit_weights(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` as float32 tensors, exactly those that backbone `name` has; classifiers it does not use are dropped.
+    """`weights` as float32 tensors, exactly those of backbone `name`; unused classifiers are dropped.
 
-    A tensor that is missing, unexpected or of the wrong shape is a `WeightsError` that names the first few.
+    Raises a `WeightsError` that names the first few tensors that are missing, unexpected or of the wrong shape.
     """
     with torch.device("meta"):
         backbone = _maker(name)()
@@ -60,15 +60,15 @@ def fit_weights(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def made_of(make: Callable[[], Network], name: str, weights: Mapping[str, Tensor]) -> Network:
-    """`make()`, here called `name`, frozen and in eval mode, of these weights; `WeightsError` as of `fit_weights`."""
-    with torch.device("meta"):  # no time spent on initial values that are replaced at once
+    """`make()`, called `name` in errors, with these weights, frozen and in eval mode. Raises as `fit_weights`."""
+    with torch.device("meta"):  # spend no time on initial values that are replaced at once
         network = make()
     network.load_state_dict(fit_to(network, name, weights), assign=True)
     return network.eval().requires_grad_(False)
 
 
 def fit_to(network: nn.Module, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`fit_weights` for any network, here called `name`, whose `unused_weights` begin the names of what is dropped."""
+    """`fit_weights` for any network, called `name` in errors; its `unused_weights` are prefixes of what to drop."""
     unused = getattr(network, "unused_weights", ())
     expected = network.state_dict()
     kept = {key: value for key, value in weights.items() if not key.startswith(unused or "\0")}

@@ -1,4 +1,4 @@
-"""What every frozen backbone is, and the folding of its batch norms."""
+"""The base of frozen backbones, and the folding of their batch norms."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class ConvNorm(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """An ImageNet network seen as four feature maps. Frozen, and in eval mode whatever `train()` says.
+    """An ImageNet network that returns four feature maps. Frozen, and always in eval mode: `train()` has no effect.
 
     `forward(x)` takes float `(N, 3, H, W)`, normalised with `mean` and `std` (those of pixels in [0, 1]), and returns
     four maps from the finest (or shallowest) to the coarsest (or deepest): `(N, tap_channels[i], H / tap_strides[i],
@@ -32,22 +32,22 @@ class Backbone(nn.Module):
     tap_strides: tuple[int, int, int, int]
     fixed_resolution: int | None = None
     unused_weights: tuple[str, ...] = ()
-    """Prefixes of tensors that published weight files hold and the four maps do not need (classifiers)."""
+    """Prefixes of tensors in published weight files that the four maps do not need (classifiers)."""
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
     def conv_norms(self) -> Iterator[ConvNorm]:
-        """Every convolution that a batch norm follows directly."""
+        """Every convolution that is directly followed by a batch norm."""
         return iter(())
 
 
 @torch.no_grad()
 def probe_batch_norm(backbone: Backbone) -> Backbone:
-    """Move every batch norm's running statistics once, as one image of zeros (256 x 256) in training mode does.
+    """Update every batch norm's running statistics once, by passing an all-zero 256 x 256 image in training mode.
 
-    The public code of GDD leaves its backbones so: it learns the sizes of their maps from such an image before anything
-    else. To be called before `fold_batch_norm`; returns `backbone`, unchanged if it has no batch norm.
+    GDD's public code leaves its backbones like this: it first finds the sizes of their maps with such an image. Call
+    this before `fold_batch_norm`; returns `backbone`, unchanged if it has no batch norm.
     """
     norms = [parent.get_submodule(norm) for parent, _, norm in backbone.conv_norms()]
     if not norms:
@@ -65,9 +65,9 @@ def probe_batch_norm(backbone: Backbone) -> Backbone:
 def fold_batch_norm(backbone: Backbone) -> Backbone:
     """Fold every batch norm into the convolution before it, in place; returns `backbone`.
 
-    The scale and shift are computed in float64, so the outputs change by float32 rounding only. Folding twice, or a
-    network without batch norm, changes nothing. Afterwards `state_dict()` has a bias for each such convolution and no
-    batch norm, so published weights have to be loaded before.
+    The scale and shift are computed in float64, so outputs change only by float32 rounding. Folding again, or a network
+    without batch norm, changes nothing. Afterwards `state_dict()` has a bias for each such convolution and no batch
+    norm, so load published weights first.
     """
     for parent, conv_name, norm_name in list(backbone.conv_norms()):
         conv: Any = parent.get_submodule(conv_name)

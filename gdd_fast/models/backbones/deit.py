@@ -21,12 +21,12 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention_ref` by `F.scaled_dot_product_attention`, made differentiable twice, which R1 needs.
+    """`attention_ref` by `F.scaled_dot_product_attention`, but differentiable twice, as R1 needs.
 
-    Written out, attention keeps a weight for every pair of tokens: of DeiT-B 0.94 MB per image and block in bfloat16,
-    where queries, keys and values take 0.91 MB together. Here these three alone are kept, and backward computes the
-    rest anew: once more by the fused operator for a gradient, written out for one that is to be differentiated again. A
-    compiler is given the definition if there is something to differentiate, and fuses what it can.
+    Written out, attention keeps a weight for every pair of tokens: for DeiT-B 0.94 MB per image and block in bfloat16,
+    while queries, keys and values together take 0.91 MB. Here only these three are kept, and backward recomputes the
+    rest: by the fused operator for a plain gradient, written out for one that will be differentiated again. If there is
+    something to differentiate, a compiler gets the definition and fuses what it can.
     """
     if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
         return F.scaled_dot_product_attention(q, k, v)
@@ -93,7 +93,7 @@ class Block(nn.Module):
 class DeitBase(Backbone):
     """timm's `deit_base_distilled_patch16_224`: the image tokens after blocks 2, 5, 8 and 11, as 14x14 maps.
 
-    All four maps have one size; the random projection brings them to four (`random_projection.Reassemble`).
+    All four maps have the same size; the random projection gives them four sizes (`random_projection.Reassemble`).
     """
 
     name = "deit_base_distilled_patch16_224"

@@ -34,13 +34,13 @@ _TAPPED_STAGES = (1, 2, 4, 6)
 
 
 class SameConv2d(FrozenConv2d):
-    """A strided convolution padded as TensorFlow's "SAME": an odd total leaves one row more after than before."""
+    """A strided convolution with TensorFlow's "SAME" padding: an odd total adds one row more after than before."""
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         (top, bottom), (left, right) = (self._same(size) for size in x.shape[-2:])
         if top < bottom and left < right and x.device.type == "cpu":
-            # A zero row and column before the kernel do what unequal padding does, and padding a few weights is cheaper
-            # than padding the image. GPUs have kernels for odd sizes only.
+            # A zero row and column before the kernel have the effect of unequal padding, and padding a few weights is
+            # cheaper than padding the image. GPUs only have kernels for odd sizes.
             return self._convolve(x, (bottom, right), activation, pad=(1, 0, 1, 0))
         if top < bottom or left < right:
             x = F.pad(x, (left, right, top, bottom))
@@ -64,7 +64,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class DepthwiseSeparable(nn.Module):
-    """Depthwise convolution, then 1x1; the first block, which does not expand."""
+    """Depthwise convolution, then 1x1: the first block, which has no expansion."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
@@ -83,7 +83,7 @@ class DepthwiseSeparable(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, linear 1x1 projection; a residual where the shape allows."""
+    """1x1 expansion, depthwise convolution, linear 1x1 projection; a residual if the shape allows it."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expand: int):
         super().__init__()
@@ -109,16 +109,16 @@ class InvertedResidual(nn.Module):
 
 
 class Lite0(Backbone):
-    """timm's `tf_efficientnet_lite0`, tapped where Projected GAN does: strides 4, 8, 16 and 32.
+    """timm's `tf_efficientnet_lite0`, tapped as in Projected GAN: strides 4, 8, 16 and 32.
 
-    Also the network behind the Frechet distances of this library (`pooled`), and an ImageNet classifier (`logits`).
+    It also computes features for this library's Frechet distances (`pooled`), and ImageNet classes (`logits`).
     """
 
     name = "tf_efficientnet_lite0"
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
     stages = STAGES
-    """What the network is built of; a larger one of the family has others."""
+    """The network's stages; larger networks of the family have others."""
     tap_channels = tuple(STAGES[i].channels for i in _TAPPED_STAGES)  # type: ignore[assignment]
     tap_strides = (4, 8, 16, 32)
 

@@ -25,8 +25,8 @@ class MaxPool2x2(nn.Module):
 class Vgg16(Backbone):
     """`features` of torchvision's `vgg16_bn` or `vgg16`, tapped before each of the last four poolings.
 
-    The taps are where Projected GAN cuts it (before layers 13, 23, 33 and 43 of `vgg16_bn`; 9, 16, 23 and 30 of
-    `vgg16`): strides 2 to 16, twice as fine as the other backbones'.
+    These are Projected GAN's taps (before layers 13, 23, 33 and 43 of `vgg16_bn`; 9, 16, 23 and 30 of `vgg16`): strides
+    2 to 16, twice as fine as in the other backbones.
     """
 
     tap_channels = (128, 256, 512, 512)
@@ -53,8 +53,8 @@ class Vgg16(Backbone):
         layers = [layer for layer in self.features if not isinstance(layer, nn.Identity)]
         for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
             if isinstance(layer, nn.ReLU) and isinstance(before, FrozenConv2d):
-                continue  # the convolution has applied it
-            if isinstance(layer, MaxPool2x2 | nn.MaxPool2d):  # PyTorch's own pooling, if somebody has put one in
+                continue  # already applied by the convolution
+            if isinstance(layer, MaxPool2x2 | nn.MaxPool2d):  # PyTorch's own pooling, if someone inserted one
                 stage_ends.append(x)
             x = layer(x, "relu") if isinstance(layer, FrozenConv2d) and isinstance(after, nn.ReLU) else layer(x)
         return (*stage_ends[1:], x)

@@ -1,8 +1,8 @@
 """Weights without a description: a state_dict in a .safetensors, .pt or .pth file, with EDM's names.
 
-Such a file says nothing of its network, which is named beside it (`convert --like`). Names may have what programs put
-before them ("net.", "module.", or nothing at all where the U-Net was saved without its preconditioning), and the file
-may hold several state_dicts under keys, of which one is asked for.
+Such a file does not describe its network, which has to be named separately (`convert --like`). Names may have prefixes
+that programs add ("net.", "module.") or lack one if the U-Net was saved without its preconditioning, and the file may
+hold several state_dicts under keys, of which one is chosen.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from gdd_fast.errors import WeightsError
 from gdd_fast.models.files.tensor_files import read_tensor_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-_ANCHOR = "map_layer0.weight"  # every network of EDM's has it once
+_ANCHOR = "map_layer0.weight"  # every network of EDM has it once
 _AUGMENT = "model.map_augment.weight"
-# What a name contains that other projects' networks have, and EDM's never.
+# Parts of names in other projects' networks, and never in EDM's.
 _FOREIGN = {
     "adaLN_modulation": "a DiT",
     "model.diffusion_model.": "a latent diffusion model (LDM, Stable Diffusion)",
@@ -31,14 +31,14 @@ _FOREIGN = {
 def read_bare(path: Path, key: str = "ema") -> tuple[dict[str, Tensor], int]:
     """The state_dict in `path` under the names of an `EDMPrecond`, and the width of its augmentation layer (0: none).
 
-    `key` names one of several in the file. Nothing in the file is executed.
+    `key` chooses among several in the file. Nothing in the file is executed.
 
-    Raises WeightsError, which names the file, if it cannot be read or holds no network with EDM's names.
+    Raises a WeightsError that names the file if it cannot be read or holds no network with EDM's names.
     """
     state = _pick(read_tensor_file(path), key, path)
     for text, what in _FOREIGN.items():
         if any(text in name for name in state):
-            raise WeightsError(f"{path} holds {what}: it cannot be loaded, only networks with EDM's names")
+            raise WeightsError(f"{path} holds {what}: only networks with EDM's names can be loaded")
     anchors = [name for name in state if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
     if len(anchors) != 1:
         found = ", ".join(list(state)[:3]) or "nothing"
@@ -53,7 +53,7 @@ def read_bare(path: Path, key: str = "ema") -> tuple[dict[str, Tensor], int]:
 def _pick(content: Any, key: str, path: Path) -> dict[str, Tensor]:
     """The state_dict itself, or the one under `key`."""
     if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds no state_dict, which is tensors by name")
+        raise WeightsError(f"{path} holds no state_dict (tensors by name)")
     if not _is_state(content):
         states = [str(name) for name, value in content.items() if _is_state(value)]
         if key not in states:

@@ -1,4 +1,4 @@
-"""Tables of class embeddings in files: StyleGAN-XL's and GDD's pickle, a NumPy array, or a safetensors file."""
+"""Reads tables of class embeddings: StyleGAN-XL's and GDD's pickle, a NumPy array, or a safetensors file."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ MAX_BYTES = 2**30
 def read_class_table(path: Path) -> Tensor:
     """The table in `path`, float32 (classes, width); nothing in the file is executed.
 
-    A .pkl is a dict with a `torch.nn.Embedding` in it, as the public code's in_embeddings/*.pkl are; a .npy and a
-    .safetensors hold one matrix. Raises `WeightsError` or `UnsafePickleError`, which name the file.
+    A .pkl is a dict with a `torch.nn.Embedding` in it, like the public code's in_embeddings/*.pkl; a .npy or
+    .safetensors holds one matrix. Raises a `WeightsError` or `UnsafePickleError` that names the file.
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file; --class-embedding takes a table (classes, width) from it")
+        raise WeightsError(f"{path}: there is no such file; --class-embedding needs a table (classes, width)")
     matrices = [t for t in _tensors(path) if t.ndim == 2 and t.is_floating_point()]
     if len(matrices) != 1:
-        raise WeightsError(f"{path} holds {len(matrices)} floating-point matrices; a class table is one")
+        raise WeightsError(f"{path} holds {len(matrices)} floating-point matrices; a class table is a single one")
     table = matrices[0].to(torch.float32)
     if not table.isfinite().all():
         raise WeightsError(f"{path} has NaN or infinite values; get it again")

@@ -1,7 +1,7 @@
-"""What diffusers' `save_pretrained` wrote for an unconditional pipeline: a UNet2DModel and its scheduler.
+"""Reads what diffusers' `save_pretrained` writes for an unconditional pipeline: a UNet2DModel and its scheduler.
 
-Both layouts are read: `unet/` and `scheduler/` below the folder, and the older one with their files in it
-(google/ddpm-cifar10-32). The weights are read by diffusers, which knows the names that older versions used.
+Both layouts are supported: `unet/` and `scheduler/` subfolders, and the older one with their files in the folder itself
+(google/ddpm-cifar10-32). diffusers reads the weights, as it knows the names that older versions used.
 """
 
 import json
@@ -20,19 +20,19 @@ SCHEDULER = "scheduler_config.json"
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether `folder` is one of diffusers' pipelines, or a U-Net of one."""
+    """Whether `folder` is a diffusers pipeline, or the U-Net of one."""
     return (folder / INDEX).is_file() or (folder / "unet" / "config.json").is_file() or _is_unet(folder)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of `UNet2DPrecond`, and its state, from a pipeline's folder.
 
-    Raises WeightsError, which names what is missing, broken or cannot be served.
+    Raises a WeightsError that names what is missing, broken or not supported.
     """
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = next((path for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if path.is_file()), None)
     if not (unet / "config.json").is_file():
-        raise WeightsError(f"{folder} has no unet/config.json: only pipelines of a UNet2DModel can be distilled from")
+        raise WeightsError(f"{folder} has no unet/config.json: only pipelines with a UNet2DModel can be distilled from")
     if scheduler is None:
         raise WeightsError(
             f"{folder} has no scheduler/{SCHEDULER}, which says what the U-Net predicts: give the pipeline's folder"
@@ -40,13 +40,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _json(unet / "config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise WeightsError(f"{unet} is a {kind!r:.100}, and only a UNet2DModel can be distilled from")
+        raise WeightsError(f"{unet} is a {kind!r:.100}, but only a UNet2DModel can be distilled from")
     own = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
         init: dict[str, Any] = {"unet": own, "parametrisation": parametrisation_of(_json(scheduler))}
         cls = unet_class()
         with torch.device("meta"):
-            UNet2DPrecond(**init)  # settings that cannot be served are named before weights that do not fit them
+            UNet2DPrecond(**init)  # report unsupported settings before weights that do not fit them
     except ConfigError as error:
         raise WeightsError(f"{folder}: {error}") from error
     return init, {f"model.{name}": tensor for name, tensor in _state(cls, unet).items()}
@@ -54,14 +54,14 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _state(cls: Any, unet: Path) -> dict[str, Tensor]:
     try:
-        # without `accelerate`, which is another library and may not be there
+        # low_cpu_mem_usage needs the library `accelerate`, which may be missing
         options = {"local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
         model, told = cls.from_pretrained(unet, **options)
-    except Exception as error:  # whatever diffusers and the readers of its files raise
+    except Exception as error:  # anything that diffusers and its file readers raise
         raise WeightsError(f"{unet} cannot be read by diffusers: {str(error).strip().partition(chr(10))[0]}") from error
     problems = [f"{name} is missing" for name in told["missing_keys"]]
     problems += [f"{name} is not part of the network" for name in told["unexpected_keys"]]
-    problems += [f"{name} is of another shape" for name, *_ in told["mismatched_keys"]]
+    problems += [f"{name} has another shape" for name, *_ in told["mismatched_keys"]]
     if problems:
         raise WeightsError(f"{unet}: the weights do not fit the network: {'; '.join(problems[:5])}")
     return model.state_dict()

@@ -23,17 +23,17 @@ from gdd_fast.models.preconditioned import Preconditioned, check_sigma_init
 from gdd_fast.models.teachers.unet2d import UNet2DPrecond, output_gain
 
 PICKLED_CLASSES: dict[str, type[EDMPrecond]] = {
-    "EDMPrecond": EDMPrecond,  # EDM's, and SiD's generators
+    "EDMPrecond": EDMPrecond,  # EDM's networks and SiD's generators
     "GDDPrecond": GDDPrecond,
     "D2OPrecond": GDDPrecond,  # the same formula under the name of GDD's successor
 }
 RUN_GENERATOR = "generator_ema"
-KINDS = "an EDM .pkl, a network folder, a training run folder or a pipeline folder of diffusers'"
+KINDS = "an EDM .pkl, a network folder, a training run folder or a diffusers pipeline folder"
 Network = TypeVar("Network", bound=Preconditioned)
 
 
 def load_network(folder: str | Path, device: torch.device | str | None = None) -> Preconditioned:
-    """The network in `folder`, float32 parameters whatever they were stored in, in evaluation mode.
+    """The network in `folder`, with float32 parameters whatever their stored dtype, in evaluation mode.
 
     Raises WeightsError if a file is missing or broken, or the weights do not fit the configuration.
     """
@@ -52,19 +52,18 @@ def network_from_pickle(
     dtype: torch.dtype | str = torch.float32,
     where: str | Path = "the pickle",
 ) -> EDMPrecond:
-    """The network of a pickle, computing in `dtype`; without its augmentation layer if `drop_augment`. `where` is how
-    errors name it.
+    """The network of a pickle, computing in `dtype`; without its augmentation layer if `drop_augment`. Errors call it
+    `where`.
 
-    Raises WeightsError for a network under another preconditioning (VP, VE, iDDPM, EDM2), and if the weights do not
-    fit.
+    Raises WeightsError for a network with another preconditioning (VP, VE, iDDPM, EDM2), or if the weights do not fit.
     """
     cls = PICKLED_CLASSES.get(pickled.class_name)
     if cls is None:
         edm2 = pickled.class_name == "Precond"
         raise WeightsError(
-            f"{where} holds a {pickled.class_name}, and only {', '.join(PICKLED_CLASSES)} can be loaded: "
+            f"{where} holds a {pickled.class_name}, but only {', '.join(PICKLED_CLASSES)} can be loaded: "
             + (
-                "networks of EDM2 cannot."
+                "networks of EDM2 are not supported."
                 if edm2
                 else "choose one of EDM's own models, not one of its VP, VE or iDDPM baselines."
             )
@@ -81,12 +80,13 @@ def load_generator(
     path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
 ) -> Preconditioned:
     """A network to sample from: an EDM or GDD .pkl, a network folder, a training run (its EMA generator), or a folder
-    that diffusers' DDPMPipeline and its like wrote (see gdd_fast.models.teachers).
+    that diffusers' DDPMPipeline or a similar one wrote (see gdd_fast.models.teachers).
 
-    Called as `net(x, sigma, class_labels=None)`; in evaluation mode, without gradients and augmentation layer.
-    `dtype` is the compute type (default: what a folder was saved with, float32 for a .pkl).
+    It is called as `net(x, sigma, class_labels=None)`; it is in evaluation mode, frozen, without augmentation layer.
+    `dtype` is the compute dtype (default: the one a folder was saved with, float32 for a .pkl).
 
-    Raises WeightsError if there is no network at `path`, or it is broken.
+    Raises WeightsError if there is no network at `path` or it is broken, UnsafePickleError for an unsafe .pkl, and
+    ConfigError for an unknown `dtype`.
     """
     path = Path(path)
     net: Preconditioned
@@ -106,7 +106,7 @@ def load_generator(
     else:
         if path.is_file() and path.suffix.lower() in bare_weights.SUFFIXES:
             raise WeightsError(
-                f"{path} is weights alone: name their network once, "
+                f"{path} holds weights alone: convert them once, naming their network, "
                 f"python -m gdd_fast.convert {path} FOLDER --like NET|PRESET, and give that folder."
             )
         problem = "is not a network" if path.exists() else "does not exist"
@@ -117,10 +117,10 @@ def load_generator(
 
 
 def network_like(path: Path, like: str, key: str = "ema") -> EDMPrecond:
-    """The weights alone in `path`, as the network that `like` names: a network as of `load_generator`, one of EDM's
-    files (edm-cifar10-32x32-cond-vp) or a preset (cifar10-cond). The augmentation layer is as in the file.
+    """The bare weights in `path` as the network that `like` names: a path for `load_generator`, one of EDM's files
+    (edm-cifar10-32x32-cond-vp) or a preset (cifar10-cond). The augmentation layer is as in the file.
 
-    Raises WeightsError for a file without such weights, a name of no network, and weights that do not fit it.
+    Raises WeightsError for a file without such weights, an unknown name, or weights that do not fit the network.
     """
     state, augment_dim = bare_weights.read_bare(path, key)
     cls, init = EDMPrecond, published(like)
@@ -131,13 +131,13 @@ def network_like(path: Path, like: str, key: str = "ema") -> EDMPrecond:
             raise WeightsError(f"--like {like}: there is no such network; give a path, a preset's name, or {names}")
         other = load_generator(source)
         if not isinstance(other, EDMPrecond):
-            raise WeightsError(f"--like {like}: that is a network of diffusers', which keeps its own names of weights.")
+            raise WeightsError(f"--like {like}: that is a diffusers network, which has its own names for weights.")
         cls, init = type(other), other.init_config()
     return _build(cls, {**init, "augment_dim": augment_dim}, state, f"{path} as {like}")
 
 
 def network_digest(net: Preconditioned) -> str:
-    """SHA-256 of the weights and the configuration but for the compute type: alike where the function is."""
+    """SHA-256 of weights and configuration, except the compute dtype: equal for equal functions."""
     kind = {"class": type(net).__name__, **net.init_config(), "dtype": None}
     digest = hashlib.sha256(json.dumps(kind, sort_keys=True).encode())
     for name, tensor in net.state_dict().items():
@@ -147,7 +147,7 @@ def network_digest(net: Preconditioned) -> str:
 
 
 def holds_network(net: Preconditioned, folder: str | Path) -> bool:
-    """Whether `folder` holds this very network, to the last bit, as `save_network` writes it in float32."""
+    """Whether `folder` holds exactly this network, bit for bit, as `save_network` writes it in float32."""
     try:
         saved = load_network(folder)
     except WeightsError:
@@ -156,11 +156,11 @@ def holds_network(net: Preconditioned, folder: str | Path) -> bool:
 
 
 def as_generator(teacher: Preconditioned, sigma_init: float | None = None) -> Preconditioned:
-    """A one-step generator that starts from `teacher`: copies of its weights, without augmentation layer and dropout.
+    """A one-step generator that starts from copies of the teacher's weights, without augmentation layer and dropout.
 
-    A network of EDM's comes under GDD's preconditioning, any other stays under its own. `sigma_init` is the noise level
-    of the one step, by default the teacher's; ConfigError if the teacher does not know it. On the teacher's device, in
-    training mode.
+    A network of EDM gets GDD's preconditioning, any other keeps its own. `sigma_init` is the noise level of the one
+    step, by default the teacher's; ConfigError if the teacher does not support it. The result is on the teacher's
+    device, in training mode.
     """
     wanted = teacher.sigma_init if sigma_init is None else sigma_init
     if isinstance(teacher, EDMPrecond):
@@ -193,14 +193,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}).") from error
     if isinstance(config, dict) and "discriminator" in config:
-        raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint brings one.")
+        raise WeightsError(f"{path.parent} is a training run without a generator yet: its first checkpoint writes one.")
     if isinstance(config, dict) and "format" not in config and (path.parent / "teacher").is_dir():
-        raise WeightsError(f"{path.parent} is a pretraining run: give its network, {path.parent / 'teacher'}.")
+        raise WeightsError(f"{path.parent} is a pretraining run: give its network folder, {path.parent / 'teacher'}.")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise WeightsError(f"{where}: its config.json is not of the format {FORMAT!r}.")
+        raise WeightsError(f"{where}: its config.json does not have the format {FORMAT!r}.")
     if config.get("version") != VERSION:
         raise WeightsError(
-            f"{path} has version {config.get('version')!r} and this program reads version {VERSION}: update gdd_fast."
+            f"{path} has version {config.get('version')!r}, but this program reads version {VERSION}: update gdd_fast."
         )
     unknown = sorted(set(config) - {"format", "version", "precond", "init"})
     if unknown:
@@ -213,10 +213,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _build(cls: type[Network], init: dict[str, Any], state: dict[str, Tensor], where: str) -> Network:
-    """A network of `cls` with float32 copies of the tensors of `state`, in evaluation mode.
+    """A network of class `cls` with float32 copies of the tensors in `state`, in evaluation mode.
 
-    The arguments may be anything that a file can hold. The network is laid out without memory for its weights, within
-    the bounds of `gdd_fast.models.arguments`, and gets the file's tensors when they are what it consists of.
+    The arguments may be anything that a file can hold. The network is built without memory for its weights, within the
+    bounds of `gdd_fast.models.arguments`, and gets the file's tensors only if they match its own.
     """
     try:
         with torch.device("meta"):
@@ -230,7 +230,7 @@ def _build(cls: type[Network], init: dict[str, Any], state: dict[str, Tensor], w
 
 
 def _fill_buffers(net: nn.Module, anew: Callable[[], nn.Module]) -> None:
-    """Give buffers that no file holds, of which some layers of diffusers' have one, the values they are made with."""
+    """Give buffers that no file holds, as in some diffusers layers, their initial values."""
     empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     made = anew() if empty else net
     for name in empty:
@@ -239,7 +239,7 @@ def _fill_buffers(net: nn.Module, anew: Callable[[], nn.Module]) -> None:
 
 
 def _check_state(net: Preconditioned, state: dict[str, Tensor], where: str) -> None:
-    """Raise one WeightsError for everything in which `state` differs from what `net` (on any device) consists of."""
+    """Raise one WeightsError for all differences between `state` and the tensors of `net` (on any device)."""
     problems = misfits(net.state_dict(), state)
     problems += [f"{name} is {t.dtype}, not floating point" for name, t in state.items() if not t.is_floating_point()]
     if not problems:
@@ -249,10 +249,10 @@ def _check_state(net: Preconditioned, state: dict[str, Tensor], where: str) -> N
 
 
 def _filters(net: Preconditioned, state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """The resampling filters that are stored with other values than the network's arguments give them."""
+    """The resampling filters whose stored values differ from those of the network's arguments."""
     for name, layer in net.named_modules():
         if isinstance(layer, Conv2d) and layer.resample_filter is not None:
             stored = state[f"{name}.resample_filter"].to("cpu", torch.float32)
-            # The tolerance is for filters that were stored in half precision.
+            # The tolerance allows for filters that were stored in half precision.
             if not torch.allclose(stored, resample_kernel(layer.taps), rtol=1e-2):
                 yield f"{name}.resample_filter", layer.taps

@@ -1,6 +1,6 @@
-"""Pickles of nested dicts of NumPy arrays, as EDM2's reference statistics and JAX weights are, without unpickling them.
+"""Reads pickles of nested dicts of NumPy arrays, such as EDM2's statistics and JAX weights, without unpickling them.
 
-The opcodes are evaluated by `Machine`, and arrays are rebuilt from their bytes.
+`Machine` evaluates the opcodes, and arrays are rebuilt from their bytes.
 """
 
 import math
@@ -53,8 +53,8 @@ _GLOBALS = {"numpy.ndarray": "numpy.ndarray", "numpy.dtype": Constructor(NumpyTy
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Every array of the file, under its keys joined by dots: `{"fid": {"mu": a}}` -> `{"fid.mu": a}`.
 
-    Nothing in the file is executed; what is neither a dict nor an array is left out. Raises `UnsafePickleError` if it
-    holds anything else than dicts, arrays, numbers and strings.
+    Nothing in the file is executed; values that are neither dicts nor arrays are left out. Raises `UnsafePickleError`
+    if it holds anything other than plain containers, arrays, numbers and strings.
     """
     content = Machine(Reader(memoryview(path.read_bytes())), _GLOBALS).load()
     found: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""What a network pickle of EDM or GDD may consist of: the globals it may name, each with an inert stand-in, and limits.
+"""What a network pickle of EDM or GDD may contain: the globals it may name, each with an inert stand-in, and limits.
 
 A global that is not in `GLOBALS` is refused by `Machine.find_global` (pickle_machine.py).
 """
@@ -10,19 +10,19 @@ from gdd_fast.models.files.pickle_machine import Constructor, StandIn
 from gdd_fast.models.files.pickle_tensors import NumpyType, PickledTensor, Storage, Storages, numpy_scalar
 
 PERSISTENCE_VERSION = 6
-# Bounds on what all networks of a file can be, so that shared or circular references, which cost a file nothing, cannot
+# Bounds for all networks of a file together, so that shared or circular references, which cost a file nothing, cannot
 # unfold into more than it holds.
 MAX_MODULES = 10_000
-MAX_MEMBERS = 100_000  # entries of modules' dicts that are looked at
+MAX_MEMBERS = 100_000  # entries of modules' dicts that are visited
 MAX_TENSORS = 10_000
 MAX_SETTINGS = 10_000
 MAX_DEPTH = 32
-MAX_TEXT = 200  # characters of a dotted name or a setting; EDM's longest have about forty
+MAX_TEXT = 200  # characters in a dotted name or a setting; EDM's longest have about forty
 
 
 @dataclass
 class Budget:
-    """What may still be unfolded from the file, by all that is done with it."""
+    """How much may still be unfolded from the file, over everything that is done with it."""
 
     tensor_bytes: int
     tensors: int = MAX_TENSORS
@@ -95,7 +95,7 @@ def _empty_dict(arguments: tuple) -> dict:
 
 
 def set_type(arguments: tuple) -> Constructor:
-    """For dill's `_load_type("set")`; what is then made with it is a plain set."""
+    """For dill's `_load_type("set")`; what it makes is a plain set."""
     if arguments != ("set",):
         raise UnsafePickleError("the file asks dill for another type than set")
     return Constructor(_plain_set)
@@ -127,12 +127,12 @@ GLOBALS: dict[str, Constructor] = {
 
 
 def globals_of_a_file() -> dict[str, object]:
-    """Those of one file, whose storages are read once."""
+    """The globals for one file, whose storages are each read once."""
     return {**GLOBALS, "torch.storage._load_from_bytes": Constructor(Storages())}
 
 
 class WithLayers(dict):
-    """`GLOBALS`, and any layer of torch.nn as a plain container."""
+    """`GLOBALS`, plus any layer of torch.nn as a plain container."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and name.startswith("torch.nn.modules."))

@@ -1,10 +1,10 @@
-"""A pickle reader that can build containers and call nothing.
+"""A pickle reader that can build containers but call nothing.
 
 `pickle.Unpickler` with a restricted `find_class` still lets a file reach into whatever `find_class` returns: BUILD sets
-attributes of the stand-ins themselves, REDUCE calls them with any argument, persistent ids and extension codes are
-further doors. This machine knows only the opcodes that a pickled EDM network consists of. A global is a token looked
-up in a table, never an imported object; REDUCE and NEWOBJ work on `Constructor` tokens alone and hand them a tuple to
-check; BUILD works on `StandIn` objects alone. There is nothing else a file could ask for.
+attributes of the stand-ins themselves, REDUCE calls them with any arguments, and persistent ids and extension codes are
+further ways in. This machine knows only the opcodes that pickled EDM networks contain. A global is a token looked up in
+a table, never an imported object; REDUCE and NEWOBJ accept only `Constructor` tokens and pass them a tuple to check;
+BUILD accepts only `StandIn` objects. A file can ask for nothing else.
 """
 
 import pickle
@@ -70,10 +70,10 @@ class Reader:
 
 
 class Machine:
-    """Evaluates one pickle from `reader`, which is left after its STOP.
+    """Evaluates one pickle from `reader`, which is left positioned after its STOP.
 
-    `names` maps "module.name" to what the global stands for: a `Constructor`, or any inert token. A global that is not
-    in it is refused. `persistent` receives the value of a persistent id; without it there must be none.
+    `names` maps "module.name" to what represents the global: a `Constructor` or any inert token. A global that is not
+    in it is refused. `persistent` receives the value of a persistent id; without it, persistent ids are refused.
     Strings must be UTF-8; bytes become memoryviews of the file; dict keys and set members are strings or 32-bit
     integers.
     """
@@ -176,7 +176,7 @@ class Machine:
         self.top(set).update([self.key(item) for item in items])
 
     def key(self, value: object) -> str | int:
-        # Nothing nested, which could be hashed only by recursion, and no integer wide enough to force hash collisions.
+        # Nothing nested, whose hashing is recursive, and no integer large enough to force hash collisions.
         if isinstance(value, str) or (isinstance(value, int) and -(2**31) <= value < 2**31):
             return value
         raise self.refusal(f"a {type(value).__name__} as a key")

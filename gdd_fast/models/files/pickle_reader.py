@@ -1,8 +1,8 @@
 """Network pickles of EDM and GDD, read without running anything in them.
 
-Loaded the ordinary way such a file executes the Python source code it carries. Here its opcodes are evaluated by
-`Machine`, which only knows the globals that these files consist of, each as an inert stand-in; the source code is
-skipped over, and the tensors are rebuilt from their bytes.
+Loaded the ordinary way, such a file executes the Python source code it carries. Here its opcodes are evaluated by
+`Machine`, which knows only the globals that these files contain, each as an inert stand-in; the source code is skipped,
+and the tensors are rebuilt from their bytes.
 
 Such a file is a dict with `ema` and, in training snapshots, `net`, `loss_fn`, `augment_pipe` and `dataset_kwargs`. An
 object in it is `torch_utils.persistence._reconstruct_persistent_obj(meta)` with meta = {type: "class", version: 6,
@@ -33,7 +33,7 @@ from gdd_fast.models.files.pickle_tensors import PickledTensor
 
 MAX_FILE_BYTES = 8 * 2**30
 MIN_PROTOCOL = 4
-# The order in which EDMPrecond and GDDPrecond take their arguments, for files that recorded them by position.
+# The order of EDMPrecond's and GDDPrecond's arguments, for files that recorded them by position.
 PRECOND_ARGUMENTS = (
     "img_resolution",
     "img_channels",
@@ -56,9 +56,9 @@ KNOWN_FORMATS = (
 class PickledNetwork:
     """One network of the file.
 
-    `class_name`: the network's class, e.g. "EDMPrecond". `init_kwargs`: its constructor's arguments, plain JSON types.
-    `state_dict`: the parameters and persistent buffers under their dotted names; contiguous CPU tensors, none sharing
-    memory with another.
+    `class_name`: the network's class, e.g. "EDMPrecond". `init_kwargs`: its constructor's arguments, as plain JSON
+    types. `state_dict`: the parameters and persistent buffers under their dotted names; contiguous CPU tensors, none
+    sharing memory with another.
     """
 
     class_name: str
@@ -67,11 +67,11 @@ class PickledNetwork:
 
 
 def load(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, PickledNetwork]:
-    """Read every network (module with parameters) of an EDM or GDD network pickle, by its key, e.g. "ema".
+    """Read every network (module with parameters) of an EDM or GDD network pickle, by key, e.g. "ema".
 
     Nothing in the file is executed; other entries (loss, augmentation, data set options) are skipped.
-    Raises `WeightsError` if there is no such file or it has more than `max_bytes`, and `UnsafePickleError` if it is
-    not such a pickle, is damaged, or holds anything that a pickled EDM network does not.
+    Raises `WeightsError` if there is no such file or it is larger than `max_bytes`, and `UnsafePickleError` if it is
+    not such a pickle, is damaged, or holds anything that a pickled EDM network would not.
     """
     path = Path(path)
     data = _read(path, max_bytes)
@@ -82,9 +82,9 @@ def load(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Pick
 
 
 def load_module(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, torch.Tensor]:
-    """The state dict of a pickle that is one network, as NVIDIA publishes the feature networks of its metrics.
+    """The state dict of a pickle that is a single network, such as NVIDIA's feature networks for metrics.
 
-    As `load`: nothing is executed. Layers of torch.nn may be part of it.
+    As in `load`, nothing is executed; same errors. It may contain layers of torch.nn.
     """
     path = Path(path)
     data = _read(path, max_bytes)
@@ -98,9 +98,9 @@ def load_module(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[st
 
 
 def load_layers(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, dict[str, torch.Tensor]]:
-    """The state dicts of a pickle that is a dict of layers of torch.nn, by key, as StyleGAN-XL keeps its class table.
+    """The state dicts, by key, of a pickle that is a dict of torch.nn layers, such as StyleGAN-XL's class table.
 
-    As `load`: nothing is executed. Protocol 3, and dill's way to name the type set, may be part of it.
+    As in `load`, nothing is executed; same errors. It may use protocol 3 and dill's name for the type set.
     """
     path = Path(path)
     data = _read(path, max_bytes)
@@ -121,7 +121,7 @@ def _read(path: Path, max_bytes: int) -> memoryview:
             raise WeightsError(f"{path}: there is no such file; give the path of an EDM or GDD network pickle (.pkl)")
         size = path.stat().st_size
         if size > max_bytes:
-            raise WeightsError(f"{path}: {size} bytes, more than the {max_bytes} a network pickle may have here")
+            raise WeightsError(f"{path}: {size} bytes, more than the {max_bytes} that a network pickle may have here")
         data = bytearray(size)
         with path.open("rb") as file:
             count = file.readinto(data)
@@ -166,7 +166,7 @@ def _networks(data: memoryview) -> dict[str, PickledNetwork]:
 
 
 def _modules(root: Module, budget: Budget) -> Iterator[tuple[str, Module]]:
-    """The module and all below it with the prefix of their names, in the order of torch.nn.Module.state_dict."""
+    """The module and all its submodules, with the prefix of their names, in the order of torch.nn.Module.state_dict."""
     pending = [("", 0, root)]
     while pending:
         prefix, depth, module = pending.pop()
@@ -193,10 +193,10 @@ def _check_name(full: str) -> None:
 
 
 def _has_parameters(root: Module, budget: Budget, barren: set[int]) -> bool:
-    """Whether the object is a network; a loss is no module, and an augmentation pipe has buffers alone.
+    """Whether the object is a network: a loss is not a module, and an augmentation pipe has only buffers.
 
-    `barren`: ids of modules known to have no parameter in or below them. A module that is searched in vain is added, so
-    that those shared within the file are searched once.
+    `barren`: ids of modules known to have no parameters in or below them. Modules searched in vain are added, so that
+    shared ones are searched only once.
     """
     if not isinstance(root.state.get("_modules"), dict):
         return False
@@ -258,19 +258,19 @@ def _settings(root: Module, budget: Budget) -> dict[str, object]:
         root.class_name not in ("EDMPrecond", "GDDPrecond", "D2OPrecond") or len(arguments) > len(PRECOND_ARGUMENTS)
     ):
         raise UnsafePickleError(
-            f"{root.class_name} was made with {len(arguments)} arguments by position, whose names are not known"
+            f"{root.class_name} was made with {len(arguments)} positional arguments, whose names are not known"
         )
     positional = dict(zip(PRECOND_ARGUMENTS, arguments, strict=False))
     for name in keywords:
         if not is_text(name) or name in positional:
             raise UnsafePickleError(
-                f"{root.class_name} was saved with a constructor argument that cannot be: {name!a:.100}"
+                f"{root.class_name} was saved with an impossible constructor argument: {name!a:.100}"
             )
     return {name: _plain(value, name, budget) for name, value in {**positional, **keywords}.items()}
 
 
 def _plain(value: object, name: str, budget: Budget, depth: int = 0) -> object:
-    """The value with tuples as lists; only what JSON has."""
+    """The value as JSON types, with tuples as lists."""
     budget.spend("settings")
     if value is None or isinstance(value, bool | int | float) or is_text(value):
         return value

@@ -1,8 +1,8 @@
-"""The tensors and NumPy scalars inside a pickled network, rebuilt from their bytes without PyTorch's unpickler.
+"""Rebuilds the tensors and NumPy scalars of a pickled network from their bytes, without PyTorch's unpickler.
 
 A pickled tensor is a view (offset, size, stride) of a storage, and a pickled storage is itself a file in torch.save's
 format before 1.6: five pickles (magic number, protocol, machine, storage id, keys), then the number of elements and the
-elements. Reading exactly that with `Machine` leaves no nested load to attack.
+elements. Reading exactly this with `Machine` leaves no nested load to attack.
 """
 
 import math
@@ -17,7 +17,7 @@ from gdd_fast.models.files.pickle_machine import Machine, Reader, StandIn
 TORCH_SAVE_MAGIC = 0x1950A86A20F9469CFC6C  # the first value of every torch.save file before the zip format
 TORCH_SAVE_PROTOCOL = 1001
 MAX_DIMENSIONS = 8
-MAX_ELEMENTS = 2**48  # of a tensor's sizes other than 0, so that an empty one cannot have sizes PyTorch overflows at
+MAX_ELEMENTS = 2**48  # product of nonzero sizes, so that not even an empty tensor's overflow in PyTorch
 STORAGE_TYPES: dict[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -45,33 +45,33 @@ class Storage:
         """The storage that `data` holds in the format described above."""
         reader = Reader(data)
         if data[:2] == b"PK" or Machine(reader, {}).load() != TORCH_SAVE_MAGIC:
-            raise UnsafePickleError("a tensor's storage is not in the format PyTorch pickles storages in")
+            raise UnsafePickleError("a tensor's storage is not in PyTorch's format for pickled storages")
         protocol = Machine(reader, {}).load()
         machine = Machine(reader, {}).load()
         if protocol != TORCH_SAVE_PROTOCOL or not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise UnsafePickleError("a tensor's storage was written in another format, or on a big-endian machine")
-        # The pickle of a storage alone is its persistent id; a memory location such as 'cuda:0' does not matter.
+        # The pickle of a bare storage is its persistent id; a location such as 'cuda:0' does not matter.
         match Machine(reader, STORAGE_TYPES, persistent=lambda identity: ("id", identity)).load():
             case ("id", ("storage", torch.dtype() as dtype, str(), str(), int(count), None)):
                 pass
             case _:
                 raise UnsafePickleError("torch.storage._load_from_bytes holds something that is not one storage")
-        Machine(reader, {}).load()  # the list of keys, here of the one storage
+        Machine(reader, {}).load()  # the list of keys, here only one
         if reader.unpack("<q") != count or reader.remaining != count * dtype.itemsize:
             raise UnsafePickleError(
-                f"a tensor's storage announces {count} elements of {dtype} and does not have them; the file is corrupt"
+                f"a tensor's storage claims {count} elements of {dtype} but does not have them; the file is corrupt"
             )
         return cls(reader.take(reader.remaining), dtype)
 
 
 class Storages:
-    """For `torch.storage._load_from_bytes(bytes)` of one file: the same bytes, of any length, are read once.
+    """For `torch.storage._load_from_bytes(bytes)` in one file: the same bytes are read only once.
 
-    To refer to them again costs a file a few bytes.
+    Referring to them again costs a file only a few bytes, whatever their length.
     """
 
     def __init__(self) -> None:
-        self._read: dict[int, tuple[memoryview, Storage]] = {}  # by id, and with the bytes, whose id is not given anew
+        self._read: dict[int, tuple[memoryview, Storage]] = {}  # by id; the bytes are kept so that no id is reused
 
     def __call__(self, arguments: tuple) -> Storage:
         match arguments:
@@ -84,7 +84,7 @@ class Storages:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage, checked to lie inside it; sizes and strides in elements."""
+    """A view of a storage, checked to be within it; sizes and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -134,25 +134,25 @@ class PickledTensor:
 
     @property
     def extent(self) -> int:
-        """Elements of the storage between the first and the last one used, both included."""
+        """The number of storage elements from the first to the last one used, inclusive."""
         if self.count == 0:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
 
     def materialise(self) -> torch.Tensor:
-        """A contiguous tensor of its own on the CPU."""
+        """A contiguous CPU tensor with its own memory."""
         dtype = self.storage.dtype
         if self.count == 0:
             return torch.empty(self.size, dtype=dtype)
         width = dtype.itemsize
         span = self.storage.data[self.offset * width : (self.offset + self.extent) * width]
-        # Copied as bytes, as the place in the file need not be aligned for the type, and only those that are used: the
-        # extent may be the whole storage, and one storage may lie under every parameter. No element has a stride where
-        # there is one of them; the one in the file may be too large to be counted in bytes.
+        # Copied as bytes, as the position in the file need not be aligned for the dtype, and only those used: the
+        # extent may be the whole storage, and one storage may be shared by all parameters. A dimension of size 1 gets
+        # stride 0, as the stride in the file may be too large to be counted in bytes.
         strides = [stride * width if length > 1 else 0 for length, stride in zip(self.size, self.stride, strict=True)]
         view = torch.frombuffer(span, dtype=torch.uint8).as_strided((*self.size, width), (*strides, 1))
         elements = view.clone(memory_format=torch.contiguous_format)
-        # A torch.bool that holds another byte than 0 or 1 is undefined.
+        # A torch.bool whose byte is not 0 or 1 is undefined.
         return (elements.ne(0) if dtype == torch.bool else elements.view(dtype)).squeeze(-1)
 
 

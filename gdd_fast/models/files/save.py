@@ -1,4 +1,4 @@
-"""Writing a network as a folder of config.json and model.safetensors."""
+"""Writes a network as a folder with config.json and model.safetensors."""
 
 import json
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ def save_network(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `net` as `folder`/config.json and model.safetensors; its parameters are stored in `dtype`. `weights`: a
-    state_dict of its form that is stored instead of its own.
+    """Write `net` to `folder`/config.json and model.safetensors, with parameters in `dtype`. `weights`: a matching
+    state_dict to store instead of its own. Raises ConfigError for a network of another class.
 
-    Buffers stay what they are: a Fourier embedding's frequencies bear no rounding. Each file is replaced atomically.
-    The configuration goes last, so a folder that has one is complete.
+    Buffers keep their dtype: a Fourier embedding's frequencies must not be rounded. Each file is replaced atomically,
+    the configuration last, so a folder that has one is complete.
     """
     folder = Path(folder)
     kind = next((name for name, cls in PRECONDS.items() if type(net) is cls), None)
@@ -45,7 +45,7 @@ def save_network(
 
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
-        path.unlink()  # Never another network's configuration beside these weights, whenever the writing stops.
+        path.unlink()  # So that another network's configuration is never beside these weights, wherever writing stops.
     write_tensors(folder / "model.safetensors", state)
     with atomic_write(path) as temporary:
         temporary.write_text(text)

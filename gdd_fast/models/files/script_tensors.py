@@ -1,6 +1,6 @@
-"""The tensors of a TorchScript archive (torch.jit.save), without building the program in it.
+"""Reads the tensors of a TorchScript archive (torch.jit.save) without building the program in it.
 
-Only the tree of its modules is followed, by `Machine`, and the tensors in it are rebuilt from their bytes.
+`Machine` follows only the tree of modules, and the tensors in it are rebuilt from their bytes.
 """
 
 import zipfile
@@ -14,13 +14,13 @@ from gdd_fast.errors import UnsafePickleError
 from gdd_fast.models.files.pickle_machine import Constructor, Machine, Reader, StandIn
 from gdd_fast.models.files.pickle_tensors import STORAGE_TYPES, PickledTensor, Storage
 
-MAX_VALUES = 100_000  # of all modules together, so that shared ones cannot unfold into more than the file holds
+MAX_VALUES = 100_000  # in all modules together, so that shared ones cannot unfold into more than the file holds
 MAX_DEPTH = 32
 MAX_EXPANSION = 10  # weights hardly compress
 
 
 class _Object(StandIn):
-    """A module of the archive: its `__dict__`, whatever its class."""
+    """A module of the archive, of any class: its `__dict__`."""
 
     __slots__ = ("state",)
 
@@ -44,7 +44,7 @@ def _numbers(arguments: tuple) -> list:
 
 
 class _Names(Mapping):
-    """The globals of a TorchScript archive: classes that it defines itself, and how tensors are rebuilt."""
+    """The globals of a TorchScript archive: classes that it defines itself, and functions that rebuild tensors."""
 
     _fixed: Mapping[str, object] = {
         "torch._utils._rebuild_tensor_v2": Constructor(PickledTensor.from_arguments),
@@ -69,7 +69,7 @@ class _Names(Mapping):
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is an archive of torch.jit.save."""
+    """Whether the file is an archive written by torch.jit.save."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -77,7 +77,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def load_torchscript(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of a TorchScript archive by their dotted names, in the order of the modules.
+    """Parameters and buffers of a TorchScript archive by dotted names, in the order of the modules.
 
     Nothing in the file is executed. Raises `UnsafePickleError` if it is damaged or holds anything else.
     """
@@ -104,7 +104,7 @@ def _root(archive: zipfile.ZipFile) -> _Object:
                 if key not in storages:
                     storages[key] = Storage(memoryview(bytearray(archive.read(f"{folder}data/{key}"))), dtype)
                 if len(storages[key].data) != count * dtype.itemsize:
-                    raise UnsafePickleError(f"storage {key!a} of the archive is not of {count} elements")
+                    raise UnsafePickleError(f"storage {key!a} of the archive does not have {count} elements")
                 return storages[key]
         raise UnsafePickleError("the archive refers to something that is not a storage")
 

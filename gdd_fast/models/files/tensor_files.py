@@ -1,4 +1,4 @@
-"""Files of tensors alone, safetensors' and torch.save's, read without running anything; and what networks they fit."""
+"""Reads files of plain tensors, safetensors' or torch.save's, without executing anything, and compares tensors."""
 
 import pickle
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from gdd_fast.files import check_readable
 
 
 def read_tensor_file(path: Path) -> Any:
-    """What a .safetensors file holds, or any other by torch.load without code, on the CPU.
+    """The content of a .safetensors file, or of any other by torch.load without executing code, on the CPU.
 
-    Raises WeightsError, which names the file, if it is damaged or holds more than tensors in Python's containers, and
-    PermissionError if it may not be read.
+    Raises a WeightsError that names the file if it is missing, damaged or holds more than tensors in plain containers,
+    and PermissionError if it may not be read.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
     check_readable(path)
     if path.suffix.lower() == ".safetensors":
-        from safetensors import SafetensorError  # a network from elsewhere runs without that library
+        from safetensors import SafetensorError  # networks from other files work without that library
         from safetensors.torch import load_file
 
         try:
@@ -35,16 +35,16 @@ def read_tensor_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds more than tensors, and nothing but tensors is loaded: save the network's state_dict alone"
+            f"{path} holds more than tensors, but only tensors are loaded: save just the network's state_dict"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # a KeyError's text is a byte that is no instruction of a pickle
-        reason = "no file of torch.save" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        # a KeyError's text is a byte that is not a pickle opcode
+        reason = "not a torch.save file" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise WeightsError(f"{path} cannot be read ({reason:.200}): the file is damaged; get it again") from error
 
 
 def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """In what the tensors `given` differ in name and shape from those of a network."""
+    """The differences in name and shape between the tensors `given` and those `expected` of a network."""
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is not part of the network" for name in given if name not in expected]
     return problems + [
@@ -55,5 +55,5 @@ def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list
 
 
 def listed(problems: list[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first five problems, and how many more there are."""
     return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -1,7 +1,7 @@
-"""Diffusion models of other libraries as denoisers D(x; sigma), so that they can be distilled.
+"""Wraps diffusion models of other libraries as denoisers D(x; sigma), so that they can be distilled.
 
-A teacher is a U-Net of diffusers' (`unet2d`) under one of the parametrisations below, which say what the network reads
-and what its output means at a noise level. Each is a file of its own and a line here. Read the files in this order:
+A teacher is a diffusers U-Net (`unet2d`) with one of the parametrisations below, which say what the network reads and
+what its output means at a noise level. Each is in a file of its own and has a line here. Read the files in this order:
 `parametrisation` (the interface), `variance_preserving`, the others, `unet2d`.
 """
 
@@ -25,7 +25,7 @@ PARAMETRISATIONS: dict[str, type[Parametrisation]] = {
 
 
 def make_parametrisation(config: dict[str, Any]) -> Parametrisation:
-    """The parametrisation that `Parametrisation.config` described; ConfigError if there is none such."""
+    """The parametrisation that `Parametrisation.config` described. Raises ConfigError if there is no such one."""
     if not isinstance(config, dict) or config.get("kind") not in PARAMETRISATIONS:
         raise ConfigError(f"the parametrisation's kind must be one of {', '.join(PARAMETRISATIONS)}, got {config!r}.")
     options = {name: value for name, value in config.items() if name != "kind"}
@@ -37,15 +37,15 @@ def make_parametrisation(config: dict[str, Any]) -> Parametrisation:
 
 
 def parametrisation_of(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """`Parametrisation.config` for the configuration of a scheduler of diffusers'.
+    """`Parametrisation.config` for the configuration of a diffusers scheduler.
 
-    Raises ConfigError, which names the setting, for a scheduler or a setting that no parametrisation serves.
+    Raises a ConfigError that names the setting for a scheduler or setting that no parametrisation supports.
     """
     for kind, cls in PARAMETRISATIONS.items():
         options = cls.options_of(scheduler)
         if options is not None:
             return {"kind": kind, **options}
     raise ConfigError(
-        f"the scheduler {scheduler.get('_class_name')!r:.100} is none that can be distilled from: it needs a "
-        "beta_schedule (DDPM, DDIM, DPM-Solver, Euler, ...), or has to be ScoreSdeVe, EDM's or a consistency model's."
+        f"the scheduler {scheduler.get('_class_name')!r:.100} cannot be distilled from: it needs a beta_schedule "
+        "(DDPM, DDIM, DPM-Solver, Euler, ...), or has to be ScoreSdeVe, EDM's or a consistency model's."
     )

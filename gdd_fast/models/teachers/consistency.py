@@ -1,7 +1,7 @@
 """Consistency models (Song et al., arXiv 2303.01469, appendix C), diffusers' CMStochasticIterativeScheduler.
 
-EDM's scales with sigma - sigma_min in the outer two, so that D(x; sigma_min) = x, and time = 250 ln(sigma + 1e-44).
-What such a network gives is an image of one step already; distilling makes it a better one.
+EDM's coefficients with sigma - sigma_min in skip and out, so that D(x; sigma_min) = x, and time = 250 ln(sigma +
+1e-44). Such a network already generates in one step; distilling improves its images.
 """
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from gdd_fast.models.teachers.parametrisation import Coefficients
 
 
 class Consistency(Karras):
-    """Args as of CMStochasticIterativeScheduler."""
+    """Arguments as for CMStochasticIterativeScheduler."""
 
     kind = "consistency"
     schedulers = ("CMStochasticIterativeScheduler",)

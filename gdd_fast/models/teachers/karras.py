@@ -1,7 +1,7 @@
-"""EDM's own parametrisation (Karras et al., arXiv 2206.00364, table 1) of a network of diffusers'.
+"""EDM's own parametrisation (Karras et al., arXiv 2206.00364, table 1) for diffusers networks.
 
 With sd = sigma_data: D = sd^2 / (sigma^2 + sd^2) x + sigma sd / sqrt(sigma^2 + sd^2) F(x / sqrt(sigma^2 + sd^2),
-ln(sigma) / 4). Where diffusers calls the prediction v, F has the other sign.
+ln(sigma) / 4). If diffusers calls the prediction v, F has the opposite sign.
 """
 
 from typing import ClassVar
@@ -15,7 +15,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class Karras(Parametrisation):
-    """Args as of EDMEulerScheduler."""
+    """Arguments as for EDMEulerScheduler."""
 
     kind = "edm"
     schedulers: ClassVar[tuple[str, ...]] = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")

@@ -1,12 +1,12 @@
-"""The interface: what a network reads and what its output means at each noise level.
+"""The interface of parametrisations: what a network reads and what its output means at each noise level.
 
-Every diffusion model that was trained at x_t = a_t x0 + s_t n is a denoiser of x = x0 + sigma n, sigma = s_t / a_t
-(Karras et al., arXiv 2206.00364, appendix C). With F the network,
+Every diffusion model trained on x_t = a_t x0 + s_t n is a denoiser of x = x0 + sigma n with sigma = s_t / a_t (Karras
+et al., arXiv 2206.00364, appendix C). With F the network,
 
     D(x; sigma) = skip(sigma) x + out(sigma) F(scale(sigma) x + shift, time(sigma))
 
-and a parametrisation is these five. They are computed in float64: time has to be exact at the times of training, and
-`out` is as large as sigma where F predicts noise.
+and a parametrisation is these five functions. They are computed in float64: time has to be exact at the times of
+training, and `out` is as large as sigma if F predicts noise.
 """
 
 from abc import ABC, abstractmethod
@@ -32,13 +32,13 @@ class Coefficients(NamedTuple):
 
 
 class Parametrisation(ABC):
-    """One way of predicting. The constructor's arguments are named as schedulers' configurations have them.
+    """One kind of prediction. The constructor's arguments have the names in schedulers' configurations.
 
     Attributes:
-        schedulers: classes of diffusers' whose networks it is of.
-        sigma_min, sigma_max: lowest and highest noise level of the training.
-        predicts_noise: whether the image is x minus noise that the network predicts, so that all its errors are sigma
-            times larger there.
+        schedulers: diffusers' scheduler classes whose networks have this parametrisation.
+        sigma_min, sigma_max: lowest and highest noise levels of the training.
+        predicts_noise: whether the image is x minus predicted noise, so that errors are sigma times larger in the
+        image.
     """
 
     kind: ClassVar[str]
@@ -49,37 +49,37 @@ class Parametrisation(ABC):
 
     @property
     def sigma_init(self) -> float:
-        """The noise level from which a generator of one step starts, unless another is asked for; docs/teachers.md.
+        """The default noise level of a one-step generator; see docs/teachers.md.
 
-        Lower where noise is predicted: every error of F, by rounding or an update, is sigma times larger in the image.
+        It is lower if noise is predicted: any error of F, by rounding or an update, is sigma times larger in the image.
         """
         return min(NOISE_SIGMA_INIT if self.predicts_noise else SIGMA_INIT, self.sigma_max)
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """`sigma` float64 (N,), positive."""
+        """The coefficients at `sigma`, float64 (N,), positive."""
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments, in JSON's types."""
+        """The constructor's arguments, as JSON types."""
         return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     @classmethod
     def options_of(cls, scheduler: dict[str, Any]) -> dict[str, Any] | None:
-        """Constructor's arguments from a scheduler's configuration; None if it is another parametrisation's.
+        """The constructor's arguments from a scheduler's configuration; None if it belongs to another parametrisation.
 
-        Raises ConfigError for a setting that no argument stands for and that cannot be served.
+        Raises ConfigError for a setting that is not supported.
         """
         if scheduler.get("_class_name") not in cls.schedulers:
             return None
         return {name: scheduler[name] for name in signature(cls).parameters if name in scheduler}
 
     def config(self) -> dict[str, Any]:
-        """What `make_parametrisation` makes it from."""
+        """The configuration from which `make_parametrisation` makes this parametrisation."""
         return {"kind": self.kind, **self.options()}
 
 
 def choose(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`; else a ConfigError that names the setting."""
+    """`value`, if it is one of `choices`; otherwise raises a ConfigError that names the setting."""
     if value not in choices:
         raise ConfigError(f"{name} {value!r:.100} cannot be distilled from: it has to be {' or '.join(choices)}.")
     return value

@@ -1,12 +1,12 @@
-"""A UNet2DModel of diffusers' as a denoiser: D(x; sigma) under one of the parametrisations of this folder.
+"""diffusers' UNet2DModel as a denoiser: D(x; sigma) with one of the parametrisations of this folder.
 
-The U-Net is diffusers' own class, so that every block it can be made of works; `gdd_fast.accelerate` makes its blocks
-fast, and the engine of one step folds it. What is written here anew is the order in which the parts are called, because
-the embedding takes soft labels and fractional times, is left out of the folded network, and stays in float32.
+The U-Net is diffusers' own class, so all its kinds of blocks work; `gdd_fast.accelerate` makes its blocks faster, and
+the one-step engine folds it. Only the calling of its parts is rewritten here, because the embedding takes soft labels
+and fractional times, is left out of the folded network, and stays in float32.
 """
 
 # mypy: disable-error-code="union-attr,arg-type,operator,index,assignment,return-value,attr-defined,call-arg,misc"
-# The layers of diffusers are known by their structure and have no types here.
+# diffusers' layers are recognised by their structure and have no static types here.
 
 import contextlib
 import inspect
@@ -26,17 +26,17 @@ MAX_SIZE = 65536
 
 
 class UNet2DPrecond(Preconditioned):
-    """A U-Net of diffusers' under the parametrisation that its scheduler describes.
+    """A diffusers U-Net with the parametrisation that its scheduler describes.
 
     Args:
         unet: arguments of UNet2DModel.
-        parametrisation: as of `Parametrisation.config`.
+        parametrisation: as from `Parametrisation.config`.
         sigma_init: the noise level of the one step; by default the parametrisation's.
-        output_gain: how much larger the last layer's output is than the teacher's, which `as_generator` has scaled.
-        dtype: compute type of the U-Net's activations between its first and its last layer, a torch.dtype or its name.
-            Parameters, embeddings and the last norm and convolution are float32 in any case.
+        output_gain: how much larger the last layer's output is than the teacher's, after scaling by `as_generator`.
+        dtype: dtype of the U-Net's activations between its first and last layers, a torch.dtype or its name.
+        Parameters, embeddings and the last norm and convolution are always float32.
 
-    Raises ConfigError for arguments that cannot make a network, and without diffusers.
+    Raises ConfigError for arguments that cannot make a network, or if diffusers is missing.
     """
 
     foreign = True
@@ -65,11 +65,11 @@ class UNet2DPrecond(Preconditioned):
         self.dtype = compute_dtype(dtype)
         try:
             self.model = unet_class()(**self.unet_config)
-        except Exception as error:  # whatever diffusers' blocks raise for arguments that do not fit together
+        except Exception as error:  # anything that diffusers' blocks raise for arguments that do not fit together
             raise ConfigError(f"diffusers' UNet2DModel cannot be made from these arguments: {error}") from error
         frequencies = getattr(self.model.time_proj, "weight", None)
         if frequencies is not None and not frequencies.requires_grad:
-            # a buffer: fixed, and kept in float32 by everything that stores parameters in less
+            # make it a buffer: fixed, and kept in float32 by code that stores parameters in lower precision
             del self.model.time_proj.weight
             self.model.time_proj.register_buffer("weight", frequencies.detach())
 
@@ -102,7 +102,7 @@ class UNet2DPrecond(Preconditioned):
             return skip * x + out * self.predict(scale * x + c.shift if c.shift else scale * x, emb, dtype)
 
     def out_factor(self, c: Any) -> Tensor:
-        """What `predict` is multiplied by, float64 (N,)."""
+        """The factor for the result of `predict`, float64 (N,)."""
         out = c.out / self.output_gain
         # networks with a Fourier embedding divide by their time
         return out / c.time if self.unet_config["time_embedding_type"] == "fourier" else out
@@ -123,13 +123,13 @@ class UNet2DPrecond(Preconditioned):
         embedding = self.model.time_proj
         if not isinstance(embedding, nn.Embedding):
             return embedding(time).to(self.model.time_embedding.linear_1.weight.dtype)
-        # one learned row per time, between which a fractional time lies
+        # one learned row per time; fractional times are interpolated
         below = time.floor().long().clamp(0, embedding.num_embeddings - 1)
         above = (below + 1).clamp(max=embedding.num_embeddings - 1)
         return torch.lerp(embedding(below), embedding(above), (time - below)[:, None].to(embedding.weight.dtype))
 
     def predict(self, x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the U-Net predicts, float32, of what it reads and an embedding; not yet divided by its time."""
+        """The U-Net's prediction, float32, from its input and an embedding; not yet divided by its time."""
         x = 2 * x - 1 if self.unet_config["center_input_sample"] else x
         low = dtype != torch.float32
         with torch.autocast(x.device.type, dtype=dtype) if low else contextlib.nullcontext():
@@ -139,9 +139,9 @@ class UNet2DPrecond(Preconditioned):
         return x[:, : self.img_channels]
 
     def scale_output(self, gain: float) -> None:
-        """Make the last layers' outputs `gain` times larger and what they are multiplied by so much smaller.
+        """Make the last layers' outputs `gain` times larger and the factor that multiplies them as much smaller.
 
-        D stays what it is, but for rounding; the image is then less sensitive to a step of an optimizer in them.
+        D does not change, up to rounding, but the image becomes less sensitive to optimizer steps in these layers.
         """
         last = [self.model.conv_out, *(b.skip_conv for b in self.model.up_blocks if getattr(b, "skip_conv", None))]
         with torch.no_grad():
@@ -151,11 +151,11 @@ class UNet2DPrecond(Preconditioned):
 
 
 def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
-    """Raise ConfigError if the U-Net's embedding has no value at a time of the training, or of a class that is
-    embedded like one.
+    """Raise ConfigError if the U-Net's embedding is undefined at a time of the training, or for a class that is
+    embedded like a time.
 
-    diffusers' own network is NaN there, or raises: a Fourier embedding is of the logarithm of the time, by which the
-    output is divided too, and a learned one has a row for each from 0 on.
+    diffusers' own network returns NaN there, or raises: a Fourier embedding takes the logarithm of the time, by which
+    the output is also divided, and a learned one has a row for each time from 0 on.
     """
     ends = torch.tensor([parametrisation.sigma_min, parametrisation.sigma_max], dtype=torch.float64, device="cpu")
     first, last = parametrisation.coefficients(ends).time.tolist()
@@ -166,7 +166,7 @@ def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
     kind, rows = unet["time_embedding_type"], unet["num_train_timesteps"]
     if kind == "fourier" and first <= 0:
         raise ConfigError(
-            f"time_embedding_type 'fourier' is of the logarithm, and NaN in diffusers too, {where}: it goes with "
+            f"time_embedding_type 'fourier' takes the logarithm, and is NaN in diffusers too, {where}: it goes with "
             "ScoreSdeVeScheduler."
         )
     if kind == "learned" and not (rows and first >= 0 and last <= rows - 1):
@@ -174,15 +174,15 @@ def check_times(unet: dict[str, Any], parametrisation: Parametrisation) -> None:
 
 
 def output_gain(net: UNet2DPrecond) -> float:
-    """The gain with which the last layer of a generator from `net` is of the size of images at its noise level."""
+    """The gain at which the output of the last layer has the scale of images at the noise level of `net`."""
     sigma = torch.tensor([net.sigma_init], dtype=torch.float64)
     return abs(float(net.out_factor(net.parametrisation.coefficients(sigma))))
 
 
 def unet_body(unet: nn.Module, x: Tensor, emb: Any) -> tuple[Tensor, Tensor | None]:
-    """The features before the last norm, and the image that "skip" blocks have added up, of x (N, C, H, W).
+    """The features before the last norm, and the image summed by "skip" blocks, if any, for x (N, C, H, W).
 
-    `emb` goes to the blocks as it is; x is centered.
+    `emb` is passed to the blocks unchanged; x is already centered.
     """
     image, x = x, unet.conv_in(x)
     kept: tuple[Tensor, ...] = (x,)
@@ -206,29 +206,29 @@ def unet_body(unet: nn.Module, x: Tensor, emb: Any) -> tuple[Tensor, Tensor | No
 
 
 def unet_class() -> type[nn.Module]:
-    """diffusers' UNet2DModel; ConfigError without diffusers, or if it does not import."""
+    """diffusers' UNet2DModel. Raises ConfigError if diffusers is missing or does not import."""
     try:
         from diffusers import UNet2DModel
     except ModuleNotFoundError as error:
-        raise ConfigError("this network is a U-Net of diffusers': pip install 'gdd_fast[diffusers]'") from error
-    except (ImportError, RuntimeError) as error:  # diffusers' own, with the reason of what it imports in its last line
+        raise ConfigError("this network is a diffusers U-Net: pip install 'gdd_fast[diffusers]'") from error
+    except (ImportError, RuntimeError) as error:  # diffusers' own error; its last line has the cause
         reason = str(error).strip().rpartition("\n")[2]
         hint = "; reinstall torchvision for this torch, or uninstall it" if "torchvision" in reason else ""
-        raise ConfigError(f"this network is a U-Net of diffusers', which cannot be imported: {reason}{hint}") from error
+        raise ConfigError(f"this network is a diffusers U-Net, which cannot be imported: {reason}{hint}") from error
     return UNet2DModel
 
 
 def check_unet(given: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of UNet2DModel, defaults filled in, from those given.
+    """All arguments of UNet2DModel: those given, with defaults filled in.
 
-    Raises ConfigError that names the first setting which cannot be served.
+    Raises a ConfigError that names the first setting that is not supported.
     """
     if not isinstance(given, dict):
         raise ConfigError(f"the U-Net's arguments must be a mapping, got {given!r:.100}.")
     known = {n: p.default for n, p in inspect.signature(unet_class().__init__).parameters.items() if n != "self"}
     unknown = sorted(str(name) for name in set(given) - set(known))
     if unknown:
-        raise ConfigError(f"diffusers' UNet2DModel here has no argument {', '.join(unknown):.300}: update diffusers.")
+        raise ConfigError(f"the installed UNet2DModel has no argument {', '.join(unknown):.300}: update diffusers.")
     config = {**known, **given}
     config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     if isinstance(config["sample_size"], list) and len(set(config["sample_size"])) == 1:
@@ -255,9 +255,9 @@ def check_unet(given: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name} must be a whole number of at most {MAX_TIMES}, got {config[name]!r:.100}.")
     kind, classes = config["class_embed_type"], config["num_class_embeds"]
     if kind not in (None, "timestep"):
-        raise ConfigError(f"class_embed_type {kind!r:.100} takes no classes: it has to be null or 'timestep'.")
+        raise ConfigError(f"class_embed_type {kind!r:.100} is not supported: it has to be null or 'timestep'.")
     if kind == "timestep" and not classes:
-        raise ConfigError("num_class_embeds must say how many classes there are, with class_embed_type 'timestep'.")
+        raise ConfigError("num_class_embeds must be the number of classes with class_embed_type 'timestep'.")
     if config["time_embedding_type"] not in ("positional", "fourier", "learned"):
         raise ConfigError(f"time_embedding_type {config['time_embedding_type']!r:.100} is unknown.")
     return config

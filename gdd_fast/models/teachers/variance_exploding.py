@@ -1,7 +1,7 @@
 """Score networks of variance-exploding models: Song et al., arXiv 2011.13456 (score_sde_ve), diffusers' ScoreSdeVe.
 
-The network reads the noisy image itself, of values from 0 to 1, and the noise level as its time; it gives the score,
-(D - x) / sigma^2. For images from -1 to 1 noise is twice as large: x01 = (x + 1) / 2, sigma01 = sigma / 2, and
+The network reads the noisy image itself, with values from 0 to 1, and the noise level as its time; it returns the
+score, (D - x) / sigma^2. For images from -1 to 1 noise is twice as large: x01 = (x + 1) / 2, sigma01 = sigma / 2, and
 
     D = x + sigma^2 / 2 F((x + 1) / 2, sigma / 2)
 """
@@ -16,7 +16,7 @@ from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisati
 
 
 class VarianceExploding(Parametrisation):
-    """Args: lowest and highest noise level, as of the scheduler, for images from 0 to 1."""
+    """Arguments: lowest and highest noise levels, as for the scheduler, for images from 0 to 1."""
 
     kind = "ve"
     schedulers = ("ScoreSdeVeScheduler",)

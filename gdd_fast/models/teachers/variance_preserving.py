@@ -1,4 +1,4 @@
-"""Noise schedules by betas: DDPM (Ho et al., arXiv 2006.11239) and whatever samples from a network trained like it.
+"""Noise schedules defined by betas: DDPM (Ho et al., arXiv 2006.11239) and samplers for networks trained like it.
 
 x_t = a_t x0 + s_t n with a_t^2 = alphas_cumprod[t] and s_t^2 = 1 - a_t^2, so sigma_t = s_t / a_t and the network reads
 x / sqrt(1 + sigma^2) = a_t x. Between the times of training, time is linear in log sigma.
@@ -22,13 +22,13 @@ from gdd_fast.models.teachers.parametrisation import Coefficients, Parametrisati
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 MAX_TIMES = 1_000_000
-# What stands for no signal at all, the last time of a schedule with zero terminal SNR: diffusers' Euler samplers put
-# 2^-24 in place of alphas_cumprod = 0.
+# Stands for no signal at all, the last time of a schedule with zero terminal SNR: diffusers' Euler samplers replace
+# alphas_cumprod = 0 by 2^-24.
 NO_SIGNAL = 2.0**12
 
 
 class VariancePreserving(Parametrisation):
-    """Args as of diffusers' DDPMScheduler, which computes the table."""
+    """Arguments as for diffusers' DDPMScheduler, which computes the table."""
 
     kind = "vp"
 
@@ -63,13 +63,13 @@ class VariancePreserving(Parametrisation):
             if sigmas[-1].isinf():
                 sigmas[-1] = max(NO_SIGNAL, 2 * float(sigmas[-2]))
         if not bool((sigmas[1:] > sigmas[:-1]).all() and (sigmas > 0).all() and sigmas.isfinite().all()):
-            raise ConfigError("the betas do not give noise levels that rise from one time to the next.")
+            raise ConfigError("the betas do not give noise levels that increase with time.")
         self._tables = {sigmas.device: sigmas.log()}
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self.predicts_noise = prediction_type == "epsilon"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariancePreserving":
-        """The table is constant, and shared: a copy of it among tensors without values would have none."""
+        """Copies share the constant table: among tensors without values, a copied table would lose its own."""
         twin = copy.copy(self)
         twin._tables = dict(self._tables)
         return twin
@@ -87,10 +87,10 @@ class VariancePreserving(Parametrisation):
         return Coefficients(skip, out, scale, self.time(sigma))
 
     def time(self, sigma: Tensor) -> Tensor:
-        """Times float64 (N,) from 0 to T - 1, fractional in between, of noise levels float64 (N,).
+        """Times float64 (N,) from 0 to T - 1, fractional in between, for noise levels float64 (N,).
 
-        A noise level that float32 has rounded is still that of its time: times within a thousandth of a whole number
-        are that number.
+        A noise level rounded to float32 still gives its exact time: times within a thousandth of a whole number are
+        rounded to it.
         """
         levels, wanted = self._log_levels(sigma.device), sigma.log()
         above = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1)

@@ -1,19 +1,19 @@
-"""Group normalisation and what surrounds it in a U-Net block, over one tensor or a concatenation that is never built.
+"""Group normalisation and the operations around it in a U-Net block, for a tensor or a concatenation never built.
 
     y = act((1 + scale) * GN(x + add; weight, bias) + shift)
 
 `add` is NCSN++'s embedding (with the convolution's bias folded in), `scale` and `shift` are ADM's, act is SiLU or
 nothing. Statistics and arithmetic are in float32 (float64 for float64) whatever the dtype of x, and so under autocast.
 
-Backward keeps x and each group's mean and reciprocal deviation, nothing else of x's size: the SiLU is computed again.
-With xhat = (u - mean) * rstd of u = x + add, t what enters the SiLU and dt its gradient,
+Backward keeps x and each group's mean and reciprocal deviation, nothing else of x's size: the SiLU is recomputed. With
+xhat = (u - mean) * rstd for u = x + add, t the SiLU's input and dt the gradient of t,
 
     dt = dy * silu'(t)    dxhat = dt * (1 + scale) * weight
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 
-where means go over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives go through the
-definition. "cpp" has the backward of channels_last maps, and autograd's part of it; that of contiguous ones is plain
-PyTorch's.
+where means are over a group, and every other gradient is a sum of dt or dt * xhat. Second derivatives use the
+definition. "cpp" has the backward of channels_last maps, with autograd's part; that of contiguous maps is plain
+PyTorch.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def group_norm_silu_ref(
     shift: Tensor | None = None,
     activation: Activation = "silu",
 ) -> Tensor:
-    """The definition; arguments as of `group_norm_silu`."""
+    """The definition; arguments as for `group_norm_silu`."""
     first, skip = x if isinstance(x, tuple) else (x, None)
     silu = activation == "silu"
     return definition.formula(NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu))
@@ -68,27 +68,27 @@ def group_norm_silu(
     statistics: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """act((1 + scale) * GN(x + add; weight, bias) + shift), twice differentiable in every tensor but `statistics`.
+    """act((1 + scale) * GN(x + add; weight, bias) + shift), twice differentiable in all tensors except `statistics`.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64. Contiguous and channels_last memory, and slices of
-            either, are read where they lie; memory whose rows are not evenly spaced is copied once. A pair (x, skip)
-            stands for `torch.cat([x, skip], 1)`, which is not built; groups may straddle the seam.
-        num_groups: divides C.
+            either, are read in place; memory with unevenly spaced rows is copied once. A pair (x, skip) stands for
+            `torch.cat([x, skip], 1)`, which is never built; groups may straddle the seam.
+        num_groups: a divisor of C.
         weight, bias: (C,), of any of these dtypes.
         eps: added to the variance.
         add, scale, shift: (N, C) or (1, C), of any of these dtypes, or None.
         activation: "silu" or None.
-        statistics: the statistics of x that `residual(..., statistics=True)` returned with it, for a pair a pair of
-            them, each of which may be None. Fused implementations then read x once. They are trusted to be x's.
-        backend: "auto", "torch", "triton" or "cpp"; float64 has "torch" alone. See gdd_fast.backend.
+        statistics: the statistics of x that `residual(..., statistics=True)` returned with it; for a pair, a pair of
+        them, each of which may be None. Fused implementations then read x once. They are not checked to be x's.
+        backend: "auto", "torch", "triton" or "cpp"; float64 has only "torch". See gdd_fast.backend.
 
     Returns:
-        (N, C, H, W) in x's dtype and dense; channels_last if x's (of a pair the first's) channels are innermost.
+        (N, C, H, W) in x's dtype and dense; channels_last if x's channels (for a pair, the first's) are innermost.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     first, skip = x if isinstance(x, tuple) else (x, None)
     known = statistics if isinstance(statistics, tuple) else (statistics, None)
@@ -105,7 +105,7 @@ def group_norm_silu(
                 check(NormInputs(*tensors), known)
                 return functional.group_norm(first, num_groups, weight, bias, eps)
             y = extension().cpu_group_norm_silu(*tensors)  # type: ignore[union-attr]
-        if y is not None:  # else something is to be refused, or it is for another implementation
+        if y is not None:  # else the call has to be refused, or is for another implementation
             return y
     inputs = NormInputs(first, skip, num_groups, weight, bias, eps, add, scale, shift, silu)
     if activation not in ("silu", None):
@@ -114,14 +114,14 @@ def group_norm_silu(
     # a compiler fuses the definition itself, and without gradients there is nothing to save
     if implementation == "torch" and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
         y = definition.formula(inputs)
-        # off the CPU PyTorch's norm loses channels_last; a compiler chooses for itself
+        # except on CPUs PyTorch's norm loses channels_last; a compiler chooses layouts itself
         return y if torch.compiler.is_compiling() else y.contiguous(memory_format=memory_format(inputs.x))
     return torch.ops.gdd_fast.group_norm_silu.default(*inputs, *known, implementation)[0]
 
 
 def _stock_is_faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether PyTorch's norm takes a large channels_last map on this CPU, with nothing around it, sooner than ours
-    (docs/cpu_operators.md), and takes these parameters as they are. It computes in float32, too."""
+    """Whether PyTorch's norm alone is faster than ours for a large channels_last map on this CPU
+    (docs/cpu_operators.md), and accepts these parameters unconverted. It computes in float32 too."""
     if x.dim() != 4 or x.numel() < 1 << 20 or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if x.shape[2] * x.shape[3] < 1024 or weight.dtype != bias.dtype:
@@ -131,7 +131,7 @@ def _stock_is_faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def _plan(direction: str, backend: Backend, tensors: Sequence[Any], numbers: tuple[float, ...]) -> tuple | None:
-    """What the Triton kernels launch for such a call (see gdd_fast.ops._planned)."""
+    """The launch plan of the Triton kernels for such a call (see gdd_fast.ops._planned)."""
     from gdd_fast.kernels._plans import plan
 
     if direction == "backward":
@@ -233,8 +233,8 @@ def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if dy is None or not any(needed):
         return tuple(result)
     if torch.is_grad_enabled():
-        # Gradients to be differentiated again (create_graph): rare, so by the definition. On fresh views, so that a
-        # gradient stops here even where one input was computed from another.
+        # Gradients that will be differentiated again (create_graph): rare, so by the definition. Fresh views make
+        # gradients stop here even if one input was computed from another.
         inputs = inputs.mapped(*[lambda t: t.view_as(t)] * 2)
         wanted: list[Any] = [inputs[i] for i, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
         gradients = torch.autograd.grad(definition.formula(inputs), wanted, dy, create_graph=True)

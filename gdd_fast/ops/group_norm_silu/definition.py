@@ -1,4 +1,4 @@
-"""group_norm_silu in plain PyTorch: the formula, and an operator that saves as little as the fused ones do."""
+"""group_norm_silu in plain PyTorch: the formula, and an operator that saves as little as the fused ones."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def formula(i: NormInputs) -> Tensor:
 
 
 def gradients(dx: Tensor | None, dskip: Tensor | None, rows: list[Tensor | None], i: NormInputs) -> list[Tensor]:
-    """What the backward operator returns; `rows` are the gradients of `i.parameters`, some of (C,) still (N, C)."""
+    """The backward operator's results; `rows` are the gradients of `i.parameters`, some of (C,) still as (N, C)."""
     summed = []
     for gradient, like in zip(rows, i.parameters, strict=True):
         if gradient is not None and like is not None:
@@ -36,7 +36,7 @@ def gradients(dx: Tensor | None, dskip: Tensor | None, rows: list[Tensor | None]
 
 
 def _joined(i: NormInputs) -> Tensor:
-    """u, dense, in the dtype that is computed in."""
+    """u, dense, in the compute dtype."""
     dtype = compute_dtype(i.x)
     u = (i.x if i.skip is None else torch.cat([i.x, i.skip], 1)).to(dtype)
     u = u if i.add is None else u + i.add.to(dtype)[:, :, None, None]
@@ -44,13 +44,13 @@ def _joined(i: NormInputs) -> Tensor:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The format that x is normalised in. Off the CPU PyTorch's group norm knows contiguous memory alone: forward
-    refuses another and backward takes it for contiguous."""
+    """The format in which x is normalised. Except on CPUs, PyTorch's group norm supports only contiguous memory:
+    forward refuses any other, and backward assumes it."""
     return memory_format(x) if x.is_cpu else torch.contiguous_format
 
 
 def _laid_out(u: Tensor, layout: torch.memory_format) -> Tensor:
-    """u in `layout` to the last stride, those of dimensions of size 1 too: PyTorch's kernels refuse others."""
+    """u in `layout` with exact strides, even for dimensions of size 1: PyTorch's kernels refuse others."""
     _, c, h, w = u.shape
     strides = (c * h * w, 1, c * w, c) if layout is torch.channels_last else (c * h * w, h * w, w, 1)
     u = u.contiguous(memory_format=layout)
@@ -90,12 +90,12 @@ def backward(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, needed: list
     dshift = dt.sum((2, 3)) if need_shift else None
     dscale = (dt * z).sum((2, 3)) if need_scale else None
     dz = dt if factor is None else dt * factor
-    mask = [True, need_weight, need_bias]  # on CPU torch crashes on channels_last memory if told to leave du out
+    mask = [True, need_weight, need_bias]  # on a CPU torch crashes on channels_last memory if du is not requested
     du, dweight, dbias = torch.ops.aten.native_group_norm_backward(
         dz, u, mean, rstd, weight, n, c, h * w, mean.shape[1], mask
     )
     dadd = du.sum((2, 3)) if need_add else None
-    # of a pair each gets memory of its own: an operator's results may not be views of one another
+    # for a pair, each gets its own memory: an operator's results must not be views of one another
     dx, dskip = (
         du[:, part].to(t.dtype, copy=i.skip is not None, memory_format=memory_format(t))
         if need and t is not None

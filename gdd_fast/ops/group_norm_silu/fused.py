@@ -1,6 +1,6 @@
-"""group_norm_silu and its gradients by the Triton kernels and by the extension: what either is handed, and how it lies.
+"""group_norm_silu and its gradients by the Triton kernels and the extension: preparing their arguments and layouts.
 
-Arguments and results are those of the operators in definition.py. The batch is not empty.
+Arguments and results are those of the operators in definition.py. The batch must not be empty.
 """
 
 import torch
@@ -44,7 +44,7 @@ def launch_backward(dy: Tensor, i: NormInputs, mean: Tensor, rstd: Tensor, neede
 
 def forward_cpp(i: NormInputs) -> tuple[Tensor, Tensor, Tensor]:
     channels_last = memory_format(i.x) == torch.channels_last
-    # what lies side by side: channels, or pixels, which are in a column where the image is one pixel wide
+    # the dimension that is contiguous: channels, or pixels, which form a column if the image is one pixel wide
     innermost = 1 if channels_last else 3 if i.x.shape[3] > 1 else 2
     return torch.ops.gdd_fast_C.group_norm_silu(*_as_cpp_takes(i, innermost, memory_format(i.x)), channels_last)
 
@@ -64,11 +64,11 @@ def _as_cpp_takes(i: NormInputs, innermost: int, layout: torch.memory_format) ->
 
 
 def _side_by_side(x: Tensor, innermost: int, layout: torch.memory_format) -> Tensor:
-    """x itself if its dimension `innermost` lies side by side and its pixels are evenly spaced, else a copy."""
+    """x itself if its dimension `innermost` is contiguous and its pixels are evenly spaced, else a copy."""
     x = evenly_spaced(x)
     return x if x.stride(innermost) == 1 else x.contiguous(memory_format=layout)
 
 
 def _contiguous_rows(row: Tensor) -> Tensor:
-    """(C,), (N, C) or (1, C) whose channels lie side by side, which is all the kernels need."""
+    """(C,), (N, C) or (1, C) with contiguous channels, which is all that kernels need."""
     return row if row.stride(-1) == 1 else row.contiguous()

@@ -1,4 +1,4 @@
-"""What one call of group_norm_silu is given, in the order of every schema, and the checks of it."""
+"""The arguments of one call of group_norm_silu, in the order of every schema, and their checks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from gdd_fast.errors import InputError
 from gdd_fast.ops._memory_format import DTYPES, compute_dtype
 
 Statistics = tuple[Tensor | None, Tensor | None]
-"""Those of x and of skip, as `residual` returns them, where they are known."""
+"""Those of x and of skip, as `residual` returns them, if known."""
 
 
 class NormInputs(NamedTuple):
-    """Shapes and dtypes as of `group_norm_silu`."""
+    """Shapes and dtypes as for `group_norm_silu`."""
 
     x: Tensor
     skip: Tensor | None
@@ -32,12 +32,12 @@ class NormInputs(NamedTuple):
 
     @property
     def rows(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What is added before the norm, and what scales and shifts after it."""
+        """The offset before the norm, and the scale and shift after it."""
         return self.add, self.scale, self.shift
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """All tensors but the maps, in the order of their gradients."""
+        """All tensors except the maps, in the order of their gradients."""
         return self.weight, self.bias, *self.rows
 
     def mapped(self, maps: Callable[[Tensor], Tensor], parameters: Callable[[Tensor], Tensor]) -> "NormInputs":
@@ -60,7 +60,7 @@ SCHEMA = (
 )
 LENGTH = len(NormInputs._fields)
 DIFFERENTIABLE = tuple(NormInputs._fields.index(n) for n in ("x", "skip", "weight", "bias", "add", "scale", "shift"))
-"""Where the tensors stand that gradients are taken of."""
+"""The indices of the differentiable tensors."""
 
 
 def check(inputs: NormInputs, statistics: Statistics) -> None:
