@@ -83,4 +83,4 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--net", "there-is-none", "--out", str(tmp_path / "generator.onnx")])
     assert end.value.code == 2
-    assert "takes onnxscript: pip install 'gdd_fast[export]'" in capsys.readouterr().err
+    assert "needs onnxscript: pip install 'gdd_fast[export]'" in capsys.readouterr().err
