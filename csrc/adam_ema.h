@@ -1,10 +1,10 @@
-// What adam_ema_ needs beside its tensors.
+// The arguments of adam_ema_ besides its tensors.
 #pragma once
 #include <cstdint>
 
 namespace gdd_fast {
 
-// Options of `tensors` neighbouring parameters.
+// Options of `tensors` consecutive parameters.
 struct AdamGroup {
   int64_t tensors;
   double beta1, beta2, eps, weight_decay;

@@ -1,4 +1,4 @@
-// Functions of the module gdd_fast._C beside its operators, each bound in the file that has them.
+// Functions of the module gdd_fast._C besides its operators, each bound in the file that defines it.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -13,7 +13,7 @@ inline std::vector<Binder>& binders() {
   return all;
 }
 
-// A static one of these has module.cpp call `binder` when the module is made.
+// A static object of this type makes module.cpp call `binder` when the module is created.
 struct Bind {
   explicit Bind(Binder binder) { binders().push_back(binder); }
 };

@@ -1,7 +1,7 @@
-// Who computes a convolution of a constant weight. On a CPU the library brings a weight to an order of its own at every
-// call, which for small maps takes as long as the products; and 3x3 convolutions have Winograd's method. Nothing made
-// of a weight outlives the call: see `converted` in gdd_fast/ops/frozen_conv2d.py. docs/cpu_operators.md has the times
-// that the limits are from.
+// Chooses what computes a convolution with a constant weight. On a CPU the library reorders the weight in every call,
+// which for small maps takes as long as the products; and 3x3 convolutions have Winograd's method. Nothing made from a
+// weight outlives the call: see `converted` in gdd_fast/ops/frozen_conv2d.py. The limits are from the times in
+// docs/cpu_operators.md.
 #include "constant_convolution.h"
 
 #include <ATen/ops/addmm.h>
@@ -17,17 +17,17 @@
 namespace gdd_fast {
 namespace {
 
-constexpr int64_t kMostPixels = 1024;  // of a 1x1 convolution that is a plain matrix product
-constexpr int64_t kLeastPixels = 192;  // of a 3x3 convolution, to pay for its weight's transformation
-constexpr double kLeastSaving = 1.3;   // times the method's products: of a 3x3 convolution by its definition
-// From this size on glibc maps a transformed weight anew at every call, and its page faults take ten times as long as
-// the transformation: 512 to 512 channels, transformed as a whole, gain from 1024 pixels on.
+constexpr int64_t kMostPixels = 1024;  // for a 1x1 convolution to be a plain matrix product
+constexpr int64_t kLeastPixels = 192;  // for a 3x3 convolution to pay for transforming its weight
+constexpr double kLeastSaving = 1.3;   // a 3x3 convolution's products, relative to Winograd's
+// From this size on, glibc maps a transformed weight in every call, and page faults take ten times as long as the
+// transformation: 512 to 512 channels, transformed as a whole, gain only from 1024 pixels on.
 constexpr int64_t kMapped = 32 << 20, kLeastPixelsMapped = 1536;
 
 enum class Method { kLibrary, kProduct, kWinograd };
 
-// Whether maps of this size take more products for a pair of channels by the definition, which skips zeros of the
-// border, than by Winograd's method, whose tiles reach over the edge: 1 to 36 for maps of 1x1, 16 to 36 for 2x2.
+// Whether Winograd's method, whose tiles reach over the edge, saves enough products per pair of channels over the
+// definition, which skips zeros of the padding: they take 36 and 1 for maps of 1x1, 36 and 16 for 2x2.
 bool saves_products(int64_t height, int64_t width) {
   const int64_t tiles = ((height + 3) / 4) * ((width + 3) / 4);
   return double((3 * height - 2) * (3 * width - 2)) >= kLeastSaving * double(36 * tiles);
@@ -50,7 +50,7 @@ Method method(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, a
     return weight.size(2) == size && weight.size(3) == size && g[2] == border && g[3] == border;
   };
   if (window(1, 0)) {
-    const int64_t map = x.size(2) * x.size(3);  // a map of one pixel lies as in both formats
+    const int64_t map = x.size(2) * x.size(3);  // a map of one pixel is in both formats
     const bool in_rows = format == at::MemoryFormat::ChannelsLast || map == 1;
     return in_rows && x.size(0) * map <= kMostPixels ? Method::kProduct : Method::kLibrary;
   }
@@ -81,7 +81,7 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& b
   const auto format = x.dim() == 4 ? memory_format(x) : at::MemoryFormat::Contiguous;
   switch (method(x, weight, bias, format, g, false)) {
     case Method::kProduct: {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;  // to autograd the result is no view
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;  // for autograd the result is not a view
       const at::Tensor w = weight.flatten(1).t(), from = rows(x);
       return map(bias.has_value() ? at::addmm(*bias, from, w) : at::mm(from, w), x, format);
     }
@@ -103,7 +103,7 @@ at::Tensor convolve_gradient(const at::Tensor& dy, const at::Tensor& weight, at:
     default:
       break;
   }
-  // Its values are not read, its strides choose the algorithm.
+  // Its values are not read; its strides choose the algorithm.
   const at::Tensor x = at::empty(shape, dy.options().memory_format(format));
   return std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), pair(g, 0), pair(g, 1),
                                               pair(g, 2), false, {0, 0}, g[6], {true, false, false}));

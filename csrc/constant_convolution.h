@@ -1,4 +1,4 @@
-// Convolutions of constant weights, and the gradients of their inputs: the library's, or what is faster on a CPU.
+// Convolutions with constant weights, and their input gradients: the library's, or whatever is faster on a CPU.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -7,12 +7,12 @@
 
 namespace gdd_fast {
 
-// Of a convolution all but the tensors: stride, padding and dilation, two numbers each, and groups.
+// A convolution's arguments except tensors: stride, padding and dilation, two numbers each, and groups.
 using Geometry = std::vector<int64_t>;
 using Bias = std::optional<at::Tensor>;
 
 // x (N, C, H, W), weight (K, C / groups, R, S) and bias (K) of one dtype -> (N, K, H', W'); strides are the library's.
-// Nothing is recorded by autograd where a method of ours computes.
+// Autograd records nothing if one of our methods computes.
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g);
 
 // The gradient of an input of `shape` and `format`.

@@ -1,6 +1,6 @@
 // frozen_conv2d and planned_frozen_conv2d_relu: the autograd of gdd_fast/ops/frozen_conv2d.py and frozen_conv2d_relu.py
-// in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms a layer and step, as
-// much as a small depthwise convolution. With plans the bits are packed by Triton's kernels, without on a CPU.
+// in C++, around the convolutions of constant_convolution.h. Autograd through Python costs 0.1 ms per layer and step,
+// as much as a small depthwise convolution. Triton kernels pack the bits if there are plans; otherwise a CPU does.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -27,14 +27,14 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// What backward needs beside tensors; in one piece, as every entry of a context's map costs as much as a small
+// What backward needs besides tensors; in one object, as every entry of a context's map costs as much as a small
 // operator.
 struct Held : torch::CustomClassHolder {
   std::vector<int64_t> shape;  // of the input
   at::MemoryFormat format = at::MemoryFormat::Contiguous, out_format = at::MemoryFormat::Contiguous;
   Geometry geometry;
   bool has_bias = false;
-  Plans plans;  // of the kernels that pack bits, if they are Triton's
+  Plans plans;  // for the kernels that pack bits, if they are Triton's
 
   Held(const at::Tensor& x, const Bias& bias, Geometry g, Plans plans = {})
       : shape(x.sizes().vec()),
@@ -72,9 +72,9 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, const 
 }
 
 // A node as PyTorch generates them for its own operators. torch::autograd::Function, as above, costs half as much again
-// as this operator's other work: what is generic in it runs per call, dispatch to autograd within among it.
+// as this operator's other work, since its generic parts, such as the dispatch to autograd, run in every call.
 struct ConvolutionBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable weight, bits;  // bits: of the ReLU behind it, where there is one
+  torch::autograd::SavedVariable weight, bits;  // bits: of the following ReLU, if any
   Holder held;
 
   variable_list apply(variable_list&& dys) override {
@@ -97,7 +97,7 @@ struct ConvolutionBackward : torch::autograd::Node {
   std::string name() const override { return "FrozenConvolutionBackward"; }
 };
 
-// Graphs are held by std::shared_ptr up to some version of PyTorch, and by c10::intrusive_ptr after it.
+// Older versions of PyTorch hold graphs by std::shared_ptr, newer ones by c10::intrusive_ptr.
 template <typename T>
 auto make_node() {
   if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>) {
@@ -122,7 +122,7 @@ void refuse_forward_mode(const at::Tensor& x, const Bias& bias, const char* name
                               " has no forward-mode derivative: pass backend=\"torch\"");
 }
 
-// A GPU's convolution adds its bias in a pass of its own: Triton's kernel does on the way.
+// A GPU's convolution adds its bias in a separate pass; Triton's kernel does so on the way.
 at::Tensor convolve_and_clamp(const at::Tensor& x, const at::Tensor& weight, const Bias& bias, const Geometry& g,
                               double ceiling, const Plans& plans) {
   if (plans) {
@@ -167,8 +167,8 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const Bias
   return y;
 }
 
-// x, weight and bias in the type that is computed in, as `prepare` in Python makes them; nothing where its checks there
-// find something, or a mode or a tensor of another class has a say.
+// x, weight and bias in the compute dtype, as from `prepare` in Python; nothing if the checks there would fail, or
+// under a dispatch mode or with a tensor subclass.
 struct Prepared {
   at::Tensor x, weight;
   Bias bias;
@@ -185,7 +185,7 @@ std::optional<Prepared> prepared(const at::Tensor& x, const at::Tensor& weight, 
   return Prepared{x.to(type), weight.to(type), bias.has_value() ? Bias(bias->to(type)) : bias};
 }
 
-// One number for both directions, or two.
+// A size: one number for both directions, or two.
 void push(Geometry& g, const pybind11::handle& size) {
   if (PyLong_Check(size.ptr())) {
     g.insert(g.end(), 2, size.cast<int64_t>());
@@ -204,7 +204,7 @@ Geometry pushed(const pybind11::handle& stride, const pybind11::handle& padding,
   return g;
 }
 
-// Either operator in one call from Python; nothing where it is not `prepared`.
+// Either operator in one call from Python; nothing if `prepared` returns nothing.
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, const at::Tensor& weight, const Bias& bias,
                                   const pybind11::handle& stride, const pybind11::handle& padding,
                                   const pybind11::handle& dilation, int64_t groups, double ceiling) {

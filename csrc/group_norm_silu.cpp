@@ -1,5 +1,5 @@
 // gdd_fast_C::group_norm_silu and its backward: checks, the outputs, the schemas. Their definitions are in
-// gdd_fast/ops/group_norm_silu.py.
+// gdd_fast/ops/group_norm_silu.
 #include "group_norm_silu.h"
 
 #include <ATen/ops/empty.h>
@@ -17,7 +17,7 @@ NormMap norm_map(const at::Tensor& x, bool channels_last, const char* name) {
   const ImageStrides s = image_strides(x);
   // a step along a dimension of size 1 is never taken
   const bool fits = channels_last ? s.channel == 1 || s.channels == 1 : s.pixel == 1 || s.pixels == 1;
-  TORCH_CHECK_VALUE(fits, "group_norm_silu: ", name, " is not in the memory format asked for; strides are ",
+  TORCH_CHECK_VALUE(fits, "group_norm_silu: ", name, " is not in the requested memory format; strides are ",
                     x.strides());
   return {x, s.channels, s.image, channels_last ? 1 : s.channel, channels_last ? s.pixel : 1};
 }
@@ -36,7 +36,7 @@ NormRows rows(const std::optional<at::Tensor>& t, int64_t images, int64_t channe
   return {t->const_data_ptr<float>(), t->size(0) == 1 ? 0 : t->stride(0)};
 }
 
-// What a call normalises and with what; `second` has no channels where there is no skip.
+// The maps and parameters of a call; `second` has no channels if there is no skip.
 GroupNormSilu described(const at::Tensor& x, const NormMap& first, const NormMap& second, int64_t groups,
                         const at::Tensor& weight, const at::Tensor& bias, double eps,
                         const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
@@ -114,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_back
                      x.options().memory_format(at::MemoryFormat::ChannelsLast));
   };
   at::Tensor dx = like(first), dskip = like(second);
-  // memory of its own for each: an operator's results may not be views of one another
+  // separate memory for each: an operator's results must not be views of one another
   std::vector<at::Tensor> by_image;
   for (int i = 0; i < 5; i++) by_image.push_back(at::empty({g.images, g.channels}, x.options().dtype(at::kFloat)));
   if (g.images != 0) cpu::group_norm_silu_backward(g, given, first, second, mean, rstd, dx, dskip, by_image);

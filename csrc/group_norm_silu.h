@@ -1,4 +1,4 @@
-// Group normalisation with an offset before it, scale and shift after it, and SiLU, of one map or two side by side.
+// Group normalisation with an offset before it, scale and shift after it, and SiLU, of one map or two concatenated.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -33,22 +33,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& bias, double eps, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, bool silu, bool channels_last);
 
-// y alone, for who takes no gradient; the statistics are (N, groups), or null where nobody asks for them.
+// Only y, without gradients; the statistics are (N, groups), or null if not wanted.
 at::Tensor group_norm_silu_inference(const at::Tensor& x, const std::optional<at::Tensor>& skip, int64_t groups,
                                      const at::Tensor& weight, const at::Tensor& bias, double eps,
                                      const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
                                      const std::optional<at::Tensor>& shift, bool silu, bool channels_last,
                                      float* mean = nullptr, float* rstd = nullptr);
 
-// The gradients of x and of skip (of no channels without one), and five float32 (N, C): those of weight, bias, add,
-// scale and shift, each by image. Only of channels_last maps; dy may be a slice.
+// The gradients of x and of skip (with no channels if there is none), and five float32 (N, C): those of weight, bias,
+// add, scale and shift, each per image. Only for channels_last maps; dy may be a slice.
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> group_norm_silu_backward(
     const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight,
     const at::Tensor& bias, const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, const at::Tensor& mean, const at::Tensor& rstd, bool silu);
 
 namespace cpu {
-// skip.channels is 0 without one. y is dense; mean and rstd are (N, groups), or null where nobody asks for them.
+// skip.channels is 0 if there is none. y is dense; mean and rstd are (N, groups), or null if not wanted.
 void group_norm_silu(const GroupNormSilu& g, const NormMap& x, const NormMap& skip, at::Tensor& y, float* mean,
                      float* rstd);
 void group_norm_silu_backward(const GroupNormSilu& g, const NormMap& dy, const NormMap& x, const NormMap& skip,

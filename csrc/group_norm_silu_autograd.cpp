@@ -1,6 +1,6 @@
 // The checks and the autograd of gdd_fast/ops/group_norm_silu in C++: cpu_group_norm_silu around the CPU's kernels,
-// with autograd for channels_last maps, and planned_group_norm_silu around Triton's. Autograd in Python costs 0.15 ms
-// per layer and step, and checks 15 us per call: more than a small map takes.
+// with autograd for channels_last maps, and planned_group_norm_silu around Triton's. In Python autograd costs 0.15 ms
+// per layer and step, and checks cost 15 us per call: more than a small map takes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/group_norm.h>
@@ -25,13 +25,13 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using Optional = std::optional<at::Tensor>;
 
-// Places of the tensors that gradients are taken of, in this order everywhere; absent ones are undefined.
+// The differentiable tensors, in this order everywhere; absent ones are undefined.
 enum { kX, kSkip, kWeight, kBias, kAdd, kScale, kShift, kInputs };
 
 Optional optional(const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 at::Tensor plain(const Optional& t) { return t.value_or(at::Tensor()); }
 
-// In the form that the CPU's kernels take: channels (or pixels) side by side and pixels evenly spaced; float32.
+// As the CPU's kernels read them: maps of contiguous channels (or pixels) and evenly spaced pixels; float32 rows.
 at::Tensor laid_out(const at::Tensor& x, bool channels_last = true) {
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const auto fits = [&] { return (channels_last ? x.stride(1) : image_strides(x).pixel) == 1; };
@@ -44,16 +44,16 @@ at::Tensor row(const at::Tensor& t) {
   return wide.stride(-1) == 1 ? wide : wide.contiguous();
 }
 
-// In the form that Triton's kernels take.
+// As Triton kernels read them.
 at::Tensor spaced(const at::Tensor& x) { return !x.defined() || evenly_spaced(x) ? x : x.contiguous(memory_format(x)); }
 at::Tensor rows_side_by_side(const at::Tensor& t) { return !t.defined() || t.stride(-1) == 1 ? t : t.contiguous(); }
 
-// What a call is given beside the tensors that gradients are taken of.
+// The arguments of a call besides the differentiable tensors.
 struct Call {
   int64_t groups;
   double eps;
   bool silu;
-  // Triton's kernels by these, or the CPU's; `forward` is the plan of the call at hand
+  // for Triton kernels; without them the CPU's run. `forward` is the plan of this call
   Plans plans;
   Plan forward;
   std::string backend;
@@ -73,7 +73,7 @@ std::array<at::Tensor, 3> forward_pass(const variable_list& t, const Call& call)
   return {y, mean, rstd};
 }
 
-// The gradients that are needed; those of the parameters by image.
+// The gradients that are needed; those of the parameters per image.
 variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const at::Tensor& mean,
                             const at::Tensor& rstd, const std::vector<int>& needed, bool silu, LaunchPlans* plans,
                             const std::string& backend) {
@@ -96,7 +96,7 @@ variable_list backward_pass(const at::Tensor& dy, const variable_list& t, const 
   return gradients;
 }
 
-// group_norm_silu_ref, to be differentiated.
+// group_norm_silu_ref, for second derivatives.
 at::Tensor definition(const variable_list& inputs, int64_t groups, double eps, bool silu) {
   const auto wide = [&](int which) { return inputs[which].to(at::kFloat); };
   const auto spread = [&](int which) { return wide(which).unsqueeze(2).unsqueeze(3); };
@@ -137,8 +137,8 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
     if (needed.empty() || !dys[0].defined()) return gradients;
     const bool silu = ctx->saved_data["silu"].toBool();
     if (at::GradMode::is_enabled()) {
-      // Differentiable themselves: through the definition, of fresh views, so that a gradient stops here even where one
-      // input was computed from another.
+      // Gradients that will be differentiated again: by the definition. Fresh views make gradients stop here even if
+      // one input was computed from another.
       variable_list inputs(kInputs), wanted;
       for (int i = 0; i < kInputs; i++) {
         if (saved[i].defined()) inputs[i] = saved[i].view_as(saved[i]);
@@ -171,7 +171,7 @@ struct GroupNormSiluFunction : torch::autograd::Function<GroupNormSiluFunction> 
   }
 };
 
-// The same by plan; nothing where the operator is not Triton's, or the call is another's to make.
+// The operator by a plan; nothing if Triton kernels should not run, or the call is not for this function.
 Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, int64_t groups,
                  const at::Tensor& weight, const at::Tensor& bias, double eps, const Optional& add,
                  const Optional& scale, const Optional& shift, bool silu, const Optional& x_statistics,
@@ -204,8 +204,8 @@ Optional planned(const Plans& plans, const at::Tensor& x, const Optional& skip, 
                                       optional(given[kAdd]), optional(given[kScale]), optional(given[kShift]), call);
 }
 
-// The operator on a CPU in one call from Python; nothing where its checks there might find something, or where it is
-// not for the kernels: the gradient of contiguous maps, forward-mode derivatives, tensors of another class.
+// The operator on a CPU in one call from Python; nothing if the checks there might fail, or for what the kernels do not
+// support: the gradient of contiguous maps, forward-mode derivatives, tensor subclasses.
 Optional on_cpu(const at::Tensor& x, const Optional& skip, int64_t groups, const at::Tensor& weight,
                 const at::Tensor& bias, double eps, const Optional& add, const Optional& scale, const Optional& shift,
                 bool silu) {

@@ -1,4 +1,4 @@
-// The plans of launch_plan.h: how they are made from Python's description, and how they run.
+// The plans of launch_plan.h: makes them from Python's description, and runs them.
 #include "launch_plan.h"
 
 #include <ATen/DeviceGuard.h>
@@ -17,10 +17,10 @@ namespace py = pybind11;
 namespace gdd_fast {
 namespace {
 
-constexpr size_t kMostPlans = 4096;  // more are shapes that do not return: all are dropped
-constexpr int64_t kAlignment = 16;   // what Triton compiles kernels anew for
+constexpr size_t kMostPlans = 4096;  // with more, shapes do not recur: all are dropped
+constexpr int64_t kAlignment = 16;   // in bytes: Triton specialises kernels on it
 
-// Of the driver's functions, found where the driver is: the extension is built without CUDA as well.
+// Functions of the driver, looked up at run time, as the extension is also built without CUDA.
 struct CudaDriver {
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
@@ -51,8 +51,8 @@ const CudaDriver& cuda_driver() {
 
 void check(int error, const char* what) { TORCH_CHECK(error == 0, "CUDA error ", error, " at ", what); }
 
-// A thread that has not called CUDA's runtime, such as autograd's where the first kernel is one of these, has no
-// context to launch in; to be told its device, as a guard does, gives it none.
+// A thread that has not called CUDA's runtime, such as autograd's if the first kernel is one of these, has no context
+// to launch in; a device guard does not create one.
 void ensure_context(at::Device device) {
   const CudaDriver& driver = cuda_driver();
   void* context = nullptr;
@@ -142,7 +142,7 @@ void LaunchPlan::launch(const Launch& launch, const std::vector<at::Tensor>& ten
     py::reinterpret_borrow<py::object>(launch.interpreted)(given);
     return;
   }
-  // by argument its bits, after them Triton's two scratch buffers, which these kernels do not use
+  // the bits of each argument, then Triton's two scratch buffers, which these kernels do not use
   const size_t size = launch.slots.size() + 2;
   std::vector<uint64_t> values(size, 0);
   std::vector<void*> arguments(size);
@@ -201,7 +201,7 @@ Plan LaunchPlans::find(Direction direction, const std::string& backend, at::Arra
     const std::scoped_lock lock(mutex_);
     if (const auto found = plans_.find(view); found != plans_.end()) return found->second;
   }
-  // not under the lock: whoever waits for it may hold Python's
+  // not under the lock: a thread that waits for it may hold the GIL
   Plan made;
   {
     const py::gil_scoped_acquire gil;
@@ -215,7 +215,7 @@ Plan LaunchPlans::find(Direction direction, const std::string& backend, at::Arra
       made = std::make_shared<const LaunchPlan>(inputs[0].device(), inputs.size(), description.cast<py::tuple>());
     }
   }
-  std::unordered_map<Key, Plan, Hash, Equal> forgotten;  // destroyed after the lock is gone
+  std::unordered_map<Key, Plan, Hash, Equal> forgotten;  // destroyed after the lock is released
   const std::scoped_lock lock(mutex_);
   if (plans_.size() >= kMostPlans) plans_.swap(forgotten);
   plans_.insert_or_assign(Key(key.begin(), key.end()), made);

@@ -1,9 +1,9 @@
-// Launches of Triton's kernels that are worked out once for a shape and repeated without Python.
+// Launches of Triton kernels that are worked out once per shape and repeated without Python.
 //
-// What a call of an operator launches is a function of its inputs' shapes, strides, types, devices and alignments and
-// of its numbers. The Python launchers (kernels/*.py) say it once; a LaunchPlan repeats it on other memory: it
-// allocates the results and hands the driver the same grids and arguments, with the addresses of the tensors at hand.
-// No value and no address is remembered.
+// What an operator's call launches depends only on its inputs' shapes, strides, dtypes, devices and alignments and on
+// its numbers. The Python launchers (kernels/*.py) describe it once; a LaunchPlan repeats it on other memory: it
+// allocates the results and passes the same grids and arguments to the driver, with the current tensors' addresses. It
+// remembers no values and no addresses.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
@@ -28,7 +28,7 @@ class LaunchPlan {
   LaunchPlan(const LaunchPlan&) = delete;
   LaunchPlan& operator=(const LaunchPlan&) = delete;
 
-  // The results for inputs that the plan was made for; absent ones are undefined.
+  // The results for inputs like the plan's; absent inputs are undefined tensors.
   std::vector<at::Tensor> operator()(at::ArrayRef<at::Tensor> inputs) const;
 
  private:
@@ -37,11 +37,11 @@ class LaunchPlan {
     at::TensorOptions options;
   };
   struct Launch {
-    PyObject* interpreted = nullptr;  // what runs the kernel where it is not compiled
+    PyObject* interpreted = nullptr;  // runs the kernel if it is not compiled
     void* function = nullptr;
     unsigned grid[3] = {1, 1, 1}, threads = 0, shared = 0;
-    std::vector<int64_t> slots;     // by argument: which tensor, inputs before those made, or -1
-    std::vector<uint64_t> numbers;  // by argument: its bits, if it is no tensor
+    std::vector<int64_t> slots;     // by argument: index of the tensor, inputs before made_, or -1
+    std::vector<uint64_t> numbers;  // by argument: its bits, if it is not a tensor
   };
   void launch(const Launch& launch, const std::vector<at::Tensor>& tensors) const;
 
@@ -53,11 +53,11 @@ class LaunchPlan {
 
 enum class Direction { kForward, kBackward };
 
-// The plans of one operator. Which kernels run, if any, `planner` decides in Python, once per kind of call.
+// The plans of one operator. `planner` decides in Python, once per kind of call, which kernels run, if any.
 class LaunchPlans : public torch::CustomClassHolder {
  public:
-  // planner(direction, backend, inputs, numbers) -> a description, or None where Triton's kernels are not to run; it
-  // raises what the operator raises.
+  // planner(direction, backend, inputs, numbers) -> a description, or None if Triton kernels should not run; it raises
+  // what the operator raises.
   explicit LaunchPlans(pybind11::object planner);
   ~LaunchPlans() override;
 
@@ -85,10 +85,10 @@ class LaunchPlans : public torch::CustomClassHolder {
 using Plans = c10::intrusive_ptr<LaunchPlans>;
 using Plan = std::shared_ptr<const LaunchPlan>;
 
-// Whether a call with these is computed at once: no dispatch mode is active, and no tensor is of another class.
+// Whether a call with these is computed at once: no dispatch mode is active, and none is a tensor subclass.
 bool unobserved(at::ArrayRef<at::Tensor> tensors);
 
-// Whether autograd has a say in a call with these: it is on, and one of them has a gradient of either mode.
+// Whether autograd matters for a call with these: it is on, and one requires a gradient or has a forward-mode one.
 bool wants_gradient(at::ArrayRef<at::Tensor> tensors);
 
 }  // namespace gdd_fast

@@ -11,7 +11,7 @@
 namespace gdd_fast {
 namespace {
 
-// A contiguous tensor is a channels_last one of one channel and N * C images.
+// A contiguous tensor counts as a channels_last one with one channel and N * C images.
 PoolSize pool_size(const at::Tensor& x, at::MemoryFormat format, int64_t height, int64_t width) {
   const bool last = format == at::MemoryFormat::ChannelsLast;
   return {last ? x.size(0) : x.size(0) * x.size(1), height, width, last ? x.size(1) : 1};
@@ -39,7 +39,7 @@ at::Tensor max_pool2x2_backward(const at::Tensor& dy, const at::Tensor& places, 
   TORCH_CHECK_VALUE(places.is_contiguous(format) && dy.is_contiguous(format),
                     "max_pool2x2_backward: dy and places must be dense and alike");
   at::Tensor dx = at::empty({dy.size(0), dy.size(1), height, width}, dy.options().memory_format(format));
-  if (height % 2 != 0 || width % 2 != 0) dx.zero_();  // the row and column that no window holds
+  if (height % 2 != 0 || width % 2 != 0) dx.zero_();  // the row and column outside all windows
   if (dy.numel() != 0) cpu::max_pool2x2_backward(dy, places, pool_size(dx, format, height, width), dx);
   return dx;
 }

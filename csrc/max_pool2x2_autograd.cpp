@@ -1,4 +1,4 @@
-// The autograd of gdd_fast/ops/max_pool2x2.py in C++, around Triton's kernels and those of a CPU.
+// The autograd of gdd_fast/ops/max_pool2x2.py in C++, around Triton's kernels and the CPU's.
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +23,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// What the gradient goes back to, and by whose kernels: without plans the extension's own, on a CPU.
+// The input's size and format, and the plans for the gradient; without plans the extension's CPU kernels run.
 struct Pooled : torch::CustomClassHolder {
   int64_t height, width;
   at::MemoryFormat format;
@@ -40,7 +40,7 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
   }
   const auto options = dy.options().memory_format(of.format);
   const std::vector<int64_t> size = {dy.size(0), dy.size(1), of.height, of.width};
-  // no window holds an odd last row or column
+  // an odd last row or column is outside all windows
   const bool odd = of.height % 2 != 0 || of.width % 2 != 0;
   const at::Tensor inputs[] = {dy, places,
                                odd ? at::zeros(size, dy.options()).contiguous(of.format) : at::empty(size, options)};
@@ -51,7 +51,7 @@ at::Tensor spread(const at::Tensor& gradient, const at::Tensor& places, const Po
   return inputs[2];
 }
 
-// Of every window the value at its place; PyTorch differentiates it.
+// The value of every window at its place; PyTorch differentiates it.
 at::Tensor collect(const at::Tensor& x, const at::Tensor& places) {
   const auto window = [&](int64_t place) {
     return x.index(
@@ -62,7 +62,7 @@ at::Tensor collect(const at::Tensor& x, const at::Tensor& places) {
   return y;
 }
 
-// Linear in dy: its derivative takes every window's value from where the maximum was.
+// Linear in dy: its derivative takes every window's value at the place of the maximum.
 struct Spread : torch::autograd::Function<Spread> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& places, const Holder& of) {
     ctx->save_for_backward({places});
@@ -94,7 +94,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 };
 
-// Nothing where the operator is not Triton's though there are plans, or the call is another's to make.
+// Nothing if there are plans but Triton kernels should not run, or if the call is not for this function.
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& map, const std::string& backend) {
   if (map.dim() != 4 || !unobserved(map)) return std::nullopt;
   const at::MemoryFormat format = memory_format(map);

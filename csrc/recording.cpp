@@ -1,6 +1,6 @@
-// A sequence of operators, recorded once and repeated without Python: what a network of fixed shapes calls is the same
-// at every call, and where maps are small Python takes as long to say it as the operators take to compute it. Every
-// operator is called anew, through the dispatcher, on tensors of its own.
+// A sequence of operators, recorded once and repeated without Python: a network of fixed shapes makes the same calls
+// every time, and for small maps Python takes as long to make them as the operators take to compute. Every repetition
+// calls the operators through the dispatcher, with new tensors.
 #include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -19,14 +19,14 @@ namespace {
 
 class Recording {
  public:
-  // Of a function of these tensors, which are its first slots.
+  // Starts recording a function of these tensors, which take the first slots.
   explicit Recording(std::vector<at::Tensor> inputs) {
     for (const auto& t : inputs) remember(t);
     inputs_ = inputs.size();
   }
 
-  // A call that was made and what it returned. False if it cannot be repeated: a result that is no tensor, or a list
-  // among the arguments of tensors that were made meanwhile.
+  // Adds a call and its result. False if it cannot be repeated: a result is not a tensor, or an argument is a list with
+  // tensors made during the recording.
   bool add(const std::string& name, const std::string& overload, const pybind11::tuple& arguments,
            const pybind11::dict& options, const pybind11::object& result) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
@@ -60,14 +60,14 @@ class Recording {
     return true;
   }
 
-  // Ends the recording of a function that returned these. False if one of them was not made meanwhile.
+  // Ends the recording of a function that returned these. False if one is neither an input nor made during it.
   bool finish(const std::vector<at::Tensor>& results) {
     for (const auto& t : results) {
       const auto found = slots_.find(t.unsafeGetTensorImpl());
       if (found == slots_.end()) return false;
       results_.push_back(found->second);
     }
-    // what no later step reads is given up, for its memory to be used again
+    // tensors that no later step reads are released, so that their memory can be reused
     std::vector<bool> needed(count_, false);
     for (const size_t slot : results_) needed[slot] = true;
     for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
@@ -81,8 +81,8 @@ class Recording {
     return true;
   }
 
-  // Nothing where somebody watches: a dispatch mode or a tensor of another class. `inputs` have the shapes, strides and
-  // types of those that were recorded.
+  // Nothing under a dispatch mode or for a tensor subclass. `inputs` must have the shapes, strides and dtypes of the
+  // recorded ones.
   std::optional<std::vector<at::Tensor>> operator()(const std::vector<at::Tensor>& inputs) const {
     if (!unobserved(inputs)) return std::nullopt;
     TORCH_CHECK_VALUE(inputs.size() == inputs_, "a recording of ", inputs_, " tensors was given ", inputs.size());
@@ -112,12 +112,12 @@ class Recording {
  private:
   struct Step {
     c10::OperatorHandle op;
-    torch::jit::Stack arguments;                  // constants at their places
+    torch::jit::Stack arguments;                  // constants in place
     std::vector<std::pair<size_t, size_t>> read;  // which argument is which slot
     std::vector<size_t> last;                     // slots that no later step reads
   };
 
-  // A number may stand for a tensor; it has no say in the type of the result.
+  // A number may stand for a tensor; it does not affect the result's dtype.
   static c10::IValue value(const pybind11::handle& given, const c10::TypePtr& type) {
     if (type->kind() == c10::TypeKind::TensorType && !THPVariable_Check(given.ptr()) && !given.is_none()) {
       at::Tensor number = c10::scalar_to_tensor(torch::jit::toIValue(given, c10::NumberType::get()).toScalar());
@@ -128,7 +128,7 @@ class Recording {
   }
 
   void remember(const at::Tensor& t) {
-    kept_.push_back(t);  // else another one may come to lie at its address
+    kept_.push_back(t);  // else another tensor may get its address
     slots_[t.unsafeGetTensorImpl()] = count_++;
   }
 

@@ -1,4 +1,4 @@
-// Where a ReLU is flat, one bit per element.
+// One bit per element that says whether a ReLU is flat there.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -1,4 +1,4 @@
-// The autograd of gdd_fast/ops/relu_bits.py in C++, around Triton's kernels or the extension's own, and what
+// The autograd of gdd_fast/ops/relu_bits.py in C++, around Triton's kernels or the extension's, and what
 // frozen_conv2d.cpp needs of it.
 #include "relu_bits_autograd.h"
 
@@ -23,7 +23,7 @@ using torch::autograd::variable_list;
 
 const std::string kTriton = "triton";
 
-// What the gradient goes back to.
+// The plans and memory format of the gradient.
 struct Flat : torch::CustomClassHolder {
   Plans plans;
   at::MemoryFormat format;
@@ -42,7 +42,7 @@ at::Tensor mask(const Plans& plans, const at::Tensor& dy, const at::Tensor& bits
   return (*plan)(inputs)[0];
 }
 
-// What the kernel returns that clamps y in place: its bits, if they are kept.
+// Clamps y in place and returns what the kernel does: its bits, if they are kept.
 std::vector<at::Tensor> clamped(const Plans& plans, const at::Tensor& y, double ceiling, const at::Tensor& bias,
                                 bool bits) {
   const at::Tensor inputs[] = {y, bias.defined() ? bias.contiguous() : bias};
@@ -51,7 +51,7 @@ std::vector<at::Tensor> clamped(const Plans& plans, const at::Tensor& y, double 
   return (*plan)(inputs);
 }
 
-// Its own derivative.
+// Linear in dy and its own derivative.
 struct Masked : torch::autograd::Function<Masked> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& bits,
                             const c10::intrusive_ptr<Flat>& of) {
@@ -87,7 +87,7 @@ struct Relu : torch::autograd::Function<Relu> {
   }
 };
 
-// Nothing where the call is another's to make. x is dense; without plans the bits are the extension's own, on a CPU.
+// Nothing if the call is not for this function. x is dense; without plans the extension's CPU kernels run.
 std::optional<at::Tensor> planned(const Plans& plans, const at::Tensor& x, double ceiling, bool inplace) {
   if (!unobserved(x)) return std::nullopt;
   return Relu::apply(x, ceiling, inplace, c10::make_intrusive<Flat>(plans, memory_format(x)));

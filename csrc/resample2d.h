@@ -1,4 +1,4 @@
-// What resample2d computes, as far as the launchers need it: which inputs make an output.
+// What the launchers need to know of resample2d: which inputs contribute to an output.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ struct Resample {
   int64_t out_height, out_width;
   int64_t stride_n, stride_c, stride_h, stride_w;  // of x, in elements
   int taps, padding;
-  bool up, channels_last;  // channels_last: of add and y, which are dense
+  bool up, channels_last;  // channels_last: for add and y, which are dense
   double gain, scale;
 };
 

@@ -42,7 +42,7 @@ struct Residual : torch::autograd::Function<Residual> {
   }
 };
 
-// y, and its statistics or an empty tensor; nothing where the operator is not Triton's, or the call another's to make.
+// y, and its statistics or an empty tensor; nothing if Triton kernels should not run, or the call is not for this.
 std::optional<std::pair<at::Tensor, at::Tensor>> planned(const Plans& plans, const at::Tensor& h,
                                                          const at::Tensor& skip, const std::optional<at::Tensor>& bias,
                                                          double scale, bool statistics, const std::string& backend) {

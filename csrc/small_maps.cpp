@@ -23,7 +23,7 @@ at::Tensor made(const at::Tensor& like, int64_t channels, int64_t height, int64_
   return at::empty({like.size(0), channels, height, width}, like.options().memory_format(kFormat));
 }
 
-// What is added to a result, dense.
+// `add`, checked against the result and made dense.
 Maybe added(const Maybe& add, const at::Tensor& y) {
   if (!add.has_value()) return add;
   TORCH_CHECK_VALUE(add->sizes() == y.sizes() && add->scalar_type() == y.scalar_type(), "what is added must be ",
@@ -59,7 +59,7 @@ at::Tensor panel_conv2d(const at::Tensor& x, const Maybe& first, const Maybe& se
                         (c.panel == cpu::panel_width(false) || c.panel == cpu::panel_width(true)) &&
                         weight.size(0) == (c.out_channels + c.panel - 1) / c.panel &&
                         bias.scalar_type() == at::kFloat && bias.is_contiguous(),
-                    "panel_conv2d: the weight or the bias is none that panel_weight made of these maps here");
+                    "panel_conv2d: the weight or bias is not from panel_weight for these maps on this processor");
   at::Tensor y = made(x, c.out_channels, height, width);
   if (y.numel() == 0) return y;
   cpu::panel_conv2d(c, maps, weight, bias.const_data_ptr<float>(), added(add, y), float(scale), y);

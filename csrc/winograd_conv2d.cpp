@@ -28,7 +28,7 @@ at::Tensor winograd_conv2d(const at::Tensor& x, const at::Tensor& weight, const 
   const int64_t panel = winograd_conv2d_panel();
   TORCH_CHECK_VALUE(panel > 0 && weight.dim() == 4 && weight.size(0) == 36 && weight.size(3) == panel &&
                         weight.scalar_type() == at::kFloat && weight.is_contiguous(),
-                    "winograd_conv2d: the weight is none that winograd_conv2d_weight made on this processor");
+                    "winograd_conv2d: the weight was not made by winograd_conv2d_weight on this processor");
   TORCH_CHECK_VALUE((x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) && x.dim() == 4 &&
                         x.size(1) == weight.size(2),
                     "winograd_conv2d: x must be float32 or bfloat16 (N, ", weight.size(2), ", H, W), not ",

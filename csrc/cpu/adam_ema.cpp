@@ -1,4 +1,4 @@
-// adam_ema_ on the CPU: the gradients are looked through once, then everything is updated chunk by chunk in the cache.
+// adam_ema_ on the CPU: the gradients are checked once, then everything is updated chunk by chunk in the cache.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // numbers; what a chunk touches, up to five of them, stays in the second-level cache
+constexpr int64_t kChunk = 16384;  // numbers; up to five arrays of this size stay in the second-level cache
 
 struct Chunk {
   size_t tensor, group;
@@ -37,7 +37,7 @@ std::vector<Chunk> chunks_of(at::TensorList tensors, at::ArrayRef<AdamGroup> gro
   return chunks;
 }
 
-// Factors of one step of a group, formed in double as torch.optim.Adam's are, then rounded once.
+// Factors of one step of a group, computed in double as in torch.optim.Adam, then rounded once.
 struct Factors {
   float step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, root_correction, eps, weight_decay, average_weight;
 
@@ -62,8 +62,8 @@ GDD_FAST_SIMD bool finite(const float* x, int64_t n) {
   return largest < 0x7f800000;
 }
 
-// torch.lerp goes from the nearer end. kEnd: all the way, so that the old value need not be read; kNone: not at all.
-// kGradient: all the way to the gradient as it is, which is copied apart from the loop.
+// torch.lerp starts from the nearer end. kEnd: all the way, so the old value need not be read; kNone: not at all.
+// kGradient: all the way to the unchanged gradient, which is copied outside the loop.
 enum Lerp { kNone, kNear, kFar, kEnd, kGradient };
 
 Lerp lerp_by(float weight) { return weight == 1 ? kEnd : weight < 0.5f ? kNear : kFar; }
@@ -107,8 +107,8 @@ GDD_FAST_INLINE void update_switch(const Factors& f, float* p, const float* g, f
   }
 }
 
-// Past the cache where the processor can: nothing reads the first moment again before the next step, and storing it in
-// the cache would first read what it overwrites.
+// Stores past the cache if the processor can: nothing reads the first moment before the next step, and a store to the
+// cache would first read what it overwrites.
 void stream(float* to, const float* from, int64_t n) {
   int64_t i = 0;
 #ifdef __SSE2__

@@ -1,4 +1,4 @@
-// Storage types and the types their arithmetic is done in, in forms that GCC vectorises.
+// Storage types and the types of their arithmetic, in forms that GCC vectorises.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -33,8 +33,8 @@ GDD_FAST_INLINE uint32_t mask(bool condition) { return -static_cast<uint32_t>(co
 template <typename T>
 GDD_FAST_INLINE Real<T> widen(T x) {
   if constexpr (std::is_same_v<T, c10::Half>) {
-    // A subnormal's digits are the last ones of a number from 0.5 to 1. No arithmetic is done on subnormal floats,
-    // which processors may be told to take for zero.
+    // A subnormal's digits are the last ones of a number from 0.5 to 1. This avoids arithmetic on subnormal floats,
+    // which processors may be set to treat as zero.
     const uint32_t magnitude = x.x & 0x7fff, sign = (x.x & 0x8000u) << 16;
     const uint32_t normal = ((magnitude << 13) + (112u << 23)) | (mask(magnitude >= 0x7c00) & 0x7f800000);
     const uint32_t subnormal = bits_of(float_of(magnitude | bits_of(0.5f)) - 0.5f), small = mask(magnitude < 0x400);
@@ -51,9 +51,8 @@ GDD_FAST_INLINE T narrow(Real<T> x) {
     const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return c10::BFloat16(static_cast<uint16_t>(x == x ? rounded : 0x7fc0), c10::BFloat16::from_bits());
   } else if constexpr (std::is_same_v<T, c10::Half>) {
-    // Added to a power of two 2^13 times as large, or as the smallest normal number, it is rounded to a half's places.
-    // What is too large for one has become infinite before. No arithmetic is under a condition: GCC would make
-    // branches.
+    // Adding a power of two 2^13 times as large, or as the smallest normal number, rounds x to a half's digits.
+    // Values too large for a half are infinite by then. No arithmetic is conditional: GCC would make branches.
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     const uint32_t exponent = bits & 0x7f800000, least = 113u << 23;
     const float power = float_of((exponent > least ? exponent : least) + (15u << 23));

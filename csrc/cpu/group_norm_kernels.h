@@ -1,5 +1,5 @@
 // The inner loops of group_norm_silu's forward for one instruction set. group_norm_silu.cpp includes this once per set,
-// within a namespace of its own, with these macros:
+// each in its own namespace, with these macros:
 //
 //   GDD_FAST_ISA            the attribute of every function here
 //   GDD_FAST_WIDTH          values in a vector
@@ -8,7 +8,7 @@
 //   GDD_FAST_UNPACKED(h)    a vector of numbers below 2^16 as Bits, GDD_FAST_PACKED(bits) back as Halves
 //   GDD_FAST_SCALE          defined for AVX-512, which has instructions for the two ends of an exponential
 //
-// Vectors are the compiler's own, so that the loops need no intrinsics where a set has none for the purpose.
+// Vectors are the compiler's vector types, so that the loops need no intrinsics that a set lacks.
 
 constexpr int64_t kVector = GDD_FAST_WIDTH;
 typedef float Vector __attribute__((vector_size(4 * GDD_FAST_WIDTH)));
@@ -23,7 +23,7 @@ GDD_FAST_STEP Vector constant(float value) { return Vector{} + value; }
 GDD_FAST_STEP Vector widened(Halves h) { return GDD_FAST_WIDENED(h); }
 GDD_FAST_STEP Halves narrowed(Vector v) { return GDD_FAST_NARROWED(v); }
 #else
-// As `widen` and `narrow` of cpu/floats.h, which are not made into vectors here.
+// Like `widen` and `narrow` of cpu/floats.h, which GCC does not vectorise here.
 GDD_FAST_STEP Vector widened(Halves h) {
   const Bits bits = __builtin_convertvector(h, Bits), magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
   const Bits normal = ((magnitude << 13) + (112u << 23)) | (Bits(magnitude >= 0x7c00) & 0x7f800000);
@@ -41,7 +41,7 @@ GDD_FAST_STEP Halves narrowed(Vector v) {
 }
 #endif
 
-// The first `count` values at `from`, kVector if it is not given.
+// The first `count` values at `from`, by default kVector.
 template <typename T>
 GDD_FAST_STEP Vector load(const T* from, int64_t count = kVector) {
   if constexpr (std::is_same_v<T, float>) {
@@ -72,14 +72,14 @@ GDD_FAST_STEP void store(T* to, Vector v, int64_t count = kVector) {
   }
 }
 
-// x / (1 + exp(-x)). exp(-x) is 2^k times a polynomial in the rest f of -x / ln 2 = k + f, |f| <= 1/2, which errs by
-// 9e-8. Where it overflows the quotient is -0, and for minus infinity NaN, as in PyTorch.
+// x / (1 + exp(-x)). exp(-x) is 2^k times a polynomial in the rest f of -x / ln 2 = k + f, |f| <= 1/2, with an error of
+// 9e-8. If it overflows, the quotient is -0, and for minus infinity NaN, as in PyTorch.
 GDD_FAST_STEP Vector silu_of(Vector x) {
   Vector t = x * -1.44269504f;
 #ifdef GDD_FAST_SCALE
   const Vector f = Vector(_mm512_maskz_reduce_ps(0xffff, __m512(t), 0));
 #else
-  // the powers of two at these ends are 0 and infinity
+  // at these limits the powers of two are 0 and infinity
   t = t < -127.0f ? constant(-127.0f) : t;
   t = t > 128.0f ? constant(128.0f) : t;
   const Vector shifted = t + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest whole number
@@ -97,9 +97,9 @@ GDD_FAST_STEP Vector silu_of(Vector x) {
 #endif
 }
 
-// The sums over `pixels` pixels, `step` apart, of each of up to Blocks * kVector channels' distances from the first
-// pixel, and of their squares. However far the values are from 0, and however the first is from the others, squares
-// lose no more than a factor of `pixels` in accuracy where the mean is taken out of them.
+// For up to Blocks * kVector channels, the sums over `pixels` pixels, `step` apart, of distances from the first pixel
+// and of their squares. However far values are from 0, or the first from the others, subtracting the mean from the
+// squares loses at most a factor of `pixels` in accuracy.
 template <int Blocks, typename T>
 GDD_FAST_STEP void moments_of(const T* x, int64_t pixels, int64_t step, int64_t count, float* sum, float* squares) {
   const int64_t width = Blocks == 1 ? count : kVector;
@@ -119,7 +119,7 @@ GDD_FAST_STEP void moments_of(const T* x, int64_t pixels, int64_t step, int64_t 
   }
 }
 
-// The same of `count` channels.
+// The same for `count` channels.
 template <typename T>
 GDD_FAST_ISA void moments(const T* x, int64_t pixels, int64_t step, int64_t count, float* sum, float* squares) {
   int64_t c = 0;
@@ -128,7 +128,7 @@ GDD_FAST_ISA void moments(const T* x, int64_t pixels, int64_t step, int64_t coun
   if (c < count) moments_of<1>(x + c, pixels, step, count - c, sum + c, squares + c);
 }
 
-// Adds to each channel's sum and sum of squares, in float64, those of `pixels` pixels whose `moments` these are.
+// Adds the sums of `pixels` pixels, given by their `moments`, to each channel's sum and sum of squares, in float64.
 template <typename T>
 GDD_FAST_ISA void merge(const T* first, double pixels, int64_t count, const float* sum, const float* squares,
                         double* total, double* total_squares) {
@@ -150,7 +150,7 @@ GDD_FAST_STEP float sum_of(Vector v) {
   return values[0];
 }
 
-// Adds to a channel's sum and sum of squares those of its pixels, which lie side by side; runs of them as in `moments`.
+// Adds to a channel's sum and sum of squares those of its contiguous pixels, in runs as in `moments`.
 template <typename T>
 GDD_FAST_ISA void row_sums(const T* x, int64_t pixels, double* total, double* total_squares) {
   constexpr int64_t blocks = 4;
@@ -208,7 +208,7 @@ GDD_FAST_ISA void normalise(const T* x, T* y, int64_t pixels, int64_t step_x, in
   }
 }
 
-// The same of one channel, whose pixels lie side by side.
+// The same for one channel with contiguous pixels.
 template <bool Silu, typename T>
 GDD_FAST_ISA void normalise_row(const T* x, T* y, int64_t pixels, float centre, float factor, float offset) {
   const Vector c = constant(centre), f = constant(factor), o = constant(offset);

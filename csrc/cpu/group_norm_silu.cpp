@@ -1,6 +1,6 @@
-// group_norm_silu on the CPU. An image is read twice: for two sums of each channel, and for the result. Images run in
-// parallel, or, if there are fewer than threads, parts of one. Sums are over short runs in float32 and over these in
-// float64, in an order that does not depend on the threads.
+// group_norm_silu on the CPU. An image is read twice: for two sums per channel, and for the result. Images run in
+// parallel or, if they are fewer than threads, parts of an image. Sums are in float32 over short runs and in float64
+// over runs, in an order that does not depend on the threads.
 #include "group_norm_silu.h"
 
 #include <ATen/Dispatch.h>
@@ -23,8 +23,8 @@ namespace gdd_fast::cpu {
 namespace {
 
 constexpr int64_t kRun = 64;       // pixels summed in float32
-constexpr int64_t kRowRun = 256;   // the same where they lie side by side
-constexpr int64_t kGrain = 32768;  // values below which a second thread does not pay
+constexpr int64_t kRowRun = 256;   // the same if they are contiguous
+constexpr int64_t kGrain = 32768;  // values below which a second thread does not pay off
 
 #ifdef GDD_FAST_SETS
 namespace avx512 {
@@ -81,7 +81,7 @@ namespace any {
 #undef GDD_FAST_PACKED
 }  // namespace any
 
-// The loops for T of one instruction set; of those without and with SiLU a pair.
+// The loops for T of one instruction set; pairs are without and with SiLU.
 template <typename T>
 struct Loops {
   void (*moments)(const T*, int64_t, int64_t, int64_t, float*, float*);
@@ -91,7 +91,7 @@ struct Loops {
   void (*normalise_row[2])(const T*, T*, int64_t, float, float, float);
 };
 
-// Those of this processor, as torch sees it (ATEN_CPU_CAPABILITY).
+// The loops for this processor, as torch sees it (ATEN_CPU_CAPABILITY).
 template <typename T>
 Loops<T> loops() {
 #define GDD_FAST_LOOPS(set)                                                                                \
@@ -108,13 +108,13 @@ Loops<T> loops() {
 #undef GDD_FAST_LOOPS
 }
 
-// Parallel over [0, n) parts of an image; serial where images already run in parallel.
+// Parallel over parts [0, n) of an image; serial if images already run in parallel.
 template <typename Body>
 void for_parts(int64_t n, int64_t values, const Body& body) {
   at::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values / n)), body);
 }
 
-// Two maps whose channels follow one another, and what to do with the channels [first, first + count) of each.
+// Two concatenated maps; `each` calls body(data, map, index of the map's first channel) for each map.
 template <typename T>
 struct Maps {
   const T *x, *skip;
@@ -128,7 +128,7 @@ struct Maps {
   }
 };
 
-// The sums of each channel, and of its squares, over the pixels; both are 0 before.
+// Adds each channel's sum, and sum of squares, over the pixels to totals that are 0 before.
 template <typename T>
 void channel_sums(const GroupNormSilu& g, const Maps<T>& maps, int64_t image, double* total, double* squares) {
   const int64_t values = g.channels * g.pixels;

@@ -1,10 +1,10 @@
-// The backward of group_norm_silu on the CPU, for channels_last maps. What enters the SiLU is computed again from x and
-// the statistics; its gradient dt is kept, one image at a time, while three sums of each channel are taken: of u, of dt
-// and of dt * u, where u is the distance from the group's mean. All gradients follow from these and
+// The backward of group_norm_silu on the CPU, for channels_last maps. The SiLU's input is recomputed from x and the
+// statistics; its gradient dt is kept, one image at a time, while three sums per channel are taken: of u, of dt and of
+// dt * u, where u is the distance from the group's mean. All gradients follow from these and
 //
 //     dx = dt * a + u * b + d    with a, b and d constant per channel
 //
-// Images run in parallel. Sums are over short runs in float32 and over these in float64.
+// Images run in parallel. Sums are in float32 over short runs and in float64 over runs.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kRun = 16;  // pixels summed in float32
 
-// dt, and sums of u, dt and dt * u, over pixels of `count` neighbouring channels; `step` is from pixel to pixel.
+// dt, and sums of u, dt and dt * u, over pixels of `count` neighbouring channels; steps are from pixel to pixel.
 template <bool Silu, typename T>
 GDD_FAST_INLINE void first_pass(const T* dy, int64_t dy_step, const T* x, int64_t x_step, float* dt, int64_t dt_step,
                                 int64_t pixels, int64_t count, const float* centre, const float* factor,
@@ -76,7 +76,7 @@ struct Maps {
   T *dx, *dskip;
 };
 
-// `rows` are of this image: the gradients of weight, bias, add, scale and shift.
+// `rows` are this image's gradients of weight, bias, add, scale and shift.
 template <typename T>
 void one_image(const GroupNormSilu& g, const NormMap& dy_map, const NormMap& x_map, const NormMap& skip_map,
                const Maps<T>& maps, int64_t image, const float* mean, const float* rstd,
@@ -91,7 +91,7 @@ void one_image(const GroupNormSilu& g, const NormMap& dy_map, const NormMap& x_m
     factor[c] = float(double(rstd[c / width]) * g.weight[c] * outer);
     offset[c] = float(g.bias[c] * outer + (shift == nullptr ? 0.0 : shift[c]));
   }
-  // body(the map, its channels, its first channel, its gradient) for x and, where there is one, skip
+  // body(the map, its channels, its first channel, its gradient) for x and, if given, skip
   const auto each = [&](const auto& body) {
     body(maps.x + image * x_map.image, x_map, 0, maps.dx + image * g.pixels * x_map.channels);
     if (skip_map.channels > 0) {

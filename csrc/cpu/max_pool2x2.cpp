@@ -1,5 +1,5 @@
-// max_pool2x2 on the CPU, parallel over rows of the output. Where channels are innermost, vectors hold channels, and
-// the four places of a window are compared at once; a contiguous image counts as one of one channel, and vectors hold
+// max_pool2x2 on the CPU, parallel over rows of the output. If channels are innermost, vectors hold channels, and the
+// four places of a window are compared at once; a contiguous image counts as one with one channel, and vectors hold
 // neighbouring columns.
 #include "max_pool2x2.h"
 
@@ -16,11 +16,11 @@
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // values read below which a second thread does not pay
-constexpr int64_t kLine = 64;      // bytes of the cache's lines
+constexpr int64_t kGrain = 32768;  // values read below which a second thread does not pay off
+constexpr int64_t kLine = 64;      // bytes per cache line
 constexpr int64_t kAhead = 2048;   // bytes of each of the two rows
 
-// The first of equal values; NaN wins. Places are as wide as the values compared, so that both are in vectors alike.
+// The first of equal values; NaN wins. Places are as wide as the compared values, so that their vectors match.
 template <typename T>
 GDD_FAST_INLINE void largest(const T& a, const T& b, const T& c, const T& d, T& y, uint8_t& place) {
   using Place = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
@@ -36,14 +36,14 @@ GDD_FAST_INLINE void largest(const T& a, const T& b, const T& c, const T& d, T& 
   place = static_cast<uint8_t>(where);
 }
 
-// Asks for `count` values from kAhead bytes behind `data` on. Rows are passed over a few hundred bytes at a time, in
-// turns, which no prefetcher of the processor follows.
+// Prefetches `count` values from `ahead` bytes after `data` on. Rows are visited alternately, a few hundred bytes at a
+// time, which the processor's prefetchers do not follow.
 template <int kWrite, typename T>
 GDD_FAST_INLINE void fetch(const T* data, int64_t count, int64_t ahead = kAhead) {
   for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(data + ahead / sizeof(T) + i, kWrite);
 }
 
-// One row of windows of the two input rows `top` and `bottom`.
+// One row of windows, from the two input rows `top` and `bottom`.
 template <typename T>
 GDD_FAST_INLINE void pool_row(const T* top, const T* bottom, T* y, uint8_t* places, int64_t columns, int64_t channels) {
   if (channels == 1) {
@@ -66,7 +66,7 @@ GDD_FAST_INLINE void pool_row(const T* top, const T* bottom, T* y, uint8_t* plac
   }
 }
 
-// The gradients of two input rows. A value is only moved, so only the size of its type matters.
+// The gradients of two input rows. Values are only moved, so only the size of their type matters.
 template <typename Word>
 GDD_FAST_INLINE void spread_row(const Word* dy, const uint8_t* places, Word* top, Word* bottom, int64_t columns,
                                 int64_t channels) {

@@ -1,7 +1,6 @@
 // Convolutions as products of panels: each of a weight's panels of output channels stays in the cache while runs of
-// pixels are multiplied by it, every row of a product read where it lies in the map, whatever tap of the window it
-// belongs to. So no map is unrolled or padded, and further 1x1 convolutions, whose sum a block ends in, are more taps
-// of the same product.
+// pixels are multiplied by it; for every tap of the window, rows of the product are read in place in the map. So no map
+// is unrolled or padded, and further 1x1 convolutions, summed at the end of a block, are more taps of the same product.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -15,7 +14,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kProducts = 1 << 18;  // below which a second thread does not pay
+constexpr int64_t kProducts = 1 << 18;  // below which a second thread does not pay off
 
 GDD_FAST_SIMD void widen_all(const at::BFloat16* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = widen(from[i]);
@@ -34,7 +33,7 @@ GDD_FAST_LOOPS(float)
 GDD_FAST_LOOPS(at::BFloat16)
 #undef GDD_FAST_LOOPS
 
-// The taps of `rows` pixels from `first` on; those of which no pixel is inside are left out.
+// The taps of `rows` pixels from `first` on, without those that are outside the map for all pixels.
 class Window {
  public:
   Window(const PanelConv2d& c, const std::vector<const float*>& maps)
@@ -131,7 +130,7 @@ void panel_conv2d(const PanelConv2d& c, const std::vector<at::Tensor>& maps, con
              add.has_value() ? add->const_data_ptr<float>() : nullptr, scale, y.mutable_data_ptr<float>());
     return;
   }
-  std::vector<at::Tensor> kept;  // widened once: every value is read for each tap and panel
+  std::vector<at::Tensor> kept;  // widened once, as every value is read for each tap and panel
   for (const auto& map : maps) {
     kept.push_back(at::empty({map.numel()}, at::kFloat));
     float* to = kept.back().mutable_data_ptr<float>();

@@ -2,9 +2,9 @@
 
 using Vector = GDD_FAST_VECTOR;
 constexpr int64_t kVector = sizeof(Vector) / sizeof(float);
-constexpr int64_t kRows = GDD_FAST_EITHER(8, 6);  // of a product that are kept in registers, two vectors each
+constexpr int64_t kRows = GDD_FAST_EITHER(8, 6);  // of a product kept in registers, two vectors each
 
-// sums[r, :] = sum over taps t and k of t.rows[r][k] * t.weight[k, :], a panel of `Vectors` vectors wide.
+// sums[r, :] = sum over taps t and k of t.rows[r][k] * t.weight[k, :], for a panel `Vectors` vectors wide.
 template <int64_t Rows, int64_t Vectors>
 GDD_FAST_ISA void multiply_rows(const Tap* taps, int64_t count, float* to) {
   Vector sums[Rows][Vectors];
@@ -35,7 +35,7 @@ GDD_FAST_ISA void multiply_rows(const Tap* taps, int64_t count, float* to) {
   }
 }
 
-// Of 1 to kRows rows.
+// For 1 to kRows rows.
 template <int64_t Vectors, int64_t Rows = kRows>
 GDD_FAST_ISA void multiply(int64_t rows, const Tap* taps, int64_t count, float* to) {
   if constexpr (Rows > 0) {

@@ -1,6 +1,6 @@
 // The bits of ReLUs on the CPU. Comparing and masking run on whole vectors over a buffer of one byte per element;
-// packing and unpacking that buffer costs one multiplication per eight elements. float32 has AVX2's own instruction for
-// it: eight comparisons are a byte.
+// packing and unpacking that buffer costs one multiplication per eight elements. For float32, AVX2 has an instruction
+// for it: eight comparisons make a byte.
 #include "relu_bits.h"
 
 #include <ATen/Dispatch.h>
@@ -25,10 +25,10 @@ namespace gdd_fast::cpu {
 namespace {
 
 constexpr int64_t kRun = 2048;  // elements whose bytes and values stay in the first-level cache
-constexpr int64_t kGrain = 16;  // runs below which a second thread does not pay
+constexpr int64_t kGrain = 16;  // runs below which a second thread does not pay off
 using Bytes = std::array<uint8_t, kRun>;
 
-// Eight bytes of 0 or 1 to eight bits, the first byte lowest; and back.
+// Eight bytes of 0 or 1 to eight bits, the first byte lowest, and back.
 inline uint8_t pack(uint64_t bytes) { return static_cast<uint8_t>(bytes * 0x0102040810204080u >> 56); }
 inline uint64_t unpack(uint8_t bits) { return bits * uint64_t{0x0101010101010101u} & 0x8040201008040201u; }
 
@@ -60,7 +60,7 @@ inline void mask_loop(const T* dy, const uint8_t* blocked, T* dx, int64_t n) {
   for (int64_t i = 0; i < n; i++) dx[i] = blocked[i] ? T(0) : dy[i];
 }
 
-// target_clones takes no templates, hence one function per type; masking knows only a value's size
+// target_clones takes no templates, hence one function per type; masking needs only a value's size
 #define GDD_FAST_CLAMP(T)                                                                                            \
   GDD_FAST_SIMD void clamp(T* y, uint8_t* blocked, int64_t n, float ceiling) { clamp_loop(y, blocked, n, ceiling); } \
   GDD_FAST_SIMD void clamp(T* y, uint8_t* blocked, int64_t n) { floor_loop(y, blocked, n); }
@@ -131,7 +131,7 @@ void relu_bits_(at::Tensor& y, double ceiling, at::Tensor& bits) {
     for_runs(y.numel(), [&](int64_t first, int64_t count, int64_t byte) {
 #ifdef GDD_FAST_MOVEMASK
       if (y.scalar_type() == at::kFloat && has_movemask() && count % 8 == 0) {
-        auto* floats = reinterpret_cast<float*>(values + first);  // which they are; this is compiled for every type
+        auto* floats = reinterpret_cast<float*>(values + first);  // T is float here, but this compiles for every T
         return clamp_bytes(floats, out + byte, count / 8, static_cast<float>(ceiling));
       }
 #endif

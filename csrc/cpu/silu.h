@@ -6,11 +6,11 @@
 
 namespace gdd_fast::cpu {
 
-constexpr float kLimit = 87.0f;  // of exponents
+constexpr float kLimit = 87.0f;  // for exponents
 
 // exp(x), x clipped to +-limit = 87, where it and 1 + exp(x) are normal numbers, to about a unit in the last place: 2^k
-// times a polynomial in the rest of x / ln 2, as in Cephes. Plain arithmetic, which GCC turns into vectors. The limit
-// is an argument: where GCC knows it, it splits the loop in three, which is slower by half.
+// times a polynomial in the rest of x / ln 2, as in Cephes. Plain arithmetic, which GCC vectorises. The limit is an
+// argument: if GCC knows it, it splits the loop in three, which is slower by half.
 GDD_FAST_INLINE float exponential(float x, float limit) {
   x = x < -limit ? -limit : x;
   x = x > limit ? limit : x;
@@ -27,8 +27,8 @@ GDD_FAST_INLINE float exponential(float x, float limit) {
   return p * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
 }
 
-// The derivative, s (1 + x (1 - s)) of the sigmoid s; 1 - s is exp(-x) s, without cancellation, and 0 above the limit:
-// NaN at both infinities, as in PyTorch.
+// The derivative, s (1 + x (1 - s)) with the sigmoid s; 1 - s is exp(-x) s, without cancellation, and 0 above the
+// limit: NaN at both infinities, as in PyTorch.
 GDD_FAST_INLINE float silu_slope(float x, float limit) {
   const float e = exponential(-x, limit), s = 1.0f / (1.0f + e);
   const float low = x < -limit ? 0.0f : s, rest = x > limit ? 0.0f : e * s;

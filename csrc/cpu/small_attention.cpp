@@ -1,5 +1,5 @@
-// Attention over few tokens: keys and values of a head are brought to panels, and both products are those of a
-// convolution's panels, with a softmax between them while the logits are in the cache.
+// Attention over few tokens: keys and values of a head are packed into panels, and both products are computed like
+// those of a panel convolution, with a softmax between them while the logits are in the cache.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
-// Logits, which are to be scaled, -> exponentials in place; what makes probabilities of them is returned.
+// Logits, not yet scaled -> exponentials in place; returns the factor that makes them probabilities.
 GDD_FAST_SIMD float exponentials(float* x, int64_t count, float scale, float limit) {
   float largest = x[0], lanes[16] = {}, sum = 0;
   for (int64_t i = 1; i < count; i++) largest = x[i] > largest ? x[i] : largest;

@@ -1,5 +1,5 @@
-// Doubling and halving the resolution, as gdd_fast/ops/resample2d.py defines it, of channels_last maps: a pixel of the
-// result is the sum of a few pixels, whose channels lie side by side.
+// Doubles or halves the resolution of channels_last maps, as gdd_fast/ops/resample2d.py defines it: a pixel of the
+// result is a weighted sum of a few pixels, whose channels are contiguous.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace gdd_fast::cpu {
 namespace {
 
-constexpr int64_t kChannels = 64;  // whose sums stay in registers or the nearest cache
+constexpr int64_t kChannels = 64;  // their sums stay in registers or the first-level cache
 constexpr int64_t kGrain = 1 << 14;
 
 #define GDD_FAST_LOOPS(T)                                                                                             \

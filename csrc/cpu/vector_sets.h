@@ -1,6 +1,6 @@
-// No include guard: includes the file that the macro GDD_FAST_KERNELS names once for AVX-512 and once for AVX2, each
-// within a namespace of its own, with these macros. A target attribute names instructions that the rest of a file may
-// not use, and a template cannot carry one that depends on its argument.
+// No include guard: includes the file named by the macro GDD_FAST_KERNELS once for AVX-512 and once for AVX2, each in
+// its own namespace, with these macros. A target attribute allows instructions that the rest of a file must not use,
+// and a template's attribute cannot depend on its argument.
 //
 //   GDD_FAST_ISA                    the attribute of every function there
 //   GDD_FAST_VECTOR                 vector type, GDD_FAST_MM(name) the intrinsic of that name for it

@@ -1,9 +1,9 @@
 // Winograd's F(4x4, 3x3) on the CPU (Lavin and Gray, arXiv 1509.09308). Tiles of 6x6 pixels, which overlap by two, are
-// brought to six points in either direction; there a convolution is a product of 36 matrices, pixels by channels; and
-// four of every six values are brought back. A run of tiles goes through all three steps while it is in the cache.
+// transformed to six points in either direction; there a convolution is 36 matrix products over channels; the results
+// are transformed back to 4x4 pixels. A run of tiles goes through all three steps while it is in the cache.
 //
-// The points are 0, +-3/4, +-3/2 and infinity. With Lavin's own, 0, +-1, +-2, the rounding error of a layer is twice as
-// large; with these a whole NCSN++ is as close to float64 as with oneDNN's direct convolutions.
+// The points are 0, +-3/4, +-3/2 and infinity. With Lavin's points, 0, +-1, +-2 and infinity, a layer's rounding error
+// is twice as large; with these a whole NCSN++ is as close to float64 as with oneDNN's direct convolutions.
 #include "winograd_conv2d.h"
 
 #include <ATen/Parallel.h>
@@ -25,8 +25,8 @@ namespace gdd_fast::cpu {
 namespace {
 
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
-constexpr int64_t kTiles = 64;  // of a run: its 36 rows of points and of products fit a cache of the third level
-constexpr int64_t kPad = 16;    // between rows whose distance is else a power of two, for which caches have few places
+constexpr int64_t kTiles = 64;  // per run: its points and products fit a third-level cache
+constexpr int64_t kPad = 16;    // between rows, as caches have few places for distances that are powers of two
 
 #ifdef GDD_FAST_WINOGRAD
 #define GDD_FAST_KERNELS "cpu/winograd_kernels.h"
@@ -43,7 +43,7 @@ struct Loops {
   void (*finish_tile)(const float*, int64_t, const float*, T*, int64_t, int64_t, int64_t, int64_t);
 };
 
-// Those of this processor, as torch sees it (ATEN_CPU_CAPABILITY); a panel of 0 if there are none.
+// The loops for this processor, as torch sees it (ATEN_CPU_CAPABILITY); a panel of 0 if there are none.
 template <typename T>
 Loops<T> loops() {
 #ifdef GDD_FAST_WINOGRAD
@@ -58,14 +58,14 @@ Loops<T> loops() {
   return {};
 }
 
-// Tiles at their points, 36 matrices (tiles, channels), and what the products make of them; distances in values.
+// Transformed tiles, 36 matrices (tiles, channels), and their products; distances in values.
 struct Run {
   int64_t tiles, x_row, x_point, y_row, y_point;
   const float* points;
   float* products;
 };
 
-// multiply(run) has the products made.
+// multiply(run) computes the products.
 template <typename T, typename Multiply>
 void convolve(const WinogradConv2d& c, const T* x, const float* bias, T* y, const Multiply& multiply) {
   static const Loops<T> loops = cpu::loops<T>();
@@ -105,7 +105,7 @@ void convolve(const WinogradConv2d& c, const T* x, const float* bias, T* y, cons
   }
 }
 
-// The 3x3 kernels of a weight (out, in, 3, 3) of any strides; `transposed` those of the gradient.
+// The 3x3 kernels of a weight (out, in, 3, 3) of any strides; if `transposed`, those of the gradient.
 struct Kernels {
   Kernels(const at::Tensor& weight, bool transposed)
       : first(weight.const_data_ptr<float>()),
@@ -116,7 +116,7 @@ struct Kernels {
       taps[i] = tap / 3 * weight.stride(2) + tap % 3 * weight.stride(3);
     }
   }
-  // Those of a panel and an input channel, at their 36 points, `point` apart.
+  // The kernels of a panel and an input channel, at their 36 points, `point` apart.
   void transform(const Loops<float>& loops, int64_t panel, int64_t in, float* to, int64_t point) const {
     loops.transform_weight(first + panel * loops.panel * out_step + in * in_step, out_step, taps, to, point);
   }

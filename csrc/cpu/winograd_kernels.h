@@ -2,8 +2,8 @@
 
 using Vector = GDD_FAST_VECTOR;
 constexpr int64_t kVector = sizeof(Vector) / sizeof(float);
-constexpr int64_t kPanel = 2 * kVector;            // output channels that are computed at once
-constexpr int64_t kRows = GDD_FAST_EITHER(14, 6);  // of a product that are kept in registers, two vectors each
+constexpr int64_t kPanel = 2 * kVector;            // output channels computed at once
+constexpr int64_t kRows = GDD_FAST_EITHER(14, 6);  // of a product kept in registers, two vectors each
 
 #define GDD_FAST_STEP GDD_FAST_ISA GDD_FAST_INLINE
 
@@ -28,7 +28,7 @@ GDD_FAST_STEP void store(at::BFloat16* to, Vector v) {
   for (int64_t i = 0; i < kVector; i++) to[i] = narrow<at::BFloat16>(values[i]);
 }
 
-// Three values of a weight, each `step` after the last -> at the six points, over what the other points make of each.
+// Three values of a weight, `step` apart -> its values at the six points, divided by the points' Lagrange factors.
 GDD_FAST_STEP void weight_to_points(const Vector* w, int64_t step, Vector* g) {
   constexpr double a = kA, b = kB, at_a = 1 / (2 * a * a * (a * a - b * b)), at_b = 1 / (2 * b * b * (b * b - a * a));
   const Vector w0 = w[0], w1 = w[step], w2 = w[2 * step];
@@ -42,7 +42,7 @@ GDD_FAST_STEP void weight_to_points(const Vector* w, int64_t step, Vector* g) {
   g[5] = w2;
 }
 
-// The 3x3 kernels of kPanel output channels, `out_step` apart, their values at `taps` -> 36 rows of `points`.
+// The 3x3 kernels of kPanel output channels, `out_step` apart, with values at `taps` -> 36 rows of `points`.
 GDD_FAST_ISA void transform_weight(const float* w, int64_t out_step, const int64_t* taps, float* points,
                                    int64_t stride) {
   alignas(sizeof(Vector)) float values[9][kPanel];
@@ -63,7 +63,7 @@ GDD_FAST_ISA void transform_weight(const float* w, int64_t out_step, const int64
   }
 }
 
-// Six values of the image, each `step` after the last -> their values at the six points.
+// Six values of the image, `step` apart -> their values at the six points.
 GDD_FAST_STEP void to_points(const Vector* d, int64_t step, Vector* t) {
   const Vector d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
   t[0] = fma(d[0], kA2 * kB2, fma(d2, -(kA2 + kB2), d4));
@@ -76,7 +76,7 @@ GDD_FAST_STEP void to_points(const Vector* d, int64_t step, Vector* t) {
   t[4] = subtract(even, odd);
 }
 
-// Products at the six points, each `step` after the last -> four values of the result.
+// Products at the six points, `step` apart -> four values of the result.
 GDD_FAST_STEP void from_points(const Vector* m, int64_t step, Vector* y) {
   const Vector sum_a = add(m[step], m[2 * step]), difference_a = subtract(m[step], m[2 * step]);
   const Vector sum_b = add(m[3 * step], m[4 * step]), difference_b = subtract(m[3 * step], m[4 * step]);
@@ -86,7 +86,7 @@ GDD_FAST_STEP void from_points(const Vector* m, int64_t step, Vector* y) {
   y[3] = fma(difference_a, kA * kA2, fma(difference_b, kB * kB2, m[5 * step]));
 }
 
-// The 6x6 pixels at `pixels` of one tile, `channels` each -> 36 rows of `points`, `stride` apart.
+// One tile's 6x6 pixels at `pixels`, of `channels` each -> 36 rows of `points`, `stride` apart.
 template <typename T>
 GDD_FAST_ISA void transform_tile(const T* const* pixels, int64_t channels, float* points, int64_t stride) {
   for (int64_t c = 0; c < channels; c += kVector) {
@@ -126,7 +126,7 @@ GDD_FAST_ISA void finish_tile(const float* products, int64_t stride, const float
   }
 }
 
-// y[r, 0:kPanel] = sum over k of x[r, k] * w[k, 0:kPanel]; the panel after w is fetched meanwhile.
+// y[r, 0:kPanel] = sum over k of x[r, k] * w[k, 0:kPanel]; meanwhile it prefetches the panel after w.
 template <int64_t Rows>
 GDD_FAST_ISA void multiply_rows(const float* x, int64_t x_stride, const float* w, int64_t depth, float* y,
                                 int64_t y_stride) {
@@ -155,7 +155,7 @@ GDD_FAST_ISA void multiply_rows(const float* x, int64_t x_stride, const float* w
   }
 }
 
-// All `rows` of a panel, in runs of equal length but for one.
+// All `rows` of a panel, in runs of equal length except one.
 template <int64_t Rows = kRows>
 GDD_FAST_ISA void multiply_run(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t depth, float* y,
                                int64_t y_stride) {

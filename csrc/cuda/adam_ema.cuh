@@ -1,8 +1,7 @@
 // adam_ema_ on the GPU. Torch-free: raw pointers, sizes and a stream, so that nvcc alone can compile it.
 //
-// Three kernels: look for numbers that are not finite, count the step or the skip, update. Each runs over chunks of
-// many tensors, whose pointers travel in the launch's arguments; nothing waits for the host, so a CUDA graph can hold
-// it.
+// Three kernels: look for non-finite numbers, count the step or the skip, update. Each runs over chunks of many
+// tensors, whose pointers are in the launch's arguments; nothing waits for the host, so a CUDA graph can capture it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,25 +11,25 @@
 
 namespace gdd_fast::cuda {
 
-constexpr int kTensors = 512;  // per launch; more launches would each wait for the last blocks of the one before
+constexpr int kTensors = 512;  // per launch; each further launch would wait for the last blocks of the previous one
 constexpr int kChunk = 16384;  // numbers per block; a multiple of kWide
 constexpr int kThreads = 256;
-constexpr int kWide = 4;  // numbers that a thread loads at once where everything is aligned
+constexpr int kWide = 4;  // numbers that a thread loads at once if everything is aligned
 
-// Up to kTensors tensors of one group in chunks: those of tensor k are number first_chunk[k] to first_chunk[k + 1] - 1.
+// Up to kTensors tensors of one group in chunks: tensor k has chunks first_chunk[k] to first_chunk[k + 1] - 1.
 struct Tensors {
   const float* grad[kTensors];
   float *param[kTensors], *exp_avg[kTensors], *exp_avg_sq[kTensors];
-  float* average[kTensors];  // null without averages
+  float* average[kTensors];  // null if there are no averages
   int64_t size[kTensors];
   uint32_t first_chunk[kTensors + 1];
   int count, group;
 };
 
-// The arguments of a launch have been allowed 32,764 bytes since CUDA 12.1, which needs a driver from 530 on.
+// A launch's arguments may take 32,764 bytes since CUDA 12.1, which needs driver 530 or later.
 static_assert(sizeof(Tensors) + 256 < 32764);
 
-// What one block works on, from its first number on; null as in Tensors.
+// One block's data, from its first number on; null as in Tensors.
 struct Chunk {
   const float* grad;
   float *param, *exp_avg, *exp_avg_sq, *average;
@@ -49,7 +48,7 @@ struct Chunk {
     size = rest < kChunk ? static_cast<int>(rest) : kChunk;
   }
 
-  // What of it can be taken kWide numbers at a time.
+  // How many of its numbers can be taken kWide at a time.
   __device__ int wide() const {
     const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
     const auto all = address(grad) | address(param) | address(exp_avg) | address(exp_avg_sq) | address(average);
@@ -59,7 +58,7 @@ struct Chunk {
 
 // The one-number tensors on the device, and the learning rates, one per group.
 struct AdamState {
-  int* found;  // not finite: set to 1
+  int* found;  // set to 1 by a non-finite number
   float* step;
   int64_t* skipped;
   const double *lr, *average_weight;
@@ -70,7 +69,7 @@ struct LogBetas {
   double first, second;
 };
 
-// Factors of one step, but for the two that depend on the count of steps.
+// Factors of one step, except the two that depend on the count of steps.
 struct Factors {
   float rest1, beta2, rest2, eps, weight_decay, average_weight;
   bool read_first;  // with beta1 = 0 the first moment is the gradient itself
@@ -114,7 +113,7 @@ __global__ inline void adam_ema_count_kernel(AdamState s) {
   }
 }
 
-// torch.lerp, which goes from the nearer end
+// torch.lerp, which starts from the nearer end
 __device__ inline float lerp(float from, float to, float weight) {
   return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1 - weight);
 }
@@ -164,7 +163,7 @@ __global__ inline void __launch_bounds__(kThreads)
   for (int i = wide + thread; i < chunk.size; i += kThreads) update<1>(chunk, i, by, step_size, root_correction);
 }
 
-// `batches` of tensors, none empty, with their groups' options; every pointer dense and in the order of its parameter.
+// `batches` of tensors, none empty, with their groups' options; all memory dense and in the layout of its parameter.
 inline cudaError_t launch_adam_ema(const Tensors* batches, int64_t count, const AdamState& s, const AdamGroup* groups,
                                    cudaStream_t stream) {
   const auto blocks = [&](int64_t b) { return batches[b].first_chunk[batches[b].count]; };

@@ -1,4 +1,4 @@
-// Storage types and the types their arithmetic is done in.
+// Storage types and the types of their arithmetic.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -8,8 +8,8 @@
 
 namespace gdd_fast::cuda {
 
-// Along one dimension, the outputs that a thread makes and their inputs: those at `first`, `first + direction`, ...
-// Going up, outputs `out` and `out + 1` have the same inputs: one takes the filter's even taps, the other its odd ones.
+// Along one dimension, the outputs of a thread and their inputs: those at `first`, `first + direction`, ... Upsampling,
+// outputs `out` and `out + 1` have the same inputs: one takes the filter's even taps, the other its odd ones.
 template <bool Up>
 struct Inputs {
   static constexpr int kOutputs = Up ? 2 : 1, direction = Up ? -1 : 1;
@@ -20,13 +20,13 @@ struct Inputs {
 
   __device__ static int tap(int input, int output) { return Up ? 2 * input + output : input; }
 
-  // How many of these there are for `size` outputs.
+  // The number of these for `size` outputs.
   static int64_t count(int64_t size, int padding) { return Up ? (size + padding % 2 + 1) / 2 : size; }
 };
 
-// A thread makes one output pixel going down and 2 x 2 going up, N neighbouring channels of each: N > 1 where channels
-// are innermost. An image has `down` x `across` such pixels per channel, and blockIdx.y is the image. `Taps` is the
-// filter's size, 0 for one that is known only at run time.
+// A thread computes one output pixel (downsampling) or 2 x 2 (upsampling), N neighbouring channels of each: N > 1 only
+// if channels are innermost. An image has `down` x `across` such units per channel, and blockIdx.y is the image. `Taps`
+// is the filter's size, 0 if known only at run time.
 template <typename T, int N, int Taps, bool Up, bool ChannelsLast>
 __global__ void __launch_bounds__(256, 3)
     resample2d_kernel(const T* __restrict__ x, const Real<T>* __restrict__ kernel, const T* __restrict__ add,
@@ -122,7 +122,7 @@ void launch_resample2d_layout(const T* x, const Real<T>* kernel, const T* add, T
   }
 }
 
-// `add` may be null; `add` and `y` are dense, channels_last or contiguous as `r` says, and an image has less than 2^31
+// `add` may be null; `add` and `y` are dense, channels_last or contiguous as `r` says, and an image has fewer than 2^31
 // numbers. Nothing may be empty.
 template <typename T>
 cudaError_t launch_resample2d(const T* x, const Real<T>* kernel, const T* add, T* y, const Resample& r,
