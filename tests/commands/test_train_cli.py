@@ -93,7 +93,7 @@ def test_a_teacher_that_is_broken(inputs, tmp_path, capsys, dry):
 def test_a_teacher_of_other_images(inputs, tmp_path, capsys):
     write_inputs(tmp_path, label_dim=3)
     flags = tiny_flags(tmp_path, run_dir=tmp_path / "run")
-    assert "knows 3 classes" in refused(capsys, *flags)
+    assert "has 3 classes" in refused(capsys, *flags)
     assert "16^2" in refused(capsys, *tiny_flags(inputs, run_dir=tmp_path / "run", data=small_images(tmp_path)))
     reference = {"evaluate_images": 8, "evaluate_data": small_images(tmp_path)}
     assert "--evaluate-data" in refused(capsys, *tiny_flags(inputs, run_dir=tmp_path / "run", **reference))

@@ -206,7 +206,7 @@ def test_what_cannot_be_a_page_is_refused_before_anything_is_written(net, tmp_pa
         check_site(tmp_path / "other", Page())
     for page, reason in (
         (Page(grid=0), "1 to 400"),
-        (Page(class_names=("one", "two")), "takes 10 names, not 2"),
+        (Page(class_names=("one", "two")), "needs 10 names, not 2"),
         (Page(runtime=tmp_path / "none.tgz"), "npm pack"),
         (Page(runtime=tmp_path / "other"), "has no ort"),
         (Page(runtime=tmp_path / "other" / "thesis.txt"), "not an npm package"),
