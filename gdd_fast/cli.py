@@ -42,7 +42,7 @@ def parse(
         cls,
         prog=f"python -m gdd_fast.{name}",
         default=default if default is not None else tyro.MISSING_NONPROP,
-        args=with_home(sys.argv[1:] if args is None else args),
+        args=_with_home(sys.argv[1:] if args is None else args),
         description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
@@ -53,13 +53,13 @@ def pop_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}", dest="value", default=default)
     try:
-        found, rest = parser.parse_known_args(with_home(arguments))
+        found, rest = parser.parse_known_args(_with_home(arguments))
     except argparse.ArgumentError:
         raise ConfigError(f"--{name} needs a value") from None
     return found.value, rest
 
 
-def with_home(arguments: Sequence[str]) -> list[str]:
+def _with_home(arguments: Sequence[str]) -> list[str]:
     """Expand the ~ in `--flag=~/folder` too: bash expands a ~ only at the start of a word."""
     parts = (argument.partition("=") for argument in arguments)
     return [f"{flag}{sign}{os.path.expanduser(v) if flag.startswith('--') else v}" for flag, sign, v in parts]

@@ -27,7 +27,7 @@ _TITLES = {
 _INTRODUCTION = """\
 Made by `python -m benchmarks.study {name} --table docs/study` from the runs of that study; [what it is](../study.md).
 FD: Frechet distance, KID: kernel distance, of {images:,} generated images to the held-out ones. Precision and recall by
-the first judge. CPU min: of one thread, for training to this point. Sets: of generated images with other seeds, over
+the first judge. CPU min: of all threads, for training to this point. Sets: of generated images with other seeds, over
 which the mean and the deviation are; every run is one training.
 """
 
