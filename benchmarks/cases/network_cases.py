@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from benchmarks.peers import exported
 from benchmarks.peers import networks as peers
 from benchmarks.peers.stock_unet import BEST, OFFICIAL, StockBlock, StockGenerator
 from gdd_fast.distill.freeze import freeze
+from gdd_fast.engine.engines import make_engine
+from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.models.precond import GDDPrecond
 from gdd_fast.sampling.sampler import one_step
@@ -45,6 +48,7 @@ def network_cases(full: bool) -> list[Case]:
         ]
     bf16 = torch.bfloat16
     cases = [generator_case("ncsnpp-32", n, bf16) for n in (256, 1, 16)]
+    cases += [generator_case("ncsnpp-32", n, torch.float32) for n in (256, 1)]  # the type of exported networks
     others = [generator_case(name, n, bf16) for n in (256, 1, 16) for name in ("adm-64", "ncsnpp-64")]
     backbones = [backbone_case(name, 64, bf16) for name in BACKBONES]
     blocks = [block_case(*block, 64, bf16) for block in _BLOCKS]
@@ -90,8 +94,10 @@ def _generator(
     z = torch.randn((batch, net.img_channels, net.img_resolution, net.img_resolution), device=device)
     labels = peers.one_of_each_class(batch, net.label_dim, device)
     classes = None if labels is None else labels.argmax(1)
+    gpu = device.type == "cuda"
     with torch.no_grad():
-        with peers.tf32(False, trials=True):  # chooses the algorithms for the peers of this type as well
+        # chooses the algorithms for the peers of this type as well, most of which run float32 in TF32 on a GPU
+        with peers.tf32(gpu and dtype == torch.float32, trials=True):
             eager = one_step(StockGenerator(net, BEST, dtype), z, labels)
         with peers.tf32(False, trials=dtype == torch.float32):  # they take seconds
             expected = one_step(StockGenerator(net, OFFICIAL, torch.float32), z, labels)
@@ -115,16 +121,24 @@ def _generator(
 
         return peers.under_tf32(call, None)
 
+    def in_channels_last() -> Call:
+        """What `OneStepGenerator:graph` runs, in the memory format that float32 without TF32 is not given on a GPU."""
+        target = replace(make_target(device, dtype), layout=torch.channels_last)
+        network, conditioning = fold(net, target, net.sigma_init)
+        run = make_engine("graph", network, device)
+        return lambda: run(z, None if conditioning is None else conditioning(classes))
+
     official = StockGenerator(net, OFFICIAL, dtype)
     makers: dict[str, Callable[[], Call]] = {
         "official": lambda: peers.sampling(official, z, labels, tf32=False),
         "stock": stock,
         "gdd_fast": ours,
     }
-    gpu = device.type == "cuda"
     makers |= {f"OneStepGenerator:{kind}": partial(engine, kind) for kind in ("eager", "graph")[: 1 + gpu]}
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
+        if dtype == torch.float32:
+            makers["engine in channels_last"] = in_channels_last
     else:
         folder = tempfile.TemporaryDirectory()
         file = cache(lambda: exported.write_generator(net, folder.name))

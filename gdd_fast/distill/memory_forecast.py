@@ -248,7 +248,11 @@ def of_components(config: TrainConfig, parts: Components) -> Forecast:
 
 def settle(config: TrainConfig, parts: Components, device: torch.device, world_size: int) -> TrainConfig:
     """`config` with `--batch-gpu auto` replaced by a number; and, on a GPU whose memory would not hold captured steps,
-    `--engine auto` by eager. Raises ConfigError as `automatic`."""
+    `--engine auto` by eager.
+
+    Where both are auto, the batch is one that graphs have room for, if any is: they need about twice the memory, and a
+    batch of half the size costs less than a GPU that waits for the host. Raises ConfigError as `automatic`.
+    """
     run = config.run
     local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
     if device.type != "cuda":
@@ -259,6 +263,8 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
     found = of_components(config, parts)
     if run.batch_gpu == AUTO:
         images = automatic(found, device, local_batch, captured=run.engine == "graph")
+        if capture:
+            images = found.largest(memory_of(device), local_batch, captured=True) or images
         config = override(config, batch_gpu=images)
     if capture and found.captured_bytes(images) > memory_of(device):
         print(f"Steps run eagerly: with captured ones {images} images at once may not fit on {device}", file=sys.stderr)

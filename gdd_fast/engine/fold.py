@@ -128,12 +128,15 @@ def fold(net: Preconditioned, target: Target, sigma: float = SIGMA) -> tuple[nn.
         return _Folder(net, sigma, target).fold()  # type: ignore[arg-type]
 
 
-def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False) -> Target:
+def make_target(
+    device: torch.device, dtype: torch.dtype, backend: Backend = "auto", *, traced: bool = False, tf32: bool = False
+) -> Target:
     """How a folded network runs on `device` in `dtype`.
 
     Args:
         backend: of the fused operators; those that lack it run their definition.
         traced: for torch.compile: nothing is written in place, and "auto" means "torch", which the compiler fuses.
+        tf32: whether a GPU's float32 convolutions will run in TF32, which decides the memory format.
 
     Raises BackendError if `backend` is unknown or cannot run on `device`.
     """
@@ -144,7 +147,7 @@ def make_target(device: torch.device, dtype: torch.dtype, backend: Backend = "au
         wanted = backend if backend == "auto" or backend in operator.fused else "torch"
         return resolve("torch" if traced and wanted == "auto" else wanted, operator, device.type)
 
-    layout = fast_layout(device, "fp32" if device.type == "cpu" and dtype == torch.float32 else "bf16")
+    layout = fast_layout(device, "bf16" if dtype != torch.float32 else "tf32" if tf32 else "fp32")
     channels_last_cpu = device.type == "cpu" and layout is torch.channels_last
     packed = channels_last_cpu and dtype in _packable()
     # AMX multiplies bfloat16 sixteen times as fast as AVX-512 does float32: Winograd's method saves a factor of four

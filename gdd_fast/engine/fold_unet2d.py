@@ -51,12 +51,14 @@ class FoldedUNet2D(nn.Module):
         self.reads = reads
         self.latent_scale = latent_scale
         self.dtype = target.dtype
+        self.channels_last = target.layout is torch.channels_last  # not the format itself, see `FoldedUNet`
 
     def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
         """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
         factor, offset = self.reads
         x = latents if self.reads == (1.0, 0.0) else latents * factor + offset
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = x.to(self.dtype, memory_format=layout)
         # a tuple even without classes: diffusers' blocks pass it along as they would an embedding
         x, image = unet_body(self.unet, x, () if rows is None else rows.split(self.row_sizes, 1))
         x = self.unet.conv_out(self.unet.conv_norm_out(x.float()))
@@ -230,8 +232,7 @@ class _Folder(Folding):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         cast = tensor.detach().to(self.target.device, self.target.dtype)
-                        layout = torch.channels_last if cast.ndim == 4 else torch.preserve_format
-                        cast = cast.contiguous(memory_format=layout) if cast.ndim == 4 else cast
+                        cast = cast.contiguous(memory_format=self.target.layout) if cast.ndim == 4 else cast
                         tensors[name] = (
                             nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
                         )

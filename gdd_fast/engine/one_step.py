@@ -86,7 +86,9 @@ class OneStepGenerator:
         self.img_channels: int = network.img_channels
         self.label_dim: int = network.label_dim
         self.engine = choose_engine(engine, self.device)
-        target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile")
+        # graphs are captured in full fp32, the other engines follow the process
+        tf32 = self.engine != "graph" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        target = make_target(self.device, self.dtype, backend, traced=self.engine == "compile", tf32=tf32)
         self._chosen = chosen(target)
         with torch.autocast("cpu", enabled=False):
             self.folded, self.conditioning = fold(network, target, network.sigma_init if sigma is None else sigma)

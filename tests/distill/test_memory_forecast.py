@@ -148,6 +148,13 @@ def test_auto_is_the_cards_memory_on_a_gpu_and_everything_on_a_cpu(inputs, monke
     card.total_memory = found.captured_bytes(4)
     settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
     assert (settled.batch_gpu, settled.engine) == (4, "auto") and capsys.readouterr().err == ""
+    card.total_memory -= 1
+    assert found.bytes(4) < card.total_memory, "four images at once fit without graphs"
+    settled = memory_forecast.settle(config, built, torch.device("cuda"), 1).run
+    assert (settled.batch_gpu, settled.engine) == (2, "auto") and capsys.readouterr().err == ""
+    card.total_memory += 1
+    eager = memory_forecast.settle(override(config, engine="eager"), built, torch.device("cuda"), 1).run
+    assert (eager.batch_gpu, eager.engine) == (4, "eager")
     graphs = override(config, engine="graph")
     assert memory_forecast.settle(graphs, built, torch.device("cuda"), 1).run.batch_gpu == 4
     card.total_memory -= 1

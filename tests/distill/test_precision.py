@@ -59,6 +59,12 @@ def test_layouts():
     assert fast_layout(GPU, "fp32") is torch.contiguous_format
 
 
+def test_layouts_of_an_engine_on_a_gpu():
+    kinds = (torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, True)
+    layouts = [make_target(GPU, dtype, "torch", tf32=tf32).layout for dtype, tf32 in kinds]
+    assert layouts == [torch.contiguous_format, *[torch.channels_last] * 3]
+
+
 @pytest.mark.parametrize(
     ("machine", "capability", "channels_last"),
     [

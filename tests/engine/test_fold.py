@@ -6,6 +6,7 @@ import pytest
 import torch
 from edm_reference import SIZE, SMALL, fill
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gdd_fast.engine import folded_layers as folded
 from gdd_fast.engine.fold import Conditioning, fold, make_target
@@ -89,6 +90,9 @@ def targets(dtype: torch.dtype = torch.float32) -> dict[str, Target]:
         "definitions": make_target(CPU, dtype, "torch"),
         "traced": make_target(CPU, dtype, traced=True),
         "gpu": dataclasses.replace(target, convolve="plain", late_bias=True),
+        "gpu, full fp32": dataclasses.replace(
+            target, convolve="plain", late_bias=True, layout=torch.contiguous_format, winograd=False, small=False
+        ),
         "without AVX2": dataclasses.replace(
             target, convolve="plain", layout=torch.contiguous_format, winograd=False, small=False
         ),
@@ -119,18 +123,37 @@ def test_half_precision_is_as_accurate_as_the_networks_own(name: str, dtype: tor
     assert 0 < error(run(fold(net, targets(dtype)[way], SIGMA), latents(), labels), want) <= 2 * eager
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("name", ["ncsnpp", "adm_cond"])
-def test_with_the_kernels_of_a_gpu(name: str) -> None:
+def test_with_the_kernels_of_a_gpu(name: str, layout: torch.memory_format) -> None:
     """Under Triton's interpreter, residual included; shapes stay small because it is slow."""
     pytest.importorskip("triton")
     net = fill(
         GDDPrecond(8, 3, **{**SMALL[name], "model_channels": 16, "channel_mult": [1, 2], "attn_resolutions": []})
     )
     z = latents(1)[:, :, :8, :8].contiguous()
-    target = dataclasses.replace(make_target(CPU, torch.float32, "triton"), convolve="plain", late_bias=True)
+    target = dataclasses.replace(
+        make_target(CPU, torch.float32, "triton"), convolve="plain", late_bias=True, layout=layout
+    )
     assert (target.norm, target.residual) == ("triton", "triton")
     labels = classes(net, 1)
     assert error(run(fold(net, target, SIGMA), z, labels), plain(net, z, one_hot(net, labels)).double()) <= 1e-5
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("way", ["gpu", "gpu, full fp32"])
+def test_every_map_has_the_layout_of_the_target(name: str, way: str) -> None:
+    """One layer that changed it would make all after it compute in the slow one."""
+    net = network(name)
+    target = dataclasses.replace(targets()[way], small=False, winograd=False)
+    unet, conditioning = fold(net, target, SIGMA)
+    maps: list[Tensor] = []
+    for layer in unet.modules():
+        if not isinstance(layer, FoldedUNet):
+            layer.register_forward_hook(lambda _layer, _inputs, made: maps.extend(t for t in tree_leaves(made)))
+    run((unet, conditioning), latents(), classes(net))
+    maps = [t for t in maps if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] > 1 and t.shape[2] > 1]
+    assert maps and all(t.is_contiguous(memory_format=target.layout) for t in maps)
 
 
 @ARCHITECTURES

@@ -19,6 +19,9 @@ import gdd_fast
 from benchmarks.counts import exactness
 from benchmarks.counts.exactness import TEACHER, compare
 from gdd_fast.backend import has_extension
+from gdd_fast.device import gpu_arithmetic
+from gdd_fast.engine import one_step as one_step_module
+from gdd_fast.engine.fold import make_target
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.errors import BackendError, ConfigError, InputError, WeightsError
 from gdd_fast.models.files.save import save_network
@@ -65,6 +68,20 @@ def test_copies_and_pickles_draw_the_same_bits(again, dtype) -> None:
     assert twin.run is not generator.run and twin.dtype is generator.dtype
     soft = torch.full((2, 5), 0.2)
     assert torch.equal(twin.run(torch.ones(2, 3, 8, 8), soft), generator.run(torch.ones(2, 3, 8, 8), soft))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+def test_an_engine_that_follows_the_process_asks_it_for_tf32(monkeypatch, precision) -> None:
+    asked = []
+
+    def spy(*args, **options):
+        asked.append(options["tf32"])
+        return make_target(*args, **options)
+
+    monkeypatch.setattr(one_step_module, "make_target", spy)
+    with gpu_arithmetic(precision):
+        OneStepGenerator.from_network(tiny(), engine="eager")
+    assert asked == [precision == "tf32"]
 
 
 def draw_elsewhere(generator: OneStepGenerator, queue) -> None:

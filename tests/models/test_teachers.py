@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from diffusers import (
 from diffusers_teachers import CLASSES, SIZE, UNETS, random_unet, scheduler_of
 
 from gdd_fast.acceleration import accelerate
+from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.engine.one_step import OneStepGenerator
 from gdd_fast.engine.portable import open_portable, write_portable
 from gdd_fast.errors import ConfigError, WeightsError
@@ -135,6 +137,11 @@ def test_one_network_wrapped_saved_folded_and_accelerated(tmp_path, name):
         engine = OneStepGenerator.from_network(net, backend=backend)
         close(engine.run(z, None if labels is None else [1, 2]), want)
         close(engine.run(z, labels), want)
+    for layout in (torch.channels_last, torch.contiguous_format):  # as on a GPU
+        target = replace(make_target(torch.device("cpu"), torch.float32), convolve="plain", late_bias=True)
+        unet, conditioning = fold(net, replace(target, layout=layout, winograd=False, small=False), net.sigma_init)
+        with torch.no_grad():
+            close(unet(z, None if conditioning is None else conditioning(labels)), want)
     close(one_step(accelerate(net, report=True)[0], z, labels), want)
 
 
