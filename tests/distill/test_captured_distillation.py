@@ -6,17 +6,15 @@ from unittest import mock
 import pytest
 import torch
 from tiny_run import ALONE, BATCH, tiny_config
-from torch import nn
 
 from gdd_fast.distill import components
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.layers.spectral_conv import SpectralConv2d
 from gdd_fast.training import checkpoint
 from gdd_fast.training.captured_steps import CapturedSteps
-from gdd_fast.training.exchange import GradientExchange
-from gdd_fast.training.optimizer import AdamEma, StepGuard, make_adam
+from gdd_fast.training.optimizer import AdamEma
 from gdd_fast.training.trial import Trial
-from rehearsal import Rehearsal, forbid_waiting
+from rehearsal import Rehearsal
 
 pytestmark = pytest.mark.usefixtures("plain", "norms_of_a_gpu")
 
@@ -138,51 +136,3 @@ def test_fifty_iterations_and_a_resumed_run(inputs, built, tmp_path):
     second.restore(checkpoint.load(tmp_path / "state"))
     iterate(second, saved, stop)
     compare(eager, second)
-
-
-def on_meta(module):
-    """Parameters and buffers without memory in place of the module's own."""
-    for part in module.modules():
-        for kept in (part._parameters, part._buffers):
-            for name, t in kept.items():
-                if t is not None:
-                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-                    kept[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_nothing_in_an_iteration_waits_for_the_device(inputs, built, processes):
-    """Through all three steps and the optimizers, on a device that is not the host's and has no values to wait for; of
-    two processes, what comes before and after their exchange.
-
-    Meta tensors: autograd refuses fake ones on CUDA in a PyTorch that is built without it.
-    """
-    task = task_of(inputs, built, None, batch_gpu=2)
-    task.random.generator = None  # there is none for a device that is not there
-    gpu = torch.device("meta")
-    task.world = type(ALONE)(0, processes, gpu)
-    for module in (task.generator, task.features, task.r1_features, task.heads):
-        on_meta(module)
-    task.adversary.weights = [p for p in task.heads.parameters() if p.requires_grad]
-    for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
-        guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
-        guard.name, guard.nonfinite = name, "skip"
-        guard.optimizer = make_adam(net.parameters(), 1e-3, backend="torch")
-        guard.optimizer.read_rates()
-        guard.count = torch.zeros_like(guard.optimizer.skipped)
-        guard._ranks = GradientExchange(net.parameters(), task.world) if processes > 1 else None
-        setattr(task, name, guard)
-    real = torch.empty(BATCH, 1, 16, 16, device=gpu)
-    with forbid_waiting():
-        values = {}
-        for kind, step in (
-            ("g", lambda: task._generator_step(None)),
-            ("d", lambda: task._discriminator_step(real, None)),
-            ("r1", lambda: task._r1_step(real, None)),
-        ):
-            values |= step()
-            if processes > 1:
-                values |= task._apply(kind)
-    assert {name: (value.device.type, value.dim()) for name, value in values.items()} == dict.fromkeys(
-        LOGGED, ("meta", 0)
-    )

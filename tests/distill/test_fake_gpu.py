@@ -1,0 +1,32 @@
+"""Nothing in the steps of an iteration or in the one-step engine waits for the GPU, and no convolution has its maps
+copied to another memory format: the tests of fake_gpu/without_waiting.py, in a process whose PyTorch finds a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fake_gpu.plugin import build
+
+from benchmarks.counts.offline import ROOT
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch's own CUDA device takes fake tensors, or is real")
+def test_nothing_waits_for_the_device(tmp_path):
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        library = build(compiler, tmp_path)
+    except FileNotFoundError:
+        pytest.skip(f"there is no C++ compiler {compiler}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    options = ["-q", "-x", "-p", "fake_gpu.plugin", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, ROOT / "tests" / "fake_gpu" / "without_waiting.py"],
+        env={**environment, "FAKE_GPU": str(library)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-1000:]
