@@ -7,7 +7,9 @@ tuned.json holds for every operator (group_norm_silu: for either direction)
                     of which the entry nearest to the shape at hand is taken
 
 and for attention also "faster_than_sdpa": by architecture, the [tokens, channels per head, type] at which the kernels
-were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them.
+were measured to be faster than PyTorch's. There, and nowhere else, "auto" takes them. frozen_conv2d_relu has no
+options, only "faster_by_cudnn": the [channels, results' channels, kernel, stride, side, type] at which, without
+gradients, cuDNN's convolution with bias and ReLU was measured to be faster than a convolution and a pass of ours.
 
 It is read once and checked as a whole (_tuned.py). An architecture without an entry uses the defaults, as sm_80 and
 sm_90 do until someone measures them.
@@ -91,6 +93,13 @@ def table() -> dict[str, Any]:
 def faster_than_sdpa(device: torch.device) -> list[list]:
     """[tokens, channels per head, type] of the attentions measured to be faster than PyTorch's on this GPU."""
     return table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
+
+
+@functools.cache
+def faster_by_cudnn(device: torch.device) -> list[list]:
+    """[channels, results' channels, kernel, stride, side, type] of the convolutions with bias and ReLU that one
+    operation of cuDNN's was measured to compute faster on this GPU."""
+    return table()["frozen_conv2d_relu"]["faster_by_cudnn"].get(_architecture(device), [])
 
 
 @functools.lru_cache(maxsize=4096)

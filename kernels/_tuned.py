@@ -40,6 +40,7 @@ _ATTENTIONS = {
     for kind in ("half", "fp32")
 }
 _TYPES = ("float32", "float16", "bfloat16")
+_CONVOLUTION = "[channels, results' channels, kernel, stride, side, float16|bfloat16]"
 
 
 class TableError(ValueError):
@@ -52,12 +53,16 @@ def read(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TableError(f"cannot be read: {error}") from error
-    _keys(table, "the table", required=_TILED.keys())
+    _keys(table, "the table", required={*_TILED, "frozen_conv2d_relu"})
     for operator, entries in table.items():
-        if operator == "attention":
-            _check_attention(entries)
-        else:
-            _check(operator, entries)
+        match operator:
+            case "attention":
+                _check_attention(entries)
+            case "frozen_conv2d_relu":
+                _keys(entries, operator, required={"faster_by_cudnn"})
+                _check_shapes(f"{operator}, faster_by_cudnn", entries["faster_by_cudnn"], 5, _TYPES[1:], _CONVOLUTION)
+            case _:
+                _check(operator, entries)
     return table
 
 
@@ -93,13 +98,18 @@ def _check_attention(entries: Any) -> None:
         _keys(named, f"attention, {architecture}", allowed=_ATTENTIONS)
         for name, options in named.items():  # each replaces the default's whole
             _check_options(f"attention, {architecture}, {name}", options, tile, required=tile | {"num_warps"})
-    faster = entries["faster_than_sdpa"]
-    for architecture in _architectures("attention, faster_than_sdpa", faster):
-        place, shapes = f"attention, faster_than_sdpa, {architecture}", faster[architecture]
+    wanted = f"[tokens, channels per head, {'|'.join(_TYPES)}]"
+    _check_shapes("attention, faster_than_sdpa", entries["faster_than_sdpa"], 2, _TYPES, wanted)
+
+
+def _check_shapes(at: str, faster: Any, sizes: int, types: Collection[str], wanted: str) -> None:
+    """By architecture, lists of shapes: so many sizes and a type."""
+    for architecture in _architectures(at, faster):
+        place, shapes = f"{at}, {architecture}", faster[architecture]
         _want(isinstance(shapes, list), place, "a list", shapes)
         for shape in shapes:
-            whole = isinstance(shape, list) and len(shape) == 3 and all(_is_size(size) for size in shape[:2])
-            _want(whole and shape[2] in _TYPES, place, f"[tokens, channels per head, {'|'.join(_TYPES)}]", shape)
+            whole = isinstance(shape, list) and len(shape) == sizes + 1 and all(_is_size(size) for size in shape[:-1])
+            _want(whole and shape[-1] in types, place, wanted, shape)
 
 
 def _architectures(at: str, entries: Any, required: Collection[str] = ()) -> list[str]:

@@ -175,6 +175,7 @@ class _LaunchTable:
         table["max_pool2x2"]["sm_90"] = {"BLOCK": 512}
         table["attention"]["sm_90"] = {"forward-64-fp32": {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4}}
         table["attention"]["faster_than_sdpa"] = {"sm_90": [[64, 64, "float16"], [256, 64, "float32"]]}
+        table["frozen_conv2d_relu"]["faster_by_cudnn"] = {"sm_90": [[64, 128, 3, 1, 112, "bfloat16"]]}
         (folder / "tuned.json").write_text(json.dumps(table))
         return folder / "tuned.json"
 
@@ -187,7 +188,7 @@ class _LaunchTable:
         from gdd_fast.kernels import _launch, attention, group_norm_silu, max_pool2x2, relu_bits, residual
 
         x, channel = torch.zeros(2, 12, 4, 4), torch.ones(12)
-        for cached in (_launch.table, _launch.configuration, backend._check_launch_table):
+        for cached in (_launch.table, _launch.configuration, _launch.faster_by_cudnn, backend._check_launch_table):
             cached.cache_clear()
         on_sm_90 = functools.partial(_launch.options_on, "sm_90")
         with (
@@ -204,6 +205,7 @@ class _LaunchTable:
             y, lse = attention.attention(x, 1, False)
             attention.attention_backward(y, x, y, lse, 1, False)
             assert all(len(shape) == 3 for shape in _launch.faster_than_sdpa(x.device))
+            assert all(len(shape) == 6 for shape in _launch.faster_by_cudnn(x.device))
         for launch in noted.launches:
             assert all(launch.grid) and launch.options["num_warps"] in (1, 2, 4, 8, 16, 32)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Backend, Operator, chooser, extension
 from gdd_fast.errors import ConfigError
-from gdd_fast.ops._memory_format import memory_format, runs_eagerly
+from gdd_fast.ops._memory_format import autocast_dtype, memory_format, runs_eagerly
 from gdd_fast.ops._planned import plans, wanted
 from gdd_fast.ops.frozen_conv2d import (
     Geometry,
@@ -64,7 +64,8 @@ def frozen_conv2d_relu(
         and bias first.
         activation: "relu" or "relu6", the clamp to [0, 6].
         backend: "auto", "torch", "triton" or "cpp": what packs the bits; "cpp" also does autograd's part. The
-        convolution is as in `frozen_conv2d`.
+        convolution is as in `frozen_conv2d`; with "auto" and without gradients it is cuDNN's with bias and ReLU, of
+        shapes for which kernels/tuned.json says that this is faster on the GPU at hand.
 
     Returns:
         (N, K, H', W') in the compute dtype.
@@ -76,6 +77,10 @@ def frozen_conv2d_relu(
     """
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
+    if backend == "auto" and activation == "relu" and x.is_cuda and not torch.compiler.is_compiling():
+        y = _by_cudnn(x, weight, bias, geometry(stride, padding, dilation, groups))
+        if y is not None:
+            return y
     implementation = _choose(backend, x.device.type)
     planned = None
     if implementation == "triton" and wanted(x, backend):
@@ -101,6 +106,30 @@ def frozen_conv2d_relu(
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return F.relu_(y) if activation == "relu" else F.relu6(y, inplace=True)
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
+
+
+def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    """The result by cuDNN's one operation, which has no gradient, if it was measured to be faster; else None.
+
+    Not where deterministic algorithms were asked for: PyTorch does not tell cuDNN.
+    """
+    from gdd_fast.kernels._launch import faster_by_cudnn
+
+    measured = faster_by_cudnn(x.device)
+    if not measured or x.dim() != 4 or weight.dim() != 4 or torch.are_deterministic_algorithms_enabled():
+        return None
+    given = [t for t in (x, weight, bias) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return None
+    if any(t.device != x.device or t.dtype != autocast_dtype(x) for t in given):
+        return None
+    (k, c, *window), (*_, side), (stride, padding, dilation, groups) = weight.shape, x.shape, g
+    usual = (x.shape[1], window, [*stride], [*padding], [*dilation], groups)
+    if usual != (c, window[:1] * 2, [stride[0]] * 2, [window[0] // 2] * 2, [1, 1], 1) or x.shape[2] != side:
+        return None
+    if [c, k, window[0], stride[0], side, str(x.dtype).removeprefix("torch.")] not in measured:
+        return None
+    return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
 
 
 class _ConvolutionRelu(torch.autograd.Function):

@@ -1,5 +1,9 @@
-"""Nothing in the steps of an iteration or in the one-step engine waits for the GPU, and no convolution has its maps
-copied to another memory format: the tests of fake_gpu/without_waiting.py, in a process whose PyTorch finds a GPU."""
+"""What shows on a GPU without memory or kernels, by the tests of fake_gpu/ in a process whose PyTorch finds one.
+
+Nothing in the steps of an iteration or in the one-step engine waits for it, and no convolution has its maps copied to
+another memory format (without_waiting.py). cuDNN's fused convolution runs where it was measured to be faster
+(by_cudnn.py).
+"""
 
 import os
 import subprocess
@@ -13,7 +17,7 @@ from benchmarks.counts.offline import ROOT
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch's own CUDA device takes fake tensors, or is real")
-def test_nothing_waits_for_the_device(tmp_path):
+def test_on_a_gpu_without_memory(tmp_path):
     compiler = os.environ.get("CXX", "g++")
     try:
         library = build(compiler, tmp_path)
@@ -21,8 +25,9 @@ def test_nothing_waits_for_the_device(tmp_path):
         pytest.skip(f"there is no C++ compiler {compiler}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     options = ["-q", "-x", "-p", "fake_gpu.plugin", "-p", "no:cacheprovider"]
+    files = [ROOT / "tests" / "fake_gpu" / name for name in ("without_waiting.py", "by_cudnn.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, ROOT / "tests" / "fake_gpu" / "without_waiting.py"],
+        [sys.executable, "-m", "pytest", *options, *files],
         env={**environment, "FAKE_GPU": str(library)},
         cwd=ROOT,
         capture_output=True,

@@ -73,6 +73,7 @@ def test_auto_takes_the_attention_kernels_where_they_were_measured_to_be_faster(
 def test_every_kernel_has_a_rule_and_measurements_are_well_formed():
     folder = _launch.Path(_launch.__file__).parent
     table = json.loads((folder / "tuned.json").read_text())
+    assert table.pop("frozen_conv2d_relu").keys() == {"faster_by_cudnn"}  # whose kernels are those of relu_bits
     sources = "".join(path.read_text() for path in folder.glob("*.py"))
     asked = re.findall(r'configuration\(f?"([^"]+)"', sources)
     wanted = {name for one in asked for name in (DIRECTIONS if "{" in one else [one])}
@@ -96,6 +97,11 @@ def test_every_kernel_has_a_rule_and_measurements_are_well_formed():
         ('"elements": 4096, ', "", "group_norm_silu.forward, default: elements missing"),
         ('"num_warps"', '"num_wraps"', "num_warps missing"),
         ('"residual"', '"resldual"', "the table: residual missing"),
+        (
+            '"faster_by_cudnn": {}',
+            '"faster_by_cudnn": {"sm_90": [[64, 64, 3, 1, 224, "float32"]]}',
+            "frozen_conv2d_relu, faster_by_cudnn, sm_90: .*kernel, stride, side, float16",
+        ),
         ("{", "[" * 100_000 + "{", "cannot be read"),
     ],
 )
