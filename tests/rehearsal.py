@@ -41,8 +41,9 @@ class _Watching(TorchDispatchMode):
         if func._schema.name.removeprefix("aten::") in _WAITING:
             raise CaptureError(f"{func} waits for the device")
         result = func(*args, **kwargs)
-        # numbers of the host may enter a kernel, other memory of its cannot
-        devices = {t.device.type for t in _tensors((args, kwargs)) if t.dim()} | {
+        # numbers of the host may enter a kernel; other memory of its cannot, nor be copied to or from
+        copies = func._schema.name in ("aten::_to_copy", "aten::copy_")
+        devices = {t.device.type for t in _tensors((args, kwargs)) if t.dim() or copies} | {
             t.device.type for t in _tensors(result)
         }
         if "cpu" in devices and len(devices) > 1:

@@ -28,6 +28,8 @@ from gdd_fast.sampling.sampler import one_step
 FLOOR = 1e-3
 """A relative error in norm that is never too large; beyond it, twice plain PyTorch's in the same type is."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_IN_TF32 = ("stock", "gdd_fast", "OneStepGenerator:eager", "graph", "gdd_fast graph", *COMPILED)
+"""Peers of a float32 generator that convolve in TF32 on a GPU: by choice, or as PyTorch does unless told not to."""
 _BLOCKS = (("ncsnpp-32", "enc.16x16_block1"), ("ncsnpp-32", "dec.32x32_block0"), ("adm-64", "enc.32x32_block1"))
 
 
@@ -138,7 +140,7 @@ def _generator(
     if gpu:
         makers |= {"graph": lambda: peers.graphed(stock()), "gdd_fast graph": lambda: peers.graphed(ours())}
         if dtype == torch.float32:
-            makers["engine in channels_last"] = in_channels_last
+            makers["engine graph in channels_last"] = in_channels_last
     else:
         folder = tempfile.TemporaryDirectory()
         file = cache(lambda: exported.write_generator(net, folder.name))
@@ -161,7 +163,7 @@ def _generator(
         flops=flops,
         images=batch,
         precision=_NAMES[dtype],
-        precisions={"stock fp32": "fp32"},
+        precisions={"stock fp32": "fp32"} | dict.fromkeys(_IN_TF32 if gpu and dtype == torch.float32 else (), "tf32"),
         keep=None if gpu else folder,
     )
 

@@ -122,8 +122,8 @@ class RunConfig(LoopSettings):
     """Thousands of images after which both learning rates decay as 1 / sqrt(images); 0: they stay constant."""
     batch_gpu: int | Literal["auto"] | None = None
     """Most images per pass through the networks; gradients accumulate over several passes. `auto`: as many as fit into
-    the GPU's memory by the forecast that `--dry-run` prints, with graphs of the steps if they are wanted; on a CPU
-    all."""
+    the GPU's memory by the forecast that `--dry-run` prints, or half of it if graphs of the steps then fit too; on a
+    CPU all."""
     seed: int = 0
     """Seed of the data order, the latents, the heads and the random projection; from 0 to 2**63 - 1."""
     engine: StepEngine = "auto"

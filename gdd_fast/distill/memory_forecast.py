@@ -91,11 +91,12 @@ class Forecast:
         return sum(self.fixed.values()) + int((1 + MARGIN) * 2 * largest)
 
     def largest(self, memory: int, local_batch: int, *, captured: bool = False) -> int | None:
-        """The most images per pass, a divisor of `local_batch` above 1, that `memory` bytes hold; None if none fits.
+        """The most images per pass, a divisor of `local_batch`, that `memory` bytes hold; None if none fits.
 
+        Never 1 of several, as heads norm by the batch.
         With eager steps, or with graphs of them if `captured`.
         """
-        divisors = (n for n in range(local_batch, 1, -1) if local_batch % n == 0)
+        divisors = (n for n in range(local_batch, min(local_batch, 2) - 1, -1) if local_batch % n == 0)
         fitting = (n for n in divisors if self.bytes(n) <= memory)
         return next((n for n in fitting if not captured or self.captured_bytes(n) <= memory), None)
 
@@ -250,8 +251,9 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
     """`config` with `--batch-gpu auto` replaced by a number; and, on a GPU whose memory would not hold captured steps,
     `--engine auto` by eager.
 
-    Where both are auto, the batch is one that graphs have room for, if any is: they need about twice the memory, and a
-    batch of half the size costs less than a GPU that waits for the host. Raises ConfigError as `automatic`.
+    Where both are auto, the batch is one that graphs have room for if that is at least half of what fits without: they
+    need about twice the memory, and half a batch costs less than a GPU that waits for the host. Raises ConfigError as
+    `automatic`.
     """
     run = config.run
     local_batch, images = split_batch(run.batch, run.batch_gpu, world_size)
@@ -264,7 +266,8 @@ def settle(config: TrainConfig, parts: Components, device: torch.device, world_s
     if run.batch_gpu == AUTO:
         images = automatic(found, device, local_batch, captured=run.engine == "graph")
         if capture:
-            images = found.largest(memory_of(device), local_batch, captured=True) or images
+            fewer = found.largest(memory_of(device), local_batch, captured=True)
+            images = fewer if fewer and 2 * fewer >= images else images
         config = override(config, batch_gpu=images)
     if capture and found.captured_bytes(images) > memory_of(device):
         print(f"Steps run eagerly: with captured ones {images} images at once may not fit on {device}", file=sys.stderr)

@@ -35,7 +35,40 @@ from gdd_fast.models.teachers.unet2d import UNet2DPrecond, unet_body
 from gdd_fast.ops.attention import check_triton
 
 Rows = Callable[[Tensor], list[Tensor]]
-"""Embeddings float64 (N, D) -> the rows of one block, float64 (N, C) each."""
+"""Embeddings float64 (N, D) -> the rows of one block, float64 (N, C) each. A generator is pickled with them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Affine:
+    """`Rows` of an affine layer: scale and shift if `adaptive`, else what is added, with `offset`."""
+
+    weight: Tensor
+    bias: Tensor
+    activate: nn.Module
+    adaptive: bool
+    offset: Tensor
+
+    def __call__(self, emb: Tensor) -> list[Tensor]:
+        row = torch.addmm(self.bias, self.activate(emb), self.weight.t())
+        return list(row.chunk(2, 1)) if self.adaptive else [row + self.offset]
+
+
+def _itself(emb: Tensor) -> list[Tensor]:
+    """`Rows` of a block that takes the embedding."""
+    return [emb]
+
+
+@dataclasses.dataclass(frozen=True)
+class _AllRows:
+    """Labels float64 (N, classes) -> the rows of all blocks, float32 (N, sum of sizes)."""
+
+    base: Tensor
+    classes: Tensor
+    rows: list[Rows]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        emb = self.base + labels @ self.classes
+        return torch.cat([row for block in self.rows for row in block(emb)], 1).float()
 
 
 class FoldedUNet2D(nn.Module):
@@ -212,7 +245,8 @@ class _Folder(Folding):
         self._to_target(unet)
         conditioning = None
         if self.classes is not None:
-            conditioning = Conditioning(self.all_rows, self.net.label_dim, self.target.device)
+            rows = _AllRows(self.base, self.classes, self.rows)
+            conditioning = Conditioning(rows, self.net.label_dim, self.target.device)
         folded = FoldedUNet2D(
             unet,
             self.sizes,
@@ -237,10 +271,6 @@ class _Folder(Folding):
                             nn.Parameter(cast, requires_grad=False) if tensors is module._parameters else cast
                         )
 
-    def all_rows(self, labels: Tensor) -> Tensor:
-        emb = self.base + labels @ self.classes
-        return torch.cat([row for block in self.rows for row in block(emb)], 1).float()
-
     def condition(self, rows: Rows) -> tuple[list[Tensor], int | None]:
         """A block's constant rows and None; or, with classes, no rows and the index of its first among all rows."""
         if self.classes is None:
@@ -256,15 +286,9 @@ class _Folder(Folding):
         place: int | None = None
         constants: list[Tensor] = []
         if affine is not None:
-            w, b = f64(affine.weight), f64(affine.bias)
             activate = nn.Identity() if block.skip_time_act else block.nonlinearity
-            before = 0 if adaptive else offset  # the convolution's bias is folded into what is added after it
-
-            def rows(emb: Tensor) -> list[Tensor]:
-                row = torch.addmm(b, activate(emb), w.t())
-                return list(row.chunk(2, 1)) if adaptive else [row + before]
-
-            constants, place = self.condition(rows)
+            # the convolution's bias is folded into what is added after it
+            constants, place = self.condition(_Affine(f64(affine.weight), f64(affine.bias), activate, adaptive, offset))
             if not adaptive:
                 offset, constants = constants[0] if constants else None, []
         silu = isinstance(block.nonlinearity, nn.SiLU)
@@ -321,7 +345,7 @@ class _Folder(Folding):
         )
 
     def unfolded(self, block: nn.Module) -> Unfolded:
-        constants, place = self.condition(lambda emb: [emb])
+        constants, place = self.condition(_itself)
         return Unfolded(block, constants[0][None] if constants else None, place)
 
 

@@ -37,8 +37,9 @@ class Target:
     statistics: whether residuals compute statistics of their results, for norms that can use them.
     winograd: convolve by `winograd_conv2d` where it has a kernel and the maps are large enough.
     small: run small maps by the kernels of `gdd_fast.ops.small_maps`.
-    late_bias: leave a convolution's bias to the next operator where that can add it, and run 1x1 convolutions as matrix
-    products, which add it. PyTorch's convolutions on a GPU add it in a separate pass.
+    late_bias: leave a convolution's bias to the next operator where that can add it, and run 1x1 convolutions by
+    `pointwise`, in channels_last a matrix product that adds it. PyTorch's convolutions on a GPU add it in a separate
+    pass.
     """
 
     device: torch.device
@@ -56,7 +57,7 @@ class Target:
 
     @property
     def pointwise(self) -> bool:
-        """Whether 1x1 convolutions are matrix products."""
+        """Whether 1x1 convolutions run by `gdd_fast.ops.pointwise`, of pairs too."""
         return self.convolve == "plain" and self.late_bias
 
 
@@ -252,12 +253,17 @@ class Resampling(nn.Module):
         self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
         self.options: dict[str, Any] = {"up": up, "padding": padding, "box": box, "backend": target.resample}
         self.small = target.small
+        self.channels_last = target.layout is torch.channels_last  # not the format itself, see `FoldedUNet`
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
         if self.small:
             up, padding = self.options["up"], self.options["padding"]
             return small_resample2d(x, self.kernel, up=up, padding=padding, add=add, scale=scale)
-        return resample2d(x, self.kernel, add=add, scale=scale, **self.options)
+        y = resample2d(x, self.kernel, add=add, scale=scale, **self.options)
+        if x.shape[2] * x.shape[3] > 1:
+            return y
+        # a map of one pixel does not say in which memory format the next ones are to be
+        return y.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 class FusedResidual(nn.Module):

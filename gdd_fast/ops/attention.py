@@ -6,7 +6,7 @@ number per query and head, and recomputes the probabilities in backward.
 EDM's convolution interleaves q, k and v. Parameters keep its order everywhere, in training, checkpoints and exports;
 `gdd_fast.layers.self_attention.QkvConv2d` reorders its weight, a few hundred kilobytes against many megabytes of
 activations, in every call, so that its output is in "blocks". In channels_last memory both implementations read blocks
-in place; "interleaved" order, or contiguous memory, costs "torch" one copy.
+in place; "interleaved" order costs "torch" a copy of them, contiguous memory that and a copy of the result.
 
 "auto" takes the Triton kernels for shapes that kernels/tuned.json lists as measured faster than PyTorch's on the GPU's
 architecture. None has been measured yet, so it is "torch" everywhere.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gdd_fast.backend import Operator
 from gdd_fast.errors import InputError
-from gdd_fast.ops._memory_format import autocast_dtype, cast
+from gdd_fast.ops._memory_format import autocast_dtype, cast, memory_format
 
 OPERATOR = Operator("pointwise", fused=frozenset())  # matrix products, which PyTorch has for every device
 
@@ -74,7 +74,9 @@ def _(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def _channels_last(*maps: Tensor | None) -> bool:
-    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+    """Dense and channels_last, by strides where both formats are the same memory."""
+    last = torch.channels_last
+    return all(t is None or (t.is_contiguous(memory_format=last) and memory_format(t) is last) for t in maps)
 
 
 def _as_convolved(t: Tensor) -> Tensor:

@@ -140,11 +140,12 @@ def test_with_the_kernels_of_a_gpu(name: str, layout: torch.memory_format) -> No
     assert error(run(fold(net, target, SIGMA), z, labels), plain(net, z, one_hot(net, labels)).double()) <= 1e-5
 
 
+@pytest.mark.parametrize("levels", [None, [1] * SIZE.bit_length()], ids=["", "down to one pixel"])
 @ARCHITECTURES
 @pytest.mark.parametrize("way", ["gpu", "gpu, full fp32"])
-def test_every_map_has_the_layout_of_the_target(name: str, way: str) -> None:
+def test_every_map_has_the_layout_of_the_target(name: str, way: str, levels: list[int] | None) -> None:
     """One layer that changed it would make all after it compute in the slow one."""
-    net = network(name)
+    net = network(name) if levels is None else fill(GDDPrecond(SIZE, 3, **{**SMALL[name], "channel_mult": levels}))
     target = dataclasses.replace(targets()[way], small=False, winograd=False)
     unet, conditioning = fold(net, target, SIGMA)
     maps: list[Tensor] = []
@@ -153,6 +154,7 @@ def test_every_map_has_the_layout_of_the_target(name: str, way: str) -> None:
             layer.register_forward_hook(lambda _layer, _inputs, made: maps.extend(t for t in tree_leaves(made)))
     run((unet, conditioning), latents(), classes(net))
     maps = [t for t in maps if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] > 1 and t.shape[2] > 1]
+    assert levels is None or min(t.shape[2] for t in maps) == 2, "no map of two pixels, so none of one either"
     assert maps and all(t.is_contiguous(memory_format=target.layout) for t in maps)
 
 

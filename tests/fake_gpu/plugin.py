@@ -10,14 +10,14 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
-def build(compiler: str, folder: Path) -> Path:
+def build(compiler: list[str], folder: Path) -> Path:
     """Compile it, in seconds; raises CalledProcessError with what the compiler said."""
     from torch.utils import cpp_extension
 
     library = folder / "fake_gpu.so"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu"]
-    command = [compiler, "-std=c++20", "-fPIC", "-shared", *includes, SOURCE, "-o", library, *libraries]
+    command = [*compiler, "-std=c++20", "-fPIC", "-shared", *includes, SOURCE, "-o", library, *libraries]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
 

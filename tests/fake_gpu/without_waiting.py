@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdd_fast.config import RECIPES
 from gdd_fast.device import fast_layout
-from gdd_fast.distill import components
+from gdd_fast.distill import components, gdd
 from gdd_fast.distill.gdd import Distillation
 from gdd_fast.engine.fold import fold, make_target
 from gdd_fast.models.backbones import build_backbone
@@ -28,7 +28,7 @@ LOGGED |= {f"{name}_{kind}" for name in ("logit", "sign_accuracy") for kind in (
 
 
 class Called(TorchDispatchMode):
-    """The names of our operators that are called, and the maps that convolutions read."""
+    """The names of our operators that are called, and the maps and weights that convolutions read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Called(TorchDispatchMode):
         if name.startswith("gdd_fast::"):
             self.names.add(name.removeprefix("gdd_fast::"))
         if name.startswith("aten::convolution"):
-            self.maps += args[: 2 if "backward" in name else 1]
+            self.maps += args[: 3 if "backward" in name else 2]
         return func(*args, **(kwargs or {}))
 
 
@@ -51,14 +51,13 @@ def fake_gpu(monkeypatch):
         yield
 
 
-def to_gpu(module: nn.Module, layout: torch.memory_format) -> None:
-    """Tensors without values in place of the module's own."""
+def to_gpu(module: nn.Module) -> None:
+    """Tensors without values in place of the module's own, laid out like these."""
     for part in module.modules():
         for kept in (part._parameters, part._buffers):
             for name, t in kept.items():
                 if t is not None:
-                    fake = torch.empty(t.shape, dtype=t.dtype, device=GPU)
-                    fake = fake.to(memory_format=layout) if t.dim() == 4 else fake
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU)
                     kept[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
 
 
@@ -68,17 +67,32 @@ def check(maps: list[Tensor], layouts: dict[torch.dtype, torch.memory_format]) -
     assert maps and not wrong, (len(maps), wrong[:5])
 
 
-@pytest.mark.parametrize("wait", [Tensor.item, Tensor.cpu, Tensor.nonzero, bool], ids=str)
-def test_waiting_would_be_seen(wait):
+WAITS = {
+    "item": Tensor.item,
+    "bool": bool,
+    "nonzero": Tensor.nonzero,
+    "to the host": Tensor.cpu,
+    "into the host's": lambda t: torch.zeros(t.shape).copy_(t),
+    "from the host": lambda t: t.copy_(torch.zeros(t.shape)),
+    "a number": lambda t: torch.tensor(2.0, device=t.device),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("wait", WAITS)
+def test_waiting_would_be_seen(wait, shape):
+    t = torch.ones(shape, device=GPU)
     with forbid_waiting(), pytest.raises(CaptureError):
-        wait(torch.ones(1, device=GPU) + 1)
+        WAITS[wait](t + 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("precision", RECIPES)
 def test_nothing_in_an_iteration_waits(inputs, monkeypatch, precision, processes):
     """Through all three steps and the optimizers; of two processes, what comes before and after their exchange."""
-    monkeypatch.setattr(components, "pick_device", lambda option: GPU)  # for operators and memory formats
+    # for operators and memory formats; networks are built on the CPU
+    monkeypatch.setattr(components, "pick_device", lambda option: GPU)
+    monkeypatch.setattr(gdd, "fast_layout", lambda _, precision: fast_layout(GPU, precision))
     weights = lambda name, path: build_backbone(name, None, 32).state_dict()
     monkeypatch.setattr(components, "load_backbone_weights", weights)
     with unset_fake_temporarily():
@@ -89,7 +103,7 @@ def test_nothing_in_an_iteration_waits(inputs, monkeypatch, precision, processes
     task.world = type(ALONE)(0, processes, GPU)
     layouts = {torch.bfloat16: torch.channels_last, torch.float32: fast_layout(GPU, config.discriminator.d_precision)}
     for module in {task.generator, task.features, task.r1_features, task.heads}:
-        to_gpu(module, layouts[module.dtype])
+        to_gpu(module)
     task.adversary.weights = [p for p in task.heads.parameters() if p.requires_grad]
     for name, net in (("g_guard", task.generator), ("d_guard", task.heads), ("r1_guard", task.heads)):
         guard = StepGuard.__new__(StepGuard)  # whose own would pin memory
@@ -128,8 +142,8 @@ def test_the_engine_neither_waits_nor_changes_the_memory_format(name, dtype):
     with unset_fake_temporarily():
         net = fill(GDDPrecond(SIZE, 3, **SMALL[name])).requires_grad_(False)
         unet, conditioning = fold(net, replace(target, device=torch.device("cpu")))
-    to_gpu(unet, target.layout)
-    to_gpu(conditioning, target.layout)
+    to_gpu(unet)
+    to_gpu(conditioning)
     z, classes = torch.empty(2, 3, SIZE, SIZE, device=GPU), torch.zeros(2, dtype=torch.int64, device=GPU)
     with torch.no_grad(), forbid_waiting(), Called() as called:
         images = unet(z, conditioning(classes))
