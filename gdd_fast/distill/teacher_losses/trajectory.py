@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from gdd_fast.distill.teacher_losses.teacher_loss import (
     SIGMA_MIN,
@@ -35,8 +36,8 @@ class EndEmbedding(nn.Module):
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, s: Tensor) -> Tensor:
-        inner = nn.functional.silu(self.inner(s.log().reshape(-1, 1) / 4))
-        start = nn.functional.silu(self.inner(torch.full_like(s[:1], SIGMA_MIN).log().reshape(1, 1) / 4))
+        # of one shape: elsewhere in a vector the same number may go through other instructions, which round otherwise
+        inner, start = (silu(self.inner(t.log().reshape(-1, 1) / 4)) for t in (s, torch.full_like(s, SIGMA_MIN)))
         return self.outer(inner - start)
 
 
