@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_battery                            build, check, then the parts of a first run (`DEFAULT`)
     python -m benchmarks.gpu_battery --only tune,compiled       some parts; rows of the others are kept
-    python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of every part, about a minute
+    python -m benchmarks.gpu_battery --device cpu --smoke       a dry run of these parts, about a minute
 
 Needs the checkout, torch and numpy; no pytest, and nothing is installed or fetched. Each part (battery_parts.py) runs
 in a process of its own, correctness in several at once, with a share of what is left of `--budget-s`, and saves after
@@ -38,7 +38,6 @@ from benchmarks.harness.results import FOLDER, Results, Row
 ROOT = Path(__file__).resolve().parents[1]
 _BUILD_SECONDS = 170
 _GRACE_SECONDS = 25  # for the row in progress when a part's time is up
-_RESTARTS = 4
 _DIED = 3
 _END_SECONDS = 5  # for a build to end by itself
 _LATE = "still busy when its time was up"
@@ -126,10 +125,10 @@ def _note(results: Results, kind: str, part: str, what: Any) -> None:
 def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
     """Run a part in processes of its own until it is through or out of time, however often one dies.
 
-    Each of them leaves its case behind; one that left none is the last. Only the tuning has no cases: it gets
-    `_RESTARTS`.
+    Each of them leaves its case behind; one that left none is the last. The tuning has no cases, but leaves entries.
     """
     path = Path(options.out)
+    tuned = -1
     for attempt in itertools.count():
         command = [sys.executable, "-m", "benchmarks.gpu_battery", "--part", part, json.dumps(asdict(options))]
         try:
@@ -149,9 +148,12 @@ def supervise(part: str, options: Options, say: Callable[[str], None]) -> None:
             _keep(results, part, Row(*running[2:], "-", failure=f"the process ended with status {status}"))
             results.notes["done"][part].append(running[1])
         results.save(path)
-        if running is None and status != _DIED and part != "tune":  # it would end in the same way again
+        before, tuned = tuned, len(results.notes.get("tuning", {}))
+        if part == "tune" and tuned == before:  # it would end in the same way again
             return
-        if options.left() < 5 or (part == "tune" and attempt + 1 == _RESTARTS):
+        if running is None and status != _DIED and part != "tune":
+            return
+        if options.left() < 5:
             return
         say(f"{part}: started again, {attempt + 1}")
 

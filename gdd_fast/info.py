@@ -130,22 +130,25 @@ def assets() -> dict[str, bool]:
 
 def memory(presets: Sequence[str]) -> dict[str, Any]:
     """By preset: the GPU memory that a run takes without the data set, as `train --dry-run` forecasts it, and the
-    largest `--batch-gpu` for cards of several sizes in GB and for this machine's GPUs."""
+    largest `--batch-gpu` for cards of several sizes in GB and for this machine's GPUs, eagerly and with graphs."""
     import torch
 
     from gdd_fast.config import preset
     from gdd_fast.distill.dry_run import forecast_recipe
-    from gdd_fast.distill.memory_forecast import GB
+    from gdd_fast.distill.memory_forecast import CARDS, GB
 
     def row(name: str) -> dict[str, Any]:
         config = preset(name)
         found, batch = forecast_recipe(config), config.run.batch
         if found is None:
             return {"unavailable": f"the networks of {name} depend on its teacher: `gdd_fast.train --dry-run` reads it"}
-        cards = {f"--batch-gpu on {card} GB": n or "none fits" for card, n in found.on_cards(batch).items()}
+        sizes = {f"{card} GB": card * GB for card in CARDS}
         for index in range(torch.cuda.device_count()):
-            size = torch.cuda.get_device_properties(index).total_memory
-            cards[f"--batch-gpu on cuda:{index}"] = found.largest(size, batch) or "none fits"
+            sizes[f"cuda:{index}"] = torch.cuda.get_device_properties(index).total_memory
+        cards = {}
+        for captured, steps in ((False, ""), (True, ", with captured steps")):
+            for card, size in sizes.items():
+                cards[f"--batch-gpu on {card}{steps}"] = found.largest(size, batch, captured=captured) or "none fits"
         return {f"{batch} images at once": f"{found.bytes(batch) / GB:.1f} GB", **cards}
 
     return {name: row(name) for name in presets}

@@ -13,7 +13,7 @@ second of one core for a Triton kernel that is not in the cache, 5 s for a proce
                   4 iterations 25 s more, most of it of the public settings' fp32 (0.5 s each time at batch 128)
     ops           242 cases of 5 peers, 0.1 s per peer and 0.2 s per case: 180 s
     pipelines     45 s, of which SciPy's square root of a matrix takes 40
-    tune          6 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
+    tune          5 entries of 17 settings, 3 kernels to compile each: 340 s, which wants a run of its own
     compiled      1 to 2 min per case of torch.compile, 3 to 5 of max-autotune: 15 min, only when asked for
     waterfall     18 peers of two cases, 10 s each: 180 s, only when asked for
 """
@@ -44,7 +44,7 @@ class Part:
 
 
 PARTS = {
-    "defaults": Part(0.25, 1.0),  # what a user feels, first
+    "defaults": Part(0.4, 1.0),  # what a user feels, first
     "correctness": Part(0.2, processes=6),  # nothing is timed, and kernels are compiled for all that follows
     "inference": Part(0.3, 0.4),
     "train": Part(0.35, 1.0),

@@ -4,6 +4,7 @@ A function here takes a layer of the real networks (layer_calls.py), batch, type
 Problem.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from benchmarks.cases.layer_calls import AttentionCall, ConvCall, MapCall, NormCall, ResampleCall
 from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.operator_case import Problem, package
+from benchmarks.peers.networks import tf32
 from gdd_fast.layers.convolution import resample_kernel
 from gdd_fast.ops import (
     attention,
@@ -217,8 +219,19 @@ def conv_problem(layer: ConvCall, batch: int, dtype: torch.dtype, device: torch.
     saved = weight.numel() * weight.element_size() + 2 * mask
     options = {"differentiable": ("x",), "saved_bytes": saved}
     if device.type == "cuda" and layer.activation == "relu":
-        options["undifferentiable"] = {"cudnn_convolution_relu": partial(cudnn_convolution_relu, layer)}
-    return Problem(frozen_conv2d_relu.OPERATOR, inputs, ours, stock, **options)
+        options["undifferentiable"] = {"cudnn_convolution_relu": _tried(partial(cudnn_convolution_relu, layer))}
+    return Problem(frozen_conv2d_relu.OPERATOR, inputs, _tried(ours), _tried(stock), **options)
+
+
+def _tried(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, whose convolutions cuDNN chooses by trials, as in training; not those of a float64 reference."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args, **options) -> Tensor:
+        with tf32(None, trials=x.dtype != torch.float64):
+            return function(x, *args, **options)
+
+    return call
 
 
 def cudnn_convolution_relu(layer: ConvCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 CPU time per call in microseconds, the least of many, with launches stubbed (benchmarks/counts/host_gpu.py): of a fused
 operator, all but the driver's own work. PyTorch's layers compute on tiny CPU tensors, so their rows hold the
 dispatcher's and autograd's work as on a GPU, some microseconds of arithmetic, and none of the launches that a GPU would
-need for each of their kernels. Both sides alternate in one run. "Triton's launcher" is the same call launched by Triton
+need for each of their kernels; what a stubbed kernel leaves unwritten may hold denormal numbers, on which processors
+are slow, so these count as 0. Both sides alternate in one run. "Triton's launcher" is the same call launched by Triton
 itself, through torch.library, as where gdd_fast._C is not built.
 
     forward     without gradients

@@ -38,6 +38,7 @@ class Stub:
 @contextlib.contextmanager
 def stubbed(architecture: int = 90) -> Iterator[Stub]:
     """In this block Triton's kernels are launched on a GPU that is none, and take CPU tensors."""
+    import torch
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
@@ -80,7 +81,9 @@ def stubbed(architecture: int = 90) -> Iterator[Stub]:
         mock.patch.object(group_norm_silu, "programs_wanted", programs),
     ):
         driver.set_active(Driver())
+        torch.set_flush_denormal(True)  # in memory that nothing has written they are common, and slow
         try:
             yield stub
         finally:
+            torch.set_flush_denormal(False)
             driver._active = None  # reset_active asks for the GPU's, which there is none of

@@ -5,6 +5,7 @@ What each operator is compared with is in operator_inputs.py, and at which shape
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,7 +112,8 @@ def _bench(build: Build, device: torch.device, *, backward: bool, compiled: bool
 
     bounds = {} if backward or compiled else problem.bounds
     if compiled:
-        peers = {"compile": lambda: peer(torch.compile(stock, fullgraph=True, dynamic=False))}
+        whole = inspect.unwrap(stock)  # without switches that a compiler does not trace
+        peers = {"compile": lambda: peer(torch.compile(whole, fullgraph=True, dynamic=False))}
         missing: dict[str, str] = {}
     else:
         fused, missing = fused_peers(problem.operator, device, problem.ours)

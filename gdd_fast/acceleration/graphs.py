@@ -8,7 +8,8 @@ functions that modules hold are those at the time of the capture.
 
 Two calls are of one kind if their tensors agree in shape, strides and dtype, and their other arguments and the
 precision settings are equal. A kind is captured at its `CALLS`-th call, so that arguments that change from call to call
-cause no captures. All other calls run uncaptured, and the report counts the reasons.
+cause no captures; one whose graph was given up for others' is captured at its `CALLS`-th call from then on, and the
+second time no more. All other calls run uncaptured, and the report counts the reasons.
 """
 
 import threading
@@ -23,7 +24,7 @@ from torch.nn.modules import module as modules
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gdd_fast.acceleration.class_exchange import Fast, exchange, obstacle
-from gdd_fast.engine.engines import MAX_GRAPHS, Capture
+from gdd_fast.engine.engines import MAX_GRAPHS, MOST_DROPS, Capture
 from gdd_fast.errors import InputError
 
 CALLS = 3
@@ -40,10 +41,12 @@ class Forwards:
     limit: int = MAX_GRAPHS
     reasons: Counter[str] = field(default_factory=Counter)
     """How many calls ran uncaptured, by reason."""
+    captures: int = 0
     replays: int = 0
     graphs: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
     _calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
-    _refused: dict[Hashable, str] = field(default_factory=dict)
+    _drops: Counter[Hashable] = field(default_factory=Counter)
+    _refused: OrderedDict[Hashable, str] = field(default_factory=OrderedDict)
     _places: list[int] = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock)
 
@@ -76,6 +79,7 @@ class Forwards:
             anew = bool(self.graphs)
             self.capture.drain()
             self.graphs.clear()
+            self._drops.clear()
             self._refused.clear()
             self._places = places
             if anew:
@@ -86,8 +90,13 @@ class Forwards:
         try:
             return "", self._captured(key, forward, leaves, spec)
         except RuntimeError as error:  # raised by CUDA, and by us, for what cannot be captured
-            self._refused[key] = f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"
-            return self._refused[key], None
+            return self._refuse(key, f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"), None
+
+    def _refuse(self, key: Hashable, reason: str) -> str:
+        self._refused[key] = reason
+        if len(self._refused) > MOST_KINDS:
+            self._refused.popitem(last=False)
+        return reason
 
     def _obstacle(self, leaves: list[Any]) -> str | None:
         if torch.is_grad_enabled():
@@ -117,7 +126,12 @@ class Forwards:
         if key not in self.graphs:
             while len(self.graphs) >= self.limit:
                 self.capture.drain()
-                self.graphs.popitem(last=False)
+                dropped, _ = self.graphs.popitem(last=False)
+                self._calls.pop(dropped, None)
+                self._drops[dropped] += 1
+                if self._drops[dropped] >= MOST_DROPS:
+                    del self._drops[dropped]
+                    self._refuse(dropped, f"more than {self.limit} kinds take turns")
             where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -131,11 +145,12 @@ class Forwards:
             with torch.inference_mode(False), torch.no_grad():
                 own = [leaves[i].to(self.device, copy=True) for i in where]
                 self.graphs[key] = self.capture(on_tensors, *own)
+                self.captures += 1
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
     def __str__(self) -> str:
-        lines = [f"graphs: {len(self.graphs)} kinds of call captured, {self.replays} replays"]
+        lines = [f"graphs: {len(self.graphs)} kinds of call kept, {self.captures} captures, {self.replays} replays"]
         lines += [f"  {count:>6} calls ran uncaptured: {reason}" for reason, count in self.reasons.most_common()]
         return "\n".join(lines)
 

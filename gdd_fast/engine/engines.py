@@ -2,8 +2,10 @@
 
 A CUDA graph replays a fixed sequence of kernels on fixed memory, so there is one for each batch size. Graphs are
 captured on first use, after a warm-up that loads, compiles and chooses kernels, which a capture forbids; beyond a
-limit, the least recently used are dropped. All share one memory pool: they never run at the same time, and the results
-of one are copied out before the next runs. Threads take turns; where their streams differ, an event keeps the order.
+limit, the least recently used are dropped. A batch size that was dropped `MOST_DROPS` times runs operator by operator
+from then on: a capture takes longer than several calls. All graphs share one memory pool: they never run at the same
+time, and the results of one are copied out before the next runs. Threads take turns; where their streams differ, an
+event keeps the order.
 
 Shapes never change within a graph, so in the warm-up cuDNN times its algorithms for them and keeps the fastest
 (`torch.backends.cudnn.benchmark`), unless deterministic algorithms were requested. A convolution that the thread
@@ -17,7 +19,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol, get_args
 
@@ -40,6 +42,7 @@ Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]
 """A `Network` that takes a `Finish` for its images too."""
 
 MAX_GRAPHS = 8
+MOST_DROPS = 2
 _WARM_UP = 3  # calls before a capture
 
 
@@ -99,16 +102,21 @@ class GraphCache:
         self.capture = capture
         self.limit = limit
         self.graphs: OrderedDict[tuple[int, Finish | None], Network] = OrderedDict()
+        self._drops: Counter[tuple[int, Finish | None]] = Counter()
         self._lock = threading.Lock()
 
     def __call__(self, latents: Tensor, rows: Tensor | None, finish: Finish | None = None) -> Any:
         key = len(latents), finish
         with self._lock:
             if key not in self.graphs:
+                network = functools.partial(_finished, self.network, finish=finish)
+                if self._drops[key] >= MOST_DROPS:
+                    with full_float32():  # as in a graph
+                        return network(latents, rows)
                 while len(self.graphs) >= self.limit:
                     self.capture.drain()
-                    self.graphs.popitem(last=False)  # before the capture, which can then reuse its memory
-                network = functools.partial(_finished, self.network, finish=finish)
+                    dropped, _ = self.graphs.popitem(last=False)  # before the capture, which can then reuse its memory
+                    self._drops[dropped] += 1
                 self.graphs[key] = self.capture(network, latents, rows)
             self.graphs.move_to_end(key)
             return self.graphs[key](latents, rows)

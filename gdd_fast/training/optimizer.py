@@ -229,8 +229,8 @@ class StepGuard:
     `AdamEma` skips a step as a whole if a gradient is not finite; nothing is zeroed or clipped. Skipped steps are
     counted in `skipped` and `skipped_in_row`.
 
-    Nothing waits for the device: the count is copied to the host after each step, and read when this guard's next step
-    is due, an iteration later, or when a property asks. All ranks count alike, as they average first.
+    No step waits for the device to end it: the count is copied to the host after it, and read when this guard's next
+    step is due, an iteration later, or when a property asks. All ranks count alike, as they average first.
 
     Args:
         name: the step's, for error messages; steps of several kinds may share an optimizer.

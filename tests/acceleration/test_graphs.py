@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import gdd_fast
 from gdd_fast.acceleration.graphs import CALLS, Forwards, capture_forwards
+from gdd_fast.engine.engines import MOST_DROPS
 from gdd_fast.errors import BackendError, InputError
 from rehearsal import Rehearsal
 
@@ -127,6 +128,18 @@ def test_the_cache_is_bounded() -> None:
         for seed in range(CALLS):
             net(image(seed, size))
     assert len(forwards.graphs) == 2 and forwards.capture.number == 3 and forwards.capture.drained >= 1
+
+
+@torch.no_grad()
+def test_kinds_that_take_turns_beyond_the_limit_are_not_captured_for_ever() -> None:
+    net, forwards = captured()
+    forwards.limit = 2
+    for seed in range(30):
+        for size in (4, 5, 6):
+            net(image(seed, size))
+    assert forwards.captures == forwards.capture.number <= 3 * MOST_DROPS + 2
+    assert len(forwards.graphs) == 2 and forwards.reasons["more than 2 kinds take turns"] > 15
+    assert f"2 kinds of call kept, {forwards.captures} captures, {forwards.replays} replays" in str(forwards)
 
 
 def test_what_a_replay_would_miss_runs_as_it_is() -> None:

@@ -223,6 +223,33 @@ def test_a_case_that_outlasts_its_part_is_cut_off_and_no_failure(tmp_path, monke
     assert found.notes["cut_off"] == {"compiled": ["g | a"]} and found.rows == [] and "died" not in found.notes
 
 
+def test_tuning_goes_on_as_long_as_each_process_leaves_an_entry(tmp_path, monkeypatch):
+    path, begun = battery_file(tmp_path), []
+
+    def dies(command, **options):
+        begun.append(command)
+        results = Results.load(path)
+        results.notes.setdefault("tuning", {})[str(min(len(begun), 7))] = {"failed": "the process ended"}
+        results.save(path)
+        return SimpleNamespace(returncode=-11)
+
+    monkeypatch.setattr(gpu_battery.subprocess, "run", dies)
+    options = gpu_battery.Options("cpu", str(path), True, time.time() + 100)
+    gpu_battery.supervise("tune", options, lambda text: None)
+    assert len(begun) == 8, "seven with an entry each, and one that added none"
+
+
+@pytest.mark.parametrize(
+    ("memory", "cores", "processes"), [(24, 16, 1), (40, 16, 3), (80, 16, 6), (141, 16, 6), (80, 8, 4), (8, 16, 1)]
+)
+def test_as_many_processes_check_as_memory_and_cores_allow(monkeypatch, memory, cores, processes):
+    card = SimpleNamespace(total_memory=int(memory * 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(gpu_battery.os, "cpu_count", lambda: cores)
+    assert gpu_battery.processes_of("correctness", torch.device("cuda")) == processes
+    assert gpu_battery.processes_of("ops", torch.device("cuda")) == 1, "what is timed runs alone"
+
+
 @pytest.fixture
 def stale_extension(monkeypatch):
     def stale():

@@ -122,6 +122,10 @@ def test_memory_names_the_largest_batch_of_cards_and_of_this_machines_gpus(monke
         "256 images at once": "65.0 GB",
         **{f"--batch-gpu on {gb} GB": images for gb, images in ((24, 64), (40, 128), (80, 256), (141, 256))},
         "--batch-gpu on cuda:0": 32,
+        **{
+            f"--batch-gpu on {on}, with captured steps": images
+            for on, images in (("24 GB", 32), ("40 GB", 64), ("80 GB", 128), ("141 GB", 256), ("cuda:0", 16))
+        },
     }
     assert "teacher" in memory["demo"]["unavailable"]
     info.main(["--memory", "no-such-preset"])
@@ -136,3 +140,5 @@ def test_memory_is_what_the_dry_run_prints(capsys):
     cards = ", ".join(f"{gb} GB: {row[f'--batch-gpu on {gb} GB']}" for gb in CARDS)
     assert f"forecast: {row['256 images at once']} with 256 images" in printed
     assert f"by GPU memory: {cards}\n" in printed
+    graphs = ", ".join(f"{gb} GB: {row[f'--batch-gpu on {gb} GB, with captured steps']}" for gb in CARDS)
+    assert f"with steps captured as graphs: {graphs}" in printed

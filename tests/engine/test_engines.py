@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdd_fast.engine.engines import CudaCapture, GraphCache, choose_engine, make_engine
+from gdd_fast.engine.engines import MOST_DROPS, CudaCapture, GraphCache, choose_engine, make_engine
 from gdd_fast.engine.one_step import _device
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.sampling.generate import Batch, to_host
@@ -104,6 +104,17 @@ def test_the_graph_used_least_recently_goes_first() -> None:
     assert capture.captured == [1, 2, 3, 2]
     assert list(cache.graphs) == [(1, None), (2, None)]
     assert capture.drained == 2, "what is given up must not be running"
+
+
+def test_batch_sizes_that_take_turns_beyond_the_limit_are_not_captured_for_ever() -> None:
+    capture = Recorder()
+    cache = GraphCache(add, capture, limit=2)
+    for turn in range(20):
+        for batch in (1, 2, 3):
+            x = torch.full((batch, 2), float(turn))
+            assert torch.equal(cache(x, torch.ones(batch, 3)), x + 3 * batch)
+    assert len(capture.captured) <= 3 * MOST_DROPS + 2
+    assert len(cache.graphs) == 2, "one of the three runs as it is, and the others keep their graphs"
 
 
 def test_a_capture_that_fails_is_tried_again() -> None:
