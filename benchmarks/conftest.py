@@ -136,7 +136,9 @@ class Runner:
 
         def turns() -> Iterator[None]:
             for number in range(max((rounds for _, rounds in others), default=0)):
-                for sampler, rounds in others:
+                # each time another one is last: whoever follows a peer with threads of its own may wait for these
+                first = number % len(others)
+                for sampler, rounds in others[first:] + others[:first]:
                     if number < rounds:
                         sampler.round()
                 yield

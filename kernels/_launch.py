@@ -95,7 +95,6 @@ def faster_than_sdpa(device: torch.device) -> list[list]:
     return table()["attention"]["faster_than_sdpa"].get(_architecture(device), [])
 
 
-@functools.cache
 def faster_by_cudnn(device: torch.device) -> list[list]:
     """[channels, results' channels, kernel, stride, side, type] of the convolutions with bias and ReLU that one
     operation of cuDNN's was measured to compute faster on this GPU."""

@@ -188,7 +188,7 @@ class _LaunchTable:
         from gdd_fast.kernels import _launch, attention, group_norm_silu, max_pool2x2, relu_bits, residual
 
         x, channel = torch.zeros(2, 12, 4, 4), torch.ones(12)
-        for cached in (_launch.table, _launch.configuration, _launch.faster_by_cudnn, backend._check_launch_table):
+        for cached in (_launch.table, _launch.configuration, backend._check_launch_table):
             cached.cache_clear()
         on_sm_90 = functools.partial(_launch.options_on, "sm_90")
         with (

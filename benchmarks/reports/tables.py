@@ -78,6 +78,10 @@ def _machine_line(record: Results) -> str:
     where = f"{m['cores']} threads" if m["type"] == "cpu" else f"driver {m.get('driver_version') or 'unknown'}"
     if m.get("onednn_max_cpu_isa"):  # an older processor is imitated
         where += f", ONEDNN_MAX_CPU_ISA={m['onednn_max_cpu_isa']}, PyTorch's {m['cpu_capability']}"
+    elif sets := m.get("instruction_sets"):
+        kinds = {"bfloat16": {"avx512_bf16", "bf16"}, "AMX": {"amx_tile"}}
+        units = [name for name, flags in kinds.items() if flags & set(sets)]
+        where += f", {m['cpu_capability']} {'with ' + ' and '.join(units) if units else 'without bfloat16'}"
     line = f"{m['device']}, {where}; {versions}; commit {m['commit'] or 'unknown'}, {m['date']}."
     if _busy(record):
         line += (

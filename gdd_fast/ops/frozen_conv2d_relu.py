@@ -6,6 +6,8 @@ of `relu_bits` say where the activation is flat.
 Everything after the forward pass is linear, so the operator can be differentiated any number of times.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,11 +79,12 @@ def frozen_conv2d_relu(
     """
     if activation not in CEILING:
         raise ConfigError(f"frozen_conv2d_relu: activation must be one of {', '.join(CEILING)}, not {activation!r}")
-    if backend == "auto" and activation == "relu" and x.is_cuda and not torch.compiler.is_compiling():
-        y = _by_cudnn(x, weight, bias, geometry(stride, padding, dilation, groups))
+    implementation = _choose(backend, x.device.type)
+    if x.is_cuda and backend == "auto" and activation == "relu" and not torch.compiler.is_compiling():
+        measured = _faster_by_cudnn(x.device)
+        y = _by_cudnn(x, weight, bias, geometry(stride, padding, dilation, groups), measured) if measured else None
         if y is not None:
             return y
-    implementation = _choose(backend, x.device.type)
     planned = None
     if implementation == "triton" and wanted(x, backend):
         planned = plans(plan_bits)
@@ -108,15 +111,20 @@ def frozen_conv2d_relu(
     return _ConvolutionRelu.apply(x, weight, bias, g, ceiling, implementation)
 
 
-def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+@functools.cache
+def _faster_by_cudnn(device: torch.device) -> list[list]:
+    """The shapes that `_by_cudnn` takes on a GPU."""
+    from gdd_fast.kernels._launch import faster_by_cudnn
+
+    return faster_by_cudnn(device)
+
+
+def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, measured: Sequence[list]) -> Tensor | None:
     """The result by cuDNN's one operation, which has no gradient, if it was measured to be faster; else None.
 
     Not where deterministic algorithms were asked for: PyTorch does not tell cuDNN.
     """
-    from gdd_fast.kernels._launch import faster_by_cudnn
-
-    measured = faster_by_cudnn(x.device)
-    if not measured or x.dim() != 4 or weight.dim() != 4 or torch.are_deterministic_algorithms_enabled():
+    if x.dim() != 4 or weight.dim() != 4 or torch.are_deterministic_algorithms_enabled():
         return None
     given = [t for t in (x, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

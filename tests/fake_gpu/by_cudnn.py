@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from gdd_fast.kernels import _launch
+from gdd_fast.ops import frozen_conv2d_relu as frozen_conv2d_relu_operator
 from gdd_fast.ops.frozen_conv2d_relu import frozen_conv2d_relu
 
 GPU = torch.device("cuda", 0)
@@ -27,10 +28,10 @@ def measured(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_launch, "table", lambda: table)
-    _launch.faster_by_cudnn.cache_clear()
+    frozen_conv2d_relu_operator._faster_by_cudnn.cache_clear()
     with FakeTensorMode():
         yield calls
-    _launch.faster_by_cudnn.cache_clear()
+    frozen_conv2d_relu_operator._faster_by_cudnn.cache_clear()
 
 
 def called(side: int = 14, dtype: torch.dtype = torch.bfloat16, recorded: bool = False, **options) -> Tensor:
@@ -78,6 +79,6 @@ def test_not_where_algorithms_have_to_be_deterministic(measured, monkeypatch):
 
 def test_not_on_another_architecture(measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    _launch.faster_by_cudnn.cache_clear()
+    frozen_conv2d_relu_operator._faster_by_cudnn.cache_clear()
     called()
     assert measured == []
