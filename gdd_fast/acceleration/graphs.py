@@ -24,12 +24,11 @@ from torch.nn.modules import module as modules
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gdd_fast.acceleration.class_exchange import Fast, exchange, obstacle
-from gdd_fast.engine.engines import MAX_GRAPHS, MOST_DROPS, Capture
+from gdd_fast.engine.engines import MAX_GRAPHS, MOST_KINDS, Capture, Drops
 from gdd_fast.errors import InputError
 
 CALLS = 3
 """The call of a kind at which that kind is captured."""
-MOST_KINDS = 256
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Forwards:
     replays: int = 0
     graphs: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
     _calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
-    _drops: Counter[Hashable] = field(default_factory=Counter)
+    _drops: Drops = field(default_factory=Drops)
     _refused: OrderedDict[Hashable, str] = field(default_factory=OrderedDict)
     _places: list[int] = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock)
@@ -79,7 +78,7 @@ class Forwards:
             anew = bool(self.graphs)
             self.capture.drain()
             self.graphs.clear()
-            self._drops.clear()
+            self._drops = Drops()
             self._refused.clear()
             self._places = places
             if anew:
@@ -90,13 +89,10 @@ class Forwards:
         try:
             return "", self._captured(key, forward, leaves, spec)
         except RuntimeError as error:  # raised by CUDA, and by us, for what cannot be captured
-            return self._refuse(key, f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"), None
-
-    def _refuse(self, key: Hashable, reason: str) -> str:
-        self._refused[key] = reason
-        if len(self._refused) > MOST_KINDS:
-            self._refused.popitem(last=False)
-        return reason
+            self._refused[key] = f"its forward cannot be captured: {str(error).partition(chr(10))[0]}"
+            if len(self._refused) > MOST_KINDS:
+                self._refused.popitem(last=False)
+            return self._refused[key], None
 
     def _obstacle(self, leaves: list[Any]) -> str | None:
         if torch.is_grad_enabled():
@@ -114,6 +110,8 @@ class Forwards:
     def _too_early(self, key: Hashable) -> str | None:
         if key in self.graphs:
             return None
+        if self._drops.too_many(key):
+            return f"more than {self.limit} kinds take turns"
         calls = self._calls.pop(key, 0) + 1
         self._calls[key] = calls
         if len(self._calls) > MOST_KINDS:
@@ -128,10 +126,7 @@ class Forwards:
                 self.capture.drain()
                 dropped, _ = self.graphs.popitem(last=False)
                 self._calls.pop(dropped, None)
-                self._drops[dropped] += 1
-                if self._drops[dropped] >= MOST_DROPS:
-                    del self._drops[dropped]
-                    self._refuse(dropped, f"more than {self.limit} kinds take turns")
+                self._drops.note(dropped)
             where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 

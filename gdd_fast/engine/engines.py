@@ -19,8 +19,8 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -43,6 +43,8 @@ Runner = Callable[[Tensor, Tensor | None, Finish | None], Any]
 
 MAX_GRAPHS = 8
 MOST_DROPS = 2
+MOST_KINDS = 256
+"""How many kinds of call are remembered that have no graph."""
 _WARM_UP = 3  # calls before a capture
 
 
@@ -89,6 +91,22 @@ def _finished(network: Network, latents: Tensor, rows: Tensor | None, finish: Fi
     return images if finish is None else finish(images)
 
 
+class Drops:
+    """How often the graph of a kind was given up for others', by kind; the last `MOST_KINDS` are remembered."""
+
+    def __init__(self) -> None:
+        self._times: OrderedDict[Hashable, int] = OrderedDict()
+
+    def note(self, kind: Hashable) -> None:
+        self._times[kind] = self._times.pop(kind, 0) + 1
+        if len(self._times) > MOST_KINDS:
+            self._times.popitem(last=False)
+
+    def too_many(self, kind: Hashable) -> bool:
+        """Whether it should have no graph again: it takes turns with more kinds than are kept."""
+        return self._times.get(kind, 0) >= MOST_DROPS
+
+
 class GraphCache:
     """A network that is captured once per batch size and `Finish`; the `limit` most recently used graphs are kept.
 
@@ -102,7 +120,7 @@ class GraphCache:
         self.capture = capture
         self.limit = limit
         self.graphs: OrderedDict[tuple[int, Finish | None], Network] = OrderedDict()
-        self._drops: Counter[tuple[int, Finish | None]] = Counter()
+        self._drops = Drops()
         self._lock = threading.Lock()
 
     def __call__(self, latents: Tensor, rows: Tensor | None, finish: Finish | None = None) -> Any:
@@ -110,13 +128,13 @@ class GraphCache:
         with self._lock:
             if key not in self.graphs:
                 network = functools.partial(_finished, self.network, finish=finish)
-                if self._drops[key] >= MOST_DROPS:
+                if self._drops.too_many(key):
                     with full_float32():  # as in a graph
                         return network(latents, rows)
                 while len(self.graphs) >= self.limit:
                     self.capture.drain()
                     dropped, _ = self.graphs.popitem(last=False)  # before the capture, which can then reuse its memory
-                    self._drops[dropped] += 1
+                    self._drops.note(dropped)
                 self.graphs[key] = self.capture(network, latents, rows)
             self.graphs.move_to_end(key)
             return self.graphs[key](latents, rows)

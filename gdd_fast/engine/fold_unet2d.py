@@ -28,6 +28,7 @@ from gdd_fast.engine.folded_layers import (
     Norm,
     Projection,
     Target,
+    memory_format,
 )
 from gdd_fast.engine.folded_unet import Attention
 from gdd_fast.engine.folding import Conditioning, Folding, f64
@@ -84,14 +85,13 @@ class FoldedUNet2D(nn.Module):
         self.reads = reads
         self.latent_scale = latent_scale
         self.dtype = target.dtype
-        self.channels_last = target.layout is torch.channels_last  # not the format itself, see `FoldedUNet`
+        self.channels_last = target.layout is torch.channels_last
 
     def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
         """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
         factor, offset = self.reads
         x = latents if self.reads == (1.0, 0.0) else latents * factor + offset
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        x = x.to(self.dtype, memory_format=layout)
+        x = x.to(self.dtype, memory_format=memory_format(self.channels_last))
         # a tuple even without classes: diffusers' blocks pass it along as they would an embedding
         x, image = unet_body(self.unet, x, () if rows is None else rows.split(self.row_sizes, 1))
         x = self.unet.conv_out(self.unet.conv_norm_out(x.float()))

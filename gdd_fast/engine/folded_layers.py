@@ -61,6 +61,11 @@ class Target:
         return self.convolve == "plain" and self.late_bias
 
 
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """A target's layout from what modules keep of it: pickle's protocol 2, used by torch.save, cannot write formats."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 class PackedWeight:
     """A weight in the order that oneDNN's convolution reads, kept for the last input shape.
 
@@ -253,7 +258,7 @@ class Resampling(nn.Module):
         self.kernel = nn.Buffer(kernel.to(target.device, torch.float32, copy=True))
         self.options: dict[str, Any] = {"up": up, "padding": padding, "box": box, "backend": target.resample}
         self.small = target.small
-        self.channels_last = target.layout is torch.channels_last  # not the format itself, see `FoldedUNet`
+        self.channels_last = target.layout is torch.channels_last
 
     def forward(self, x: Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
         if self.small:
@@ -263,7 +268,7 @@ class Resampling(nn.Module):
         if x.shape[2] * x.shape[3] > 1:
             return y
         # a map of one pixel does not say in which memory format the next ones are to be
-        return y.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        return y.contiguous(memory_format=memory_format(self.channels_last))
 
 
 class FusedResidual(nn.Module):

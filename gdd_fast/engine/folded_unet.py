@@ -16,6 +16,7 @@ from gdd_fast.engine.folded_layers import (
     Resampled,
     Resampling,
     Target,
+    memory_format,
 )
 from gdd_fast.layers.skip_pair import Pair, Statistics
 from gdd_fast.ops.attention import attention, attention_inference
@@ -131,14 +132,12 @@ class FoldedUNet(nn.Module):
         self.aux_scale = aux_scale
         self.latent_scale = latent_scale
         self.dtype = target.dtype
-        # not the format itself, which pickle's protocol 2, used by torch.save, cannot write
         self.channels_last = target.layout is torch.channels_last
 
     def forward(self, latents: Tensor, rows: Tensor | None) -> Tensor:
         """Latents float32 (N, C, H, W), rows float32 (N, sum of row_sizes) or None -> images float32 (N, C, H, W)."""
         conditions = iter(() if rows is None else rows.split(self.row_sizes, 1))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        x = aux = latents.to(self.dtype, memory_format=layout)
+        x = aux = latents.to(self.dtype, memory_format=memory_format(self.channels_last))
         statistics: Tensor | None = None
         skips: list[tuple[Tensor, Tensor | None]] = []
         for role, layer in zip(self.encoder_roles, self.encoder, strict=True):

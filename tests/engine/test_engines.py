@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdd_fast.engine.engines import MOST_DROPS, CudaCapture, GraphCache, choose_engine, make_engine
+from gdd_fast.engine.engines import MOST_DROPS, MOST_KINDS, CudaCapture, Drops, GraphCache, choose_engine, make_engine
 from gdd_fast.engine.one_step import _device
 from gdd_fast.errors import BackendError, ConfigError
 from gdd_fast.sampling.generate import Batch, to_host
@@ -115,6 +115,16 @@ def test_batch_sizes_that_take_turns_beyond_the_limit_are_not_captured_for_ever(
             assert torch.equal(cache(x, torch.ones(batch, 3)), x + 3 * batch)
     assert len(capture.captured) <= 3 * MOST_DROPS + 2
     assert len(cache.graphs) == 2, "one of the three runs as it is, and the others keep their graphs"
+
+
+def test_kinds_that_were_given_up_are_not_remembered_for_ever() -> None:
+    drops = Drops()
+    for _ in range(MOST_DROPS):
+        drops.note("first")
+    assert drops.too_many("first") and not drops.too_many("other")
+    for kind in range(MOST_KINDS):
+        drops.note(kind)
+    assert not drops.too_many("first") and len(drops._times) == MOST_KINDS
 
 
 def test_a_capture_that_fails_is_tried_again() -> None:
